@@ -1,0 +1,39 @@
+# make demo   install, then run the main job on the built-in model and data
+# make test   install, then lint, check types and run the tests
+# An existing .venv is used as it is; what is missing is installed into it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.hedgerow-installed
+
+.PHONY: install demo test test-slow lint format clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "hedgerow needs Python 3.11 or newer: make PYTHON=python3.12 …" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/hedgerow demo --out demo-run
+
+test: install lint
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-run

@@ -1,0 +1,300 @@
+"""The commands; each calls one function of the package and prints what it gives back."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hedgerow import __version__
+from hedgerow.errors import RunFailed, UserError
+
+app = typer.Typer(
+    help="Federated fine-tuning of large language models.\n\nTry it: hedgerow demo",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+ledger_app = typer.Typer(
+    help="Look at a run's ledger.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(ledger_app, name="ledger")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Change the experiment.")
+]
+RunPath = Annotated[Path, typer.Argument(metavar="DIR", help="A run, or its packed ledger.")]
+
+
+class Engine(StrEnum):
+    """Where clients train."""
+
+    local = "local"
+
+
+class Format(StrEnum):
+    """What an export is."""
+
+    adapter = "adapter"
+    merged = "merged"
+    ledger = "ledger"
+
+
+@app.command()
+def run(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The run's directory, made by this command.")] = ...,  # type: ignore[assignment]
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run in --out.")] = False,
+    engine: Annotated[Engine, typer.Option(help="Where clients train.")] = Engine.local,
+) -> None:
+    """Run an experiment.
+
+    Example: hedgerow run experiment.yaml federation.rounds=3 --out runs/first
+    """
+    from hedgerow import console
+    from hedgerow import experiment as experiments
+    from hedgerow.engines import local
+
+    loaded = experiments.load(experiment, overrides or [])
+    with console.ProgressWatcher() as watcher:
+        local.run(loaded, out, watcher, resume=resume, on_prepared=_say_prepared)
+    _summarise(out)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="DIR|MODEL", help="A run, or a model folder.")],
+    overrides: Overrides = None,
+    data: Annotated[str | None, typer.Option(help="The test data, instead of the run's.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="loss, rouge_l, exact_match, multiple_choice; with commas.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Also score each value of this column.")] = None,
+    round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
+    client: Annotated[str | None, typer.Option(help="Whose model, of a standalone run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score a run's model, or any causal language model in a folder, on test data.
+
+    Example: hedgerow evaluate runs/first --data mmlu.jsonl --metrics multiple_choice --by class
+    """
+    from hedgerow import console, evaluation
+
+    changes = list(overrides or [])
+    for key, value in (("data.test", data), ("evaluation.by", by)):
+        changes += [f"{key}={json.dumps(value)}"] if value is not None else []
+    if metrics is not None:
+        changes.append(f"evaluation.metrics=[{metrics}]")
+    scores = evaluation.of_target(target, changes, round, client)
+    if as_json:
+        print(json.dumps(scores))
+        return
+    rows = [(name, console.score(value)) for name, value in console.main_scores(scores).items()]
+    console.table(str(target), ["score", "value"], rows)
+    for key, values in scores.items():
+        if key.endswith("_by"):
+            rows = [(name, console.score(value)) for name, value in values.items()]
+            console.table("", [by or "value", key.removesuffix("_by")], rows)
+    for key in ("dropped", "truncated", "unparsed"):
+        if scores.get(key):
+            console.out.print(f"{key}: {scores[key]} rows")
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder or file to make.")],
+    overrides: Overrides = None,
+    to: Annotated[Format, typer.Option(help="What to make.")] = ...,  # type: ignore[assignment]
+    round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
+    client: Annotated[str | None, typer.Option(help="Whose model, of a standalone run.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Cut an adapter to its best approximation.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Keep this share of its energy.")
+    ] = None,
+) -> None:
+    """Export a run's model: an adapter (peft), merged weights (transformers), or its ledger.
+
+    Example: hedgerow export runs/first adapter --to adapter
+    """
+    from hedgerow import console, export
+
+    changes = overrides or []
+    if (rank is not None or energy is not None) and to != Format.adapter:
+        raise UserError("--rank and --energy cut an adapter: use them with --to adapter")
+    if to == Format.adapter:
+        ranks = export.to_adapter(
+            run, out, round, client, changes, rank=rank, energy=energy
+        ).values()
+        spread = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+        console.out.print(f"{out}: an adapter of {len(ranks)} matrices, rank {spread}")
+    elif to == Format.merged:
+        export.to_merged(run, out, round, client, changes)
+        console.out.print(f"{out}: the whole model")
+    else:
+        if round is not None or client is not None:
+            raise UserError(
+                "a packed ledger has all rounds and clients: leave out --round, --client"
+            )
+        export.to_ledger(run, out, changes)
+        console.out.print(f"{out}: {console.size(out.stat().st_size)}")
+
+
+@ledger_app.command("show")
+def ledger_show(run: RunPath) -> None:
+    """Print the base and every entry: round, parent, participants, size.
+
+    Example: hedgerow ledger show runs/first
+    """
+    from hedgerow import console, export
+
+    with export.opened(run, []) as (_, ledger):
+        base = ledger.base
+        console.out.print(
+            f"base {base.name}: {base.architecture}, {base.parameters:,} parameters, {base.dtype}, "
+            f"fingerprint {base.fingerprint[:12]}"
+        )
+        rows = [
+            (
+                str(entry.round),
+                entry.method,
+                record.sha256[:12],
+                entry.parent[:12],
+                str(len(entry.participants)),
+                console.size(record.bytes),
+                console.score(entry.metrics["train_loss"]),
+            )
+            for entry, record in zip(ledger.entries(), ledger.records, strict=True)
+        ]
+        header = ["round", "method", "hash", "parent", "clients", "size", "train loss"]
+        console.table("", header, rows)
+
+
+@ledger_app.command("verify")
+def ledger_verify(run: RunPath) -> None:
+    """Check every entry: size, hash, parent, order.
+
+    Example: hedgerow ledger verify runs/first
+    """
+    from hedgerow import console, export
+
+    with export.opened(run, []) as (_, ledger):
+        count = sum(1 for _ in ledger.entries())
+        console.out.print(f"{run}: {count} entries, all as they were appended")
+
+
+@app.command()
+def methods() -> None:
+    """List the methods and their papers.
+
+    Example: hedgerow methods
+    """
+    from hedgerow import console
+    from hedgerow.methods import METHODS
+
+    rows = [(name, method.summary, method.paper) for name, method in METHODS.items()]
+    console.table("", ["method", "what it does", "paper"], rows)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("demo-run"),
+) -> None:
+    """Train eight clients of different ranks on the built-in model, and compare methods.
+
+    Example: hedgerow demo --out demo-run
+    """
+    from hedgerow import demo
+
+    demo.run(out)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """The entry point: mistakes become one sentence and an exit code."""
+    # Set before the libraries are imported: no telemetry, and no chatter between our lines.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except UserError as error:
+        _stop(str(error), 2)
+    except RunFailed as error:
+        _stop(str(error), 1)
+    except KeyboardInterrupt:
+        _stop("interrupted; go on with --resume", 130)
+    except OSError as error:
+        if error.errno not in _OUT_OF_ROOM:
+            raise
+        _stop(f"{error.filename or 'the output'}: {error.strerror}; {_OUT_OF_ROOM[error.errno]}", 2)
+
+
+_OUT_OF_ROOM = {
+    errno.ENOSPC: "make room, then go on with --resume",
+    errno.EDQUOT: "make room, then go on with --resume",
+    errno.EFBIG: "raise the limit on file sizes, then go on with --resume",
+    errno.EACCES: "name a place that you may write to",
+    errno.EROFS: "name a place that you may write to",
+}
+
+
+def _stop(sentence: str, code: int) -> None:
+    print(f"hedgerow: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _say_prepared(prepared: Any) -> None:
+    from hedgerow import console
+
+    shards = prepared.shards.values()
+    examples = sum(len(shard) for shard in shards)
+    notes = f"{prepared.base.name}, {len(prepared.clients)} clients, {examples:,} examples"
+    truncated = sum(shard.truncated for shard in shards)
+    dropped = sum(shard.dropped for shard in shards)
+    if truncated:
+        notes += f", {truncated:,} cut at max_length"
+    if dropped:
+        notes += f", {dropped:,} dropped (no answer left within max_length)"
+    console.out.print(notes)
+
+
+def _summarise(out: Path) -> None:
+    from hedgerow import console
+    from hedgerow.rundir import read_rows
+
+    rows = read_rows(out)
+    first, last = console.main_scores(rows[0]), console.main_scores(rows[-1])
+    console.table(
+        str(out),
+        ["score", "before", f"after round {rows[-1]['round']}"],
+        [
+            (name, console.score(first[name]) if name in first else "", console.score(value))
+            for name, value in last.items()
+        ],
+    )
+    up, down = (sum(row[key] for row in rows) for key in ("bytes_up", "bytes_down"))
+    seconds = sum(row["seconds"] or 0 for row in rows)
+    console.out.print(
+        f"{console.size(up)} up, {console.size(down)} down, {seconds:.0f} s; "
+        f"next: hedgerow export {out} merged --to merged"
+    )

@@ -1,0 +1,108 @@
+"""What a person sees: live progress in a terminal, plain lines elsewhere, a summary at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class ProgressWatcher:
+    """Watches a run: bars in a terminal, and a line for each round everywhere.
+
+    Use it as a context manager; the bars are there until it ends.
+    """
+
+    def __init__(self, title: str = "round") -> None:
+        self._title = title
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=out,
+            transient=True,
+            disable=not out.is_terminal,
+        )
+        self._rounds = self._progress.add_task(title, total=None)
+        self._clients = self._progress.add_task("clients", total=None)
+
+    def __enter__(self) -> ProgressWatcher:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def round_begins(self, round: int, rounds: int, clients: int) -> None:
+        """Start the clients' bar again."""
+        self._progress.update(self._rounds, total=rounds, completed=round - 1)
+        self._progress.reset(self._clients, total=clients)
+
+    def client_answered(self, client: str, failure: str | None) -> None:
+        """Advance the clients' bar; a failure is said at once."""
+        self._progress.advance(self._clients)
+        if failure is not None:
+            self._progress.console.print(f"[yellow]{client} failed: {failure}[/]")
+
+    def round_ends(self, row: dict[str, Any]) -> None:
+        """Print a line."""
+        self._progress.update(self._rounds, completed=row["round"])
+        scores = [f"{self._title} {row['round']}"]
+        scores += [f"{name} {score(value)}" for name, value in main_scores(row).items()]
+        if row["bytes_up"]:
+            scores.append(f"up {size(row['bytes_up'])}, down {size(row['bytes_down'])}")
+        if row["seconds"] is not None:
+            scores.append(f"{row['seconds']:.1f} s")
+        self._progress.console.print(" · ".join(scores))
+
+
+def main_scores(row: dict[str, Any]) -> dict[str, float]:
+    """The scores in a row of metrics that are one number each, with readable names."""
+    names = {
+        "train_loss": "train loss",
+        "eval_loss": "loss",
+        "eval_perplexity": "perplexity",
+        "rouge_l": "ROUGE-L",
+        "exact_match": "exact match",
+        "accuracy": "accuracy",
+        "accuracy_norm": "accuracy (normalised)",
+        "accuracy_chance": "chance",
+        "aggregation_error": "aggregation error",
+    }
+    return {label: row[key] for key, label in names.items() if row.get(key) is not None}
+
+
+def score(value: float) -> str:
+    """A score with four significant digits."""
+    return f"{value:.4g}"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units, as `1.25 MB`."""
+    number, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while number >= 1000 and len(units) > 1:
+        number, units = number / 1000, units[1:]
+    return f"{number:.3g} {units[0]}"
+
+
+def table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table, its first column to the left and the others to the right."""
+    grid = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        grid.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        grid.add_row(*row)
+    out.print(grid)

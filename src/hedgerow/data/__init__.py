@@ -1,0 +1,24 @@
+"""Data: sources, partitioning into clients, prompt templates, tokens on disk, and batches."""
+
+from hedgerow.data.batches import batches, collate, epoch
+from hedgerow.data.encoding import Encoded, Example, Spool
+from hedgerow.data.partition import partition
+from hedgerow.data.prompts import Template
+from hedgerow.data.prompts import load as load_template
+from hedgerow.data.sources import Row, check_columns, client_files, read
+
+__all__ = [
+    "Encoded",
+    "Example",
+    "Row",
+    "Spool",
+    "Template",
+    "batches",
+    "check_columns",
+    "client_files",
+    "collate",
+    "epoch",
+    "load_template",
+    "partition",
+    "read",
+]

@@ -1,0 +1,260 @@
+"""Where rows come from: files, one per client or one for all, and datasets on the Hub."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from hedgerow.errors import UserError
+
+if TYPE_CHECKING:
+    from hedgerow.experiment import ClientFile, Fields
+
+Row = dict[str, Any]
+"""One example: column names and their values."""
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""What a client may be called: its name becomes a file name and a key prefix."""
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def read(source: str, split: str) -> list[Row]:
+    """All rows of a file, or of one split of a dataset on the Hugging Face Hub.
+
+    Args:
+        source: a JSON (array of objects), JSONL, CSV (with a header) or Parquet file; else the name
+            of a Hub dataset.
+        split: which split of a Hub dataset; files have none.
+
+    Raises:
+        UserError: the source is missing, unreadable, empty, or holds something else than rows.
+    """
+    path = Path(source)
+    if not path.exists() and path.suffix not in SUFFIXES and _HUB_NAME.fullmatch(source):
+        rows = _read_hub(source, split)
+    else:
+        rows = _read_file(path)
+    if not rows:
+        raise UserError(f"{source}: holds no rows: give at least one example")
+    return rows
+
+
+def client_files(clients: str | dict[str, str] | list[ClientFile | str]) -> dict[str, Path]:
+    """The file of each client, by the client's name.
+
+    Args:
+        clients: a pattern such as `train_{}.json` ({} = 0, 1, 2 … become `client-000`,
+            `client-001`, `client-002` …); a mapping name: file; or a list of files (named by their
+            stems) and of `{name, file}`.
+
+    Raises:
+        UserError: a file is missing, or a name is taken twice or cannot be a name.
+    """
+    if isinstance(clients, str):
+        return _numbered_files(clients)
+    if isinstance(clients, dict):
+        named = list(clients.items())
+    else:
+        named = [(Path(c).stem, c) if isinstance(c, str) else (c.name, c.file) for c in clients]
+    if not named:
+        raise UserError("`data.clients` names no client: give at least one file")
+    files: dict[str, Path] = {}
+    for name, file in named:
+        if not NAME.fullmatch(name):
+            raise UserError(
+                f"`data.clients`: {name!r} cannot be a client's name (letters, digits, `.`, `_` "
+                f"and `-`, a letter or digit first): write {{name: …, file: {file}}}"
+            )
+        if name in files:
+            raise UserError(
+                f"`data.clients`: two clients are called {name!r} ({files[name]} and {file}): "
+                "give each a name of its own, as in {name: …, file: …}"
+            )
+        files[name] = Path(file)
+        if not files[name].is_file():
+            raise UserError(f"`data.clients`: {file}, the file of client {name!r}, does not exist")
+    return files
+
+
+def check_columns(rows: Iterable[Row], fields: Fields, where: str) -> None:
+    """Make sure that all rows have the columns that `fields` names.
+
+    Instruction and output must be text or numbers in each row. The input may be empty or left out,
+    but a column that no row has is a misspelling (unless it is the default that nobody wrote).
+
+    Args:
+        where: the file or source that the rows are from, for the message.
+
+    Raises:
+        UserError: naming `where`, the row (from 1), the column, and the columns that are there.
+    """
+    seen: set[str] = set()
+    for number, row in enumerate(rows, start=1):
+        seen.update(row)
+        for key, column in [("instruction", fields.instruction), ("output", fields.output)]:
+            if column not in row:
+                raise UserError(
+                    f"{where}: row {number} has no column {column!r}: set `data.fields.{key}` to "
+                    f"one of {_listed(row)}"
+                )
+            _check_value(row[column], f"{where}: row {number}: column {column!r}")
+        if fields.input is not None and row.get(fields.input) is not None:
+            _check_value(row[fields.input], f"{where}: row {number}: column {fields.input!r}")
+    if fields.input not in (None, "input") and fields.input not in seen:
+        raise UserError(
+            f"{where}: no row has a column {fields.input!r}: set `data.fields.input` to one of "
+            f"{_listed(seen)}, or to null if there is none"
+        )
+
+
+def _check_value(value: Any, where: str) -> None:
+    if value is None:
+        raise UserError(f"{where} is empty (null): it must be text or a number")
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{where} must be text or a number, not {type(value).__name__}")
+
+
+def _listed(columns: Iterable[str]) -> str:
+    return ", ".join(repr(column) for column in sorted(columns)) or "(no columns)"
+
+
+def _numbered_files(pattern: str) -> dict[str, Path]:
+    if "{}" not in pattern:
+        raise UserError(
+            f"`data.clients`: {pattern} has no {{}}: write it where the files' numbers 0, 1, 2 … "
+            "stand, or list the files"
+        )
+
+    def path(number: int) -> Path:
+        return Path(pattern.replace("{}", str(number)))
+
+    count = next(number for number in itertools.count() if not path(number).is_file())
+    if count == 0:
+        raise UserError(f"`data.clients`: {path(0)} does not exist: files are numbered from 0")
+    # A gap would silently leave out every client after it.
+    if path(count + 1).is_file():
+        raise UserError(
+            f"`data.clients`: {path(count)} does not exist, but {path(count + 1)} does: number the "
+            "files without a gap, or list them"
+        )
+    return {f"client-{number:03d}": path(number) for number in range(count)}
+
+
+def _read_file(path: Path) -> list[Row]:
+    if not path.exists():
+        raise UserError(f"{path}: does not exist: give a file ({', '.join(SUFFIXES)})")
+    if not path.is_file():
+        raise UserError(f"{path}: is a folder: give a file ({', '.join(SUFFIXES)})")
+    try:
+        match path.suffix.lower():
+            case ".json" | ".jsonl":
+                with path.open(encoding="utf-8-sig") as file:
+                    return _read_json(file, path)
+            case ".csv":
+                with path.open(encoding="utf-8-sig", newline="") as file:
+                    return _read_csv(file, path)
+            case ".parquet":
+                return _read_parquet(path)
+            case suffix:
+                raise UserError(
+                    f"{path}: files ending in {suffix!r} are not known: give {', '.join(SUFFIXES)}"
+                )
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or 'input error'})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not text in UTF-8: convert it first") from None
+
+
+def _read_json(file: TextIO, path: Path) -> list[Row]:
+    """An array of objects, or one object a line: the content tells, since suffixes often lie."""
+    first = next((line.lstrip() for line in file if not line.isspace()), "")
+    file.seek(0)
+    if first.startswith("["):
+        values = _parse(file.read(), path, 1)
+        rows = [(f"item {number}", value) for number, value in enumerate(values, start=1)]
+    else:
+        rows = [
+            (f"line {number}", _parse(line.rstrip(), path, number))
+            for number, line in enumerate(file, start=1)
+            if not line.isspace()
+        ]
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(
+                f'{path}: {place} is not an object: each row must be one, as {{"instruction": …}}'
+            )
+    return [row for _, row in rows]
+
+
+def _parse(text: str, path: Path, line: int) -> Any:
+    try:
+        # pandas and json.dump write missing values as NaN, which would become the text "nan".
+        return json.loads(text, parse_constant=lambda _: None)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: line {line + error.lineno - 1} is not valid JSON ({error.msg}): give an "
+            "array of objects, or one object a line"
+        ) from None
+
+
+def _read_csv(file: TextIO, path: Path) -> list[Row]:
+    csv.field_size_limit(2**31 - 1)  # The default refuses texts above 128 KiB.
+    reader = csv.reader(file, strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise UserError(f"{path}: two columns have one name: give each column its own")
+        rows = []
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise UserError(
+                    f"{path}: line {reader.line_num} has {len(cells)} cells where the header has "
+                    f"{len(header)}: quote texts that hold commas"
+                )
+            rows.append(dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num} is not valid CSV ({error})") from None
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # Not read_table, which adds columns that it guesses from the folders' names.
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows: list[Row] = file.read().to_pylist()
+    except pyarrow.ArrowException:
+        raise UserError(f"{path}: is not a valid Parquet file") from None
+    return rows
+
+
+def _read_hub(name: str, split: str) -> list[Row]:
+    import datasets
+
+    try:
+        rows: list[Row] = datasets.load_dataset(name, split=split).to_list()
+    except datasets.exceptions.DatasetNotFoundError:
+        raise UserError(
+            f"{name}: is neither a file nor a dataset that you can read on the Hugging Face Hub: "
+            "check the name"
+        ) from None
+    except OSError:
+        raise UserError(
+            f"{name}: is no file, and the Hugging Face Hub cannot be reached for a dataset of that "
+            "name: give a file, or connect to the network"
+        ) from None
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name}: the split {split!r} cannot be loaded ({reason})") from None
+    return rows

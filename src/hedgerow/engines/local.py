@@ -1,0 +1,204 @@
+"""The local engine: all clients in this process, one after another, on one base model.
+
+Everything but the network is real: updates are serialised and read back, entries are applied from
+their files. A client costs its trainables while it trains, and a few bytes an example otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hedgerow import federation
+from hedgerow.clock import Clock
+from hedgerow.data import Encoded, Spool, client_files, load_template, partition, read
+from hedgerow.errors import UserError
+from hedgerow.evaluation import TestSet, evaluate
+from hedgerow.experiment import DataSettings, Experiment
+from hedgerow.federation import Answer, Watcher
+from hedgerow.ledger import Base
+from hedgerow.methods.base import Client
+from hedgerow.model import Model
+from hedgerow.rundir import RunDirectory
+from hedgerow.seeds import Seeds
+from hedgerow.training.first_order import Diverged, learning_rate, train
+from hedgerow.wire import Entry, Update
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run needs, checked before anything is written."""
+
+    model: Model
+    base: Base
+    clients: list[Client]
+    shards: dict[str, Encoded]
+    test: TestSet | None
+
+
+def prepare(experiment: Experiment, model: Model | None = None) -> Prepared:
+    """Load the model and tokenise everybody's data.
+
+    Args:
+        model: the base model where it is loaded already.
+
+    Raises:
+        UserError: naming what in the experiment does not fit.
+    """
+    model = model or Model.load(experiment.model)
+    positions = getattr(model.network.config, "max_position_embeddings", None)
+    if positions is not None and experiment.data.max_length > positions:
+        raise UserError(
+            f"data.max_length: {experiment.data.max_length} is above the {positions} positions of "
+            f"{model.name}: give at most {positions}"
+        )
+    shards = encode_clients(experiment, model.tokenizer)
+    experiment.method.check(model, len(shards))
+    if experiment.method.pools_data:
+        shards = {"pooled": Encoded.concatenate(list(shards.values()))}
+    clients = [
+        Client(index, name, len(shard)) for index, (name, shard) in enumerate(shards.items())
+    ]
+    wanted = experiment.federation.clients_per_round
+    if wanted is not None and wanted > len(clients) and not experiment.method.pools_data:
+        raise UserError(
+            f"federation.clients_per_round: {wanted} is above the {len(clients)} clients there are"
+        )
+    test = None
+    if experiment.data.test is not None:
+        rows = read(experiment.data.test, experiment.data.test_split)
+        test = TestSet.prepare(rows, experiment.data, experiment.evaluation, model.tokenizer)
+    return Prepared(model, Base.of(model), clients, shards, test)
+
+
+def encode_clients(experiment: Experiment, tokenizer: Any) -> dict[str, Encoded]:
+    """Every client's tokenised examples, by name."""
+    settings = experiment.data
+    template = load_template(settings.prompt, tokenizer, settings.fields)
+    spool = Spool()
+    shards = {}
+    for name, rows in client_rows(settings, experiment.federation.seed):
+        shards[name] = spool.encode(
+            name, rows, template, tokenizer, settings.max_length, settings.loss_on
+        )
+    return shards
+
+
+def client_rows(settings: DataSettings, seed: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Each client's name and rows; files are read one at a time."""
+    if settings.clients is not None:
+        for name, file in client_files(settings.clients).items():
+            yield name, read(str(file), settings.split)
+    else:
+        assert settings.source is not None
+        assert settings.partition is not None
+        rows = read(settings.source, settings.split)
+        parts = partition(rows, settings.partition, Seeds(seed).derive("partition"))
+        for name, indices in parts.items():
+            yield name, [rows[index] for index in indices]
+
+
+class LocalFleet:
+    """All clients of a run, in this process."""
+
+    def __init__(self, experiment: Experiment, prepared: Prepared) -> None:
+        self.clients: Sequence[Client] = prepared.clients
+        self._experiment, self._prepared = experiment, prepared
+        self._model = prepared.model
+        self._seeds = Seeds(experiment.federation.seed)
+
+    def train(
+        self, round: int, parent: str, clients: Sequence[Client], clock: Clock
+    ) -> Iterator[Answer]:
+        """Train one client after another; each borrows the model and gives it back."""
+        for client in clients:
+            try:
+                yield Answer(client.name, self._train_one(client, round, parent, clock))
+            except Diverged as error:
+                yield Answer(client.name, failure=str(error))
+            finally:
+                with clock("start"):
+                    self._model.release()
+
+    def _train_one(self, client: Client, round: int, parent: str, clock: Clock) -> bytes:
+        method, training = self._experiment.method, self._experiment.training
+        with clock("start"):
+            parameters = method.start(self._model, client, round, self._seeds)
+        with clock("train"):
+            loss = train(
+                self._model.network,
+                parameters.values(),
+                self._prepared.shards[client.name],
+                training,
+                learning_rate(training, round, self._experiment.federation.rounds),
+                self._model.tokenizer.pad_token_id,
+                order=self._seeds.numpy("batches", round, client.name),
+                dropout_seed=self._seeds.derive("dropout", round, client.name),
+            )
+        with clock("wire"):
+            tensors, about = method.update(self._model, client, parameters)
+            update = Update(
+                method.name, round, client.name, parent, client.num_examples, loss, tensors, about
+            )
+            return update.encode()
+
+    def advance(self, entry: Entry) -> None:
+        """Advance the one model that all clients share."""
+        self._experiment.method.apply(self._model, entry)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Scores of the global model; of each client's and their mean where there is no global."""
+        test, method = self._prepared.test, self._experiment.method
+        if test is None:
+            return {}
+        settings = self._experiment.evaluation
+        scores = {
+            name: evaluate(self._model, test, settings) for name in method.models(self._model)
+        }
+        if None in scores:
+            return scores[None]
+        return mean(list(scores.values())) | {"by_client": scores}
+
+
+def mean(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of each score, also inside dictionaries of scores."""
+    return {
+        key: mean([s[key] for s in scores])
+        if isinstance(value, dict)
+        else sum(s[key] for s in scores) / len(scores)
+        for key, value in scores[0].items()
+    }
+
+
+def run(
+    experiment: Experiment,
+    out: Path,
+    watcher: Watcher,
+    *,
+    resume: bool = False,
+    model: Model | None = None,
+    on_prepared: Callable[[Prepared], None] = lambda prepared: None,
+) -> None:
+    """Run an experiment in this process; the run directory is written as it goes.
+
+    Args:
+        resume: go on with the run that is in `out`, if one was begun.
+        model: the unchanged base model where it is loaded already; the run changes it.
+        on_prepared: called when model and data are ready, before training.
+
+    Raises:
+        UserError: something in the experiment or in `out` is wrong; nothing has been written.
+        RunFailed: the run cannot go on; what it wrote so far is valid.
+    """
+    if resume:
+        resume = RunDirectory.check_resumable(out, experiment)
+    else:
+        RunDirectory.check_free(out)
+    prepared = prepare(experiment, model)
+    on_prepared(prepared)
+    opener = RunDirectory.resume if resume else RunDirectory.create
+    directory = opener(out, experiment, prepared.base)
+    directory.ledger.replay(experiment.method, prepared.model)
+    federation.run(experiment, LocalFleet(experiment, prepared), directory, watcher)

@@ -1,0 +1,17 @@
+"""The two ways in which hedgerow stops on purpose."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one sentence says what is wrong and what would be right.
+
+    The command line prints the sentence, without a traceback, and exits with code 2.
+    """
+
+
+class RunFailed(Exception):
+    """A run that could not go on though its input is right (every client of a round failed, say).
+
+    The command line prints the sentence and exits with code 1; the ledger stays valid.
+    """

@@ -1,0 +1,110 @@
+"""What a model answers by itself: greedy generation, ROUGE-L and exact match."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import GenerationConfig
+
+from hedgerow.errors import UserError
+from hedgerow.evaluation.likelihood import Tick, batches, max_positions
+from hedgerow.model import Model
+
+Int32 = npt.NDArray[np.int32]
+
+
+def generate(
+    model: Model, prompts: Sequence[Int32], max_new_tokens: int, batch_size: int, tick: Tick
+) -> tuple[list[str], int]:
+    """The model's greedy answer to each prompt, without special tokens.
+
+    Prompts are cut on the left where prompt and answer would not fit the model's positions.
+
+    Args:
+        prompts: token ids, at least one in each.
+
+    Returns:
+        The answers, and how many prompts were cut.
+
+    Raises:
+        UserError: the answer alone fills the model's positions.
+    """
+    positions = max_positions(model.network)
+    room = positions - max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"`evaluation.max_new_tokens`: {max_new_tokens} leaves no room for a prompt in the "
+            f"model's {positions} positions: set at most {positions - 1}"
+        )
+    answers = [""] * len(prompts)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    with _greedy(model, max_new_tokens) as config:
+        for batch in batches(np.minimum(lengths, room), batch_size):
+            inputs = _pad_left([prompts[i][-room:] for i in batch], config.pad_token_id)
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            tokens = model.network.generate(**inputs, generation_config=config)
+            texts = model.tokenizer.batch_decode(
+                tokens[:, inputs["input_ids"].shape[1] :],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
+            for index, text in zip(batch, texts, strict=True):
+                answers[index] = text
+            tick(len(batch))
+    return answers, int((lengths > room).sum())
+
+
+def rouge_l(reference: str, answer: str) -> float:
+    """F-measure of the longest common subsequence of stemmed words, from 0 to 1 (Lin, 2004)."""
+    score: float = _scorer().score(reference, answer)["rougeL"].fmeasure
+    return score
+
+
+def exact_match(reference: str, answer: str) -> bool:
+    """Whether the texts are the same but for white space."""
+    return reference.split() == answer.split()
+
+
+@cache
+def _scorer() -> RougeScorer:
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+@contextmanager
+def _greedy(model: Model, max_new_tokens: int) -> Iterator[Any]:
+    """A configuration of greedy generation, in which nothing of the model's own is left.
+
+    `generate` fills what it is not given from the model's own configuration, so that sampling
+    temperatures or penalties of a chat model would leak in; that one steps aside meanwhile.
+    """
+    own = model.network.generation_config
+    # Chat models end their turns with tokens of their own, which only their configuration names.
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted({model.tokenizer.eos_token_id, *ends} - {None}),
+        pad_token_id=model.tokenizer.pad_token_id,
+    )
+    model.network.generation_config = config
+    try:
+        yield config
+    finally:
+        model.network.generation_config = own
+
+
+def _pad_left(prompts: Sequence[Int32], pad_id: int) -> dict[str, torch.Tensor]:
+    shape = (len(prompts), max(map(len, prompts)))
+    input_ids = torch.full(shape, pad_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, -len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        attention_mask[row, -len(prompt) :] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -1,0 +1,433 @@
+"""The experiment file: typed, validated, every default documented.
+
+`load` reads a YAML file, applies `key.path=value` overrides, makes paths absolute and returns an
+`Experiment`. Whatever is wrong with the file is one sentence that names the key (`UserError`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from hedgerow import methods
+from hedgerow.errors import UserError
+from hedgerow.methods.base import Method
+
+Metric = Literal["loss", "rouge_l", "exact_match", "multiple_choice"]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""What a client may be called: its name becomes a file name and a key prefix."""
+
+
+class Section(BaseModel):
+    """A part of the experiment file; unknown keys are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSettings(Section):
+    """The base model, which stays where it is and is never changed on disk."""
+
+    path: str
+    """A folder in Hugging Face format, or a model's name on the Hub."""
+    revision: str | None = None
+    """The Hub revision (branch, tag or commit); None is the default branch."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the base weights while training and evaluating; adapters are always float32."""
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` …"""
+
+
+class ClientFile(Section):
+    """One client's data, by name."""
+
+    name: str
+    file: str
+
+
+class Fields(Section):
+    """Which columns hold what."""
+
+    instruction: str = "instruction"
+    input: str | None = "input"
+    """Context of the instruction; rows may leave it empty or out. None: there is no such column."""
+    output: str = "output"
+
+
+class Partition(Section):
+    """How one source is divided into clients."""
+
+    kind: Literal["iid", "dirichlet", "shard", "column"]
+    """`iid`: equal random parts; `dirichlet`: each value of `column` spread by Dirichlet(alpha);
+    `shard`: sorted by `column`, `shards` pieces for each client; `column`: a client per value."""
+    clients: int | None = Field(None, ge=1)
+    """How many clients; for `column` the number of values decides."""
+    column: str | None = None
+    alpha: float = Field(0.5, gt=0)
+    """Dirichlet concentration: small is very uneven, large is nearly iid."""
+    shards: int = Field(2, ge=1)
+    """Shards per client."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Partition:
+        if self.kind == "column":
+            if self.clients is not None:
+                raise ValueError("`clients` is decided by the column's values: leave it out")
+        elif self.clients is None:
+            raise ValueError(f"kind {self.kind} needs `clients`, the number of clients")
+        if self.kind != "iid" and self.column is None:
+            raise ValueError(f"kind {self.kind} needs `column`, the column to divide by")
+        return self
+
+
+class TextSettings(Section):
+    """How rows become text and tokens, and the rows to evaluate on."""
+
+    test: str | None = None
+    """A file, or a Hub dataset's name, to evaluate on; None evaluates nothing."""
+    test_split: str = "test"
+    """The split to evaluate on where `test` is a Hub dataset."""
+    fields: Fields = Fields()
+    prompt: str = "alpaca"
+    """`alpaca`, `alpaca-short`, `plain`, `chat` (the tokenizer's own), or a template's file."""
+    max_length: int = Field(512, ge=2)
+    """Tokens of prompt and answer together; what is longer is cut at the end, and counted."""
+    loss_on: Literal["answer", "all"] = "answer"
+
+
+class DataSettings(TextSettings):
+    """Who holds what: files per client, or one source and how to divide it."""
+
+    clients: str | dict[str, str] | list[ClientFile | str] | None = None
+    """`train_{}.json` ({} = 0, 1, 2 …), a mapping name: file, or a list of {name, file}."""
+    source: str | None = None
+    """Instead of `clients`: a JSON, JSONL, CSV or Parquet file, or a dataset's name on the Hub."""
+    split: str = "train"
+    """The split to train on where `source` is a Hub dataset."""
+    partition: Partition | None = None
+    """How `source` is divided."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_clients(self) -> DataSettings:
+        if (self.clients is None) == (self.source is None):
+            raise ValueError("give either `clients` (files) or `source` with `partition`")
+        if (self.source is None) != (self.partition is None):
+            raise ValueError("`source` and `partition` go together")
+        return self
+
+    @field_validator("clients")
+    @classmethod
+    def _names(cls, clients: Any) -> Any:
+        names = list(clients) if isinstance(clients, dict) else []
+        if isinstance(clients, list):
+            names = [c.name for c in clients if isinstance(c, ClientFile)]
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise ValueError(
+                    f"client name {name!r} must be letters, digits, `.`, `_` or `-`, "
+                    "and begin with a letter or digit"
+                )
+        return clients
+
+
+class TrainingSettings(Section):
+    """What a client does in a round."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimiser steps a round; 10 where neither `steps` nor `epochs` is given."""
+    epochs: int | None = Field(None, ge=1)
+    """Instead of `steps`: passes over the client's data a round."""
+    batch_size: int = Field(8, ge=1)
+    """Sequences in one forward pass."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Forward passes per optimiser step."""
+    learning_rate: float = Field(3e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate over rounds: round t of T trains at (1 - (t-1)/T) of it for `linear`."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Of `sgd`."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients longer than this are scaled down to it; None leaves them."""
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> TrainingSettings:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give `steps` or `epochs`, not both")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError("`momentum` belongs to `optimizer: sgd`")
+        return self
+
+
+class FederationSettings(Section):
+    """Who takes part, and how often."""
+
+    rounds: int = Field(10, ge=1)
+    clients_per_round: int | None = Field(None, ge=1)
+    """Drawn at random each round; None is everybody."""
+    seed: int = Field(0, ge=0)
+    """All randomness of a run derives from it."""
+    keep_updates: bool = False
+    """Keep what each client sent under `updates/`."""
+
+
+class EvaluationSettings(Section):
+    """What is measured on the test data, and how often."""
+
+    every: int = Field(1, ge=1)
+    """Rounds between evaluations; the last round is always evaluated."""
+    metrics: list[Metric] = ["loss"]
+    by: str | None = None
+    """A column of the test data: scores are also given for each of its values."""
+    batch_size: int = Field(16, ge=1)
+    max_new_tokens: int = Field(64, ge=1)
+    """Of a greedy answer, for `rouge_l` and `exact_match`."""
+
+
+class Experiment(Section):
+    """A whole experiment."""
+
+    model: ModelSettings
+    data: DataSettings
+    method: SerializeAsAny[Method]
+    training: TrainingSettings = TrainingSettings()
+    federation: FederationSettings = FederationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _evaluation_has_data(self) -> Experiment:
+        if self.evaluation.by is not None and self.data.test is None:
+            raise ValueError("`evaluation.by` needs `data.test`")
+        return self
+
+    def dump(self, include: set[str] | None = None) -> str:
+        """The experiment (or some of its sections) as YAML, with every default written out."""
+        content = self.model_dump(mode="json", include=include)
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+class Evaluation(Section):
+    """What `hedgerow evaluate` needs of a model that no experiment has made."""
+
+    model: ModelSettings
+    data: TextSettings
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file.
+
+    Args:
+        path: a YAML file; relative paths in it are relative to its folder.
+        overrides: `key.path=value`, each value in YAML; a relative path that exists from the
+            working directory is taken from there, else from the file's folder.
+
+    Raises:
+        UserError: naming the file or the key that is wrong.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}): give an experiment file"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a text file: give an experiment file in YAML") from None
+    content = parse_yaml(text, str(path))
+    _make_paths_absolute(content, [path.parent])
+    for override in overrides:
+        keys, value = split_override(override)
+        for key in reversed(keys):
+            value = {key: value}
+        _make_paths_absolute(value, [Path.cwd(), path.parent])
+        _merge(content, value)
+    return validate(content, str(path))
+
+
+def validate(content: Mapping[str, Any], where: str) -> Experiment:
+    """An `Experiment` from plain values, or a `UserError` that begins with `where`."""
+    content = dict(content)
+    kind: type[BaseModel] = Experiment
+    prefix: tuple[str, ...] = ()
+    try:
+        if "method" in content:
+            kind, prefix = _method_class(content["method"], where), ("method",)
+            options = content["method"]
+            content["method"] = kind.model_validate({} if isinstance(options, str) else options)
+            kind, prefix = Experiment, ()
+        return Experiment.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_sentence(error, kind, prefix)}") from None
+
+
+def _method_class(options: Any, where: str) -> type[Method]:
+    name = options if isinstance(options, str) else None
+    if isinstance(options, dict):
+        name = options.get("name")
+    if not isinstance(name, str):
+        raise UserError(f"{where}: `method` needs a name, as in {{name: flora, ranks: 16}}")
+    if name not in methods.METHODS:
+        known = ", ".join(methods.METHODS)
+        close = did_you_mean(name, methods.METHODS)
+        raise UserError(
+            f"{where}: `method.name`: there is no method {name!r}{close} (known: {known})"
+        )
+    return methods.METHODS[name]
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """A YAML mapping; a key that stands twice is an error, where plain YAML would keep the last."""
+    try:
+        content = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: is not valid YAML: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: must be a mapping with the keys model, data, method …")
+    return content
+
+
+def split_override(override: str) -> tuple[list[str], Any]:
+    """`training.steps=5` as (["training", "steps"], 5)."""
+    key, equals, text = override.partition("=")
+    if not equals or not key or not all(key.split(".")):
+        raise UserError(
+            f"{override!r} is not an override: write key.path=value, as training.steps=5"
+        )
+    try:
+        return key.split("."), _yaml_value(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not valid YAML: {_one_line(error)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has one key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the name {key!r} stands twice in one mapping", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_value(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _merge(content: dict[str, Any], override: dict[str, Any]) -> None:
+    for key, value in override.items():
+        if isinstance(value, dict) and isinstance(content.get(key), dict):
+            _merge(content[key], value)
+        else:
+            content[key] = value
+
+
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def _make_paths_absolute(content: Any, folders: Sequence[Path]) -> None:
+    """Replace each relative path in `content` (in place) by the absolute one that is meant."""
+    if not isinstance(content, dict):
+        return
+    model, data = content.get("model"), content.get("data")
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        model["path"] = _absolute_unless_hub_name(model["path"], folders)
+    if not isinstance(data, dict):
+        return
+    for key in ("source", "test"):
+        if isinstance(data.get(key), str):
+            data[key] = _absolute_unless_hub_name(data[key], folders)
+    if isinstance(data.get("prompt"), str) and not data["prompt"].replace("-", "").isalpha():
+        data["prompt"] = _absolute(data["prompt"], folders)
+    clients = data.get("clients")
+    if isinstance(clients, str):
+        data["clients"] = _absolute(clients, folders)
+    elif isinstance(clients, dict):
+        data["clients"] = {name: _absolute(file, folders) for name, file in clients.items()}
+    elif isinstance(clients, list):
+        data["clients"] = [
+            client | {"file": _absolute(client["file"], folders)}
+            if isinstance(client, dict) and "file" in client
+            else _absolute(client, folders)
+            for client in clients
+        ]
+
+
+def _absolute_unless_hub_name(path: str, folders: Sequence[Path]) -> Any:
+    is_here = any((folder / path).exists() for folder in folders)
+    if not is_here and _HUB_NAME.fullmatch(path) and not path.endswith(DATA_SUFFIXES):
+        return path
+    return _absolute(path, folders)
+
+
+def _absolute(path: Any, folders: Sequence[Path]) -> Any:
+    """`path` in the first folder that has it, or in the last."""
+    # What is no text is left as it is: validation will name its key.
+    if not isinstance(path, str):
+        return path
+    places = [os.path.abspath(folder / Path(path).expanduser()) for folder in folders]
+    return next((p for p in places if Path(p.replace("{}", "0")).exists()), places[-1])
+
+
+def _sentence(error: ValidationError, kind: type[BaseModel], prefix: tuple[str, ...]) -> str:
+    """The first thing that is wrong, as one sentence that names its key."""
+    first = error.errors(include_url=False)[0]
+    # Pydantic names the branch of a union that it tried; that is no key of the file.
+    location = [p for p in first["loc"] if isinstance(p, int) or re.fullmatch(r"[\w-]+", p)]
+    location = [p for p in location if p not in _UNION_TAGS]
+    key = ".".join(str(part) for part in (*prefix, *location))
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(kind, location[:-1])
+        close = did_you_mean(str(location[-1]), known)
+        return f"`{key}` is not a known key{close} (known here: {', '.join(known)})"
+    if first["type"] == "missing":
+        return f"`{key}` is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = first["input"]
+    shown = f", not {given!r}" if isinstance(given, str | int | float) else ""
+    return f"`{key}`: {message}{shown}" if key else message + shown
+
+
+_UNION_TAGS = {"str", "int", "float", "ClientFile"}
+
+
+def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    for part in location:
+        field = kind.model_fields.get(str(part))
+        candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if inner:
+            kind = inner[0]
+    return list(kind.model_fields)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`, did you mean …` for the nearest of `known`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean `{close[0]}`?" if close else ""

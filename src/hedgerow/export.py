@@ -1,0 +1,192 @@
+"""Exports: a run's model in the formats that other tools load.
+
+What is exported is what was evaluated: the ledger is replayed on the base, or, for an adapter, its
+factors are put together without the base.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import peft
+import safetensors.torch
+
+from hedgerow import ledger as ledgers
+from hedgerow import lowrank
+from hedgerow.errors import UserError
+from hedgerow.experiment import Experiment, load
+from hedgerow.ledger import Base, Ledger
+from hedgerow.lowrank import Factors
+from hedgerow.model import Model, adapter_pairs, adapter_tensors
+from hedgerow.rundir import EXPERIMENT, read_rows
+
+
+@contextmanager
+def opened(path: Path, overrides: list[str]) -> Iterator[tuple[Experiment, Ledger]]:
+    """A run's experiment and ledger, from its directory or its packed ledger.
+
+    Raises:
+        UserError: `path` is neither.
+    """
+    if path.is_file():
+        with ledgers.unpack(path) as folder, opened(Path(folder), overrides) as run:
+            yield run
+    elif (path / EXPERIMENT).is_file():
+        yield load(path / EXPERIMENT, overrides), Ledger.open(path / "ledger")
+    else:
+        raise UserError(f"{path} is no run: it is neither a run directory nor a packed ledger")
+
+
+def model_at(experiment: Experiment, ledger: Ledger, round: int) -> Model:
+    """The run's model after a round; `round` 0 is the base.
+
+    Raises:
+        UserError: model.path does not hold the ledger's base, or an entry is damaged.
+    """
+    model = Model.load(experiment.model)
+    ledger.check_base(Base.of(model), f"model.path {experiment.model.path}")
+    ledger.replay(experiment.method, model, round)
+    return model
+
+
+def check_round(ledger: Ledger, round: int | None) -> int:
+    """The round that is meant: the last where none is named."""
+    if round is not None and not 0 <= round <= len(ledger):
+        raise UserError(f"--round {round}: the ledger has rounds 0 (the base) to {len(ledger)}")
+    return len(ledger) if round is None else round
+
+
+def to_merged(
+    run: Path, out: Path, round: int | None, client: str | None, overrides: list[str]
+) -> None:
+    """Write the whole model as a folder that `AutoModelForCausalLM.from_pretrained` loads."""
+    with opened(run, overrides) as (experiment, ledger), _new_folder(out) as folder:
+        round = check_round(ledger, round)
+        model = model_at(experiment, ledger, round)
+        experiment.method.merge(model, client)
+        model.network.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        _write_card(folder, run, experiment, ledger, round, "transformers")
+
+
+def to_adapter(
+    run: Path,
+    out: Path,
+    round: int | None,
+    client: str | None,
+    overrides: list[str],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> dict[str, int]:
+    """Write all that the run adds to its base as an adapter that peft loads.
+
+    Args:
+        rank: keep at most this rank of each matrix (the best approximation of it).
+        energy: keep the fewest singular values whose squares sum to this share of all.
+
+    Returns:
+        The rank of each adapted module.
+    """
+    with opened(run, overrides) as (experiment, ledger), _new_folder(out) as folder:
+        round = check_round(ledger, round)
+        tensors = experiment.method.adapter(ledger.entries(round), client)
+        pairs = dict(adapter_pairs(tensors))
+        if rank is not None or energy is not None:
+            pairs = {m: lowrank.truncate(p, rank=rank, energy=energy) for m, p in pairs.items()}
+        _save_adapter(pairs, experiment, folder)
+        _write_card(folder, run, experiment, ledger, round, "peft")
+        return {module: pair.rank for module, pair in pairs.items()}
+
+
+def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
+    """Write the ledger and its experiment as one file, from which `opened` rebuilds the model."""
+    _check_new(out)
+    with opened(run, overrides) as (_, ledger):
+        for _ in ledger.entries():
+            pass  # a damaged ledger is refused here, not by whoever receives it
+        ledger.pack(out, ledger.folder.parent / EXPERIMENT)
+
+
+def _save_adapter(pairs: dict[str, Factors], experiment: Experiment, folder: Path) -> None:
+    ranks = {module: pair.rank for module, pair in pairs.items()}
+    largest = max(ranks.values())
+    smaller = {module: rank for module, rank in ranks.items() if rank != largest}
+    # The scale is in the factors, so every module's alpha is its rank.
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=experiment.model.path,
+        revision=experiment.model.revision,
+        inference_mode=True,
+        r=largest,
+        lora_alpha=largest,
+        target_modules=sorted(pairs),
+        rank_pattern=smaller,
+        alpha_pattern=smaller,
+    )
+    config.save_pretrained(folder)
+    tensors = {key: tensor.contiguous() for key, tensor in adapter_tensors(pairs).items()}
+    safetensors.torch.save_file(
+        tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out} exists already: name an output that is not there yet")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{out.absolute().parent} does not exist: make that folder first")
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder that takes the name `out` only when it is complete."""
+    _check_new(out)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_card(
+    folder: Path, run: Path, experiment: Experiment, ledger: Ledger, round: int, library: str
+) -> None:
+    """A model card: what the model is, and how it came to be."""
+    method = experiment.method
+    scores = {row["round"]: row["eval_loss"] for row in (read_rows(run) if run.is_dir() else [])}
+    loss = "" if scores.get(round) is None else f"\n- loss on the test data: {scores[round]:.4f}"
+    clients = {p.client for entry in ledger.entries(round) for p in entry.participants}
+    # Where the data lies is nobody's business but the owner's.
+    settings = experiment.dump(include={"method", "training", "federation"})
+    (folder / "README.md").write_text(
+        f"""---
+base_model: {ledger.base.name}
+library_name: {library}
+pipeline_tag: text-generation
+tags: [federated-learning, hedgerow, {method.name}]
+---
+
+# {ledger.base.name}, fine-tuned by {method.name}
+
+Made with hedgerow: {method.summary} ({type(method).paper}).
+
+- base: {ledger.base.name} ({ledger.base.architecture}, {ledger.base.parameters:,} parameters)
+- fingerprint of the base: `{ledger.base.fingerprint}`
+- rounds: {round}, clients that took part: {len(clients)}{loss}
+
+How it was trained:
+
+```yaml
+{settings}```
+""",
+        encoding="utf-8",
+    )

@@ -1,0 +1,253 @@
+"""The ledger: a run is the base checkpoint plus its entries, one file each.
+
+    ledger/
+      ledger.json         the base's fingerprint, and each entry's file, size and SHA-256
+      0001.safetensors    the entry of round 1, which names its parent's hash
+      …
+
+An entry's parent is the hash of the entry before; the first one's is the base's fingerprint. An
+entry belongs to the ledger from the moment at which ledger.json, replaced in one step, names it:
+a crash at any instant leaves either the old ledger or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hedgerow.errors import UserError
+from hedgerow.files import replacing
+from hedgerow.methods.base import Method
+from hedgerow.model import Model
+from hedgerow.wire import Entry
+
+INDEX = "ledger.json"
+FORMAT = "hedgerow.ledger/1"
+_ENTRY_FILE = re.compile(r"\d{4,}\.safetensors")
+
+
+class Base(BaseModel):
+    """The checkpoint that a ledger starts from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    architecture: str
+    parameters: int
+    dtype: str
+    fingerprint: str
+    """SHA-256 of weights and tokenizer; the parent of the first entry."""
+
+    @staticmethod
+    def of(model: Model) -> Base:
+        """What `model` is, before any entry is applied to it."""
+        return Base(
+            name=model.name,
+            architecture=model.architecture,
+            parameters=model.network.num_parameters(),
+            dtype=str(model.network.dtype).removeprefix("torch."),
+            fingerprint=model.fingerprint(),
+        )
+
+
+class Record(BaseModel):
+    """An entry as ledger.json knows it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    round: int = Field(ge=1)
+    file: str = Field(pattern=_ENTRY_FILE.pattern)
+    bytes: int = Field(ge=1)
+    sha256: str
+
+
+class _Index(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format: str = FORMAT
+    base: Base
+    entries: list[Record]
+
+
+class Ledger:
+    """A folder of entries, opened for reading and appending."""
+
+    def __init__(self, folder: Path, index: _Index) -> None:
+        self.folder = folder
+        self._index = index
+
+    @staticmethod
+    def create(folder: Path, base: Base) -> Ledger:
+        """A new ledger without entries."""
+        folder.mkdir(parents=True, exist_ok=True)
+        ledger = Ledger(folder, _Index(base=base, entries=[]))
+        ledger._write_index()
+        return ledger
+
+    @staticmethod
+    def open(folder: Path) -> Ledger:
+        """The ledger in a folder.
+
+        Raises:
+            UserError: there is none, or its index is damaged.
+        """
+        path = folder / INDEX
+        try:
+            index = _Index.model_validate_json(path.read_bytes())
+        except OSError:
+            raise UserError(f"{folder} holds no ledger: {INDEX} is missing") from None
+        except ValidationError as error:
+            reason = error.errors(include_url=False)[0]["msg"]
+            raise UserError(f"{path} is damaged: {reason}") from None
+        if index.format != FORMAT:
+            raise UserError(f"{path} has the format {index.format!r}, not {FORMAT!r}")
+        if [record.round for record in index.entries] != list(range(1, len(index.entries) + 1)):
+            raise UserError(f"{path} is damaged: its rounds are not 1, 2, 3 …")
+        return Ledger(folder, index)
+
+    @property
+    def base(self) -> Base:
+        """The checkpoint that the entries build on."""
+        return self._index.base
+
+    @property
+    def records(self) -> list[Record]:
+        """The entries, oldest first; entry t is `records[t - 1]`."""
+        return self._index.entries
+
+    @property
+    def head(self) -> str:
+        """The hash that the next entry names as its parent."""
+        return self.records[-1].sha256 if self.records else self.base.fingerprint
+
+    def __len__(self) -> int:
+        """The number of rounds that are in the ledger."""
+        return len(self.records)
+
+    def append(self, entry: Entry) -> Entry:
+        """Write an entry and make it the head; returns it with its tensors in the file."""
+        assert entry.parent == self.head, "an entry is appended to the head"
+        assert entry.round == len(self) + 1, "rounds are appended in order"
+        name = f"{entry.round:04d}.safetensors"
+        with replacing(self.folder / name) as file:
+            sha256, size = entry.write(file)
+        record = Record(round=entry.round, file=name, bytes=size, sha256=sha256)
+        self._index.entries.append(record)
+        try:
+            self._write_index()
+        except OSError:
+            self._index.entries.pop()
+            raise
+        return Entry.read(self.folder / name)
+
+    def read(self, round: int) -> Entry:
+        """The entry of a round, after checking that its file is the one that was appended.
+
+        Raises:
+            UserError: naming the file that is missing, truncated, altered or out of place.
+        """
+        record = self.records[round - 1]
+        path = self.folder / record.file
+        try:
+            size = path.stat().st_size
+            if size != record.bytes:
+                kind = "truncated" if size < record.bytes else "longer than it was"
+                raise UserError(
+                    f"{path} is {kind}: it has {size} bytes where the ledger says {record.bytes}; "
+                    "restore it from a copy"
+                )
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing: restore it from a copy") from None
+        if sha256 != record.sha256:
+            raise UserError(
+                f"{path} was altered: its SHA-256 is not the ledger's; restore it from a copy"
+            )
+        entry = Entry.read(path)
+        parent = self.records[round - 2].sha256 if round > 1 else self.base.fingerprint
+        if entry.round != round or entry.parent != parent:
+            raise UserError(
+                f"{path} is out of place: it says round {entry.round} after "
+                f"{entry.parent[:12]}, the ledger says round {round} after {parent[:12]}"
+            )
+        return entry
+
+    def entries(self, until: int | None = None) -> Iterator[Entry]:
+        """The entries of rounds 1 … `until` (default: all), each checked as in `read`."""
+        for round in range(1, (len(self) if until is None else until) + 1):
+            yield self.read(round)
+
+    def replay(self, method: Method, model: Model, until: int | None = None) -> None:
+        """Advance `model`, which holds the base, to round `until` (default: the head)."""
+        for entry in self.entries(until):
+            if entry.method != method.name:
+                raise UserError(
+                    f"{self.folder}: round {entry.round} is an entry of {entry.method}, but the "
+                    f"experiment's method is {method.name}"
+                )
+            method.apply(model, entry)
+
+    def check_base(self, base: Base, where: str) -> None:
+        """Raise a `UserError` unless `base` is the checkpoint that the entries build on."""
+        if base == self.base.model_copy(update={"name": base.name}):
+            return
+        for what in ("architecture", "parameters", "dtype", "fingerprint"):
+            mine, theirs = getattr(base, what), getattr(self.base, what)
+            if mine != theirs:
+                raise UserError(
+                    f"{where} is not the base of the ledger in {self.folder}: its {what} is "
+                    f"{str(mine)[:24]}, the ledger's base {self.base.name} has {str(theirs)[:24]}"
+                )
+
+    def pack(self, out: Path, experiment: Path) -> None:
+        """Write the ledger and its experiment file as one file (an uncompressed zip archive)."""
+        with replacing(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            names = [INDEX, *(record.file for record in self.records)]
+            for name, path in [
+                (experiment.name, experiment),
+                *((f"ledger/{name}", self.folder / name) for name in names),
+            ]:
+                # A fixed date, so that one ledger always gives one file.
+                with (
+                    archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as target,
+                    path.open("rb") as source,
+                ):
+                    shutil.copyfileobj(source, target)
+
+    def _write_index(self) -> None:
+        with replacing(self.folder / INDEX) as file:
+            file.write(json.dumps(self._index.model_dump(), indent=1).encode())
+
+
+def unpack(file: Path) -> tempfile.TemporaryDirectory[str]:
+    """A packed ledger as a run directory, for as long as the returned object lives.
+
+    Raises:
+        UserError: the file is no packed ledger, or holds anything else.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="hedgerow-")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for info in archive.infolist():
+                parts = info.filename.split("/")
+                known = parts == ["experiment.yaml"] or (
+                    parts[0] == "ledger"
+                    and len(parts) == 2
+                    and (parts[1] == INDEX or _ENTRY_FILE.fullmatch(parts[1]))
+                )
+                # Stored, not compressed: a small file can then not unpack to a huge one.
+                if not known or info.compress_type != zipfile.ZIP_STORED:
+                    raise UserError(f"{file} is no packed ledger: it holds {info.filename!r}")
+                archive.extract(info, folder.name)
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise UserError(f"{file} is no packed ledger: {error}") from None
+    return folder

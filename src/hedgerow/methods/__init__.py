@@ -1,0 +1,24 @@
+"""The methods: one file per paper, each reading like the paper's algorithm.
+
+To add one, subclass `hedgerow.methods.base.Method` (or `LoraMethod`) and name it in `METHODS`.
+"""
+
+from __future__ import annotations
+
+from hedgerow.methods.base import Method
+from hedgerow.methods.centralized import Centralized
+from hedgerow.methods.fedavg import FedAvg
+from hedgerow.methods.fedit import FedIT
+from hedgerow.methods.flora import FLoRA
+from hedgerow.methods.standalone import Standalone
+from hedgerow.methods.zero_padding import ZeroPadding
+
+METHODS: dict[str, type[Method]] = {
+    "flora": FLoRA,
+    "fedit": FedIT,
+    "zero_padding": ZeroPadding,
+    "fedavg": FedAvg,
+    "centralized": Centralized,
+    "standalone": Standalone,
+}
+"""Every method by the name that the experiment file uses."""

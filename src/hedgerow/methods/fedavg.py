@@ -1,0 +1,67 @@
+"""FedAvg of all parameters: every client trains the whole model, the server averages the changes.
+
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+arXiv 1602.05629, algorithm 1. What Ferret is compared with, and FLoRA's share of communication.
+
+    every round:
+      client k:  Δ_k = (w after local training) - w
+      server:    Δ = Σ p_k Δ_k
+      everybody: w <- w + Δ
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from hedgerow.errors import UserError
+from hedgerow.methods.base import Aggregate, Client, Method, Payload
+
+if TYPE_CHECKING:
+    from hedgerow.model import Model
+    from hedgerow.seeds import Seeds
+    from hedgerow.wire import Entry, Update
+
+
+class FedAvg(Method):
+    """All parameters, averaged."""
+
+    name: Literal["fedavg"] = "fedavg"
+    summary: ClassVar[str] = "all parameters trained, dense changes averaged"
+    paper: ClassVar[str] = "FedAvg, arXiv 1602.05629"
+
+    def start(
+        self, model: Model, client: Client, round: int, seeds: Seeds
+    ) -> Mapping[str, nn.Parameter]:
+        """All weights."""
+        return model.unfreeze()
+
+    def update(
+        self, model: Model, client: Client, parameters: Mapping[str, nn.Parameter]
+    ) -> Payload:
+        """Δ_k, in float32."""
+        return Payload(dict(model.trained_delta()), {})
+
+    def aggregate(self, updates: Iterable[Update]) -> Aggregate:
+        """Σ n_k Δ_k / Σ n_k, folded in as they arrive."""
+        total = 0
+        sums: dict[str, Tensor] = {}
+        for update in updates:
+            total += update.num_examples
+            for name, delta in update.tensors.items():
+                if name in sums:
+                    sums[name].add_(delta, alpha=update.num_examples)
+                else:
+                    sums[name] = delta * update.num_examples
+        return Aggregate({name: tensor.div_(total) for name, tensor in sums.items()}, {})
+
+    def apply(self, model: Model, entry: Entry) -> None:
+        """w <- w + Δ."""
+        for name, delta in entry.tensors.items():
+            model.add(name, delta)
+
+    def adapter(self, entries: Iterable[Entry], client: str | None) -> dict[str, Tensor]:
+        """There is none."""
+        raise UserError("fedavg trains all parameters, not an adapter: export --to merged instead")

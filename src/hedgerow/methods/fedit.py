@@ -1,0 +1,86 @@
+"""FedIT: federated instruction tuning by averaging the factors of equal-rank adapters.
+
+Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning", arXiv 2305.05644;
+FedAvg applied to A and B apart. The baseline whose noise FLoRA removes.
+
+    every round:
+      client k:  go on from the global adapter (A, B), and train it
+      server:    A = Σ p_k A_k,  B = Σ p_k B_k
+      everybody: the global adapter is (A, B); the base stays as it is
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from hedgerow.lowrank import Factors
+from hedgerow.methods.base import Aggregate, Client
+from hedgerow.methods.lora import LoraMethod, Part, aggregate_adapters, copy_factors, init_factors
+from hedgerow.model import adapter_pairs
+
+if TYPE_CHECKING:
+    from hedgerow.model import Model
+    from hedgerow.seeds import Seeds
+    from hedgerow.wire import Entry, Update
+
+
+class AveragedAdapter(LoraMethod):
+    """One global adapter that clients go on training, averaged factor by factor."""
+
+    entries_accumulate: ClassVar[bool] = False
+
+    def start(
+        self, model: Model, client: Client, round: int, seeds: Seeds
+    ) -> Mapping[str, nn.Parameter]:
+        """The global adapter; in the first round one that the run's seed draws for everybody."""
+        parameters = model.attach(self.config(client))
+        if model.factors is None:
+            init_factors(parameters, seeds.torch("adapter"), self.largest_rank)
+        else:
+            copy_factors(parameters, model.factors, self.scale(client))
+        return parameters
+
+    def aggregate(self, updates: Iterable[Update]) -> Aggregate:
+        """Average A and B apart."""
+        return aggregate_adapters(updates, average)
+
+    def apply(self, model: Model, entry: Entry) -> None:
+        """The global adapter is the entry's."""
+        model.factors = dict(entry.tensors)
+
+    def models(self, model: Model) -> Iterator[str | None]:
+        """The base with the global adapter."""
+        if model.factors is None:
+            yield None
+        else:
+            with model.with_factors(model.factors):
+                yield None
+
+    def merge(self, model: Model, client: str | None) -> None:
+        """W + B·A."""
+        for module, factors in adapter_pairs(model.factors or {}):
+            model.merge(module, factors)
+
+
+class FedIT(AveragedAdapter):
+    """Adapters of one rank, averaged factor by factor."""
+
+    name: Literal["fedit"] = "fedit"
+    summary: ClassVar[str] = "LoRA of one rank, A and B averaged apart (noisy)"
+    paper: ClassVar[str] = "FedIT, arXiv 2305.05644"
+    same_rank: ClassVar[bool] = True
+
+
+def average(parts: Sequence[Part]) -> Factors:
+    """A = Σ p_k A_k, B = Σ p_k s_k B_k, the smaller padded with zeros to the largest rank."""
+    rank = max(p.A.shape[0] for p in parts)
+    A = torch.zeros(rank, parts[0].A.shape[1])
+    B = torch.zeros(parts[0].B.shape[0], rank)
+    for p in parts:
+        A[: p.A.shape[0]] += p.weight * p.A
+        B[:, : p.B.shape[1]] += p.weight * p.scale * p.B
+    return Factors(A, B)

@@ -1,0 +1,68 @@
+"""FLoRA: federated fine-tuning with heterogeneous low-rank adapters, aggregated by stacking.
+
+Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
+Adaptations", arXiv 2409.05976, section 3 and algorithm 1. Averaging factors is wrong, since
+(Σ p_k B_k)(Σ p_k A_k) has cross terms that Σ p_k B_k A_k has not; stacking them is exact, and does
+not ask that all clients have one rank.
+
+    every round:
+      client k:  attach a new adapter (A_k random, B_k = 0) of its own rank r_k, and train it
+      server:    A = [p_1 s_1 A_1; …; p_N s_N A_N],  B = [B_1 … B_N],  so B·A = Σ p_k s_k B_k A_k
+      everybody: W <- W + B·A
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from hedgerow import lowrank
+from hedgerow.errors import UserError
+from hedgerow.lowrank import Factors
+from hedgerow.methods.base import Aggregate, Client
+from hedgerow.methods.lora import LoraMethod, Part, aggregate_adapters, init_factors
+from hedgerow.model import adapter_pairs, adapter_tensors
+
+if TYPE_CHECKING:
+    from hedgerow.model import Model
+    from hedgerow.seeds import Seeds
+    from hedgerow.wire import Entry, Update
+
+
+class FLoRA(LoraMethod):
+    """Adapters of any ranks, stacked: the aggregate is exact."""
+
+    name: Literal["flora"] = "flora"
+    summary: ClassVar[str] = "LoRA of different ranks, stacked: the aggregate is exact"
+    paper: ClassVar[str] = "FLoRA, arXiv 2409.05976"
+
+    def start(
+        self, model: Model, client: Client, round: int, seeds: Seeds
+    ) -> Mapping[str, nn.Parameter]:
+        """A new adapter of rank r_k on the merged weights."""
+        parameters = model.attach(self.config(client))
+        init_factors(parameters, seeds.torch("adapter", round, client.name), self.rank(client))
+        return parameters
+
+    def aggregate(self, updates: Iterable[Update]) -> Aggregate:
+        """Stack the factors, of rank Σ r_k."""
+        return aggregate_adapters(updates, stack)
+
+    def apply(self, model: Model, entry: Entry) -> None:
+        """W <- W + B·A."""
+        for module, factors in adapter_pairs(entry.tensors):
+            model.merge(module, factors)
+
+    def adapter(self, entries: Iterable[Entry], client: str | None) -> dict[str, Tensor]:
+        """The stack of all rounds' stacks."""
+        rounds = [dict(adapter_pairs(entry.tensors)) for entry in entries]
+        if not rounds:
+            raise UserError("round 0 is the base model: there is no adapter to export yet")
+        return adapter_tensors({m: lowrank.stack([r[m] for r in rounds]) for m in rounds[0]})
+
+
+def stack(parts: Sequence[Part]) -> Factors:
+    """A = [p_1 s_1 A_1; …], B = [B_1 …] (eq. 5): weight and scale are on one factor, once."""
+    return lowrank.stack([Factors(p.A * (p.weight * p.scale), p.B) for p in parts])

@@ -1,0 +1,204 @@
+"""What trains: low-rank adapters (LoRA, arXiv 2106.09685), through peft. Shared by its methods.
+
+Two conventions hold for all of them. An *update* holds a client's factors as peft has them, with
+`r` and `lora_alpha` beside them, so ΔW_k = s_k·B_k·A_k with s_k = alpha_k / r_k. In an *entry* the
+scale is already in the factors, exactly once, so ΔW = B·A.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
+
+import peft
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor, nn
+
+from hedgerow import lowrank
+from hedgerow.errors import UserError
+from hedgerow.lowrank import Factors
+from hedgerow.methods.base import Aggregate, Client, Method, Payload
+from hedgerow.model import adapter_pairs, adapter_tensors
+
+if TYPE_CHECKING:
+    from hedgerow.model import Model
+    from hedgerow.wire import Entry, Update
+
+_RANKS = re.compile(r"(\d+(\.\d+)?)?r")
+
+
+def _valid_alpha(value: float | str) -> float | str:
+    if isinstance(value, str) and not _RANKS.fullmatch(value):
+        raise ValueError("must be a number, or a multiple of the rank such as 2r")
+    if not isinstance(value, str) and value <= 0:
+        raise ValueError("must be above 0")
+    return value
+
+
+class LoraMethod(Method):
+    """The options of every method that trains adapters, and what they share."""
+
+    ranks: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = 16
+    """One rank for all clients, or a list with one for each."""
+    alpha: Annotated[float | str, AfterValidator(_valid_alpha)] = "2r"
+    """LoRA's alpha: a number, or a multiple of the client's rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = "all-linear"
+    """`all-linear` (every linear layer but the output), or names such as [q_proj, v_proj]."""
+    rslora: bool = False
+    """Scale by alpha/√r instead of alpha/r (arXiv 2312.03732)."""
+
+    same_rank: ClassVar[bool] = False
+    """The method needs one rank for all clients."""
+
+    def rank(self, client: Client) -> int:
+        """r_k."""
+        return self.ranks if isinstance(self.ranks, int) else self.ranks[client.index]
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest r_k."""
+        return self.ranks if isinstance(self.ranks, int) else max(self.ranks)
+
+    def scale(self, client: Client) -> float:
+        """s_k."""
+        rank = self.rank(client)
+        return scale(rank, self._alpha(rank), self.rslora)
+
+    def config(self, client: Client) -> peft.LoraConfig:
+        """peft's configuration of this client's adapter, left for us to initialise."""
+        return peft.LoraConfig(
+            r=self.rank(client),
+            lora_alpha=self._alpha(self.rank(client)),
+            lora_dropout=self.dropout,
+            target_modules=self.targets,
+            use_rslora=self.rslora,
+            init_lora_weights=False,
+        )
+
+    def check(self, model: Model, num_clients: int) -> None:
+        """The list of ranks fits the clients, the ranks fit the matrices, the modules are there."""
+        ranks = [self.ranks] if isinstance(self.ranks, int) else self.ranks
+        if not isinstance(self.ranks, int) and not self.pools_data and len(ranks) != num_clients:
+            raise UserError(
+                f"method.ranks has {len(ranks)} ranks for {num_clients} clients: "
+                "give one for each, or one number for all"
+            )
+        if self.same_rank and len(set(ranks)) > 1:
+            raise UserError(
+                f"method.ranks: {self.name} averages adapters of one rank, not of {ranks}: "
+                "give one number, or take zero_padding or flora"
+            )
+        shapes = model.adapted_shapes(self.targets)
+        largest = max(min(shape) for shape in shapes.values())
+        if max(ranks) > largest:
+            raise UserError(
+                f"method.ranks: rank {max(ranks)} is above the rank of every targeted matrix of "
+                f"{model.name} (at most {largest}): give ranks up to {largest}"
+            )
+
+    def update(
+        self, model: Model, client: Client, parameters: Mapping[str, nn.Parameter]
+    ) -> Payload:
+        """The client's factors, with PEFT's key names."""
+        rank = self.rank(client)
+        about = {"r": str(rank), "lora_alpha": f"{self._alpha(rank):g}"}
+        if self.rslora:
+            about["use_rslora"] = "true"
+        return Payload({name: p.detach().cpu() for name, p in parameters.items()}, about)
+
+    def adapter(self, entries: Iterable[Entry], client: str | None) -> dict[str, Tensor]:
+        """The last entry is the whole adapter, for methods that go on training one."""
+        *_, last = [None, *entries]
+        if last is None:
+            raise UserError("round 0 is the base model: there is no adapter to export yet")
+        return dict(last.tensors)
+
+    def _alpha(self, rank: int) -> float:
+        if not isinstance(self.alpha, str):
+            return self.alpha
+        return float(self.alpha[:-1] or 1) * rank
+
+
+class Part(NamedTuple):
+    """One client's factors of one module, as they arrived."""
+
+    A: Tensor
+    B: Tensor
+    weight: float
+    """p_k."""
+    scale: float
+    """s_k."""
+
+
+def scale(rank: int, alpha: float, rslora: bool) -> float:
+    """s = alpha/r, or alpha/√r."""
+    return alpha / (rank**0.5 if rslora else rank)
+
+
+def update_scale(update: Update) -> float:
+    """s_k, from what the update says of itself."""
+    about = update.about
+    return scale(int(about["r"]), float(about["lora_alpha"]), "use_rslora" in about)
+
+
+def init_factors(
+    parameters: Mapping[str, nn.Parameter], generator: torch.Generator, rows: int
+) -> None:
+    """A new adapter that changes nothing yet: A as peft draws it, B zero.
+
+    `rows` rows of A are drawn and the first r kept, so that clients of different ranks that share
+    a generator's seed share rows.
+    """
+    with torch.no_grad():
+        for _, (A, B) in adapter_pairs(parameters):
+            bound = A.shape[1] ** -0.5  # Kaiming's with a = √5
+            draws = torch.empty(rows, A.shape[1]).uniform_(-bound, bound, generator=generator)
+            A.copy_(draws[: A.shape[0]])
+            B.zero_()
+
+
+def copy_factors(
+    parameters: Mapping[str, nn.Parameter], factors: Mapping[str, Tensor], scale: float
+) -> None:
+    """Continue from an entry's factors (scale in B): the first r rows of A and columns of B."""
+    source = dict(adapter_pairs(factors))
+    with torch.no_grad():
+        for module, (A, B) in adapter_pairs(parameters):
+            rank = A.shape[0]
+            A.copy_(source[module].A[:rank])
+            B.copy_(source[module].B[:, :rank] / scale)
+
+
+def aggregate_adapters(
+    updates: Iterable[Update], combine: Callable[[Sequence[Part]], Factors]
+) -> Aggregate:
+    """Combine the clients' factors module by module, and measure the noise that this makes.
+
+    Args:
+        updates: each with PEFT's keys, `r` and `lora_alpha`.
+        combine: from the parts of one module to the factors that are broadcast.
+
+    Returns:
+        The factors, and `aggregation_error`: how far their products are from Σ p_k s_k B_k A_k,
+        relative to it, in Frobenius norm over all modules.
+    """
+    arrived: list[tuple[dict[str, Factors], int, float]] = []
+    for update in updates:
+        pairs = dict(adapter_pairs(update.tensors))
+        arrived.append((pairs, update.num_examples, update_scale(update)))
+    total = sum(num_examples for _, num_examples, _ in arrived)
+
+    combined: dict[str, Factors] = {}
+
+    def applied_and_exact() -> Iterator[tuple[Factors, Factors]]:
+        for module in sorted(arrived[0][0]):
+            parts = [Part(*pairs[module], n / total, s) for pairs, n, s in arrived]
+            combined[module] = combine(parts)
+            wide = [Factors(p.A.double() * (p.weight * p.scale), p.B.double()) for p in parts]
+            yield combined[module], lowrank.stack(wide)
+
+    error = lowrank.relative_error(applied_and_exact())
+    return Aggregate(adapter_tensors(combined), {"aggregation_error": error})

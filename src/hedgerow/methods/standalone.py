@@ -1,0 +1,100 @@
+"""Standalone: every client trains its own adapter on its own data, and nobody shares anything.
+
+The lower baseline in FLoRA (arXiv 2409.05976, section 4). A run has as many models as clients:
+each is evaluated by itself, and the run's score is their mean. The ledger holds each client's
+adapter under its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from hedgerow.errors import UserError
+from hedgerow.methods.base import Aggregate, Client
+from hedgerow.methods.lora import LoraMethod, copy_factors, init_factors, update_scale
+from hedgerow.model import adapter_pairs
+
+if TYPE_CHECKING:
+    from hedgerow.model import Model
+    from hedgerow.seeds import Seeds
+    from hedgerow.wire import Entry, Update
+
+
+class Standalone(LoraMethod):
+    """One adapter for each client, never aggregated."""
+
+    name: Literal["standalone"] = "standalone"
+    summary: ClassVar[str] = (
+        "every client by itself; each is evaluated, and the mean (lower baseline)"
+    )
+    paper: ClassVar[str] = "the baseline in FLoRA, arXiv 2409.05976"
+    communicates: ClassVar[bool] = False
+
+    def start(
+        self, model: Model, client: Client, round: int, seeds: Seeds
+    ) -> Mapping[str, nn.Parameter]:
+        """The client's own adapter as it left it."""
+        parameters = model.attach(self.config(client))
+        own = of_client(model.factors or {}, client.name)
+        if own:
+            copy_factors(parameters, own, self.scale(client))
+        else:
+            init_factors(parameters, seeds.torch("adapter", client.name), self.rank(client))
+        return parameters
+
+    def aggregate(self, updates: Iterable[Update]) -> Aggregate:
+        """Nothing is combined: each client's factors, under its name."""
+        tensors = {}
+        for update in updates:
+            s = update_scale(update)
+            for key, factor in update.tensors.items():
+                tensors[f"{update.client}/{key}"] = factor * s if ".lora_B." in key else factor
+        return Aggregate(tensors, {})
+
+    def apply(self, model: Model, entry: Entry) -> None:
+        """Each client that trained has a new adapter; the others keep theirs."""
+        model.factors = {**(model.factors or {}), **entry.tensors}
+
+    def models(self, model: Model) -> Iterator[str | None]:
+        """Every client's model in turn; before training they are all the base."""
+        if model.factors is None:
+            yield None
+            return
+        for name in client_names(model.factors):
+            with model.with_factors(of_client(model.factors, name)):
+                yield name
+
+    def adapter(self, entries: Iterable[Entry], client: str | None) -> dict[str, Tensor]:
+        """One client's adapter."""
+        latest: dict[str, Tensor] = {}
+        for entry in entries:
+            latest |= entry.tensors
+        return self._chosen(latest, client)
+
+    def merge(self, model: Model, client: str | None) -> None:
+        """W + B·A of one client."""
+        for module, factors in adapter_pairs(self._chosen(model.factors or {}, client)):
+            model.merge(module, factors)
+
+    def _chosen(self, factors: Mapping[str, Tensor], client: str | None) -> dict[str, Tensor]:
+        names = client_names(factors)
+        if client not in names:
+            known = ", ".join(names) or "none before round 1"
+            raise UserError(
+                f"a standalone run has a model for each client: name one with --client ({known})"
+            )
+        return of_client(factors, client)
+
+
+def client_names(factors: Mapping[str, Tensor]) -> list[str]:
+    """The clients whose factors are there."""
+    return sorted({key.partition("/")[0] for key in factors})
+
+
+def of_client(factors: Mapping[str, Tensor], name: str | None) -> dict[str, Tensor]:
+    """One client's factors, with PEFT's key names."""
+    prefix = f"{name}/"
+    return {key.removeprefix(prefix): factors[key] for key in factors if key.startswith(prefix)}

@@ -1,0 +1,259 @@
+"""One causal language model in memory, and what a participant of a federation does to it.
+
+There is one base model however many clients train on it: a client borrows it (an adapter is
+attached, or the weights are trained in place with one snapshot beside them) and gives it back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import peft
+import torch
+import transformers
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hedgerow.errors import UserError
+from hedgerow.lowrank import Factors
+
+if TYPE_CHECKING:
+    from hedgerow.experiment import ModelSettings
+
+_ADAPTER = "default"
+_PREFIX = "base_model.model."
+
+
+class Model:
+    """A causal language model, its tokenizer, and the state that ledger entries advance.
+
+    Attributes:
+        network: the transformers model; outside `attach` it holds no adapter.
+        tokenizer: its tokenizer, with a padding token.
+        factors: the adapter that belongs to the global model, for methods that do not merge theirs
+            into the weights (PEFT's key names); None where the weights are the whole model.
+    """
+
+    def __init__(self, network: Any, tokenizer: Any, name: str) -> None:
+        self.network = network.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.factors: Mapping[str, Tensor] | None = None
+        self._attached: Any = None
+        self._snapshot: dict[str, Tensor] | None = None
+        self._remainders: dict[str, Tensor] = {}
+
+    @classmethod
+    def load(cls, settings: ModelSettings) -> Model:
+        """Load a model (or an adapter with its base) from a folder, or a model from the Hub.
+
+        Raises:
+            UserError: there is no such model, it is no causal language model, it has no safetensors
+                weights (others are pickles), or the device is not there.
+        """
+        where = f"model.path: {settings.path}"
+        folder = Path(settings.path)
+        is_adapter = (folder / "adapter_config.json").is_file()
+        if folder.is_absolute() and not (folder / "config.json").is_file() and not is_adapter:
+            missing = "has no config.json" if folder.is_dir() else "does not exist"
+            raise UserError(f"{where} {missing}: give a model folder in Hugging Face format")
+        device = _device(settings.device)
+        loader = peft.AutoPeftModelForCausalLM if is_adapter else transformers.AutoModelForCausalLM
+        try:
+            network = loader.from_pretrained(
+                settings.path,
+                revision=settings.revision,
+                dtype=getattr(torch, settings.dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+            ).to(device)
+            if is_adapter:
+                network = network.merge_and_unload()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                settings.path, revision=settings.revision, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{where} cannot be loaded as a causal language model: {reason}"
+            ) from None
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return cls(network, tokenizer, folder.name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.network.device
+        return device
+
+    @property
+    def architecture(self) -> str:
+        """The transformers class, as `LlamaForCausalLM`."""
+        return type(self.network).__name__
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights (names, dtypes, shapes, bytes) and of the tokenizer."""
+        digest = hashlib.sha256(self.architecture.encode())
+        for name, weight in sorted(self.network.state_dict().items()):
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.contiguous().flatten().view(torch.uint8).cpu().numpy())
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        digest.update((backend.to_str() if backend else repr(vocabulary)).encode())
+        return digest.hexdigest()
+
+    # --- what a client trains -------------------------------------------------------------------
+
+    def attach(self, config: peft.LoraConfig) -> dict[str, nn.Parameter]:
+        """Attach an adapter; returns its live parameters by PEFT's key names."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft warns of a second adapter; the first is gone
+            self._attached = peft.get_peft_model(self.network, config)
+        parameters: dict[str, nn.Parameter] = {}
+        for name, parameter in self._attached.named_parameters():
+            if f".{_ADAPTER}." in name:
+                parameters[name.replace(f".{_ADAPTER}.", ".")] = parameter
+        return parameters
+
+    def unfreeze(self) -> dict[str, nn.Parameter]:
+        """Make all weights trainable, with a snapshot to give them back; returns them by name."""
+        parameters = dict(self.network.named_parameters())
+        self._snapshot = {name: p.detach().clone() for name, p in parameters.items()}
+        self.network.requires_grad_(True)
+        return parameters
+
+    def trained_delta(self) -> Iterator[tuple[str, Tensor]]:
+        """What training has added to each weight since `unfreeze`, in float32."""
+        assert self._snapshot is not None, "trained_delta follows unfreeze"
+        for name, parameter in self.network.named_parameters():
+            yield name, parameter.detach().float() - self._snapshot[name].float()
+
+    def release(self) -> None:
+        """Give the model back: without adapter, with the weights that it had before training."""
+        if self._attached is not None:
+            self._attached.unload()
+            self._attached = None
+        if self._snapshot is not None:
+            with torch.no_grad():
+                for name, parameter in self.network.named_parameters():
+                    parameter.copy_(self._snapshot[name])
+            self._snapshot = None
+        self.network.requires_grad_(False).eval()
+        for parameter in self.network.parameters():
+            parameter.grad = None
+
+    # --- what an entry changes ------------------------------------------------------------------
+
+    def add(self, name: str, delta: Tensor) -> None:
+        """Add `delta` (the weight's shape) to the weight `name`.
+
+        A bfloat16 weight would round small deltas away, round after round, so what the rounding
+        took is kept beside it and added the next time (compensated summation).
+        """
+        weight = self.network.get_parameter(name)
+        delta = delta.to(weight.device)
+        with torch.no_grad():
+            if weight.dtype == torch.float32:
+                weight.add_(delta)
+                return
+            total = weight.float() + delta
+            if name in self._remainders:
+                total += self._remainders[name]
+            weight.copy_(total)
+            self._remainders[name] = (total - weight.float()).to(weight.dtype)
+
+    def merge(self, module: str, factors: Factors) -> None:
+        """Add B·A to the weight of the linear layer `module`."""
+        layer = self.network.get_submodule(module)
+        product = Factors(*(f.to(self.device) for f in factors)).product()
+        # GPT-2's linear layers keep their weight transposed.
+        self.add(f"{module}.weight", product.T if isinstance(layer, Conv1D) else product)
+
+    @contextmanager
+    def with_factors(self, factors: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with an adapter whose scale is in its factors already, until the block ends."""
+        pairs = dict(adapter_pairs(factors))
+        rank = next(iter(pairs.values())).rank
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=list(pairs), init_lora_weights=False
+        )
+        parameters = self.attach(config)
+        try:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(factors[name])
+            yield
+        finally:
+            self.release()
+
+    def adapted_shapes(self, targets: str | list[str]) -> dict[str, tuple[int, int]]:
+        """The shape (m, n) of each matrix that an adapter with these targets would change.
+
+        Raises:
+            UserError: the model has no such modules, or they are not plain linear layers.
+        """
+        config = peft.LoraConfig(r=1, target_modules=targets, init_lora_weights=False)
+        try:
+            parameters = self.attach(config)
+        except (ValueError, RuntimeError) as error:
+            linear = sorted({name.rpartition(".")[2] for name in self._linear_layers()})
+            raise UserError(
+                f"method.targets: {self.architecture} has no modules {targets} that an adapter "
+                f"can be attached to ({' '.join(str(error).split())[:120]} …); its linear layers "
+                f"are {', '.join(linear)}; `all-linear` takes all but the output layer"
+            ) from None
+        finally:
+            attached = self._attached is not None
+            layers = dict(self.network.named_modules()) if attached else {}
+            odd = [
+                name
+                for name, layer in layers.items()
+                if isinstance(layer, LoraLayer)
+                and not isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
+            ]
+            self.release()
+        if odd:
+            raise UserError(f"method.targets: {odd[0]} is not a linear layer: leave it out")
+        return {
+            module: (pair.B.shape[0], pair.A.shape[1]) for module, pair in adapter_pairs(parameters)
+        }
+
+    def _linear_layers(self) -> list[str]:
+        modules = self.network.named_modules()
+        return [name for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
+
+
+def adapter_pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Factors]]:
+    """The factors of each adapted module, from tensors with PEFT's key names, in a fixed order."""
+    for key in sorted(tensors):
+        if key.endswith(".lora_A.weight"):
+            module = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+            yield module, Factors(tensors[key], tensors[key.replace(".lora_A.", ".lora_B.")])
+
+
+def adapter_tensors(pairs: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """The inverse of `adapter_pairs`."""
+    tensors = {}
+    for module, pair in pairs.items():
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = pair.A
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = pair.B
+    return tensors
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"model.device: {name!r} is no device: write auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device: there is no CUDA device here: write cpu or auto")
+    return device

@@ -1,0 +1,133 @@
+"""A run's directory: the resolved experiment, the ledger, a row of metrics for each round."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hedgerow.errors import UserError
+from hedgerow.experiment import Experiment, parse_yaml, validate
+from hedgerow.files import replacing
+from hedgerow.ledger import Base, Ledger
+
+EXPERIMENT = "experiment.yaml"
+METRICS = "metrics.jsonl"
+EXTENSIBLE = {("federation", "rounds"), ("evaluation", "every")}
+"""What a resumed run may change: neither alters the rounds that are in the ledger."""
+
+
+class RunDirectory:
+    """An open run directory."""
+
+    def __init__(self, path: Path, experiment: Experiment, ledger: Ledger) -> None:
+        self.path = path
+        self.ledger = ledger
+        self._keeps_updates = experiment.federation.keep_updates
+        self._last_row = max((row["round"] for row in read_rows(path)), default=-1)
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Raise a `UserError` where a new run would write over something."""
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {path} is a file: name a directory that is not there yet")
+        if path.is_dir() and any(path.iterdir()):
+            hint = "add --resume to go on with it, or " if (path / EXPERIMENT).exists() else ""
+            raise UserError(f"--out {path} exists already: {hint}name another directory")
+
+    @staticmethod
+    def check_resumable(path: Path, experiment: Experiment) -> bool:
+        """Whether there is a run to go on with.
+
+        Raises:
+            UserError: it is another experiment's run, naming the key that differs.
+        """
+        if not (path / EXPERIMENT).exists():
+            RunDirectory.check_free(path)
+            return False
+        before = _flat(read_experiment(path).model_dump(mode="json"))
+        now = _flat(experiment.model_dump(mode="json"))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and key not in EXTENSIBLE:
+                raise UserError(
+                    f"--resume: {path} was run with {'.'.join(key)}={before.get(key)!r}, not "
+                    f"{now.get(key)!r}: give the same experiment, or another --out"
+                )
+        return (path / "ledger" / "ledger.json").exists()
+
+    @staticmethod
+    def create(path: Path, experiment: Experiment, base: Base) -> RunDirectory:
+        """A new run."""
+        path.mkdir(parents=True, exist_ok=True)
+        with replacing(path / EXPERIMENT) as file:
+            file.write(experiment.dump().encode())
+        return RunDirectory(path, experiment, Ledger.create(path / "ledger", base))
+
+    @staticmethod
+    def resume(path: Path, experiment: Experiment, base: Base) -> RunDirectory:
+        """A run to go on with; metrics of rounds that the ledger has not are dropped."""
+        ledger = Ledger.open(path / "ledger")
+        ledger.check_base(base, f"model.path {experiment.model.path}")
+        with replacing(path / EXPERIMENT) as file:
+            file.write(experiment.dump().encode())
+        rows = [row for row in read_rows(path) if row["round"] <= len(ledger)]
+        with replacing(path / METRICS) as file:
+            file.writelines(_line(row) for row in rows)
+        return RunDirectory(path, experiment, ledger)
+
+    def has_row(self, round: int) -> bool:
+        """Whether the metrics of a round are written."""
+        return round <= self._last_row
+
+    def write_row(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl."""
+        with (self.path / METRICS).open("ab") as file:
+            file.write(_line(row))
+            file.flush()
+            os.fsync(file.fileno())
+        self._last_row = row["round"]
+
+    def keep_update(self, round: int, client: str, data: bytes) -> None:
+        """Keep what a client sent, if the experiment asks for it."""
+        if self._keeps_updates:
+            folder = self.path / "updates" / f"round-{round:04d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / f"{client}.safetensors") as file:
+                file.write(data)
+
+
+def read_experiment(path: Path) -> Experiment:
+    """The experiment of a run directory.
+
+    Raises:
+        UserError: the directory is not there, or is no run's.
+    """
+    file = path / EXPERIMENT
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError:
+        raise UserError(f"{path} is no run directory: {EXPERIMENT} is missing") from None
+    return validate(parse_yaml(text, str(file)), str(file))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
+    try:
+        lines = (path / METRICS).read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
+def _flat(content: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    if not isinstance(content, dict):
+        return {key: content}
+    flat: dict[tuple[str, ...], Any] = {}
+    for name, value in content.items():
+        flat |= _flat(value, (*key, str(name)))
+    return flat

@@ -1,0 +1,173 @@
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hedgerow.data.sources import check_columns, client_files, read
+from hedgerow.errors import UserError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+ROWS = [{"instruction": "Add, please", "output": "5"}, {"instruction": "“Hi”\n", "output": ""}]
+FIELDS = SimpleNamespace(instruction="instruction", input="input", output="output")
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(ROWS),
+        "\n " + json.dumps(ROWS, indent=2),
+        "\ufeff" + json.dumps(ROWS),
+        "\n".join(map(json.dumps, ROWS)),
+        "\n".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS),
+    ],
+    ids=["array", "indented array", "byte order mark", "lines", "lines and blank lines"],
+)
+def test_json_is_told_by_its_content(tmp_path, suffix, text):
+    assert read(write(tmp_path / f"rows{suffix}", text), "train") == ROWS
+
+
+def test_csv_and_parquet(tmp_path):
+    long = "word " * 40_000
+    text = f'instruction,output\n"Add, please",5\n"“Hi”\n",\nlong,{long}\n'
+    rows = [*ROWS, {"instruction": "long", "output": long}]
+    assert read(write(tmp_path / "rows.csv", text), "train") == rows
+    folder = tmp_path / "year=2024"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    assert read(str(folder / "rows.parquet"), "train") == rows
+
+
+def test_not_a_number_is_no_value(tmp_path):
+    assert read(write(tmp_path / "rows.json", '[{"input": NaN}]'), "train") == [{"input": None}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("rows.json", "", "holds no rows"),
+        ("rows.json", "[]", "holds no rows"),
+        ("rows.json", '[{"a": 1},\n {"a": }]', "line 2 is not valid JSON"),
+        ("rows.jsonl", '{"a": 1}\n\n{"a"\n', "line 3 is not valid JSON"),
+        ("rows.json", '[{"a": 1}, "text"]', "item 2 is not an object"),
+        ("rows.jsonl", '{"a": 1}\n7\n', "line 2 is not an object"),
+        ("rows.csv", "a,b\n", "holds no rows"),
+        ("rows.csv", "a,b\n1,2\n1,2,3\n", "line 3 has 3 cells where the header has 2"),
+        ("rows.csv", "a,a\n1,2\n", "two columns have one name"),
+        ("rows.csv", 'a,b\n1,"2\n', "not valid CSV"),
+        ("rows.parquet", "nothing", "not a valid Parquet file"),
+        ("rows.txt", "nothing", r"files ending in '\.txt' are not known"),
+    ],
+)
+def test_bad_files(tmp_path, name, text, message):
+    with pytest.raises(UserError, match=f"{name}: .*{message}"):
+        read(write(tmp_path / name, text), "train")
+
+
+def test_missing_and_unreadable(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.json: does not exist"):
+        read("gone.json", "train")
+    with pytest.raises(UserError, match="does not exist"):
+        read("/nowhere/at/all", "train")
+    with pytest.raises(UserError, match="is a folder"):
+        read(str(tmp_path), "train")
+    (tmp_path / "latin.csv").write_bytes("a\né".encode("latin-1"))
+    with pytest.raises(UserError, match="not text in UTF-8"):
+        read(str(tmp_path / "latin.csv"), "train")
+
+
+def test_hub(monkeypatch):
+    import datasets
+
+    hub = {"someone/rows": datasets.Dataset.from_list(ROWS)}
+
+    def load_dataset(name, split):
+        if name == "someone/offline":
+            raise ConnectionError("no network")
+        if name not in hub:
+            raise datasets.exceptions.DatasetNotFoundError("no")
+        if split != "train":
+            raise ValueError("Unknown split \"dev\".\nShould be one of ['train'].")
+        return hub[name]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read("someone/rows", "train") == ROWS
+    with pytest.raises(UserError, match=r"someone/rows: the split 'dev' .*one of \['train'\]"):
+        read("someone/rows", "dev")
+    with pytest.raises(UserError, match="someone/else: is neither a file nor a dataset"):
+        read("someone/else", "train")
+    with pytest.raises(UserError, match="cannot be reached"):
+        read("someone/offline", "train")
+
+
+def test_client_files(tmp_path):
+    for name in ["train_0.json", "train_1.json", "ward b.json"]:
+        write(tmp_path / name, "[]")
+    first, second = str(tmp_path / "train_0.json"), str(tmp_path / "train_1.json")
+    assert client_files(str(tmp_path / "train_{}.json")) == {
+        "client-000": Path(first),
+        "client-001": Path(second),
+    }
+    assert client_files({"a": first, "b": second}) == {"a": Path(first), "b": Path(second)}
+    assert client_files([first, SimpleNamespace(name="b", file=second)]) == {
+        "train_0": Path(first),
+        "b": Path(second),
+    }
+
+    for clients, message in [
+        (str(tmp_path / "none_{}.json"), r"none_0\.json does not exist"),
+        (first, r"train_0\.json has no \{\}"),
+        ([], "names no client"),
+        ([first, first], "two clients are called 'train_0'"),
+        ([str(tmp_path / "ward b.json")], "'ward b' cannot be a client's name"),
+        ({"../up": first}, r"'\.\./up' cannot be a client's name"),
+        ({"a": first, "b": "gone.json"}, r"gone\.json, the file of client 'b', does not exist"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            client_files(clients)
+
+
+def test_a_gap_in_the_numbers_drops_nobody_silently(tmp_path):
+    for number in (0, 1, 3):
+        write(tmp_path / f"train_{number}.json", "[]")
+    with pytest.raises(UserError, match=r"train_2\.json does not exist, but .*train_3\.json does"):
+        client_files(str(tmp_path / "train_{}.json"))
+
+
+def test_columns():
+    check_columns([*ROWS, {"instruction": 1, "input": None, "output": 2.5}], FIELDS, "a.json")
+    for row, message in [
+        ({"question": "", "output": ""}, "row 3 has no column 'instruction'.*'output', 'question'"),
+        ({"instruction": "", "output": None}, "row 3: column 'output' is empty"),
+        ({"instruction": "", "output": ["secret"]}, "row 3: column 'output' .* not list"),
+        ({"instruction": "", "input": {}, "output": ""}, "row 3: column 'input' .* not dict"),
+    ]:
+        with pytest.raises(UserError, match=rf"a\.json: {message}") as caught:
+            check_columns([*ROWS, row], FIELDS, "a.json")
+        assert "secret" not in str(caught.value)
+    misspelt = SimpleNamespace(instruction="instruction", input="contxt", output="output")
+    with pytest.raises(UserError, match=r"no row has a column 'contxt'.*'instruction', 'output'"):
+        check_columns(ROWS, misspelt, "a.json")
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+def test_shared_files():
+    mmlu = read(os.fspath(SHARED / "mmlu" / "mmlu_test_1444.jsonl"), "test")
+    assert len(mmlu) == 1444
+    check_columns(mmlu, FIELDS, "mmlu")
+    dolly = client_files(os.fspath(SHARED / "dolly" / "local_training_{}.json"))
+    assert list(dolly) == [f"client-{number:03d}" for number in range(10)]
+    rows = read(os.fspath(dolly["client-003"]), "train")
+    fields = SimpleNamespace(instruction="instruction", input="context", output="response")
+    check_columns(rows, fields, "dolly")
+    assert len(rows) == 1492

@@ -1,0 +1,354 @@
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hedgerow.data import collate, read
+from hedgerow.errors import UserError
+from hedgerow.evaluation import TestSet, evaluate
+from hedgerow.evaluation.choices import read_question
+from hedgerow.experiment import DataSettings, EvaluationSettings, Fields, ModelSettings
+from hedgerow.model import Model
+from hedgerow.training.loss import batch_loss
+
+SHARED = Path(__file__).parents[2] / "shared"
+ALL = ["loss", "rouge_l", "exact_match", "multiple_choice"]
+ROWS = [
+    {"instruction": "Which?", "input": "Options: A. sea, B. big sky", "output": "B. big sky"},
+    {"instruction": "Which is it?", "input": "Options: A. oak, B. ash, C. fir", "output": "A. oak"},
+    {"instruction": "And of these?", "input": "Options: A. x, B. y", "output": "A. x"},
+    {"instruction": "Why?", "input": "", "output": "because it is so"},
+]
+ROWS = [row | {"kind": kind} for row, kind in zip(ROWS, ["b", "a", "b", "a"], strict=True)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random Llama that reads bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    path = tmp_path_factory.mktemp("model")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,  # far from uniform, so that no two scores are nearly equal
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def model(folder):
+    return Model.load(ModelSettings(path=str(folder), device="cpu"))
+
+
+def prepare(model, rows=ROWS, max_length=128, prompt="plain", **evaluation):
+    data = DataSettings(clients="c_{}.json", test="test.json", prompt=prompt, max_length=max_length)
+    settings = EvaluationSettings(**{"max_new_tokens": 8} | evaluation)
+    return TestSet.prepare(rows, data, settings, model.tokenizer), settings
+
+
+def score(model, rows=ROWS, **options):
+    test, settings = prepare(model, rows, **options)
+    return evaluate(model, test, settings)
+
+
+# --- loss -----------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_mean_over_answer_tokens(model):
+    test, settings = prepare(model)
+    total, tokens = 0.0, 0
+    for index in range(len(test)):
+        batch = collate([test.examples[index]], 2)
+        count = int((batch["labels"] != -100).sum())
+        total += float(model.network(**batch).loss) * count
+        tokens += count
+    scores = evaluate(model, test, settings)
+    assert scores["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert scores["eval_perplexity"] == pytest.approx(torch.tensor(total / tokens).exp().item())
+    assert set(scores) == {"eval_loss", "eval_perplexity"}
+
+
+def test_long_answers_are_cut_and_rows_without_an_answer_do_not_count(model):
+    rows = [*ROWS, {"instruction": "long " * 20, "output": "ash"}]
+    test, settings = prepare(model, rows, max_length=21)
+    # "Why?" and two newlines, after <s>, leave 14 of the 16 bytes of its answer; the rest, none.
+    assert (len(test), test.truncated, test.dropped) == (5, 1, 4)
+    example = test.examples[3]
+    input_ids = torch.tensor(example.tokens[:21].tolist())[None]
+    labels = input_ids.clone()
+    labels[:, : example.prompt_length] = -100
+    expected = model.network(input_ids=input_ids, labels=labels).loss.item()
+    assert evaluate(model, test, settings)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_that_nothing_is_left_of_is_an_error(model):
+    with pytest.raises(UserError, match=r"data\.max_length.*has 7 tokens.*fills 5"):
+        prepare(model, max_length=5)
+
+
+# --- all metrics ----------------------------------------------------------------------------------
+
+
+def test_batch_size_changes_nothing(model):
+    one = score(model, metrics=ALL, batch_size=1)
+    assert set(one) == {
+        *["eval_loss", "eval_perplexity", "rouge_l", "exact_match", "answer_prompts_cut"],
+        *["accuracy", "accuracy_norm", "accuracy_chance", "choice_prompts_cut"],
+    }
+    assert score(model, metrics=ALL, batch_size=3) == pytest.approx(one, rel=1e-5)
+    assert score(model, metrics=ALL, batch_size=64) == pytest.approx(one, rel=1e-5)
+
+
+def test_scores_by_a_column_average_to_the_total(model):
+    scores = score(model, ROWS[:3] + ROWS[1:], metrics=ALL, by="kind")
+    for name in ["rouge_l", "exact_match", "accuracy", "accuracy_norm", "accuracy_chance"]:
+        a, b = scores[f"{name}_by"]["a"], scores[f"{name}_by"]["b"]
+        in_a, in_b = (3, 3) if name in ("rouge_l", "exact_match") else (2, 3)
+        assert (a * in_a + b * in_b) / (in_a + in_b) == pytest.approx(scores[name])
+    answers = {
+        kind: [r["output"] for r in ROWS[:3] + ROWS[1:] if r["kind"] == kind] for kind in "ab"
+    }
+    tokens = {kind: sum(len(text) + 1 for text in texts) for kind, texts in answers.items()}
+    total = sum(scores["eval_loss_by"][kind] * tokens[kind] for kind in "ab")
+    assert total / sum(tokens.values()) == pytest.approx(scores["eval_loss"])
+    assert list(scores["eval_loss_by"]) == ["a", "b"]
+
+
+def test_an_attached_adapter_counts(model):
+    plain = score(model, metrics=ALL)
+    name = "base_model.model.model.layers.0.mlp.up_proj"
+    torch.manual_seed(0)
+    factors = {
+        f"{name}.lora_A.weight": torch.randn(2, 32),
+        f"{name}.lora_B.weight": torch.zeros(64, 2),
+    }
+    with model.with_factors(factors):
+        assert score(model, metrics=ALL) == pytest.approx(plain, rel=1e-5)
+    factors[f"{name}.lora_B.weight"] = torch.randn(64, 2)
+    with model.with_factors(factors):
+        assert score(model, metrics=ALL)["eval_loss"] != pytest.approx(plain["eval_loss"], rel=1e-3)
+
+
+def test_progress_reaches_its_total(model):
+    test, settings = prepare(model, metrics=ALL, batch_size=2)
+    steps = []
+    evaluate(model, test, settings, lambda done, total: steps.append((done, total)))
+    total = 4 + 4 + (2 + 3 + 2)
+    assert steps[-1] == (total, total)
+    assert steps == sorted(set(steps))
+
+
+def test_a_missing_column_is_named(model):
+    with pytest.raises(UserError, match=r"evaluation\.by.*row 1 of test\.json.*'class'.*'kind'"):
+        prepare(model, by="class")
+
+
+def test_no_rows_are_an_error(model):
+    with pytest.raises(UserError, match=r"test\.json"):
+        prepare(model, [])
+
+
+def test_an_empty_prompt_is_an_error_where_an_answer_is_asked_for(model, tmp_path):
+    template = tmp_path / "bare.txt"
+    template.write_text("{instruction}")
+    model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", special_tokens=[]
+    )
+    rows = [{"instruction": "", "output": "an answer"}]
+    assert len(prepare(model, rows, prompt=str(template))[0]) == 1
+    with pytest.raises(UserError, match="empty prompt"):
+        prepare(model, rows, prompt=str(template), metrics=["exact_match"])
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def taught(folder):
+    """A model that knows the answers of ROWS by heart."""
+    model = Model.load(ModelSettings(path=str(folder), device="cpu"))
+    test, _ = prepare(model)
+    batch = collate([test.examples[index] for index in range(len(test))], 2)
+    optimizer = torch.optim.AdamW(model.unfreeze().values(), lr=3e-3)
+    for _ in range(200):
+        loss, count = batch_loss(model.network, batch)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss / count < 0.01:
+            break
+    return model
+
+
+def test_a_model_that_knows_the_answers_is_right(taught):
+    scores = score(taught, metrics=ALL, max_new_tokens=32)
+    assert scores["exact_match"] == scores["rouge_l"] == scores["accuracy"] == 100
+    assert scores["eval_loss"] < 0.02
+
+
+def test_exact_match_is_blind_to_white_space_only(taught):
+    said = [row | {"output": " because  it\nis so "} for row in ROWS[3:]]
+    assert score(taught, said, metrics=["exact_match"], max_new_tokens=32)["exact_match"] == 100
+    loud = [row | {"output": "Because it is so"} for row in ROWS[3:]]
+    scores = score(taught, loud, metrics=["exact_match", "rouge_l"], max_new_tokens=32)
+    assert (scores["exact_match"], scores["rouge_l"]) == (0, 100)
+
+
+def test_the_model_s_own_way_of_generating_does_not_leak_in(taught, caplog, monkeypatch):
+    own = GenerationConfig(
+        do_sample=True, temperature=5.0, top_p=0.9, repetition_penalty=9.0, max_length=3
+    )
+    monkeypatch.setattr(taught.network, "generation_config", own)
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.warning_once.cache_clear()
+    scores = score(taught, metrics=["exact_match"], max_new_tokens=32)
+    assert scores["exact_match"] == 100
+    assert taught.network.generation_config is own
+    assert caplog.messages == []
+
+
+def test_prompts_that_do_not_fit_are_cut_on_the_left_and_counted(taught):
+    rows = [ROWS[3] | {"instruction": "x" * 200 + "Why?"}, *ROWS]
+    scores = score(taught, rows, max_length=512, metrics=["exact_match"], max_new_tokens=32)
+    assert scores["answer_prompts_cut"] == 1
+    with pytest.raises(UserError, match=r"max_new_tokens.*128 positions: set at most 127"):
+        score(taught, metrics=["rouge_l"], max_new_tokens=128)
+
+
+# --- multiple choice ------------------------------------------------------------------------------
+
+
+def ask(options, output, **row):
+    return read_question({"instruction": "Q", "input": options, "output": output} | row, Fields())
+
+
+@pytest.mark.parametrize(
+    ("options", "output", "candidates", "right"),
+    [
+        ("Options: A. x, B. y", "It is: B. y", ("It is: A. x", "It is: B. y"), 1),
+        ("Options:\nA. x\nB. y\nC. z", "C", ("A", "B", "C"), 2),
+        ("Options: A. yes, B. no", "no", ("yes", "no"), 1),
+        ("Options: A. 4, B. 45, C. 5", "B. 45", ("A. 4", "B. 45", "C. 5"), 1),
+        ("Options: A. one, two., B. U.S. law", "A. one, two.", ("A. one, two.", "B. U.S. law"), 0),
+        # What looks like a further option is part of one.
+        ("Options: A. cat, B. dog, C. fly", "B. dog, C. fly", ("A. cat", "B. dog, C. fly"), 1),
+        ("Not these Options: A. a, B. b; Options: A. c, B. d", "A. c", ("A. c", "B. d"), 0),
+    ],
+)
+def test_options_are_read_from_the_input(options, output, candidates, right):
+    question = ask(options, output)
+    assert (question.candidates, question.right) == (candidates, right)
+
+
+@pytest.mark.parametrize(
+    ("options", "output"),
+    [
+        ("", "B. y"),
+        ("A. x, B. y", "B. y"),
+        ("Options: A. x", "A. x"),
+        ("Options: A. x, B. y", "C. z"),
+        ("Options: A. x, B. y", ""),
+    ],
+)
+def test_what_cannot_be_told_is_no_question(options, output):
+    assert ask(options, output) is None
+
+
+TEXT = st.text("aBé 1.,'()\n", min_size=1).map(str.strip).filter(bool)
+
+
+@given(st.lists(TEXT, min_size=2, max_size=6), st.data())
+def test_any_options_are_told_apart(texts, data):
+    right = data.draw(st.integers(0, len(texts) - 1))
+    labels = [f"{letter}. {text}" for letter, text in zip("ABCDEF", texts, strict=False)]
+    output = f"The answer is: {labels[right]}"
+    question = ask("Options: " + ", ".join(labels), output)
+    assert question.candidates[question.right] == output
+    if not any("B. " in text.replace("\n", " ") for text in texts):
+        assert question.candidates == tuple(f"The answer is: {label}" for label in labels)
+        assert labels[question.right] == labels[right]
+
+
+def test_choices_may_be_given_as_a_list():
+    assert ask("", "", choices=["x", "y"], answer=1).right == 1
+    assert ask("", "", choices=["x", 2], answer="B").candidates == ("x", "2")
+    for wrong in [2, -1, "C", "", None, "x", 1.5]:
+        assert ask("", "", choices=["x", "y"], answer=wrong) is None
+    assert ask("", "", choices=["x"], answer=0) is None
+    assert ask("", "", choices="xy", answer=0) is None
+
+
+def test_options_are_compared_by_their_log_likelihoods(model):
+    choices = [["a", "Some more", "b"], ["Kite", "no"], ["an oak", "ash", "fir", "elm"]]
+    rows = [{"instruction": f"Q{i}", "choices": c, "answer": 0} for i, c in enumerate(choices)]
+    best, best_norm = [], []
+    for row in rows:
+        prompt = model.tokenizer(row["instruction"] + "\n\n")["input_ids"]
+        sums = []
+        for choice in row["choices"]:
+            answer = model.tokenizer(choice, add_special_tokens=False)["input_ids"]
+            logits = model.network(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            logs = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
+            sums.append(logs.sum().item())
+        best.append(max(range(len(sums)), key=sums.__getitem__))
+        norms = [s / len(c) for s, c in zip(sums, row["choices"], strict=True)]
+        best_norm.append(max(range(len(norms)), key=norms.__getitem__))
+    options = {"metrics": ["multiple_choice"]}
+    right = [row | {"answer": answer} for row, answer in zip(rows, best, strict=True)]
+    right_norm = [row | {"answer": answer} for row, answer in zip(rows, best_norm, strict=True)]
+    assert score(model, right, **options)["accuracy"] == 100
+    assert score(model, right_norm, **options)["accuracy_norm"] == 100
+    assert score(model, right, **options)["accuracy_chance"] == pytest.approx(100 * 13 / 36)
+
+
+def test_rows_without_options_are_counted_and_prompts_that_do_not_fit_are_cut(model):
+    rows = [*ROWS, ROWS[0] | {"instruction": "x" * 300}]
+    test, settings = prepare(model, rows, metrics=["multiple_choice"])
+    assert test.skipped == 1
+    assert evaluate(model, test, settings)["choice_prompts_cut"] == 1
+
+
+def test_no_options_at_all_are_an_error(model):
+    with pytest.raises(UserError, match=r"evaluation\.metrics.*multiple_choice.*test\.json"):
+        prepare(model, ROWS[3:], metrics=["multiple_choice"])
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+def test_mmlu():
+    path = SHARED / "data/mmlu/mmlu_test_1444.jsonl"
+    rows = read(str(path), "test")
+    for row in rows:
+        question = read_question(row, Fields())
+        assert len(question.candidates) == 4
+        assert question.candidates[question.right] == row["output"].strip()
+    model = Model.load(ModelSettings(path=str(SHARED / "models/stories260k"), device="cpu"))
+    scores = score(model, rows[:60], max_length=512, metrics=["multiple_choice"], by="class")
+    assert scores["accuracy_chance"] == 25
+    assert list(scores["accuracy_by"]) == sorted({row["class"] for row in rows[:60]})
