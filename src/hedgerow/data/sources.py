@@ -25,6 +25,11 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
+def may_be_on_hub(source: str) -> bool:
+    """Whether `source`, where no such file exists, reads as the name of a model or dataset."""
+    return not source.endswith(SUFFIXES) and _HUB_NAME.fullmatch(source) is not None
+
+
 def read(source: str, split: str) -> list[Row]:
     """All rows of a file, or of one split of a dataset on the Hugging Face Hub.
 
@@ -37,10 +42,8 @@ def read(source: str, split: str) -> list[Row]:
         UserError: the source is missing, unreadable, empty, or holds something else than rows.
     """
     path = Path(source)
-    if not path.exists() and path.suffix not in SUFFIXES and _HUB_NAME.fullmatch(source):
-        rows = _read_hub(source, split)
-    else:
-        rows = _read_file(path)
+    on_hub = not path.exists() and may_be_on_hub(source)
+    rows = _read_hub(source, split) if on_hub else _read_file(path)
     if not rows:
         raise UserError(f"{source}: holds no rows: give at least one example")
     return rows
