@@ -7,6 +7,7 @@ attached, or the weights are trained in place with one snapshot beside them) and
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ from hedgerow.lowrank import Factors
 if TYPE_CHECKING:
     from hedgerow.experiment import ModelSettings
 
-_ADAPTER = "default"
 _PREFIX = "base_model.model."
 
 
@@ -45,7 +45,8 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
         self.factors: Mapping[str, Tensor] | None = None
-        self._attached: Any = None
+        self._attached: dict[str, Any] = {}
+        self._wrapped: dict[str, dict[str, Any]] = {}
         self._snapshot: dict[str, Tensor] | None = None
         self._remainders: dict[str, Tensor] = {}
 
@@ -112,14 +113,29 @@ class Model:
     # --- what a client trains -------------------------------------------------------------------
 
     def attach(self, config: peft.LoraConfig) -> dict[str, nn.Parameter]:
-        """Attach an adapter; returns its live parameters by PEFT's key names."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft warns of a second adapter; the first is gone
-            self._attached = peft.get_peft_model(self.network, config)
+        """Attach an adapter; returns its live parameters, uninitialised, by PEFT's key names.
+
+        Raises:
+            ValueError: peft finds no modules that the configuration names.
+        """
+        # peft takes tens of milliseconds to wrap even a tiny model, for every client of every
+        # round, so the wrapped layers of each configuration are made once and swapped in and out.
+        key = json.dumps(config.to_dict(), sort_keys=True, default=sorted)
+        if key not in self._wrapped:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
+                adapted = peft.get_peft_model(self.network, config)
+            modules = self.network.named_modules()
+            self._wrapped[key] = {n: m for n, m in modules if isinstance(m, LoraLayer)}
+            adapted.unload()
+        self._attached = self._wrapped[key]
         parameters: dict[str, nn.Parameter] = {}
-        for name, parameter in self._attached.named_parameters():
-            if f".{_ADAPTER}." in name:
-                parameters[name.replace(f".{_ADAPTER}.", ".")] = parameter
+        for name, layer in self._attached.items():
+            self.network.set_submodule(name, layer)
+            for factor in ("lora_A", "lora_B"):
+                for part in getattr(layer, factor).values():
+                    parameters[f"{_PREFIX}{name}.{factor}.weight"] = part.weight
+        self.network.eval()
         return parameters
 
     def unfreeze(self) -> dict[str, nn.Parameter]:
@@ -137,17 +153,17 @@ class Model:
 
     def release(self) -> None:
         """Give the model back: without adapter, with the weights that it had before training."""
-        if self._attached is not None:
-            self._attached.unload()
-            self._attached = None
+        for name, layer in self._attached.items():
+            layer.zero_grad(set_to_none=True)
+            self.network.set_submodule(name, layer.get_base_layer())
+        self._attached = {}
         if self._snapshot is not None:
             with torch.no_grad():
                 for name, parameter in self.network.named_parameters():
                     parameter.copy_(self._snapshot[name])
             self._snapshot = None
+        self.network.zero_grad(set_to_none=True)
         self.network.requires_grad_(False).eval()
-        for parameter in self.network.parameters():
-            parameter.grad = None
 
     # --- what an entry changes ------------------------------------------------------------------
 
@@ -203,31 +219,31 @@ class Model:
         try:
             parameters = self.attach(config)
         except (ValueError, RuntimeError) as error:
-            linear = sorted({name.rpartition(".")[2] for name in self._linear_layers()})
+            modules = self.network.named_modules()
+            linear = sorted({n.rpartition(".")[2] for n, module in modules if _is_linear(module)})
             raise UserError(
                 f"method.targets: {self.architecture} has no modules {targets} that an adapter "
                 f"can be attached to ({' '.join(str(error).split())[:120]} …); its linear layers "
                 f"are {', '.join(linear)}; `all-linear` takes all but the output layer"
             ) from None
-        finally:
-            attached = self._attached is not None
-            layers = dict(self.network.named_modules()) if attached else {}
-            odd = [
-                name
-                for name, layer in layers.items()
-                if isinstance(layer, LoraLayer)
-                and not isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
-            ]
-            self.release()
-        if odd:
-            raise UserError(f"method.targets: {odd[0]} is not a linear layer: leave it out")
+        layers = {name: layer.get_base_layer() for name, layer in self._attached.items()}
+        self.release()
+        embeddings = self.network.get_input_embeddings().weight
+        for name, layer in layers.items():
+            if not _is_linear(layer):
+                raise UserError(f"method.targets: {name} is not a linear layer: leave it out")
+            if layer.weight is embeddings:
+                raise UserError(
+                    f"method.targets: {name} shares its weight with the input embeddings, which an "
+                    "adapter would change too: leave it out"
+                )
         return {
             module: (pair.B.shape[0], pair.A.shape[1]) for module, pair in adapter_pairs(parameters)
         }
 
-    def _linear_layers(self) -> list[str]:
-        modules = self.network.named_modules()
-        return [name for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
+
+def _is_linear(layer: Any) -> bool:
+    return isinstance(layer, nn.Linear | Conv1D)
 
 
 def adapter_pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Factors]]:

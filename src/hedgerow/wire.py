@@ -170,7 +170,8 @@ class FileTensors(Mapping[str, Tensor]):
     """The tensors of a safetensors file, each read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
-        self._file: Any = safetensors.safe_open(path, framework="pt")
+        open_file: Any = safetensors.safe_open  # untyped
+        self._file = open_file(path, framework="pt")
         self._keys = list(self._file.keys())
         self.metadata: dict[str, str] = self._file.metadata() or {}
 

@@ -1,0 +1,65 @@
+"""The algebra of stacked factors, against plain matrices."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hedgerow import lowrank
+from hedgerow.lowrank import Factors
+
+
+def random_factors(seed: int, rank: int, m: int = 7, n: int = 5) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    return Factors(
+        torch.randn(rank, n, generator=generator), torch.randn(m, rank, generator=generator)
+    )
+
+
+ranks = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+
+
+@given(ranks, st.integers(0, 1000))
+def test_the_stack_is_the_sum_of_the_products(ranks, seed):
+    pairs = [random_factors(seed + i, rank) for i, rank in enumerate(ranks)]
+    stacked = lowrank.stack(pairs)
+    assert stacked.rank == sum(ranks)
+    exact = sum(pair.product().double() for pair in pairs)
+    torch.testing.assert_close(stacked.product().double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@given(st.integers(1, 12), st.integers(0, 1000))
+def test_norm_and_distance_are_those_of_the_matrices(rank, seed):
+    first, second = random_factors(seed, rank), random_factors(seed + 1, 2)
+    product = first.B.double() @ first.A.double()
+    other = second.B.double() @ second.A.double()
+    assert abs(lowrank.norm(first) - float(torch.linalg.matrix_norm(product))) < 1e-9
+    distance = float(torch.linalg.matrix_norm(product - other))
+    assert abs(lowrank.distance(first, second) - distance) < 1e-9
+
+
+def test_relative_error_is_zero_for_nothing_and_for_equals():
+    pair = random_factors(0, 3)
+    zero = Factors(torch.zeros(3, 5), torch.zeros(7, 3))
+    assert lowrank.relative_error([(zero, zero)]) == 0
+    assert lowrank.relative_error([(pair, pair)]) < 1e-15
+    assert lowrank.relative_error([(pair, zero)]) == float("inf")
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 1000))
+def test_truncation_is_the_best_of_its_rank(rank, keep, seed):
+    pair = random_factors(seed, rank)
+    cut = lowrank.truncate(pair, rank=keep)
+    singular = torch.linalg.svdvals(pair.B.double() @ pair.A.double())
+    best = float(singular[keep:].square().sum().sqrt())
+    assert cut.rank == min(keep, rank, 5)
+    assert abs(lowrank.distance(pair, cut) - best) < 1e-4 * float(singular[0])
+
+
+@given(st.floats(0.01, 1.0), st.integers(0, 1000))
+def test_truncation_by_energy_keeps_the_fewest_that_suffice(energy, seed):
+    pair = random_factors(seed, 4)
+    shares = torch.linalg.svdvals(pair.B.double() @ pair.A.double()).square()
+    kept = lowrank.truncate(pair, energy=energy).rank
+    assert shares[:kept].sum() >= energy * shares.sum() * (1 - 1e-9)
+    assert shares[: kept - 1].sum() < energy * shares.sum()
