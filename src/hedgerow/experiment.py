@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -25,12 +26,11 @@ from pydantic import (
 )
 
 from hedgerow import methods
+from hedgerow.data.sources import NAME, may_be_on_hub
 from hedgerow.errors import UserError
 from hedgerow.methods.base import Method
 
 Metric = Literal["loss", "rouge_l", "exact_match", "multiple_choice"]
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-"""What a client may be called: its name becomes a file name and a key prefix."""
 
 
 class Section(BaseModel):
@@ -251,44 +251,53 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
         raise UserError(f"{path}: is not a text file: give an experiment file in YAML") from None
     content = parse_yaml(text, str(path))
     _make_paths_absolute(content, [path.parent])
+    content = apply_overrides(content, overrides, [Path.cwd(), path.parent])
+    return validate(content, str(path), Experiment)
+
+
+def apply_overrides(
+    content: dict[str, Any], overrides: Sequence[str], folders: Sequence[Path]
+) -> dict[str, Any]:
+    """`content` with each `key.path=value` in it; relative paths are looked for in `folders`."""
+    content = copy.deepcopy(content)
     for override in overrides:
         keys, value = split_override(override)
         for key in reversed(keys):
             value = {key: value}
-        _make_paths_absolute(value, [Path.cwd(), path.parent])
+        _make_paths_absolute(value, folders)
         _merge(content, value)
-    return validate(content, str(path))
+    return content
 
 
-def validate(content: Mapping[str, Any], where: str) -> Experiment:
-    """An `Experiment` from plain values, or a `UserError` that begins with `where`."""
+_Settings = TypeVar("_Settings", bound=BaseModel)
+
+
+def validate(content: Mapping[str, Any], where: str, kind: type[_Settings]) -> _Settings:
+    """Settings of a kind from plain values; a mistake is a `UserError` that begins with `where`."""
     content = dict(content)
-    kind: type[BaseModel] = Experiment
-    prefix: tuple[str, ...] = ()
+    if "method" in content:
+        content["method"] = _method(content["method"], where)
     try:
-        if "method" in content:
-            kind, prefix = _method_class(content["method"], where), ("method",)
-            options = content["method"]
-            content["method"] = kind.model_validate({} if isinstance(options, str) else options)
-            kind, prefix = Experiment, ()
-        return Experiment.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{where}: {_sentence(error, kind, prefix)}") from None
+        raise UserError(f"{where}: {_sentence(error, kind, ())}") from None
 
 
-def _method_class(options: Any, where: str) -> type[Method]:
-    name = options if isinstance(options, str) else None
-    if isinstance(options, dict):
-        name = options.get("name")
+def _method(options: Any, where: str) -> Method:
+    """The method that `options` name; its own class knows the other keys."""
+    options = {"name": options} if isinstance(options, str) else options
+    name = options.get("name") if isinstance(options, dict) else None
     if not isinstance(name, str):
         raise UserError(f"{where}: `method` needs a name, as in {{name: flora, ranks: 16}}")
     if name not in methods.METHODS:
         known = ", ".join(methods.METHODS)
         close = did_you_mean(name, methods.METHODS)
-        raise UserError(
-            f"{where}: `method.name`: there is no method {name!r}{close} (known: {known})"
-        )
-    return methods.METHODS[name]
+        raise UserError(f"{where}: `method.name`: there is no {name!r}{close} (known: {known})")
+    kind = methods.METHODS[name]
+    try:
+        return kind.model_validate(options)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_sentence(error, kind, ('method',))}") from None
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
@@ -346,10 +355,6 @@ def _merge(content: dict[str, Any], override: dict[str, Any]) -> None:
             content[key] = value
 
 
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-
 def _make_paths_absolute(content: Any, folders: Sequence[Path]) -> None:
     """Replace each relative path in `content` (in place) by the absolute one that is meant."""
     if not isinstance(content, dict):
@@ -380,9 +385,7 @@ def _make_paths_absolute(content: Any, folders: Sequence[Path]) -> None:
 
 def _absolute_unless_hub_name(path: str, folders: Sequence[Path]) -> Any:
     is_here = any((folder / path).exists() for folder in folders)
-    if not is_here and _HUB_NAME.fullmatch(path) and not path.endswith(DATA_SUFFIXES):
-        return path
-    return _absolute(path, folders)
+    return path if not is_here and may_be_on_hub(path) else _absolute(path, folders)
 
 
 def _absolute(path: Any, folders: Sequence[Path]) -> Any:
@@ -396,10 +399,9 @@ def _absolute(path: Any, folders: Sequence[Path]) -> Any:
 
 def _sentence(error: ValidationError, kind: type[BaseModel], prefix: tuple[str, ...]) -> str:
     """The first thing that is wrong, as one sentence that names its key."""
-    first = error.errors(include_url=False)[0]
-    # Pydantic names the branch of a union that it tried; that is no key of the file.
-    location = [p for p in first["loc"] if isinstance(p, int) or re.fullmatch(r"[\w-]+", p)]
-    location = [p for p in location if p not in _UNION_TAGS]
+    # Where a value may have several forms, the form that got furthest is the one that was meant.
+    first = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
+    location = [part for part in first["loc"] if not _FORM.fullmatch(str(part))]
     key = ".".join(str(part) for part in (*prefix, *location))
     if first["type"] == "extra_forbidden":
         known = _keys_at(kind, location[:-1])
@@ -414,7 +416,8 @@ def _sentence(error: ValidationError, kind: type[BaseModel], prefix: tuple[str, 
     return f"`{key}`: {message}{shown}" if key else message + shown
 
 
-_UNION_TAGS = {"str", "int", "float", "ClientFile"}
+_FORM = re.compile(r"str|int|float|constrained-.*|(list|dict|function).*[\[(].*|ClientFile")
+"""What pydantic puts into a location to name the form that it tried; it is no key of the file."""
 
 
 def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:

@@ -38,9 +38,8 @@ class AveragedAdapter(LoraMethod):
     ) -> Mapping[str, nn.Parameter]:
         """The global adapter; in the first round one that the run's seed draws for everybody."""
         parameters = model.attach(self.config(client))
-        if model.factors is None:
-            init_factors(parameters, seeds.torch("adapter"), self.largest_rank)
-        else:
+        init_factors(parameters, seeds.torch("adapter"), self.largest_rank)
+        if model.factors is not None:
             copy_factors(parameters, model.factors, self.scale(client))
         return parameters
 
@@ -76,7 +75,7 @@ class FedIT(AveragedAdapter):
 
 
 def average(parts: Sequence[Part]) -> Factors:
-    """A = Σ p_k A_k, B = Σ p_k s_k B_k, the smaller padded with zeros to the largest rank."""
+    """A = Σ p_k A_k, B = Σ p_k s_k B_k, the smaller padded with zeros to the largest."""
     rank = max(p.A.shape[0] for p in parts)
     A = torch.zeros(rank, parts[0].A.shape[1])
     B = torch.zeros(parts[0].B.shape[0], rank)

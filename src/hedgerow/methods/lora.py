@@ -104,7 +104,7 @@ class LoraMethod(Method):
     ) -> Payload:
         """The client's factors, with PEFT's key names."""
         rank = self.rank(client)
-        about = {"r": str(rank), "lora_alpha": f"{self._alpha(rank):g}"}
+        about = {"r": str(rank), "lora_alpha": _exact(self._alpha(rank))}
         if self.rslora:
             about["use_rslora"] = "true"
         return Payload({name: p.detach().cpu() for name, p in parameters.items()}, about)
@@ -120,6 +120,11 @@ class LoraMethod(Method):
         if not isinstance(self.alpha, str):
             return self.alpha
         return float(self.alpha[:-1] or 1) * rank
+
+
+def _exact(number: float) -> str:
+    """A number as text that reads back as the same number; whole ones without a point."""
+    return str(int(number)) if number == int(number) else repr(number)
 
 
 class Part(NamedTuple):
@@ -163,13 +168,17 @@ def init_factors(
 def copy_factors(
     parameters: Mapping[str, nn.Parameter], factors: Mapping[str, Tensor], scale: float
 ) -> None:
-    """Continue from an entry's factors (scale in B): the first r rows of A and columns of B."""
+    """Continue from an entry's factors (scale in B): as many rows of A, columns of B as both have.
+
+    What an adapter has beyond them stays as it is: the entry is of a lower rank where no client of
+    the largest took part.
+    """
     source = dict(adapter_pairs(factors))
     with torch.no_grad():
         for module, (A, B) in adapter_pairs(parameters):
-            rank = A.shape[0]
-            A.copy_(source[module].A[:rank])
-            B.copy_(source[module].B[:, :rank] / scale)
+            rank = min(A.shape[0], source[module].rank)
+            A[:rank] = source[module].A[:rank]
+            B[:, :rank] = source[module].B[:, :rank] / scale
 
 
 def aggregate_adapters(

@@ -38,11 +38,9 @@ class Standalone(LoraMethod):
     ) -> Mapping[str, nn.Parameter]:
         """The client's own adapter as it left it."""
         parameters = model.attach(self.config(client))
-        own = of_client(model.factors or {}, client.name)
-        if own:
+        init_factors(parameters, seeds.torch("adapter", client.name), self.rank(client))
+        if own := of_client(model.factors or {}, client.name):
             copy_factors(parameters, own, self.scale(client))
-        else:
-            init_factors(parameters, seeds.torch("adapter", client.name), self.rank(client))
         return parameters
 
     def aggregate(self, updates: Iterable[Update]) -> Aggregate:

@@ -1,0 +1,137 @@
+"""A tiny random Llama, three clients' files, and the command line as a function."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hedgerow import cli
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs ../shared where it is not there."""
+    for item in items:
+        if item.get_closest_marker("shared") and not SHARED.is_dir():
+            item.add_marker(pytest.mark.skip(reason="../shared is not here"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and a real model beside the repository."""
+    return SHARED
+
+
+class Output(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def hedgerow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Output]:
+    """Run a command line in this process."""
+
+    def run(*arguments: object) -> Output:
+        monkeypatch.setattr(sys, "argv", ["hedgerow", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Output(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of two layers that reads bytes."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
+    """Write an experiment file on three clients of different sizes; keywords change sections."""
+    for client, size in enumerate([5, 9, 14]):
+        rows = [
+            {"instruction": f"Say {'abc'[client]}{i}", "output": f"{'abc'[client] * 3}{i}"}
+            for i in range(size)
+        ]
+        (tmp_path / f"client_{client}.json").write_text(json.dumps(rows))
+    rows = [{"instruction": f"Say b{i}", "output": f"bbb{i}"} for i in range(4)]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+
+    def write(**sections: Any) -> Path:
+        content: dict[str, Any] = {
+            "model": {"path": str(tiny_model)},
+            "data": {
+                "clients": "client_{}.json",
+                "test": "test.json",
+                "prompt": "plain",
+                "max_length": 64,
+            },
+            "method": {"name": "flora", "ranks": [4, 2, 1]},
+            "training": {"steps": 2, "batch_size": 4, "learning_rate": 0.01},
+            "federation": {"rounds": 2},
+        }
+        for name, section in sections.items():
+            content[name] = {**content.get(name, {}), **section}
+        path = tmp_path / "experiment.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

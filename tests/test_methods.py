@@ -1,0 +1,112 @@
+"""Every method's aggregate against the plain sums that it stands for."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hedgerow.methods import METHODS
+from hedgerow.methods.fedavg import FedAvg
+from hedgerow.methods.fedit import FedIT
+from hedgerow.methods.flora import FLoRA
+from hedgerow.methods.zero_padding import ZeroPadding
+from hedgerow.model import adapter_pairs
+from hedgerow.wire import Update
+
+SHAPES = {"model.q": (6, 5), "model.v": (3, 5)}
+
+
+def updates(seed, clients, rslora=False):
+    """Adapter updates of clients given as (rank, alpha, number of examples)."""
+    generator = torch.Generator().manual_seed(seed)
+    for index, (rank, alpha, examples) in enumerate(clients):
+        tensors = {}
+        for module, (m, n) in SHAPES.items():
+            prefix = f"base_model.model.{module}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, n, generator=generator)
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(m, rank, generator=generator)
+        about = {"r": str(rank), "lora_alpha": repr(alpha)}
+        if rslora:
+            about["use_rslora"] = "true"
+        yield Update("flora", 1, f"c{index}", "p", examples, 1.0, tensors, about)
+
+
+def exact(seed, clients, rslora=False):
+    """Σ p_k s_k B_k A_k of each module, in float64."""
+    total = sum(examples for _, _, examples in clients)
+    sums = {module: torch.zeros(shape, dtype=torch.float64) for module, shape in SHAPES.items()}
+    for update, (rank, alpha, examples) in zip(
+        updates(seed, clients, rslora), clients, strict=True
+    ):
+        scale = alpha / (rank**0.5 if rslora else rank)
+        for module, pair in adapter_pairs(update.tensors):
+            sums[module] += examples / total * scale * pair.B.double() @ pair.A.double()
+    return sums
+
+
+def error(aggregate, sums):
+    pairs = dict(adapter_pairs(aggregate.tensors))
+    noise = sum((pairs[m].product().double() - s).square().sum() for m, s in sums.items())
+    return float((noise / sum(s.square().sum() for s in sums.values())).sqrt())
+
+
+clients = st.lists(
+    st.tuples(st.integers(1, 6), st.floats(0.5, 32), st.integers(1, 1000)), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(clients, st.booleans(), st.integers(0, 100))
+def test_flora_is_exact_for_any_ranks_alphas_and_sizes(clients, rslora, seed):
+    aggregate = FLoRA().aggregate(updates(seed, clients, rslora))
+    assert error(aggregate, exact(seed, clients, rslora)) < 1e-6
+    assert aggregate.metrics["aggregation_error"] < 1e-6
+    for _, pair in adapter_pairs(aggregate.tensors):
+        assert pair.rank == sum(rank for rank, _, _ in clients)
+
+
+@settings(max_examples=30, deadline=None)
+@given(clients, st.integers(0, 100))
+def test_the_reported_noise_of_averaging_is_the_noise(clients, seed):
+    aggregate = ZeroPadding().aggregate(updates(seed, clients))
+    measured = error(aggregate, exact(seed, clients))
+    assert aggregate.metrics["aggregation_error"] == pytest.approx(measured, rel=1e-4, abs=1e-6)
+    if len(clients) > 1:
+        assert measured > 0.01
+
+
+def test_fedit_averages_the_factors_apart():
+    clients = [(2, 4.0, 1), (2, 4.0, 3)]
+    first, second = (dict(adapter_pairs(u.tensors)) for u in updates(0, clients))
+    aggregate = dict(adapter_pairs(FedIT().aggregate(updates(0, clients)).tensors))
+    for module in SHAPES:
+        expected_A = 0.25 * first[module].A + 0.75 * second[module].A
+        expected_B = 0.25 * first[module].B + 0.75 * second[module].B
+        torch.testing.assert_close(aggregate[module].A, expected_A)
+        torch.testing.assert_close(aggregate[module].B, 2 * expected_B)  # s = 4/2, once
+
+
+def test_one_client_alone_is_exact_for_everybody():
+    for method in (FLoRA(), FedIT(), ZeroPadding()):
+        aggregate = method.aggregate(updates(0, [(3, 6.0, 5)]))
+        assert aggregate.metrics["aggregation_error"] < 1e-7
+
+
+def test_fedavg_weighs_by_examples_and_folds_as_they_arrive():
+    seen = []
+
+    def arriving():
+        for size in (1, 3):
+            seen.append(size)
+            yield Update("fedavg", 1, "c", "p", size, 1.0, {"w": torch.full((2,), float(size))})
+
+    aggregate = FedAvg().aggregate(arriving())
+    assert seen == [1, 3]
+    assert aggregate.tensors["w"].tolist() == [2.5, 2.5]
+
+
+def test_every_method_says_what_it_is():
+    for name, method in METHODS.items():
+        assert method().name == name
+        assert method.summary
+        assert "arXiv" in method.paper
