@@ -1,17 +1,27 @@
 import logging
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from hedgerow.data import collate, read
 from hedgerow.errors import UserError
 from hedgerow.evaluation import TestSet, evaluate
-from hedgerow.evaluation.choices import read_question
+from hedgerow.evaluation.answers import generate
+from hedgerow.evaluation.choices import log_likelihoods, read_question
+from hedgerow.evaluation.likelihood import max_positions
 from hedgerow.experiment import DataSettings, EvaluationSettings, Fields, ModelSettings
 from hedgerow.model import Model
 from hedgerow.training.loss import batch_loss
@@ -139,6 +149,17 @@ def test_scores_by_a_column_average_to_the_total(model):
     assert list(scores["eval_loss_by"]) == ["a", "b"]
 
 
+def test_a_model_need_not_say_how_many_positions_it_has(model, monkeypatch):
+    limited = score(model, metrics=ALL)
+    monkeypatch.setattr(model.network, "config", MambaConfig())
+    assert max_positions(model.network) == sys.maxsize
+    monkeypatch.undo()
+    for module in ("answers", "choices"):
+        name = f"hedgerow.evaluation.{module}.max_positions"
+        monkeypatch.setattr(name, lambda network: sys.maxsize)
+    assert score(model, metrics=ALL) == limited
+
+
 def test_an_attached_adapter_counts(model):
     plain = score(model, metrics=ALL)
     name = "base_model.model.model.layers.0.mlp.up_proj"
@@ -237,6 +258,9 @@ def test_prompts_that_do_not_fit_are_cut_on_the_left_and_counted(taught):
     rows = [ROWS[3] | {"instruction": "x" * 200 + "Why?"}, *ROWS]
     scores = score(taught, rows, max_length=512, metrics=["exact_match"], max_new_tokens=32)
     assert scores["answer_prompts_cut"] == 1
+    prompt = np.arange(100) % 90 + 3
+    both, cut = generate(taught, [prompt, prompt[-28:]], 100, 2, lambda count: None)
+    assert (both[0], cut) == (both[1], 1)
     with pytest.raises(UserError, match=r"max_new_tokens.*128 positions: set at most 127"):
         score(taught, metrics=["rouge_l"], max_new_tokens=128)
 
@@ -304,27 +328,41 @@ def test_choices_may_be_given_as_a_list():
     assert ask("", "", choices="xy", answer=0) is None
 
 
-def test_options_are_compared_by_their_log_likelihoods(model):
-    choices = [["a", "Some more", "b"], ["Kite", "no"], ["an oak", "ash", "fir", "elm"]]
-    rows = [{"instruction": f"Q{i}", "choices": c, "answer": 0} for i, c in enumerate(choices)]
-    best, best_norm = [], []
+CHOICES = [["a", "Some more", "b"], ["Kite", "no"], ["an oak", "ash", "fir"], ["x", "y", "zebra"]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_log_likelihoods_equal_those_of_one_option_at_a_time(model, batch_size):
+    # Prompts of equal length share a batch where they offer equally many options.
+    rows = [{"instruction": f"Q{i}", "choices": c, "answer": 0} for i, c in enumerate(CHOICES)]
+    test, _ = prepare(model, rows, metrics=["multiple_choice"])
+    expected = []
     for row in rows:
         prompt = model.tokenizer(row["instruction"] + "\n\n")["input_ids"]
-        sums = []
         for choice in row["choices"]:
             answer = model.tokenizer(choice, add_special_tokens=False)["input_ids"]
             logits = model.network(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
             logs = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
-            sums.append(logs.sum().item())
-        best.append(max(range(len(sums)), key=sums.__getitem__))
-        norms = [s / len(c) for s, c in zip(sums, row["choices"], strict=True)]
-        best_norm.append(max(range(len(norms)), key=norms.__getitem__))
-    options = {"metrics": ["multiple_choice"]}
-    right = [row | {"answer": answer} for row, answer in zip(rows, best, strict=True)]
-    right_norm = [row | {"answer": answer} for row, answer in zip(rows, best_norm, strict=True)]
-    assert score(model, right, **options)["accuracy"] == 100
-    assert score(model, right_norm, **options)["accuracy_norm"] == 100
-    assert score(model, right, **options)["accuracy_chance"] == pytest.approx(100 * 13 / 36)
+            expected.append(logs.sum().item())
+    ours, cut = log_likelihoods(model, test.choices, batch_size, lambda count: None)
+    assert [len(options) for options in ours] == [3, 2, 3, 3]
+    assert [value for options in ours for value in options] == pytest.approx(expected, rel=1e-4)
+    assert cut == 0
+
+
+def test_accuracy_compares_sums_and_accuracy_norm_compares_them_per_character(model):
+    rows = [{"instruction": f"Q{i}", "choices": c, "answer": 0} for i, c in enumerate(CHOICES)]
+    test, _ = prepare(model, rows, metrics=["multiple_choice"])
+    likelihoods, _ = log_likelihoods(model, test.choices, 8, lambda count: None)
+    lengths = [[len(choice) for choice in choices] for choices in CHOICES]
+    best = [values.argmax() for values in likelihoods]
+    norm = [(v / n).argmax() for v, n in zip(likelihoods, lengths, strict=True)]
+    assert best != norm
+    for name, answers in [("accuracy", best), ("accuracy_norm", norm)]:
+        right = [row | {"answer": int(a)} for row, a in zip(rows, answers, strict=True)]
+        assert score(model, right, metrics=["multiple_choice"])[name] == 100
+    chance = score(model, rows, metrics=["multiple_choice"])["accuracy_chance"]
+    assert chance == pytest.approx(100 * (1 / 3 + 1 / 2 + 1 / 3 + 1 / 3) / 4)
 
 
 def test_rows_without_options_are_counted_and_prompts_that_do_not_fit_are_cut(model):

@@ -177,7 +177,7 @@ def log_likelihoods(
     offered = [len(question.candidates) for question in choices.questions]
     firsts = np.cumsum([0, *offered[:-1]])
     prompts = encoded.prompt_lengths[firsts].astype(np.int64)
-    longest = np.maximum.reduceat(encoded.lengths, firsts) - 1  # without EOS
+    longest = np.maximum.reduceat(encoded.lengths.astype(np.int64), firsts) - 1  # without EOS
     # A prompt's last token predicts a candidate's first, so it stays whatever happens.
     cuts = np.clip(longest - limit, 0, prompts - 1)
     likelihoods: list[Float64] = [np.empty(0)] * len(offered)

@@ -21,7 +21,7 @@ from hedgerow.evaluation.likelihood import Tick, losses
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hedgerow.experiment import DataSettings, EvaluationSettings
+    from hedgerow.experiment import EvaluationSettings, TextSettings
     from hedgerow.model import Model
 
 Int64 = npt.NDArray[np.int64]
@@ -51,7 +51,7 @@ class TestSet:
     def prepare(
         cls,
         rows: Sequence[Row],
-        settings: DataSettings,
+        settings: TextSettings,
         evaluation: EvaluationSettings,
         tokenizer: PreTrainedTokenizerBase,
     ) -> TestSet:

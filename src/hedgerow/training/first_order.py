@@ -55,7 +55,7 @@ def train(
             step_tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in collated)
             for batch in collated:
                 loss, count = batch_loss(network, batch)
-                (loss / max(step_tokens, 1)).backward()
+                torch.autograd.backward(loss / max(step_tokens, 1))
                 loss_sum, tokens = loss_sum + float(loss.detach()), tokens + count
             if not np.isfinite(loss_sum):
                 raise Diverged(

@@ -1,0 +1,105 @@
+"""What is scored: the model that a method has made, a run's, or any model in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hedgerow.data import read
+from hedgerow.errors import UserError
+from hedgerow.evaluation.scores import TestSet, evaluate
+from hedgerow.experiment import (
+    Evaluation,
+    EvaluationSettings,
+    TextSettings,
+    apply_overrides,
+    validate,
+)
+from hedgerow.methods.base import Method
+from hedgerow.model import Model
+from hedgerow.runs import check_round, model_at, opened
+
+
+def load_test(text: TextSettings, settings: EvaluationSettings, tokenizer: Any) -> TestSet:
+    """The test data of an experiment, ready to be scored.
+
+    Raises:
+        UserError: there is none, or it cannot be scored as `settings` ask.
+    """
+    if text.test is None:
+        raise UserError("`data.test` is missing: name the file to evaluate on")
+    return TestSet.prepare(read(text.test, text.test_split), text, settings, tokenizer)
+
+
+def score_method(
+    method: Method,
+    model: Model,
+    test: TestSet,
+    settings: EvaluationSettings,
+    client: str | None = None,
+) -> dict[str, Any]:
+    """Scores of a method's global model; or, where it has none, of each client's, and their mean.
+
+    Args:
+        client: only this client's model.
+
+    Raises:
+        UserError: there is no model of that client.
+    """
+    scores = {
+        name: evaluate(model, test, settings)
+        for name in method.models(model)
+        if client is None or name == client
+    }
+    if not scores:
+        raise UserError(f"--client {client}: the run has no model of its own for that client")
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    return mean(list(scores.values())) | {"by_client": scores}
+
+
+def score_target(
+    target: Path, overrides: list[str], round: int | None, client: str | None
+) -> dict[str, Any]:
+    """Scores of a run's model after a round, or of a model folder.
+
+    Args:
+        target: a run directory, a packed ledger, or a model (or adapter) folder.
+        overrides: `key.path=value`, on top of the run's experiment.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    if (target / "config.json").is_file() or (target / "adapter_config.json").is_file():
+        if round is not None or client is not None:
+            raise UserError(f"{target} is a model, not a run: leave out --round and --client")
+        content: dict[str, Any] = {"model": {"path": str(target.absolute())}, "data": {}}
+        asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(target), Evaluation)
+        model = Model.load(asked.model)
+        test = load_test(asked.data, asked.evaluation, model.tokenizer)
+        return evaluate(model, test, asked.evaluation) | counts(test)
+    with opened(target, overrides) as (experiment, ledger):
+        model = model_at(experiment, ledger, check_round(ledger, round))
+        test = load_test(experiment.data, experiment.evaluation, model.tokenizer)
+        scores = score_method(experiment.method, model, test, experiment.evaluation, client)
+        return scores | counts(test)
+
+
+def counts(test: TestSet) -> dict[str, int]:
+    """How many test rows were scored, cut or left out."""
+    return {
+        "rows": len(test),
+        "truncated": test.truncated,
+        "dropped": test.dropped,
+        "skipped": test.skipped,
+    }
+
+
+def mean(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of each score, also inside dictionaries of scores."""
+    return {
+        key: mean([s[key] for s in scores])
+        if isinstance(value, dict)
+        else sum(s[key] for s in scores) / len(scores)
+        for key, value in scores[0].items()
+    }
