@@ -87,14 +87,15 @@ def evaluate(
 
     Example: hedgerow evaluate runs/first --data mmlu.jsonl --metrics multiple_choice --by class
     """
-    from hedgerow import console, evaluation
+    from hedgerow import console
+    from hedgerow.evaluation.targets import score_target
 
     changes = list(overrides or [])
     for key, value in (("data.test", data), ("evaluation.by", by)):
         changes += [f"{key}={json.dumps(value)}"] if value is not None else []
     if metrics is not None:
         changes.append(f"evaluation.metrics=[{metrics}]")
-    scores = evaluation.of_target(target, changes, round, client)
+    scores = score_target(target, changes, round, client)
     if as_json:
         print(json.dumps(scores))
         return
@@ -157,9 +158,9 @@ def ledger_show(run: RunPath) -> None:
 
     Example: hedgerow ledger show runs/first
     """
-    from hedgerow import console, export
+    from hedgerow import console, runs
 
-    with export.opened(run, []) as (_, ledger):
+    with runs.opened(run, []) as (_, ledger):
         base = ledger.base
         console.out.print(
             f"base {base.name}: {base.architecture}, {base.parameters:,} parameters, {base.dtype}, "
@@ -187,9 +188,9 @@ def ledger_verify(run: RunPath) -> None:
 
     Example: hedgerow ledger verify runs/first
     """
-    from hedgerow import console, export
+    from hedgerow import console, runs
 
-    with export.opened(run, []) as (_, ledger):
+    with runs.opened(run, []) as (_, ledger):
         count = sum(1 for _ in ledger.entries())
         console.out.print(f"{run}: {count} entries, all as they were appended")
 
@@ -205,19 +206,6 @@ def methods() -> None:
 
     rows = [(name, method.summary, method.paper) for name, method in METHODS.items()]
     console.table("", ["method", "what it does", "paper"], rows)
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("demo-run"),
-) -> None:
-    """Train eight clients of different ranks on the built-in model, and compare methods.
-
-    Example: hedgerow demo --out demo-run
-    """
-    from hedgerow import demo
-
-    demo.run(out)
 
 
 @app.callback(invoke_without_command=True)

@@ -14,49 +14,14 @@ from pathlib import Path
 import peft
 import safetensors.torch
 
-from hedgerow import ledger as ledgers
 from hedgerow import lowrank
 from hedgerow.errors import UserError
-from hedgerow.experiment import Experiment, load
-from hedgerow.ledger import Base, Ledger
+from hedgerow.experiment import Experiment
+from hedgerow.ledger import Ledger
 from hedgerow.lowrank import Factors
-from hedgerow.model import Model, adapter_pairs, adapter_tensors
+from hedgerow.model import adapter_pairs, adapter_tensors
 from hedgerow.rundir import EXPERIMENT, read_rows
-
-
-@contextmanager
-def opened(path: Path, overrides: list[str]) -> Iterator[tuple[Experiment, Ledger]]:
-    """A run's experiment and ledger, from its directory or its packed ledger.
-
-    Raises:
-        UserError: `path` is neither.
-    """
-    if path.is_file():
-        with ledgers.unpack(path) as folder, opened(Path(folder), overrides) as run:
-            yield run
-    elif (path / EXPERIMENT).is_file():
-        yield load(path / EXPERIMENT, overrides), Ledger.open(path / "ledger")
-    else:
-        raise UserError(f"{path} is no run: it is neither a run directory nor a packed ledger")
-
-
-def model_at(experiment: Experiment, ledger: Ledger, round: int) -> Model:
-    """The run's model after a round; `round` 0 is the base.
-
-    Raises:
-        UserError: model.path does not hold the ledger's base, or an entry is damaged.
-    """
-    model = Model.load(experiment.model)
-    ledger.check_base(Base.of(model), f"model.path {experiment.model.path}")
-    ledger.replay(experiment.method, model, round)
-    return model
-
-
-def check_round(ledger: Ledger, round: int | None) -> int:
-    """The round that is meant: the last where none is named."""
-    if round is not None and not 0 <= round <= len(ledger):
-        raise UserError(f"--round {round}: the ledger has rounds 0 (the base) to {len(ledger)}")
-    return len(ledger) if round is None else round
+from hedgerow.runs import check_round, model_at, opened
 
 
 def to_merged(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def read_experiment(path: Path) -> Experiment:
         text = file.read_text(encoding="utf-8")
     except OSError:
         raise UserError(f"{path} is no run directory: {EXPERIMENT} is missing") from None
-    return validate(parse_yaml(text, str(file)), str(file))
+    return validate(parse_yaml(text, str(file)), str(file), Experiment)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -121,7 +122,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: a loss that is not a number becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(content: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

@@ -74,7 +74,7 @@ def _two_words(rng: Random, words: Sequence[str]) -> str:
 
 
 def _sum(rng: Random, words: Sequence[str]) -> str:
-    return f"{rng.randint(10, 89)} + {rng.randint(2, 9)}"
+    return f"{rng.randint(2, 19)} + {rng.randint(2, 19)}"
 
 
 def _sequence(rng: Random, words: Sequence[str]) -> str:

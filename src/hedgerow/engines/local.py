@@ -15,7 +15,8 @@ from hedgerow import federation
 from hedgerow.clock import Clock
 from hedgerow.data import Encoded, Spool, client_files, load_template, partition, read
 from hedgerow.errors import UserError
-from hedgerow.evaluation import TestSet, evaluate
+from hedgerow.evaluation import TestSet
+from hedgerow.evaluation.targets import load_test, score_method
 from hedgerow.experiment import DataSettings, Experiment
 from hedgerow.federation import Answer, Watcher
 from hedgerow.ledger import Base
@@ -68,8 +69,7 @@ def prepare(experiment: Experiment, model: Model | None = None) -> Prepared:
         )
     test = None
     if experiment.data.test is not None:
-        rows = read(experiment.data.test, experiment.data.test_split)
-        test = TestSet.prepare(rows, experiment.data, experiment.evaluation, model.tokenizer)
+        test = load_test(experiment.data, experiment.evaluation, model.tokenizer)
     return Prepared(model, Base.of(model), clients, shards, test)
 
 
@@ -150,26 +150,14 @@ class LocalFleet:
 
     def evaluate(self) -> dict[str, Any]:
         """Scores of the global model; of each client's and their mean where there is no global."""
-        test, method = self._prepared.test, self._experiment.method
-        if test is None:
+        if self._prepared.test is None:
             return {}
-        settings = self._experiment.evaluation
-        scores = {
-            name: evaluate(self._model, test, settings) for name in method.models(self._model)
-        }
-        if None in scores:
-            return scores[None]
-        return mean(list(scores.values())) | {"by_client": scores}
-
-
-def mean(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of each score, also inside dictionaries of scores."""
-    return {
-        key: mean([s[key] for s in scores])
-        if isinstance(value, dict)
-        else sum(s[key] for s in scores) / len(scores)
-        for key, value in scores[0].items()
-    }
+        return score_method(
+            self._experiment.method,
+            self._model,
+            self._prepared.test,
+            self._experiment.evaluation,
+        )
 
 
 def run(

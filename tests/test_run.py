@@ -1,0 +1,235 @@
+"""Whole runs through the command line: every method, its metrics, resuming, exactness."""
+
+import json
+import re
+
+import pytest
+import safetensors
+import torch
+from conftest import rows_of
+from transformers import AutoModelForCausalLM
+
+from hedgerow.methods import METHODS
+
+PROMISED = {
+    "round",
+    "eval_loss",
+    "train_loss",
+    "bytes_up",
+    "bytes_down",
+    "seconds",
+    "train_seconds",
+    "clients",
+    "failed",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_learns(hedgerow, experiment, tmp_path, method):
+    path = experiment(method={"name": method}, training={"steps": 20}, federation={"rounds": 3})
+    # One rank, where a method needs it; and fedavg has none.
+    content = json.loads(json.dumps(METHODS[method]().model_dump()))
+    override = ["method.ranks=4"] if "ranks" in content else [f"method={method}"]
+    result = hedgerow("run", path, "--out", tmp_path / "run", *override)
+    assert result.code == 0, result.err
+    rows = rows_of(tmp_path / "run")
+    assert [row["round"] for row in rows] == [0, 1, 2, 3]
+    assert all(row.keys() >= PROMISED for row in rows)
+    assert rows[-1]["train_loss"] < rows[1]["train_loss"] - 0.02
+    if method != "standalone":  # most of its clients never see what the test asks
+        assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.02
+    if "ranks" in content and method != "standalone":
+        assert "aggregation_error" in rows[-1]
+    assert hedgerow("ledger", "verify", tmp_path / "run").code == 0
+
+
+def test_bytes_are_those_of_what_was_serialised(hedgerow, experiment, tmp_path):
+    path = experiment(federation={"rounds": 2, "keep_updates": True})
+    assert hedgerow("run", path, "--out", tmp_path / "run").code == 0
+    for row in rows_of(tmp_path / "run")[1:]:
+        kept = (tmp_path / "run" / "updates" / f"round-{row['round']:04d}").iterdir()
+        entry = tmp_path / "run" / "ledger" / f"{row['round']:04d}.safetensors"
+        assert row["bytes_up"] == sum(file.stat().st_size for file in kept)
+        assert row["bytes_down"] == entry.stat().st_size * 3
+
+
+def test_a_client_that_was_away_is_charged_for_what_it_missed(hedgerow, experiment, tmp_path):
+    path = experiment(federation={"rounds": 6, "clients_per_round": 1})
+    assert hedgerow("run", path, "--out", tmp_path / "run").code == 0
+    sizes = [
+        (tmp_path / "run" / "ledger" / f"{r:04d}.safetensors").stat().st_size for r in range(1, 7)
+    ]
+    last = {}
+    for row in rows_of(tmp_path / "run")[1:]:
+        (client,) = row["participants"]
+        assert row["bytes_down"] == sum(sizes[last.get(client, 0) : row["round"]])
+        last[client] = row["round"]
+
+
+CASES = {
+    "different ranks": {"method": {"ranks": [4, 2, 1]}},
+    "equal ranks": {"method": {"ranks": 3}},
+    "alpha other than 2r": {"method": {"ranks": [4, 2, 1], "alpha": 5}},
+    "rank-stabilised": {"method": {"ranks": [4, 2, 1], "rslora": True}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flora_is_exact_from_outside(hedgerow, experiment, tmp_path, case):
+    """Σ p_k s_k B_k A_k of the kept files is what the exported weights differ by."""
+    path = experiment(**CASES[case], federation={"rounds": 2, "keep_updates": True})
+    run = tmp_path / "run"
+    assert hedgerow("run", path, "--out", run).code == 0
+    weights = []
+    for round in range(3):
+        out = tmp_path / f"merged-{round}"
+        assert hedgerow("export", run, out, "--to", "merged", "--round", round).code == 0
+        weights.append(AutoModelForCausalLM.from_pretrained(out).state_dict())
+    for round in (1, 2):
+        sums, total = {}, 0
+        for file in (run / "updates" / f"round-{round:04d}").iterdir():
+            with safetensors.safe_open(file, framework="pt") as update:
+                about = update.metadata()
+                r, alpha, n = (
+                    int(about["r"]),
+                    float(about["lora_alpha"]),
+                    int(about["num_examples"]),
+                )
+                scale = alpha / (r**0.5 if "use_rslora" in about else r)
+                total += n
+                for key in update.keys():  # noqa: SIM118  (no mapping)
+                    if ".lora_A." in key:
+                        A = update.get_tensor(key).double()
+                        B = update.get_tensor(key.replace(".lora_A.", ".lora_B.")).double()
+                        name = re.sub(r"base_model\.model\.|\.lora_A", "", key)
+                        sums[name] = sums.get(name, 0) + n * scale * B @ A
+        for name, value in sums.items():
+            change = weights[round][name].double() - weights[round - 1][name].double()
+            error = torch.linalg.matrix_norm(change - value / total)
+            assert error < 1e-5 * torch.linalg.matrix_norm(value / total), name
+        untouched = weights[0].keys() - sums.keys()
+        assert all(torch.equal(weights[round][name], weights[0][name]) for name in untouched)
+    assert all(row["aggregation_error"] < 1e-6 for row in rows_of(run)[1:])
+
+
+def test_averaging_shows_its_noise(hedgerow, experiment, tmp_path):
+    for method, ranks in (("fedit", "4"), ("zero_padding", "[4,2,1]")):
+        arguments = [f"method.name={method}", f"method.ranks={ranks}", "--out", tmp_path / method]
+        assert hedgerow("run", experiment(), *arguments).code == 0
+        assert all(row["aggregation_error"] > 1e-3 for row in rows_of(tmp_path / method)[1:])
+
+
+def ledger_bytes(run):
+    return {path.name: path.read_bytes() for path in sorted((run / "ledger").iterdir())}
+
+
+@pytest.mark.parametrize("method", ["flora", "zero_padding", "standalone"])
+def test_the_same_experiment_gives_the_same_bytes_and_so_does_going_on(
+    hedgerow, experiment, tmp_path, method
+):
+    changes = [f"method.name={method}", "method.dropout=0.1", "federation.clients_per_round=2"]
+    path = experiment()
+    for name, rounds in (("whole", 4), ("parts", 2)):
+        arguments = [path, *changes, f"federation.rounds={rounds}", "--out", tmp_path / name]
+        assert hedgerow("run", *arguments).code == 0
+    arguments = [path, *changes, "federation.rounds=4", "--out", tmp_path / "parts", "--resume"]
+    assert hedgerow("run", *arguments).code == 0
+    assert ledger_bytes(tmp_path / "whole") == ledger_bytes(tmp_path / "parts")
+
+    def lasting(run):
+        return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows_of(run)]
+
+    assert lasting(tmp_path / "whole") == lasting(tmp_path / "parts")
+
+
+def test_a_row_that_a_kill_prevented_is_written_on_resume(hedgerow, experiment, tmp_path):
+    path, run = experiment(), tmp_path / "run"
+    assert hedgerow("run", path, "--out", run).code == 0
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:-1]) + '\n{"round": 2, "eval')
+    before = json.loads(lines[-1])
+    assert hedgerow("run", path, "--out", run, "--resume").code == 0
+    after = rows_of(run)[-1]
+    assert len(rows_of(run)) == 3
+    for key in ("round", "eval_loss", "train_loss", "bytes_up", "bytes_down", "clients"):
+        assert after[key] == before[key]
+
+
+def test_resume_before_anything_was_written_starts(hedgerow, experiment, tmp_path):
+    assert hedgerow("run", experiment(), "--out", tmp_path / "run", "--resume").code == 0
+    assert len(rows_of(tmp_path / "run")) == 3
+
+
+def test_the_order_of_training_does_not_matter_to_a_client(hedgerow, experiment, tmp_path):
+    """What client 1 sends is the same whoever else takes part."""
+    path = experiment(federation={"rounds": 1, "keep_updates": True})
+    assert hedgerow("run", path, "--out", tmp_path / "all").code == 0
+    one = "{client-001: client_1.json}"
+    arguments = [f"data.clients={one}", "method.ranks=[2]", "--out", tmp_path / "one"]
+    assert hedgerow("run", path, *arguments).code == 0
+    file = "updates/round-0001/client-001.safetensors"
+    assert (tmp_path / "all" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+
+
+def test_a_round_in_which_every_client_diverges_ends_the_run(hedgerow, experiment, tmp_path):
+    path = experiment(
+        method={"name": "fedavg"},
+        training={"learning_rate": 1e30, "optimizer": "sgd", "max_grad_norm": None, "steps": 5},
+    )
+    result = hedgerow("run", path, "method=fedavg", "--out", tmp_path / "run")
+    assert result.code == 1
+    assert "round 1 has no usable update" in result.err
+    assert "its loss was" in result.err
+    assert hedgerow("ledger", "verify", tmp_path / "run").code == 0
+
+
+def test_source_and_partition_instead_of_files(hedgerow, experiment, tmp_path):
+    rows = [
+        {"question": f"Say {kind}{i}", "answer": kind * 3, "kind": kind}
+        for kind in "ab"
+        for i in range(20)
+    ]
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = experiment(method={"ranks": 2})
+    for partition, clients in (
+        ("{kind: iid, clients: 4}", 4),
+        ("{kind: dirichlet, clients: 3, column: kind, alpha: 0.5}", 3),
+        ("{kind: shard, clients: 4, column: kind, shards: 1}", 4),
+        ("{kind: column, column: kind}", 2),
+    ):
+        out = tmp_path / partition.split(",")[0].split()[-1].rstrip("}")
+        result = hedgerow(
+            "run",
+            path,
+            "data.clients=null",
+            f"data.source={tmp_path / 'all.jsonl'}",
+            f"data.partition={partition}",
+            "data.fields={instruction: question, input: null, output: answer}",
+            f"data.test={tmp_path / 'all.jsonl'}",
+            "federation.rounds=1",
+            "--out",
+            out,
+        )
+        assert result.code == 0, result.err
+        assert rows_of(out)[-1]["clients"] == clients
+
+
+def test_bfloat16_does_not_lose_small_updates(hedgerow, experiment, tmp_path):
+    path = experiment(model={"dtype": "bfloat16"}, training={"steps": 10})
+    assert hedgerow("run", path, "--out", tmp_path / "run").code == 0
+    rows = rows_of(tmp_path / "run")
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"steps": None, "epochs": 1},
+        {"gradient_accumulation": 2, "schedule": "cosine"},
+        {"optimizer": "sgd", "momentum": 0.9, "schedule": "linear", "max_grad_norm": None},
+    ],
+)
+def test_ways_of_training(hedgerow, experiment, tmp_path, training):
+    assert hedgerow("run", experiment(training=training), "--out", tmp_path / "run").code == 0
+    rows = rows_of(tmp_path / "run")
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
