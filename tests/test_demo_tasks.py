@@ -92,6 +92,11 @@ def test_held_out_questions_cover_every_kind_once_each() -> None:
     assert len({(row["kind"], subject(row)) for row in rows}) == len(rows) == 7 * len(KINDS)
 
 
+def test_some_opposites_must_be_left_to_train_on() -> None:
+    with pytest.raises(ValueError, match="per_kind"):
+        tasks.test_rows(per_kind=len(OPPOSITES))
+
+
 def test_data_depends_on_the_seed_alone() -> None:
     assert tasks.clients(3) == tasks.clients(3)
     assert tasks.clients(3) != tasks.clients(4)
@@ -106,6 +111,6 @@ def test_words_can_take_every_task() -> None:
         assert KINDS["consonants"].solve(word)
 
 
-def test_sequences_and_sums_are_drawn_from_the_generator_given() -> None:
+def test_subjects_depend_on_the_generator_given() -> None:
     for kind in KINDS.values():
         assert kind.draw(Random(5), WORDS) == kind.draw(Random(5), WORDS)

@@ -63,3 +63,13 @@ def test_truncation_by_energy_keeps_the_fewest_that_suffice(energy, seed):
     kept = lowrank.truncate(pair, energy=energy).rank
     assert shares[:kept].sum() >= energy * shares.sum() * (1 - 1e-9)
     assert shares[: kept - 1].sum() < energy * shares.sum()
+
+
+@given(ranks, st.integers(0, 1000))
+def test_a_growing_stack_is_the_stack(ranks, seed):
+    pairs = [random_factors(seed + i, rank) for i, rank in enumerate(ranks)]
+    growing = lowrank.GrowingStack()
+    for pair in pairs:
+        growing.add(pair)
+    for grown, stacked in zip(growing.factors(), lowrank.stack(pairs), strict=True):
+        assert torch.equal(grown, stacked)

@@ -39,21 +39,60 @@ def stack(pairs: Sequence[Factors]) -> Factors:
     return Factors(torch.cat([p.A for p in pairs], dim=0), torch.cat([p.B for p in pairs], dim=1))
 
 
+_ROOM = 4 * 2**20
+"""Bytes of address space that a buffer begins with."""
+
+
+class GrowingStack:
+    """A stack to which pairs are added one by one, with room for many before anything is copied.
+
+    Room that is not used takes address space, not memory.
+    """
+
+    def __init__(self) -> None:
+        self._A = self._B = torch.empty(0, 0)  # B is kept transposed, so that both grow by rows
+        self._rank = 0
+
+    def add(self, pair: Factors) -> None:
+        """Append the rows of A and the columns of B."""
+        rows = slice(self._rank, self._rank + pair.rank)
+        self._A = _with_room(self._A, rows.stop, pair.A)
+        self._B = _with_room(self._B, rows.stop, pair.B.T)
+        self._A[rows] = pair.A
+        self._B[rows] = pair.B.T
+        self._rank = rows.stop
+
+    def factors(self) -> Factors:
+        """The stack so far; it shares memory with this object."""
+        return Factors(self._A[: self._rank], self._B[: self._rank].T)
+
+
 def norm(pair: Factors) -> float:
     """The Frobenius norm of B·A, computed in float64."""
-    A, B = pair.A.double(), pair.B.double()
-    if pair.rank >= min(A.shape[1], B.shape[0]):
-        return float(torch.linalg.matrix_norm(B @ A))
+    if pair.rank >= min(pair.A.shape[1], pair.B.shape[0]):
+        return float(torch.linalg.matrix_norm(_product64(pair)))
     # ‖B·A‖ = ‖R_B·R_Aᵀ‖, since the orthogonal factors of both QRs keep lengths.
-    r_a = torch.linalg.qr(A.T, mode="r").R
-    r_b = torch.linalg.qr(B, mode="r").R
+    r_a = torch.linalg.qr(pair.A.double().T, mode="r").R
+    r_b = torch.linalg.qr(pair.B.double(), mode="r").R
     return float(torch.linalg.matrix_norm(r_b @ r_a.T))
 
 
 def distance(first: Factors, second: Factors) -> float:
     """The Frobenius norm of the difference of two products, computed in float64."""
-    first = Factors(first.A.double(), first.B.double())
-    return norm(stack([first, Factors(second.A.double(), -second.B.double())]))
+    if first.rank + second.rank >= min(first.A.shape[1], first.B.shape[0]):
+        return float(torch.linalg.matrix_norm(_product64(first) - _product64(second)))
+    return norm(
+        stack(
+            [
+                Factors(first.A.double(), first.B.double()),
+                Factors(second.A.double(), -second.B.double()),
+            ]
+        )
+    )
+
+
+def _product64(pair: Factors) -> Tensor:
+    return pair.B.double() @ pair.A.double()
 
 
 def relative_error(pairs: Iterable[tuple[Factors, Factors]]) -> float:
@@ -91,3 +130,14 @@ def truncate(pair: Factors, *, rank: int | None = None, energy: float | None = N
     A = (q_a @ v[:keep].T * root).T
     B = q_b @ u[:, :keep] * root
     return Factors(A.to(pair.A.dtype).contiguous(), B.to(pair.B.dtype).contiguous())
+
+
+def _with_room(buffer: Tensor, rows: int, like: Tensor) -> Tensor:
+    """`buffer` if it has so many rows, else a larger one that begins with it."""
+    if rows <= len(buffer):
+        return buffer
+    first = _ROOM // (like.shape[1] * like.itemsize)
+    larger = torch.empty(max(rows, first, 2 * len(buffer)), like.shape[1], dtype=like.dtype)
+    if len(buffer):
+        larger[: len(buffer)] = buffer
+    return larger

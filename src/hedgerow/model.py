@@ -66,6 +66,7 @@ class Model:
             raise UserError(f"{where} {missing}: give a model folder in Hugging Face format")
         device = _device(settings.device)
         loader = peft.AutoPeftModelForCausalLM if is_adapter else transformers.AutoModelForCausalLM
+        words = settings.path
         try:
             network = loader.from_pretrained(
                 settings.path,
@@ -75,9 +76,10 @@ class Model:
                 trust_remote_code=False,
             ).to(device)
             if is_adapter:
+                words = network.peft_config["default"].base_model_name_or_path
                 network = network.merge_and_unload()
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                settings.path, revision=settings.revision, trust_remote_code=False
+                words, revision=settings.revision, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]

@@ -167,25 +167,33 @@ class Entry:
 
 
 class FileTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for."""
+    """The tensors of a safetensors file, each read when it is asked for.
+
+    The file is opened anew for each: an open one is mapped into memory, where what was read of it
+    would stay until the last tensor is gone.
+    """
 
     def __init__(self, path: Path) -> None:
-        open_file: Any = safetensors.safe_open  # untyped
-        self._file = open_file(path, framework="pt")
-        self._keys = list(self._file.keys())
-        self.metadata: dict[str, str] = self._file.metadata() or {}
+        self._path = path
+        with self._opened() as file:
+            self._keys = list(file.keys())
+            self.metadata: dict[str, str] = file.metadata() or {}
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._keys:
             raise KeyError(key)
-        tensor: Tensor = self._file.get_tensor(key)
-        return tensor
+        with self._opened() as file:
+            tensor: Tensor = file.get_tensor(key)
+            return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def _opened(self) -> Any:
+        return safetensors.safe_open(self._path, framework="pt")
 
 
 def _parts(

@@ -1,15 +1,16 @@
 """Pretrain the demo's tiny Llama from nothing and write it in Hugging Face format.
 
 The model reads made-up *notebooks*: terse worked examples such as ``backwards: stroum > muorts``
-among lines of prose. It so has every skill that the demo's instructions call for, but has never
-seen an instruction answered: asked one, it rambles. Federated fine-tuning is left to bring the
-skills out. The words of the skills are invented here, so that the demo's real words are new.
+among documents of prose. It so has every skill that the demo's instructions call for, but has
+never seen an instruction answered: asked one, it rambles. Federated fine-tuning is left to bring
+the skills out. Skills on words are practised on invented words; sums, sequences and opposites are
+the demo's own, since such a small model can only know them by having read them.
 
 The bundled model was made by
 
-    python -m hedgerow.demo.pretrain src/hedgerow/demo/model --steps 6000
+    python -m hedgerow.demo.pretrain src/hedgerow/demo/model --steps 7000
 
-which takes about eight minutes on two cores. Everything is seeded; another build of PyTorch may
+which takes about ten minutes on two cores. Everything is seeded; another build of PyTorch may
 still round differently.
 """
 
@@ -44,7 +45,7 @@ NAMES = {
 """What the notebooks call each skill."""
 
 # The slow ones to learn come up twice as often.
-WEIGHTS = [2 if kind in ("reverse", "swap", "add", "next") else 1 for kind in KINDS]
+WEIGHTS = [2 if kind in ("reverse", "swap", "add", "next", "opposite") else 1 for kind in KINDS]
 BEFORE = (": ", " ", "\n", " (", " | ")
 AFTER = (" > ", " = ", "\n", ") ", " is ")
 VERBS = ("found", "took", "wanted", "saw", "carried", "lost", "painted", "sold", "kept", "hid")
@@ -188,7 +189,7 @@ def main() -> None:
     """Pretrain and save."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("out", type=Path, help="folder for the model and its tokenizer")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -214,7 +215,9 @@ def main() -> None:
         optimizer.zero_grad()
         schedule.step()
         if step % 500 == 0:
-            print(f"step {step}: loss {loss.item():.3f}, {skill_check(model, tokenizer)}")
+            print(
+                f"step {step}: loss {loss.item():.3f}, {skill_check(model, tokenizer)}", flush=True
+            )
 
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)

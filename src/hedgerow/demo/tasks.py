@@ -157,14 +157,14 @@ class Client:
 
 
 CLIENTS: dict[str, Client] = {
-    "ash": Client(("reverse", "add", "upper"), 60),
-    "birch": Client(("shift", "opposite", "swap"), 50),
-    "cedar": Client(("consonants", "next"), 70),
-    "elm": Client(("spell", "ends", "reverse"), 40),
-    "hazel": Client(("upper", "next"), 50),
+    "ash": Client(("reverse", "add", "upper"), 50),
+    "birch": Client(("shift", "opposite", "swap"), 60),
+    "cedar": Client(("consonants", "next"), 60),
+    "elm": Client(("spell", "ends", "reverse"), 55),
+    "hazel": Client(("upper", "next"), 30),
     "maple": Client(("add", "ends"), 40),
-    "rowan": Client(("opposite", "consonants"), 30),
-    "yew": Client(("shift", "swap", "spell"), 30),
+    "rowan": Client(("opposite", "consonants"), 55),
+    "yew": Client(("shift", "swap", "spell"), 45),
 }
 """Every client by name: none has all kinds, every kind is with two clients."""
 
@@ -182,6 +182,8 @@ def _ask(rng: Random, name: str, subject: str) -> Row:
 
 
 def _held_out(seed: int, per_kind: int) -> dict[str, list[str]]:
+    if per_kind >= len(OPPOSITES):
+        raise ValueError(f"per_kind must be below {len(OPPOSITES)}, the number of opposites")
     rng = Random(f"held-out {seed}")
     subjects: dict[str, list[str]] = {}
     for name, kind in KINDS.items():

@@ -13,11 +13,20 @@ from typing import Any
 
 from hedgerow import federation
 from hedgerow.clock import Clock
-from hedgerow.data import Encoded, Spool, client_files, load_template, partition, read
+from hedgerow.data import (
+    Encoded,
+    Row,
+    Spool,
+    check_columns,
+    client_files,
+    load_template,
+    partition,
+    read,
+)
 from hedgerow.errors import UserError
 from hedgerow.evaluation import TestSet
 from hedgerow.evaluation.targets import load_test, score_method
-from hedgerow.experiment import DataSettings, Experiment
+from hedgerow.experiment import Experiment
 from hedgerow.federation import Answer, Watcher
 from hedgerow.ledger import Base
 from hedgerow.methods.base import Client
@@ -74,30 +83,27 @@ def prepare(experiment: Experiment, model: Model | None = None) -> Prepared:
 
 
 def encode_clients(experiment: Experiment, tokenizer: Any) -> dict[str, Encoded]:
-    """Every client's tokenised examples, by name."""
+    """Every client's tokenised examples, by name; files are read one at a time."""
     settings = experiment.data
     template = load_template(settings.prompt, tokenizer, settings.fields)
     spool = Spool()
-    shards = {}
-    for name, rows in client_rows(settings, experiment.federation.seed):
-        shards[name] = spool.encode(
-            name, rows, template, tokenizer, settings.max_length, settings.loss_on
-        )
-    return shards
 
+    def encode(name: str, rows: list[Row]) -> Encoded:
+        return spool.encode(name, rows, template, tokenizer, settings.max_length, settings.loss_on)
 
-def client_rows(settings: DataSettings, seed: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Each client's name and rows; files are read one at a time."""
+    def checked(source: str) -> list[Row]:
+        rows = read(source, settings.split)
+        check_columns(rows, settings.fields, source)
+        return rows
+
     if settings.clients is not None:
-        for name, file in client_files(settings.clients).items():
-            yield name, read(str(file), settings.split)
-    else:
-        assert settings.source is not None
-        assert settings.partition is not None
-        rows = read(settings.source, settings.split)
-        parts = partition(rows, settings.partition, Seeds(seed).derive("partition"))
-        for name, indices in parts.items():
-            yield name, [rows[index] for index in indices]
+        files = client_files(settings.clients)
+        return {name: encode(name, checked(str(file))) for name, file in files.items()}
+    assert settings.source is not None
+    assert settings.partition is not None
+    rows = checked(settings.source)
+    parts = partition(rows, settings.partition, Seeds(experiment.federation.seed).derive("clients"))
+    return {name: encode(name, [rows[i] for i in part]) for name, part in parts.items()}
 
 
 class LocalFleet:

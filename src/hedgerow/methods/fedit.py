@@ -74,12 +74,13 @@ class FedIT(AveragedAdapter):
     same_rank: ClassVar[bool] = True
 
 
-def average(parts: Sequence[Part]) -> Factors:
+def average(stacked: Factors, parts: Sequence[Part]) -> Factors:
     """A = Σ p_k A_k, B = Σ p_k s_k B_k, the smaller padded with zeros to the largest."""
-    rank = max(p.A.shape[0] for p in parts)
-    A = torch.zeros(rank, parts[0].A.shape[1])
-    B = torch.zeros(parts[0].B.shape[0], rank)
-    for p in parts:
-        A[: p.A.shape[0]] += p.weight * p.A
-        B[:, : p.B.shape[1]] += p.weight * p.scale * p.B
+    rank = max(part.rows.stop - part.rows.start for part in parts)
+    A = torch.zeros(rank, stacked.A.shape[1])
+    B = torch.zeros(stacked.B.shape[0], rank)
+    for part in parts:
+        A_k, B_k = stacked.A[part.rows], stacked.B[:, part.rows]
+        A[: len(A_k)] += part.weight * A_k
+        B[:, : len(A_k)] += part.weight * part.scale * B_k
     return Factors(A, B)

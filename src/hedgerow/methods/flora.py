@@ -63,6 +63,8 @@ class FLoRA(LoraMethod):
         return adapter_tensors({m: lowrank.stack([r[m] for r in rounds]) for m in rounds[0]})
 
 
-def stack(parts: Sequence[Part]) -> Factors:
+def stack(stacked: Factors, parts: Sequence[Part]) -> Factors:
     """A = [p_1 s_1 A_1; …], B = [B_1 …] (eq. 5): weight and scale are on one factor, once."""
-    return lowrank.stack([Factors(p.A * (p.weight * p.scale), p.B) for p in parts])
+    for part in parts:
+        stacked.A[part.rows] *= part.weight * part.scale
+    return stacked

@@ -7,7 +7,9 @@ scale is already in the factors, exactly once, so ΔW = B·A.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from hedgerow import lowrank
 from hedgerow.errors import UserError
-from hedgerow.lowrank import Factors
+from hedgerow.lowrank import Factors, GrowingStack
 from hedgerow.methods.base import Aggregate, Client, Method, Payload
 from hedgerow.model import adapter_pairs, adapter_tensors
 
@@ -128,10 +130,10 @@ def _exact(number: float) -> str:
 
 
 class Part(NamedTuple):
-    """One client's factors of one module, as they arrived."""
+    """Where one client's factors are in a stack, and what they count."""
 
-    A: Tensor
-    B: Tensor
+    rows: slice
+    """Its rows of A and columns of B."""
     weight: float
     """p_k."""
     scale: float
@@ -182,32 +184,42 @@ def copy_factors(
 
 
 def aggregate_adapters(
-    updates: Iterable[Update], combine: Callable[[Sequence[Part]], Factors]
+    updates: Iterable[Update], combine: Callable[[Factors, Sequence[Part]], Factors]
 ) -> Aggregate:
     """Combine the clients' factors module by module, and measure the noise that this makes.
 
     Args:
         updates: each with PEFT's keys, `r` and `lora_alpha`.
-        combine: from the parts of one module to the factors that are broadcast.
+        combine: from the stacked factors of one module, and whose rows are whose, to the factors
+            that are broadcast; it may change the stack in place.
 
     Returns:
         The factors, and `aggregation_error`: how far their products are from Σ p_k s_k B_k A_k,
         relative to it, in Frobenius norm over all modules.
     """
-    arrived: list[tuple[dict[str, Factors], int, float]] = []
+    stacks: dict[str, GrowingStack] = defaultdict(GrowingStack)
+    arrived: list[tuple[int, int, float]] = []
     for update in updates:
-        pairs = dict(adapter_pairs(update.tensors))
-        arrived.append((pairs, update.num_examples, update_scale(update)))
-    total = sum(num_examples for _, num_examples, _ in arrived)
+        for module, pair in adapter_pairs(update.tensors):
+            stacks[module].add(pair)
+        arrived.append((int(update.about["r"]), update.num_examples, update_scale(update)))
 
+    total = sum(num_examples for _, num_examples, _ in arrived)
+    ends = list(itertools.accumulate(rank for rank, _, _ in arrived))
+    parts = [
+        Part(slice(end - rank, end), num_examples / total, s)
+        for end, (rank, num_examples, s) in zip(ends, arrived, strict=True)
+    ]
     combined: dict[str, Factors] = {}
 
     def applied_and_exact() -> Iterator[tuple[Factors, Factors]]:
-        for module in sorted(arrived[0][0]):
-            parts = [Part(*pairs[module], n / total, s) for pairs, n, s in arrived]
-            combined[module] = combine(parts)
-            wide = [Factors(p.A.double() * (p.weight * p.scale), p.B.double()) for p in parts]
-            yield combined[module], lowrank.stack(wide)
+        for module in sorted(stacks):
+            stacked = stacks.pop(module).factors()
+            exact = Factors(stacked.A.double(), stacked.B.double())
+            for part in parts:
+                exact.A[part.rows] *= part.weight * part.scale
+            combined[module] = combine(stacked, parts)
+            yield combined[module], exact
 
     error = lowrank.relative_error(applied_and_exact())
     return Aggregate(adapter_tensors(combined), {"aggregation_error": error})

@@ -1,0 +1,209 @@
+"""Every mistake is one sentence, exit code 2, and nothing half-written."""
+
+import json
+import resource
+import shutil
+import signal
+
+import pytest
+from conftest import byte_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+
+def check(result, *words):
+    assert result.code == 2, (result.out, result.err)
+    lines = [line for line in result.err.splitlines() if line.startswith("hedgerow: ")]
+    assert len(lines) == 1, result.err
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.stepps=3", ["`training.stepps`", "did you mean `steps`"]),
+        ("model.path=./nowhere", ["model.path", "nowhere", "does not exist"]),
+        ("data.test=missing.json", ["missing.json"]),
+        ("data.clients=gone_{}.json", ["gone_"]),
+        ("data.prompt=gone.txt", ["gone.txt"]),
+        ("method.ranks=17", ["rank 17", "at most 16"]),
+        ("method.ranks=[4, 2]", ["method.ranks has 2 ranks for 3 clients"]),
+        ("method.targets=[q_prj]", ["method.targets", "q_prj", "q_proj"]),
+        ("method.targets=[embed_tokens]", ["method.targets", "embed_tokens"]),
+        ("method.name=fedit", ["fedit averages adapters of one rank"]),
+        ("data.clients=[client_0.json, ./client_0.json]", ["client_0", "name"]),
+        ("data.clients={a: client_0.json, a: client_1.json}", ["'a' stands twice"]),
+        ("data.max_length=3", ["client-000", "data.max_length"]),
+        ("data.max_length=1000", ["data.max_length", "256 positions"]),
+        (
+            "data.fields={instruction: question}",
+            ["'question'", "client_0.json", "data.fields.instruction"],
+        ),
+        ("data.prompt=chat", ["chat template"]),
+        ("federation.clients_per_round=4", ["federation.clients_per_round", "3 clients"]),
+        ("model.device=cuda:9", ["model.device"]),
+        ("evaluation.by=topic", ["evaluation.by", "topic"]),
+        ("evaluation.metrics=[multiple_choice]", ["multiple_choice"]),
+    ],
+)
+def test_a_mistake_in_the_experiment(hedgerow, experiment, tmp_path, override, words):
+    check(hedgerow("run", experiment(), override, "--out", tmp_path / "run"), *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[]", ["client_1.json"]),
+        ("[{'a': 1}]", ["client_1.json", "line 1"]),
+        ('[{"instruction": "x"}]', ["client_1.json", "output"]),
+        ('[{"instruction": "' + "x" * 99 + '", "output": "y"}]', ["client-001", "max_length"]),
+    ],
+)
+def test_a_client_without_usable_data(hedgerow, experiment, tmp_path, content, words):
+    path = experiment()
+    (tmp_path / "client_1.json").write_text(content)
+    check(hedgerow("run", path, "--out", tmp_path / "run"), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_experiment_file(hedgerow, tmp_path):
+    check(hedgerow("run", tmp_path / "none.yaml", "--out", tmp_path / "run"), "none.yaml")
+
+
+def test_a_run_directory_that_exists_already(hedgerow, experiment, tmp_path):
+    run = tmp_path / "run"
+    assert hedgerow("run", experiment(), "--out", run).code == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    check(hedgerow("run", experiment(), "--out", run), "exists already", "--resume")
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (tmp_path / "file").write_text("mine")
+    check(hedgerow("run", experiment(), "--out", tmp_path / "file"), "is a file")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    check(hedgerow("run", experiment(), "--out", tmp_path / "full"), "exists already")
+    check(hedgerow("run", experiment(), "--out", tmp_path / "full", "--resume"), "exists already")
+
+
+def test_resuming_another_experiment(hedgerow, experiment, tmp_path):
+    run = tmp_path / "run"
+    assert hedgerow("run", experiment(), "--out", run).code == 0
+    result = hedgerow("run", experiment(), "training.steps=3", "--out", run, "--resume")
+    check(result, "training.steps", "2", "3")
+
+
+def another_model(folder):
+    """GPT-2 where the run had a Llama."""
+    config = GPT2Config(vocab_size=260, n_positions=256, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def test_a_base_of_another_architecture_or_with_other_weights(hedgerow, experiment, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert hedgerow("run", experiment(), "--out", run).code == 0
+    another_model(other)
+    for command in (["evaluate", run], ["export", run, tmp_path / "out", "--to", "merged"]):
+        result = hedgerow(*command, f"model.path={other}")
+        check(result, "is not the base of the ledger", "architecture is GPT2LMHeadModel")
+    assert not (tmp_path / "out").exists()
+    check(
+        hedgerow("run", experiment(), f"model.path={other}", "--out", run, "--resume"),
+        "model.path",
+    )
+
+
+def test_a_gpt2_runs_too(hedgerow, experiment, tmp_path):
+    """Its linear layers keep their weights transposed."""
+    another_model(tmp_path / "gpt2")
+    path = experiment(model={"path": str(tmp_path / "gpt2")}, training={"steps": 10})
+    assert hedgerow("run", path, "--out", tmp_path / "run").code == 0
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["eval_loss"] < json.loads(rows[0])["eval_loss"]
+    for to in ("merged", "adapter"):
+        assert hedgerow("export", tmp_path / "run", tmp_path / to, "--to", to).code == 0
+        data = ["--data", tmp_path / "test.json", "data.prompt=plain", "data.max_length=64"]
+        result = hedgerow("evaluate", tmp_path / to, *data, "--json")
+        assert json.loads(result.out)["eval_loss"] == pytest.approx(
+            json.loads(rows[-1])["eval_loss"], abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("how", ["corrupted", "truncated", "missing"])
+def test_a_damaged_ledger(hedgerow, experiment, tmp_path, how):
+    run = tmp_path / "run"
+    assert hedgerow("run", experiment(), "--out", run).code == 0
+    entry = run / "ledger" / "0002.safetensors"
+    data = entry.read_bytes()
+    if how == "missing":
+        entry.unlink()
+    else:
+        entry.write_bytes(data[:-9] if how == "truncated" else data[:-1] + b"\x00")
+    for command in (
+        ["ledger", "verify", run],
+        ["ledger", "show", run],
+        ["evaluate", run],
+        ["export", run, tmp_path / "out", "--to", "merged"],
+        ["export", run, tmp_path / "out", "--to", "adapter"],
+        ["export", run, tmp_path / "out", "--to", "ledger"],
+        ["run", experiment(), "federation.rounds=3", "--out", run, "--resume"],
+    ):
+        check(hedgerow(*command), "0002.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_run(hedgerow, tmp_path):
+    (tmp_path / "file").write_text("not a ledger")
+    for target in (tmp_path, tmp_path / "file", tmp_path / "nowhere"):
+        check(hedgerow("ledger", "show", target), str(target))
+        check(hedgerow("evaluate", target), str(target))
+
+
+def test_exports_do_not_write_over_anything(hedgerow, experiment, tmp_path):
+    run = tmp_path / "run"
+    assert hedgerow("run", experiment(), "--out", run).code == 0
+    (tmp_path / "taken").write_text("mine")
+    for to in ("adapter", "merged", "ledger"):
+        check(hedgerow("export", run, tmp_path / "taken", "--to", to), "exists already")
+        check(hedgerow("export", run, tmp_path / "no" / "where", "--to", to), "does not exist")
+    assert (tmp_path / "taken").read_text() == "mine"
+    check(hedgerow("export", run, tmp_path / "x", "--to", "merged", "--round", 3), "--round 3")
+    check(hedgerow("export", run, tmp_path / "x", "--to", "adapter", "--round", 0), "round 0")
+    check(hedgerow("export", run, tmp_path / "x", "--to", "merged", "--rank", 3), "--to adapter")
+
+
+def test_no_room_left(hedgerow, experiment, tmp_path):
+    """A limit on file sizes stands for a full disk: the ledger keeps what it has, and goes on."""
+    run = tmp_path / "run"
+    assert hedgerow("run", experiment(), "federation.rounds=1", "--out", run).code == 0
+    size = (run / "ledger" / "0001.safetensors").stat().st_size
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, hard))
+    try:
+        check(hedgerow("run", experiment(), "--out", run, "--resume"), "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert hedgerow("ledger", "verify", run).code == 0
+    assert hedgerow("run", experiment(), "--out", run, "--resume").code == 0
+    whole = tmp_path / "whole"
+    assert hedgerow("run", experiment(), "--out", whole).code == 0
+    for name in ("0001.safetensors", "0002.safetensors", "ledger.json"):
+        assert (run / "ledger" / name).read_bytes() == (whole / "ledger" / name).read_bytes()
+
+
+def test_weights_that_are_pickles_are_not_loaded(hedgerow, experiment, tmp_path, tiny_model):
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    check(
+        hedgerow("run", experiment(), f"model.path={folder}", "--out", tmp_path / "run"),
+        "model.path",
+    )
+
+
+def test_commands_without_what_they_need(hedgerow):
+    assert hedgerow("run").code == 2
+    assert hedgerow("nonsense").code == 2
