@@ -36,6 +36,14 @@ def test_overrides_win_and_their_paths_may_be_relative_to_here(experiment, tmp_p
     assert load(path, ["data.test=test.json"]).data.test == str(tmp_path / "test.json")
 
 
+def test_an_override_replaces_what_its_key_held(experiment):
+    assert load(experiment(), ["method={name: flora}"]).method.ranks == 16
+    assert load(experiment(), ["method=fedavg"]).method.name == "fedavg"
+    assert load(experiment(), ["method.ranks=3"]).method.alpha == "2r"
+    with pytest.raises(UserError, match="`seed` is a value"):
+        load(experiment(federation={"seed": 1}), ["federation.seed.x=3"])
+
+
 def test_scientific_notation_without_a_dot_is_a_number(experiment):
     assert load(experiment(), ["training.learning_rate=1e-4"]).training.learning_rate == 1e-4
 

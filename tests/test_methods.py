@@ -71,8 +71,12 @@ def test_the_reported_noise_of_averaging_is_the_noise(clients, seed):
     aggregate = ZeroPadding().aggregate(updates(seed, clients))
     measured = error(aggregate, exact(seed, clients))
     assert aggregate.metrics["aggregation_error"] == pytest.approx(measured, rel=1e-4, abs=1e-6)
-    if len(clients) > 1:
-        assert measured > 0.01
+
+
+def test_averaging_is_noisy_and_stacking_is_not():
+    clients = [(2, 4.0, 1), (2, 4.0, 1)]
+    assert ZeroPadding().aggregate(updates(0, clients)).metrics["aggregation_error"] > 0.1
+    assert FLoRA().aggregate(updates(0, clients)).metrics["aggregation_error"] < 1e-6
 
 
 def test_fedit_averages_the_factors_apart():

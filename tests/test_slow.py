@@ -94,7 +94,7 @@ def test_a_hundred_clients_need_no_more_memory_than_ten(shared, tmp_path, method
             "model": {"path": str(shared / "models/stories260k")},
             "method": {"name": method} | ({} if method == "fedavg" else {"ranks": 16}),
             "training": {"steps": 5, "batch_size": 8},
-            "federation": {"rounds": 2},
+            "federation": {"rounds": 1},
         }
         content["data"] = DOLLY["data"] | {
             "clients": "client_{}.json",

@@ -208,6 +208,19 @@ def methods() -> None:
     console.table("", ["method", "what it does", "paper"], rows)
 
 
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("demo-run"),
+) -> None:
+    """Train eight clients of different ranks on the built-in model, and compare methods.
+
+    Example: hedgerow demo --out demo-run
+    """
+    from hedgerow import demo
+
+    demo.run(out)
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -254,16 +267,19 @@ def _stop(sentence: str, code: int) -> None:
 def _say_prepared(prepared: Any) -> None:
     from hedgerow import console
 
-    shards = prepared.shards.values()
-    examples = sum(len(shard) for shard in shards)
+    shards = prepared.shards
+    examples = sum(len(shard) for shard in shards.values())
     notes = f"{prepared.base.name}, {len(prepared.clients)} clients, {examples:,} examples"
-    truncated = sum(shard.truncated for shard in shards)
-    dropped = sum(shard.dropped for shard in shards)
+    truncated = sum(shard.truncated for shard in shards.values())
+    dropped = sum(shard.dropped for shard in shards.values())
     if truncated:
         notes += f", {truncated:,} cut at max_length"
     if dropped:
         notes += f", {dropped:,} dropped (no answer left within max_length)"
-    console.out.print(notes)
+        for name, shard in shards.items():
+            if shard.dropped > len(shard):
+                notes += f"\n{name} keeps {len(shard):,} of {len(shard) + shard.dropped:,} examples"
+    console.out.print(notes, soft_wrap=True)
 
 
 def _summarise(out: Path) -> None:

@@ -55,18 +55,19 @@ class ProgressWatcher:
         """Advance the clients' bar; a failure is said at once."""
         self._progress.advance(self._clients)
         if failure is not None:
-            self._progress.console.print(f"[yellow]{client} failed: {failure}[/]")
+            self._progress.console.print(f"{client} failed: {failure}", style="yellow")
 
     def round_ends(self, row: dict[str, Any]) -> None:
         """Print a line."""
         self._progress.update(self._rounds, completed=row["round"])
         scores = [f"{self._title} {row['round']}"]
-        scores += [f"{name} {score(value)}" for name, value in main_scores(row).items()]
+        shown = ("train loss", "loss", "ROUGE-L", "exact match", "accuracy", "aggregation error")
+        scores += [f"{k} {score(v)}" for k, v in main_scores(row).items() if k in shown]
         if row["bytes_up"]:
             scores.append(f"up {size(row['bytes_up'])}, down {size(row['bytes_down'])}")
         if row["seconds"] is not None:
             scores.append(f"{row['seconds']:.1f} s")
-        self._progress.console.print(" · ".join(scores))
+        self._progress.console.print(" · ".join(scores), soft_wrap=True)
 
 
 def main_scores(row: dict[str, Any]) -> dict[str, float]:
@@ -86,8 +87,8 @@ def main_scores(row: dict[str, Any]) -> dict[str, float]:
 
 
 def score(value: float) -> str:
-    """A score with four significant digits."""
-    return f"{value:.4g}"
+    """A score with four significant digits; errors near zero with two."""
+    return f"{value:.4g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
 
 
 def size(count: int) -> str:

@@ -262,10 +262,17 @@ def apply_overrides(
     content = copy.deepcopy(content)
     for override in overrides:
         keys, value = split_override(override)
-        for key in reversed(keys):
-            value = {key: value}
-        _make_paths_absolute(value, folders)
-        _merge(content, value)
+        nested = {keys[-1]: value}
+        for key in reversed(keys[:-1]):
+            nested = {key: nested}
+        _make_paths_absolute(nested, folders)
+        section = content
+        for key in keys[:-1]:
+            nested = nested[key]
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise UserError(f"{override!r}: `{key}` is a value, it has no keys of its own")
+        section[keys[-1]] = nested[keys[-1]]
     return content
 
 
@@ -345,14 +352,6 @@ def _yaml_value(text: str) -> Any:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _merge(content: dict[str, Any], override: dict[str, Any]) -> None:
-    for key, value in override.items():
-        if isinstance(value, dict) and isinstance(content.get(key), dict):
-            _merge(content[key], value)
-        else:
-            content[key] = value
 
 
 def _make_paths_absolute(content: Any, folders: Sequence[Path]) -> None:

@@ -125,7 +125,7 @@ class Model:
         key = json.dumps(config.to_dict(), sort_keys=True, default=sorted)
         if key not in self._wrapped:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
+                warnings.simplefilter("ignore")  # of what is said in our own words, or is moot
                 adapted = peft.get_peft_model(self.network, config)
             modules = self.network.named_modules()
             self._wrapped[key] = {n: m for n, m in modules if isinstance(m, LoraLayer)}

@@ -1,0 +1,95 @@
+"""The built-in demo: eight clients, ten kinds of task, adapters of different ranks.
+
+The bundled model was pretrained on the skills but never on the instructions (`pretrain`), the
+clients' data are generated (`tasks`), and nobody has all kinds of task. FLoRA is compared with what
+each client reaches alone and with zero-padding, on the same local work.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hedgerow import console
+from hedgerow.demo import tasks
+from hedgerow.engines import local
+from hedgerow.errors import UserError
+from hedgerow.experiment import load
+from hedgerow.rundir import read_rows
+
+MODEL = Path(__file__).parent / "model"
+EXPERIMENT = """\
+model:      {{path: {model}}}
+data:
+  clients:  {clients}
+  test:     data/test.json
+  prompt:   plain
+  max_length: 96
+method:     {{name: flora, ranks: [32, 32, 16, 16, 8, 8, 4, 2], alpha: 2r}}
+training:   {{steps: 25, batch_size: 8, learning_rate: 1.0e-3}}
+federation: {{rounds: 8}}
+evaluation: {{every: 8, metrics: [loss, exact_match], max_new_tokens: 24, batch_size: 64, by: kind}}
+"""
+METHODS = {"standalone": "standalone mean", "zero_padding": "zero-padding", "flora": "FLoRA"}
+"""What is compared, and what the table calls it."""
+
+
+def prepare(out: Path) -> Path:
+    """Write the clients' data and the experiment file into a new folder.
+
+    Returns:
+        The experiment file, which `hedgerow run` takes as it is.
+
+    Raises:
+        UserError: the folder is there and is not empty.
+    """
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out} exists already: name another place with --out, or remove it")
+    (out / "data").mkdir(parents=True)
+    clients = tasks.clients()
+    for name, rows in clients.items():
+        (out / "data" / f"{name}.json").write_text(json.dumps(rows, indent=1))
+    (out / "data" / "test.json").write_text(json.dumps(tasks.test_rows(), indent=1))
+    experiment = out / "experiment.yaml"
+    files = {name: f"data/{name}.json" for name in clients}
+    experiment.write_text(
+        EXPERIMENT.format(model=json.dumps(str(MODEL)), clients=json.dumps(files))
+    )
+    return experiment
+
+
+def run(out: Path) -> None:
+    """Train and compare; the runs stay in `out`.
+
+    Raises:
+        UserError: `out` is there and is not empty.
+    """
+    experiment = prepare(out)
+    for method, label in METHODS.items():
+        with console.ProgressWatcher(label) as watcher:
+            local.run(load(experiment, [f"method.name={method}"]), out / method, watcher)
+    rows = {method: read_rows(out / method) for method in METHODS}
+    console.table(
+        "eight clients, ten kinds of task, held-out questions of every kind",
+        ["", "loss", "exact match", "bytes up", "bytes down", "time"],
+        [
+            _line("base model", rows["flora"][:1]),
+            *(_line(label, rows[method]) for method, label in METHODS.items()),
+        ],
+    )
+    console.out.print(
+        f"the same again: hedgerow run {experiment} --out another-run\n"
+        f"an adapter for peft: hedgerow export {out / 'flora'} adapter --to adapter"
+    )
+
+
+def _line(label: str, rows: list[dict[str, Any]]) -> list[str]:
+    last = rows[-1]
+    return [
+        label,
+        f"{last['eval_loss']:.3f}",
+        f"{last['exact_match']:.1f}%",
+        *(console.size(sum(row[key] for row in rows)) for key in ("bytes_up", "bytes_down")),
+        f"{sum(row['seconds'] or 0 for row in rows):.0f} s" if last["round"] else "",
+    ]
