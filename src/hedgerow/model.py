@@ -107,9 +107,7 @@ class Model:
         for name, weight in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.contiguous().flatten().view(torch.uint8).cpu().numpy())
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        vocabulary = sorted(self.tokenizer.get_vocab().items())
-        digest.update((backend.to_str() if backend else repr(vocabulary)).encode())
+        digest.update(json.dumps(_tokenization(self.tokenizer), sort_keys=True).encode())
         return digest.hexdigest()
 
     # --- what a client trains -------------------------------------------------------------------
@@ -242,6 +240,15 @@ class Model:
         return {
             module: (pair.B.shape[0], pair.A.shape[1]) for module, pair in adapter_pairs(parameters)
         }
+
+
+def _tokenization(tokenizer: Any) -> dict[str, Any]:
+    """What decides a tokenizer's output, without the padding that its last call asked for."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return dict(tokenizer.get_vocab())
+    content: dict[str, Any] = json.loads(backend.to_str())
+    return {key: content[key] for key in content if key not in ("padding", "truncation")}
 
 
 def _is_linear(layer: Any) -> bool:
