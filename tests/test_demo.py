@@ -41,5 +41,9 @@ def test_it_compares_and_leaves_its_runs(hedgerow, tmp_path, monkeypatch):
         assert label in result.out
     for method in demo.METHODS:
         assert hedgerow("ledger", "verify", out / method).code == 0
+    again = hedgerow("demo", "--out", out)  # nothing is left to do but the table
+    assert again.code == 0
+    assert "FLoRA" in again.out
+    (out / "experiment.yaml").write_text("mine")
     again = hedgerow("demo", "--out", out)
     assert (again.code, "exists already" in again.err) == (2, True)

@@ -19,7 +19,7 @@ from transformers import (
 from hedgerow.data import collate, read
 from hedgerow.errors import UserError
 from hedgerow.evaluation import TestSet, evaluate
-from hedgerow.evaluation.answers import generate
+from hedgerow.evaluation.answers import check_positions, generate
 from hedgerow.evaluation.choices import log_likelihoods, read_question
 from hedgerow.evaluation.likelihood import max_positions
 from hedgerow.experiment import DataSettings, EvaluationSettings, Fields, ModelSettings
@@ -262,7 +262,7 @@ def test_prompts_that_do_not_fit_are_cut_on_the_left_and_counted(taught):
     both, cut = generate(taught, [prompt, prompt[-28:]], 100, 2, lambda count: None)
     assert (both[0], cut) == (both[1], 1)
     with pytest.raises(UserError, match=r"max_new_tokens.*128 positions: set at most 127"):
-        score(taught, metrics=["rouge_l"], max_new_tokens=128)
+        check_positions(taught, EvaluationSettings(metrics=["rouge_l"], max_new_tokens=128))
 
 
 # --- multiple choice ------------------------------------------------------------------------------

@@ -5,14 +5,13 @@ import yaml
 
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load, parse_yaml, split_override, validate
-from hedgerow.rundir import read_experiment
 
 
 def test_a_dump_loads_to_the_same_experiment(experiment, tmp_path):
     loaded = load(experiment(method={"name": "flora", "ranks": [4, 2, 1], "alpha": "2r"}))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "experiment.yaml").write_text(loaded.dump())
-    assert read_experiment(tmp_path / "run") == loaded
+    assert load(tmp_path / "run" / "experiment.yaml") == loaded
 
 
 def test_relative_paths_are_relative_to_the_file(experiment, tmp_path, monkeypatch):
@@ -39,6 +38,9 @@ def test_overrides_win_and_their_paths_may_be_relative_to_here(experiment, tmp_p
 def test_an_override_replaces_what_its_key_held(experiment):
     assert load(experiment(), ["method={name: flora}"]).method.ranks == 16
     assert load(experiment(), ["method=fedavg"]).method.name == "fedavg"
+    assert load(experiment(), ["method=fedit", "method.ranks=3"]).method.ranks == 3
+    assert load(experiment(), ["method.name=fedavg"]).method.name == "fedavg"
+    assert load(experiment(), ["method.name=zero_padding"]).method.ranks == [4, 2, 1]
     assert load(experiment(), ["method.ranks=3"]).method.alpha == "2r"
     with pytest.raises(UserError, match="`seed` is a value"):
         load(experiment(federation={"seed": 1}), ["federation.seed.x=3"])

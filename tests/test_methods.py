@@ -1,17 +1,20 @@
 """Every method's aggregate against the plain sums that it stands for."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hedgerow.methods import METHODS
+from hedgerow.methods.base import Client
 from hedgerow.methods.fedavg import FedAvg
 from hedgerow.methods.fedit import FedIT
 from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.zero_padding import ZeroPadding
 from hedgerow.model import adapter_pairs
-from hedgerow.wire import Update
+from hedgerow.wire import InvalidMessage, Update
 
 SHAPES = {"model.q": (6, 5), "model.v": (3, 5)}
 
@@ -77,6 +80,32 @@ def test_averaging_is_noisy_and_stacking_is_not():
     clients = [(2, 4.0, 1), (2, 4.0, 1)]
     assert ZeroPadding().aggregate(updates(0, clients)).metrics["aggregation_error"] > 0.1
     assert FLoRA().aggregate(updates(0, clients)).metrics["aggregation_error"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"about": {"r": "3", "lora_alpha": "8"}},
+        {"about": {"r": "4", "lora_alpha": "nan"}},
+        {"about": {"r": "4", "lora_alpha": "8", "use_rslora": "true"}},
+        {"about": {}},
+        {"tensors": {}},
+        {"tensors": {"base_model.model.q.lora_A.weight": torch.ones(4, 5)}},
+        {
+            "tensors": {
+                "base_model.model.q.lora_A.weight": torch.ones(2, 5),
+                "base_model.model.q.lora_B.weight": torch.ones(6, 2),
+            }
+        },
+    ],
+)
+def test_an_update_that_is_not_the_clients_adapter_is_refused(lie):
+    client = Client(0, "c0", 7)
+    (honest,) = updates(0, [(4, 8.0, 7)])
+    honest = dataclasses.replace(honest, about={"r": "4", "lora_alpha": "8"})
+    FLoRA(ranks=4).check_update(client, honest)
+    with pytest.raises(InvalidMessage):
+        FLoRA(ranks=4).check_update(client, dataclasses.replace(honest, **lie))
 
 
 def test_fedit_averages_the_factors_apart():

@@ -1,11 +1,13 @@
 """Every mistake is one sentence, exit code 2, and nothing half-written."""
 
+import fcntl
 import json
 import resource
 import shutil
 import signal
 
 import pytest
+import safetensors.torch
 from conftest import byte_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -43,6 +45,14 @@ def check(result, *words):
         ("data.prompt=chat", ["chat template"]),
         ("federation.clients_per_round=4", ["federation.clients_per_round", "3 clients"]),
         ("model.device=cuda:9", ["model.device"]),
+        ("model.device=meta", ["model.device"]),
+        ("method.alpha=0r", ["method.alpha", "above 0"]),
+        ("method.ranks=[]", ["method.ranks"]),
+        ("method.targets=([", ["method.targets"]),
+        (
+            "evaluation={metrics: [exact_match], max_new_tokens: 256}",
+            ["evaluation.max_new_tokens", "at most 255"],
+        ),
         ("evaluation.by=topic", ["evaluation.by", "topic"]),
         ("evaluation.metrics=[multiple_choice]", ["multiple_choice"]),
     ],
@@ -207,3 +217,83 @@ def test_weights_that_are_pickles_are_not_loaded(hedgerow, experiment, tmp_path,
 def test_commands_without_what_they_need(hedgerow):
     assert hedgerow("run").code == 2
     assert hedgerow("nonsense").code == 2
+
+
+def test_a_base_that_lacks_weights(hedgerow, experiment, tmp_path, tiny_model):
+    folder = tmp_path / "incomplete"
+    shutil.copytree(tiny_model, folder)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    result = hedgerow("run", experiment(), f"model.path={folder}", "--out", tmp_path / "run")
+    check(result, "has no weights for model.layers.1.self_attn.q_proj.weight")
+    data = (tiny_model / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-100])
+    result = hedgerow("run", experiment(), f"model.path={folder}", "--out", tmp_path / "run")
+    check(result, "model.path", "incomplete")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("ledger/ledger.json", None, ["ledger.json is missing"]),
+        ("ledger/ledger.json", b"{}", ["ledger.json is damaged"]),
+        ("metrics.jsonl", b"rubbish\n", ["metrics.jsonl is damaged"]),
+        ("metrics.jsonl", b"[]\n", ["metrics.jsonl is damaged"]),
+        ("experiment.yaml", b"\xff\xfe", ["experiment.yaml", "not a text file"]),
+    ],
+)
+def test_a_damaged_run_directory(hedgerow, experiment, tmp_path, file, content, words):
+    run = tmp_path / "run"
+    assert hedgerow("run", experiment(), "--out", run).code == 0
+    entry = (run / "ledger" / "0001.safetensors").read_bytes()
+    if content is None:
+        (run / file).unlink()
+    else:
+        (run / file).write_bytes(content)
+    check(hedgerow("run", experiment(), "--out", run, "--resume"), *words)
+    assert (run / "ledger" / "0001.safetensors").read_bytes() == entry
+
+
+def test_resuming_what_cannot_end_the_same(hedgerow, experiment, tmp_path):
+    run = tmp_path / "run"
+    path = experiment(training={"schedule": "linear"})
+    assert hedgerow("run", path, "--out", run).code == 0
+    more = ["federation.rounds=3", "--out", run, "--resume"]
+    check(hedgerow("run", path, *more), "linear", "federation.rounds=2")
+    fewer = ["federation.rounds=1", "--out", run, "--resume"]
+    check(hedgerow("run", path, *fewer), "federation.rounds=1", "has 2 already")
+
+
+def test_a_run_that_somebody_else_is_writing(hedgerow, experiment, tmp_path):
+    run = tmp_path / "run"
+    assert hedgerow("run", experiment(), "--out", run).code == 0
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        check(hedgerow("run", experiment(), "--out", run, "--resume"), "another hedgerow process")
+
+
+def test_a_client_is_named_only_where_each_has_a_model(hedgerow, experiment, tmp_path):
+    run = tmp_path / "run"
+    assert hedgerow("run", experiment(), "--out", run).code == 0
+    for command in (["evaluate", run], ["export", run, tmp_path / "x", "--to", "adapter"]):
+        check(hedgerow(*command, "--client", "client-000"), "flora has one model")
+    alone = tmp_path / "alone"
+    assert hedgerow("run", experiment(), "method.name=standalone", "--out", alone).code == 0
+    check(hedgerow("evaluate", alone, "--client", "bob"), "client-000, client-001, client-002")
+
+
+def test_exporting_leaves_neighbours_alone(hedgerow, experiment, tmp_path):
+    run = tmp_path / "run"
+    assert hedgerow("run", experiment(), "--out", run).code == 0
+    (tmp_path / "x.partial").mkdir()
+    (tmp_path / "x.partial" / "thesis.tex").write_text("mine")
+    assert hedgerow("export", run, tmp_path / "x", "--to", "merged").code == 0
+    assert (tmp_path / "x.partial" / "thesis.tex").read_text() == "mine"
+
+
+def test_an_output_below_a_file(hedgerow, experiment, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    check(hedgerow("run", experiment(), "--out", tmp_path / "file" / "run"), "file")
+    check(hedgerow("demo", "--out", tmp_path / "file" / "run"), "file")

@@ -9,7 +9,10 @@ import torch
 from conftest import rows_of
 from transformers import AutoModelForCausalLM
 
+from hedgerow.engines import local
+from hedgerow.ledger import Ledger
 from hedgerow.methods import METHODS
+from hedgerow.training.first_order import Diverged
 
 PROMISED = {
     "round",
@@ -26,11 +29,10 @@ PROMISED = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_learns(hedgerow, experiment, tmp_path, method):
-    path = experiment(method={"name": method}, training={"steps": 20}, federation={"rounds": 3})
-    # One rank, where a method needs it; and fedavg has none.
-    content = json.loads(json.dumps(METHODS[method]().model_dump()))
-    override = ["method.ranks=4"] if "ranks" in content else [f"method={method}"]
-    result = hedgerow("run", path, "--out", tmp_path / "run", *override)
+    path = experiment(training={"steps": 20}, federation={"rounds": 3})
+    content = METHODS[method]().model_dump()
+    ranks = ["method.ranks=4"] if "ranks" in content else []
+    result = hedgerow("run", path, f"method.name={method}", *ranks, "--out", tmp_path / "run")
     assert result.code == 0, result.err
     rows = rows_of(tmp_path / "run")
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
@@ -38,8 +40,8 @@ def test_every_method_runs_and_learns(hedgerow, experiment, tmp_path, method):
     assert rows[-1]["train_loss"] < rows[1]["train_loss"] - 0.02
     if method != "standalone":  # most of its clients never see what the test asks
         assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.02
-    if "ranks" in content and method != "standalone":
-        assert "aggregation_error" in rows[-1]
+    if "ranks" in content:
+        assert rows[-1]["aggregation_error"] is not None
     assert hedgerow("ledger", "verify", tmp_path / "run").code == 0
 
 
@@ -181,6 +183,42 @@ def test_a_round_in_which_every_client_diverges_ends_the_run(hedgerow, experimen
     assert "round 1 has no usable update" in result.err
     assert "its loss was" in result.err
     assert hedgerow("ledger", "verify", tmp_path / "run").code == 0
+
+
+def test_a_client_that_fails_is_named_and_the_round_goes_on(
+    hedgerow, experiment, tmp_path, monkeypatch
+):
+    trained = local.train
+
+    def fails_for_nine_examples(network, parameters, data, *rest, **options):
+        if len(data) == 9:
+            raise Diverged("its loss was nan at step 1")
+        return trained(network, parameters, data, *rest, **options)
+
+    monkeypatch.setattr(local, "train", fails_for_nine_examples)
+    path = experiment(federation={"rounds": 2})
+    result = hedgerow("run", path, "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert "client-001 failed: its loss was nan" in result.out
+    for row in rows_of(tmp_path / "run")[1:]:
+        assert (row["clients"], row["failed"]) == (2, 1)
+        assert row["participants"] == ["client-000", "client-002"]
+        assert "nan" in row["failures"]["client-001"]
+    entry = next(Ledger.open(tmp_path / "run" / "ledger").entries())
+    assert [p.weight for p in entry.participants] == [5 / 19, 14 / 19]
+
+
+def test_standalone_counts_clients_that_have_not_trained_yet(hedgerow, experiment, tmp_path):
+    path = experiment(federation={"clients_per_round": 1})
+    result = hedgerow("run", path, "method.name=standalone", "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    base = rows_of(tmp_path / "run")[0]["eval_loss"]
+    row = rows_of(tmp_path / "run")[1]
+    losses = {name: scores["eval_loss"] for name, scores in row["by_client"].items()}
+    assert len(losses) == 3
+    assert row["eval_loss"] == pytest.approx(sum(losses.values()) / 3)
+    for name, loss in losses.items():
+        assert (loss == pytest.approx(base)) == (name not in row["participants"])
 
 
 def test_source_and_partition_instead_of_files(hedgerow, experiment, tmp_path):

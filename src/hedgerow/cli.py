@@ -10,6 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import safetensors
 import typer
 
 from hedgerow import __version__
@@ -95,7 +96,8 @@ def evaluate(
         changes += [f"{key}={json.dumps(value)}"] if value is not None else []
     if metrics is not None:
         changes.append(f"evaluation.metrics=[{metrics}]")
-    scores = score_target(target, changes, round, client)
+    with console.ProgressWatcher("evaluation") as watcher:
+        scores = score_target(target, changes, round, client, watcher.evaluated)
     if as_json:
         print(json.dumps(scores))
         return
@@ -243,20 +245,23 @@ def main() -> None:
     except RunFailed as error:
         _stop(str(error), 1)
     except KeyboardInterrupt:
-        _stop("interrupted; go on with --resume", 130)
+        _stop("interrupted; what is written is valid, and a run goes on with --resume", 130)
     except OSError as error:
-        if error.errno not in _OUT_OF_ROOM:
+        if error.errno not in _MENDABLE:
             raise
-        _stop(f"{error.filename or 'the output'}: {error.strerror}; {_OUT_OF_ROOM[error.errno]}", 2)
+        _stop(f"{error.filename or 'the output'}: {error.strerror}; {_MENDABLE[error.errno]}", 2)
+    except safetensors.SafetensorError as error:
+        # safetensors wraps what the system says when it cannot write.
+        _stop(f"the output could not be written: {error}", 2)
 
 
-_OUT_OF_ROOM = {
-    errno.ENOSPC: "make room, then go on with --resume",
-    errno.EDQUOT: "make room, then go on with --resume",
-    errno.EFBIG: "raise the limit on file sizes, then go on with --resume",
-    errno.EACCES: "name a place that you may write to",
-    errno.EROFS: "name a place that you may write to",
-}
+_MENDABLE = dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT), "make room, then try again (a run goes on with --resume)"
+) | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    "name a place that you may write to",
+)
+_MENDABLE[errno.EFBIG] = "raise the limit on file sizes (a run goes on with --resume)"
 
 
 def _stop(sentence: str, code: int) -> None:

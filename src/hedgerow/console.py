@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 
 
 class ProgressWatcher:
@@ -33,6 +32,7 @@ class ProgressWatcher:
         )
         self._rounds = self._progress.add_task(title, total=None)
         self._clients = self._progress.add_task("clients", total=None)
+        self._evaluation = self._progress.add_task("evaluation", total=None, visible=False)
 
     def __enter__(self) -> ProgressWatcher:
         self._progress.start()
@@ -56,6 +56,11 @@ class ProgressWatcher:
         self._progress.advance(self._clients)
         if failure is not None:
             self._progress.console.print(f"{client} failed: {failure}", style="yellow")
+
+    def evaluated(self, done: int, total: int) -> None:
+        """Show the evaluation's bar while it is needed."""
+        visible = done < total
+        self._progress.update(self._evaluation, completed=done, total=total, visible=visible)
 
     def round_ends(self, row: dict[str, Any]) -> None:
         """Print a line."""

@@ -266,6 +266,10 @@ def apply_overrides(
         for key in reversed(keys[:-1]):
             nested = {key: nested}
         _make_paths_absolute(nested, folders)
+        if isinstance(content.get("method"), str):
+            content["method"] = {"name": content["method"]}
+        if keys == ["method", "name"]:
+            _drop_options_of_another_method(content["method"], value)
         section = content
         for key in keys[:-1]:
             nested = nested[key]
@@ -274,6 +278,36 @@ def apply_overrides(
                 raise UserError(f"{override!r}: `{key}` is a value, it has no keys of its own")
         section[keys[-1]] = nested[keys[-1]]
     return content
+
+
+def _drop_options_of_another_method(options: Any, name: Any) -> None:
+    """`method.name=fedavg` on a file for flora leaves out what only adapters have, as `ranks`."""
+    if isinstance(options, dict) and name in methods.METHODS:
+        known = methods.METHODS[name].model_fields
+        before = methods.METHODS.get(options.get("name", ""))
+        for key in set(options) - set(known):
+            if before is not None and key in before.model_fields:
+                del options[key]
+
+
+def without_folders(experiment: Experiment) -> Experiment:
+    """The experiment with the data files' names alone: where they lie is their owner's business."""
+
+    def name(path: str | None) -> str | None:
+        return path and Path(path).name
+
+    data, clients = experiment.data, experiment.data.clients
+    if isinstance(clients, str):
+        clients = name(clients)
+    elif isinstance(clients, dict):
+        clients = {client: Path(file).name for client, file in clients.items()}
+    elif clients is not None:
+        clients = [
+            Path(c).name if isinstance(c, str) else ClientFile(name=c.name, file=Path(c.file).name)
+            for c in clients
+        ]
+    update = {"clients": clients, "source": name(data.source), "test": name(data.test)}
+    return experiment.model_copy(update={"data": data.model_copy(update=update)})
 
 
 _Settings = TypeVar("_Settings", bound=BaseModel)

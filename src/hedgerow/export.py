@@ -7,6 +7,7 @@ factors are put together without the base.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,12 @@ import safetensors.torch
 
 from hedgerow import lowrank
 from hedgerow.errors import UserError
-from hedgerow.experiment import Experiment
+from hedgerow.experiment import Experiment, without_folders
 from hedgerow.ledger import Ledger
 from hedgerow.lowrank import Factors
 from hedgerow.model import adapter_pairs, adapter_tensors
-from hedgerow.rundir import EXPERIMENT, read_rows
-from hedgerow.runs import check_round, model_at, opened
+from hedgerow.rundir import read_rows
+from hedgerow.runs import check_client, check_round, model_at, opened
 
 
 def to_merged(
@@ -30,6 +31,7 @@ def to_merged(
     """Write the whole model as a folder that `AutoModelForCausalLM.from_pretrained` loads."""
     with opened(run, overrides) as (experiment, ledger), _new_folder(out) as folder:
         round = check_round(ledger, round)
+        check_client(experiment, ledger, client)
         model = model_at(experiment, ledger, round)
         experiment.method.merge(model, client)
         model.network.save_pretrained(folder)
@@ -58,6 +60,7 @@ def to_adapter(
     """
     with opened(run, overrides) as (experiment, ledger), _new_folder(out) as folder:
         round = check_round(ledger, round)
+        check_client(experiment, ledger, client)
         tensors = experiment.method.adapter(ledger.entries(round), client)
         pairs = dict(adapter_pairs(tensors))
         if rank is not None or energy is not None:
@@ -68,12 +71,15 @@ def to_adapter(
 
 
 def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
-    """Write the ledger and its experiment as one file, from which `opened` rebuilds the model."""
+    """Write the ledger and its experiment as one file, from which `opened` rebuilds the model.
+
+    Of the data, the experiment in it keeps the files' names, but not where they lie.
+    """
     _check_new(out)
-    with opened(run, overrides) as (_, ledger):
+    with opened(run, overrides) as (experiment, ledger):
         for _ in ledger.entries():
             pass  # a damaged ledger is refused here, not by whoever receives it
-        ledger.pack(out, ledger.folder.parent / EXPERIMENT)
+        ledger.pack(out, without_folders(experiment).dump())
 
 
 def _save_adapter(pairs: dict[str, Factors], experiment: Experiment, folder: Path) -> None:
@@ -110,10 +116,9 @@ def _check_new(out: Path) -> None:
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder that takes the name `out` only when it is complete."""
     _check_new(out)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
     try:
-        partial.mkdir()
+        partial.chmod(0o755)  # mkdtemp's are for the owner alone
         yield partial
         if out.exists():
             out.rmdir()
@@ -129,7 +134,6 @@ def _write_card(
     method = experiment.method
     scores = {row["round"]: row["eval_loss"] for row in (read_rows(run) if run.is_dir() else [])}
     loss = "" if scores.get(round) is None else f"\n- loss on the test data: {scores[round]:.4f}"
-    clients = {p.client for entry in ledger.entries(round) for p in entry.participants}
     # Where the data lies is nobody's business but the owner's.
     settings = experiment.dump(include={"method", "training", "federation"})
     (folder / "README.md").write_text(
@@ -146,7 +150,7 @@ Made with hedgerow: {method.summary} ({type(method).paper}).
 
 - base: {ledger.base.name} ({ledger.base.architecture}, {ledger.base.parameters:,} parameters)
 - fingerprint of the base: `{ledger.base.fingerprint}`
-- rounds: {round}, clients that took part: {len(clients)}{loss}
+- rounds: {round}, clients that took part: {len(ledger.clients())}{loss}
 
 How it was trained:
 

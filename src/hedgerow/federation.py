@@ -6,7 +6,7 @@ It knows methods and a *fleet* (whoever trains), and nothing of adapters, networ
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,8 +42,12 @@ class Fleet(Protocol):
     def advance(self, entry: Entry) -> None:
         """Advance every participant's global model by one entry."""
 
-    def evaluate(self) -> dict[str, Any]:
-        """Scores of the global model on the test data (`eval_loss` …); empty without test data."""
+    def evaluate(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
+        """Scores of the global model on the test data (`eval_loss` …); empty without test data.
+
+        Args:
+            progress: told how much is done, of how much.
+        """
 
 
 class Watcher(Protocol):
@@ -54,6 +58,9 @@ class Watcher(Protocol):
 
     def client_answered(self, client: str, failure: str | None) -> None:
         """A client's update has arrived, or it has failed."""
+
+    def evaluated(self, done: int, total: int) -> None:
+        """So much of an evaluation is done."""
 
     def round_ends(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl is written."""
@@ -76,12 +83,19 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         directory.write_row(row)
         watcher.round_ends(row)
 
+    def scores(round: int) -> dict[str, Any]:
+        due = round % experiment.evaluation.every == 0 or round == rounds
+        return fleet.evaluate(watcher.evaluated) if due else {}
+
     for round in range(1, len(ledger) + 1):
         traffic.down(participants(round), round)
     if not directory.has_row(len(ledger)):
         # Before the first round; or the run was killed between an entry and its row.
         last = ledger.read(len(ledger)) if len(ledger) else None
-        finish(row_of(last, traffic, {}) | fleet.evaluate())
+        present = {p.client for p in last.participants} if last else set()
+        absent = [c.name for c in participants(len(ledger)) if last and c.name not in present]
+        failures = dict.fromkeys(absent, "not known: the run was stopped before it was written")
+        finish(row_of(last, traffic, failures) | scores(len(ledger)))
 
     for round in range(len(ledger) + 1, rounds + 1):
         began, clock = time.perf_counter(), Clock()
@@ -97,14 +111,12 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         traffic.down(answers.clients, round)
         with clock("apply"):
             fleet.advance(entry)
-        scores = {}
-        if round % experiment.evaluation.every == 0 or round == rounds:
-            with clock("evaluate"):
-                scores = fleet.evaluate()
+        with clock("evaluate"):
+            scored = scores(round)
 
         parts = {f"{part}_seconds": seconds for part, seconds in clock.seconds.items()}
         seconds = {"seconds": time.perf_counter() - began, **parts}
-        finish(row_of(entry, traffic, answers.failures) | scores | seconds)
+        finish(row_of(entry, traffic, answers.failures) | scored | seconds)
 
 
 def draw(clients: Sequence[Client], count: int | None, seeds: Seeds, round: int) -> list[Client]:
@@ -153,10 +165,10 @@ class Answers:
             self._watcher.client_answered(answer.client, None)
             yield update
         if not self._losses:
-            client, reason = next(iter(self.failures.items()))
+            reasons = [f"{client} failed because {why}" for client, why in self.failures.items()]
             raise RunFailed(
                 f"round {self._round} has no usable update from its {len(self.clients)} clients: "
-                f"{client} failed because {reason}"
+                f"{(reasons or ['nobody answered'])[0]}"
             )
 
     def entry(self, aggregate: Aggregate) -> Entry:
@@ -176,10 +188,13 @@ class Answers:
         if answer.failure is not None:
             raise InvalidMessage(answer.failure)
         update = Update.decode(answer.data)
-        client = next(c for c in self.clients if c.name == answer.client)
+        client = next((c for c in self.clients if c.name == answer.client), None)
+        if client is None or client.name in self._losses:
+            raise InvalidMessage("it was not asked, or has answered already")
         said = (update.method, update.round, update.parent, update.client, update.num_examples)
         if said != (self._method.name, self._round, self._parent, client.name, client.num_examples):
             raise InvalidMessage(f"its update says {said}, which is not what it was asked for")
+        self._method.check_update(client, update)
         self._directory.keep_update(self._round, client.name, answer.data)
         return update
 
@@ -220,6 +235,7 @@ def row_of(entry: Entry | None, traffic: Traffic, failures: dict[str, str]) -> d
         "bytes_down": traffic.bytes_down,
         "seconds": None,
         "train_seconds": None,
+        "aggregation_error": None,
         "clients": len(names),
         "failed": len(failures),
         "participants": names,

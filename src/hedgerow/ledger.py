@@ -64,9 +64,13 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     round: int = Field(ge=1)
-    file: str = Field(pattern=_ENTRY_FILE.pattern)
     bytes: int = Field(ge=1)
-    sha256: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @property
+    def file(self) -> str:
+        """The entry's file; derived, so that no index can name a file elsewhere."""
+        return f"{self.round:04d}.safetensors"
 
 
 class _Index(BaseModel):
@@ -102,8 +106,8 @@ class Ledger:
         path = folder / INDEX
         try:
             index = _Index.model_validate_json(path.read_bytes())
-        except OSError:
-            raise UserError(f"{folder} holds no ledger: {INDEX} is missing") from None
+        except OSError as error:
+            raise UserError(f"{folder} holds no ledger: {INDEX}: {error.strerror}") from None
         except ValidationError as error:
             reason = error.errors(include_url=False)[0]["msg"]
             raise UserError(f"{path} is damaged: {reason}") from None
@@ -136,17 +140,17 @@ class Ledger:
         """Write an entry and make it the head; returns it with its tensors in the file."""
         assert entry.parent == self.head, "an entry is appended to the head"
         assert entry.round == len(self) + 1, "rounds are appended in order"
-        name = f"{entry.round:04d}.safetensors"
-        with replacing(self.folder / name) as file:
+        path = self.folder / f"{entry.round:04d}.safetensors"
+        with replacing(path) as file:
             sha256, size = entry.write(file)
-        record = Record(round=entry.round, file=name, bytes=size, sha256=sha256)
+        record = Record(round=entry.round, bytes=size, sha256=sha256)
         self._index.entries.append(record)
         try:
             self._write_index()
         except OSError:
             self._index.entries.pop()
             raise
-        return Entry.read(self.folder / name)
+        return Entry.read(path)
 
     def read(self, round: int) -> Entry:
         """The entry of a round, after checking that its file is the one that was appended.
@@ -186,6 +190,10 @@ class Ledger:
         for round in range(1, (len(self) if until is None else until) + 1):
             yield self.read(round)
 
+    def clients(self) -> list[str]:
+        """Everybody who has taken part, by name."""
+        return sorted({p.client for entry in self.entries() for p in entry.participants})
+
     def replay(self, method: Method, model: Model, until: int | None = None) -> None:
         """Advance `model`, which holds the base, to round `until` (default: the head)."""
         for entry in self.entries(until):
@@ -208,18 +216,16 @@ class Ledger:
                     f"{str(mine)[:24]}, the ledger's base {self.base.name} has {str(theirs)[:24]}"
                 )
 
-    def pack(self, out: Path, experiment: Path) -> None:
-        """Write the ledger and its experiment file as one file (an uncompressed zip archive)."""
+    def pack(self, out: Path, experiment: str) -> None:
+        """Write the ledger and its experiment (YAML) as one file, an uncompressed zip archive."""
         with replacing(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            names = [INDEX, *(record.file for record in self.records)]
-            for name, path in [
-                (experiment.name, experiment),
-                *((f"ledger/{name}", self.folder / name) for name in names),
-            ]:
-                # A fixed date, so that one ledger always gives one file.
+            # ZipInfo's fixed date makes one ledger always one file.
+            archive.writestr(zipfile.ZipInfo("experiment.yaml"), experiment)
+            for name in [INDEX, *(record.file for record in self.records)]:
+                info = zipfile.ZipInfo(f"ledger/{name}")
                 with (
-                    archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as target,
-                    path.open("rb") as source,
+                    archive.open(info, "w", force_zip64=True) as target,
+                    (self.folder / name).open("rb") as source,
                 ):
                     shutil.copyfileobj(source, target)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
+import safetensors
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
@@ -62,33 +64,46 @@ class Model:
         folder = Path(settings.path)
         is_adapter = (folder / "adapter_config.json").is_file()
         if folder.is_absolute() and not (folder / "config.json").is_file() and not is_adapter:
-            missing = "has no config.json" if folder.is_dir() else "does not exist"
-            raise UserError(f"{where} {missing}: give a model folder in Hugging Face format")
+            problem = "has no config.json"
+            if not folder.is_dir():
+                problem = "is not a folder" if folder.exists() else "does not exist"
+            raise UserError(f"{where} {problem}: give a model folder in Hugging Face format")
         device = _device(settings.device)
-        loader = peft.AutoPeftModelForCausalLM if is_adapter else transformers.AutoModelForCausalLM
         words = settings.path
         try:
-            network = loader.from_pretrained(
-                settings.path,
-                revision=settings.revision,
-                dtype=getattr(torch, settings.dtype),
-                use_safetensors=True,
-                trust_remote_code=False,
-            ).to(device)
+            options = {
+                "revision": settings.revision,
+                "dtype": getattr(torch, settings.dtype),
+                "use_safetensors": True,
+                "trust_remote_code": False,
+            }
             if is_adapter:
-                words = network.peft_config["default"].base_model_name_or_path
-                network = network.merge_and_unload()
+                adapted = peft.AutoPeftModelForCausalLM.from_pretrained(settings.path, **options)
+                words = adapted.peft_config["default"].base_model_name_or_path
+                network, missing = adapted.merge_and_unload(), set()
+            else:
+                network, info = transformers.AutoModelForCausalLM.from_pretrained(
+                    settings.path, output_loading_info=True, **options
+                )
+                missing = info["missing_keys"]
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 words, revision=settings.revision, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except (
+            *(OSError, ValueError, KeyError, RuntimeError, ImportError),
+            safetensors.SafetensorError,
+        ) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"{where} cannot be loaded as a causal language model: {reason}"
             ) from None
+        if missing:
+            # transformers would draw them at random: another base for everybody who loads it.
+            names = ", ".join(sorted(missing)[:3])
+            raise UserError(f"{where} has no weights for {names}: give a complete checkpoint")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return cls(network, tokenizer, folder.name)
+        return cls(network.to(device), tokenizer, folder.name)
 
     @property
     def device(self) -> torch.device:
@@ -218,7 +233,7 @@ class Model:
         config = peft.LoraConfig(r=1, target_modules=targets, init_lora_weights=False)
         try:
             parameters = self.attach(config)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, re.error) as error:
             modules = self.network.named_modules()
             linear = sorted({n.rpartition(".")[2] for n, module in modules if _is_linear(module)})
             raise UserError(
@@ -260,7 +275,9 @@ def adapter_pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Factors]
     for key in sorted(tensors):
         if key.endswith(".lora_A.weight"):
             module = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-            yield module, Factors(tensors[key], tensors[key.replace(".lora_A.", ".lora_B.")])
+            other = key.replace(".lora_A.", ".lora_B.")
+            if other in tensors:
+                yield module, Factors(tensors[key], tensors[other])
 
 
 def adapter_tensors(pairs: Mapping[str, Factors]) -> dict[str, Tensor]:
@@ -279,6 +296,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"model.device: {name!r} is no device: write auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"model.device: {name!r} is not supported: write auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device: there is no CUDA device here: write cpu or auto")
     return device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -9,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from hedgerow.errors import UserError
-from hedgerow.experiment import Experiment, parse_yaml, validate
+from hedgerow.experiment import Experiment, load
 from hedgerow.files import replacing
-from hedgerow.ledger import Base, Ledger
+from hedgerow.ledger import INDEX, Base, Ledger
 
 EXPERIMENT = "experiment.yaml"
 METRICS = "metrics.jsonl"
-EXTENSIBLE = {("federation", "rounds"), ("evaluation", "every")}
-"""What a resumed run may change: neither alters the rounds that are in the ledger."""
+FREE = {("federation", "rounds"), ("evaluation", "every")}
+"""What a resumed run may change, as no entry depends on it (only a schedule, on the rounds)."""
 
 
 class RunDirectory:
@@ -27,6 +28,17 @@ class RunDirectory:
         self.ledger = ledger
         self._keeps_updates = experiment.federation.keep_updates
         self._last_row = max((row["round"] for row in read_rows(path)), default=-1)
+        self._lock = (path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path} is being written to by another hedgerow process") from None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
     @staticmethod
     def check_free(path: Path) -> None:
@@ -47,15 +59,30 @@ class RunDirectory:
         if not (path / EXPERIMENT).exists():
             RunDirectory.check_free(path)
             return False
-        before = _flat(read_experiment(path).model_dump(mode="json"))
+        before = _flat(load(path / EXPERIMENT).model_dump(mode="json"))
         now = _flat(experiment.model_dump(mode="json"))
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and key not in EXTENSIBLE:
+            if before.get(key) != now.get(key) and key not in FREE:
                 raise UserError(
                     f"--resume: {path} was run with {'.'.join(key)}={before.get(key)!r}, not "
                     f"{now.get(key)!r}: give the same experiment, or another --out"
                 )
-        return (path / "ledger" / "ledger.json").exists()
+        folder = path / "ledger"
+        if not (folder / INDEX).exists():
+            # A run that was stopped at its very beginning has nothing yet; this one had.
+            if (path / METRICS).exists() or any(folder.glob("*.safetensors")):
+                raise UserError(f"{folder / INDEX} is missing: restore it from a copy")
+            return False
+        done = len(Ledger.open(folder))
+        rounds, planned = now["federation", "rounds"], before["federation", "rounds"]
+        if rounds < done:
+            raise UserError(f"--resume: federation.rounds={rounds}, but {path} has {done} already")
+        if done and rounds != planned and experiment.training.schedule != "constant":
+            raise UserError(
+                f"--resume: {path} was planned for federation.rounds={planned}, which its "
+                f"{experiment.training.schedule} learning-rate schedule depends on: give the same"
+            )
+        return True
 
     @staticmethod
     def create(path: Path, experiment: Experiment, base: Base) -> RunDirectory:
@@ -98,27 +125,26 @@ class RunDirectory:
                 file.write(data)
 
 
-def read_experiment(path: Path) -> Experiment:
-    """The experiment of a run directory.
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that a kill cut short is left out.
 
     Raises:
-        UserError: the directory is not there, or is no run's.
+        UserError: the file is damaged.
     """
-    file = path / EXPERIMENT
+    file = path / METRICS
     try:
-        text = file.read_text(encoding="utf-8")
-    except OSError:
-        raise UserError(f"{path} is no run directory: {EXPERIMENT} is missing") from None
-    return validate(parse_yaml(text, str(file)), str(file), Experiment)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
-    try:
-        lines = (path / METRICS).read_bytes().splitlines(keepends=True)
+        lines = file.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    try:
+        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        if all(isinstance(row["round"], int) for row in rows):
+            return rows
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{file} is damaged: it is not a JSON object with a round on each line")
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -41,6 +41,22 @@ def model_at(experiment: Experiment, ledger: Ledger, round: int) -> Model:
     return model
 
 
+def check_client(experiment: Experiment, ledger: Ledger, client: str | None) -> list[str]:
+    """The clients whose models are meant: the one that is named, or all.
+
+    Raises:
+        UserError: one is named where there is a global model, or it is not there.
+    """
+    clients = ledger.clients()
+    if client is None:
+        return clients
+    if experiment.method.has_global_model:
+        raise UserError(f"--client {client}: {experiment.method.name} has one model for everybody")
+    if client not in clients:
+        raise UserError(f"--client {client}: only {', '.join(clients)} took part in the run")
+    return [client]
+
+
 def check_round(ledger: Ledger, round: int | None) -> int:
     """The round that is meant: the last where none is named."""
     if round is not None and not 0 <= round <= len(ledger):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ class Update:
             if not tensor.isfinite().all():
                 raise InvalidMessage(f"{name} has numbers that are not finite")
         try:
-            return Update(
+            update = Update(
                 method=metadata.pop("method"),
                 round=int(metadata.pop("round")),
                 client=metadata.pop("client"),
@@ -101,6 +102,9 @@ class Update:
             )
         except (KeyError, ValueError) as error:
             raise InvalidMessage(f"its metadata is incomplete: {error}") from None
+        if not math.isfinite(update.train_loss):
+            raise InvalidMessage(f"its train_loss is {update.train_loss}")
+        return update
 
 
 @dataclass(frozen=True)
@@ -159,11 +163,20 @@ class Entry:
                 round=int(metadata["round"]),
                 parent=metadata["parent"],
                 participants=[Participant(**p) for p in json.loads(metadata["participants"])],
-                metrics=json.loads(metadata["metrics"]),
+                metrics=_numbers(json.loads(metadata["metrics"])),
                 tensors=tensors,
             )
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        except (
+            *(KeyError, TypeError, ValueError, AttributeError, OSError),
+            safetensors.SafetensorError,
+        ) as error:
             raise UserError(f"{path} is not a ledger entry: {error}") from None
+
+
+def _numbers(content: Any) -> dict[str, float]:
+    if not isinstance(content, dict) or not all(type(v) in (int, float) for v in content.values()):
+        raise InvalidMessage("its metrics are not numbers by name")
+    return content
 
 
 class FileTensors(Mapping[str, Tensor]):

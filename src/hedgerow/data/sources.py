@@ -205,6 +205,11 @@ def _parse(text: str, path: Path, line: int) -> Any:
             f"{path}: line {line + error.lineno - 1} is not valid JSON ({error.msg}): give an "
             "array of objects, or one object a line"
         ) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, endless nesting
+        raise UserError(f"{path}: line {line} cannot be read: {error}") from None
 
 
 def _read_csv(file: TextIO, path: Path) -> list[Row]:

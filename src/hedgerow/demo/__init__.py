@@ -42,25 +42,24 @@ def prepare(out: Path) -> Path:
         The experiment file, which `hedgerow run` takes as it is.
 
     Raises:
-        UserError: the folder is there and is not empty.
+        UserError: the folder is there, and holds something else than this demo.
     """
+    experiment = out / "experiment.yaml"
     if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{out} exists already: name another place with --out, or remove it")
+        if not experiment.is_file() or experiment.read_text() != _experiment():
+            raise UserError(f"{out} exists already: name another place with --out, or remove it")
+        return experiment
     (out / "data").mkdir(parents=True)
     clients = tasks.clients()
     for name, rows in clients.items():
         (out / "data" / f"{name}.json").write_text(json.dumps(rows, indent=1))
     (out / "data" / "test.json").write_text(json.dumps(tasks.test_rows(), indent=1))
-    experiment = out / "experiment.yaml"
-    files = {name: f"data/{name}.json" for name in clients}
-    experiment.write_text(
-        EXPERIMENT.format(model=json.dumps(str(MODEL)), clients=json.dumps(files))
-    )
+    experiment.write_text(_experiment())  # last, so that it stands for the whole
     return experiment
 
 
 def run(out: Path) -> None:
-    """Train and compare; the runs stay in `out`.
+    """Train and compare, or go on with a demo that was interrupted; the runs stay in `out`.
 
     Raises:
         UserError: `out` is there and is not empty.
@@ -68,7 +67,8 @@ def run(out: Path) -> None:
     experiment = prepare(out)
     for method, label in METHODS.items():
         with console.ProgressWatcher(label) as watcher:
-            local.run(load(experiment, [f"method.name={method}"]), out / method, watcher)
+            chosen = load(experiment, [f"method.name={method}"])
+            local.run(chosen, out / method, watcher, resume=True)
     rows = {method: read_rows(out / method) for method in METHODS}
     console.table(
         "eight clients, ten kinds of task, held-out questions of every kind",
@@ -82,6 +82,11 @@ def run(out: Path) -> None:
         f"the same again: hedgerow run {experiment} --out another-run\n"
         f"an adapter for peft: hedgerow export {out / 'flora'} adapter --to adapter"
     )
+
+
+def _experiment() -> str:
+    files = {name: f"data/{name}.json" for name in tasks.CLIENTS}
+    return EXPERIMENT.format(model=json.dumps(str(MODEL)), clients=json.dumps(files))
 
 
 def _line(label: str, rows: list[dict[str, Any]]) -> list[str]:

@@ -25,7 +25,8 @@ from hedgerow.data import (
 )
 from hedgerow.errors import UserError
 from hedgerow.evaluation import TestSet
-from hedgerow.evaluation.targets import load_test, score_method
+from hedgerow.evaluation.likelihood import max_positions
+from hedgerow.evaluation.targets import Progress, load_test, score_method
 from hedgerow.experiment import Experiment
 from hedgerow.federation import Answer, Watcher
 from hedgerow.ledger import Base
@@ -58,8 +59,8 @@ def prepare(experiment: Experiment, model: Model | None = None) -> Prepared:
         UserError: naming what in the experiment does not fit.
     """
     model = model or Model.load(experiment.model)
-    positions = getattr(model.network.config, "max_position_embeddings", None)
-    if positions is not None and experiment.data.max_length > positions:
+    positions = max_positions(model.network)
+    if experiment.data.max_length > positions:
         raise UserError(
             f"data.max_length: {experiment.data.max_length} is above the {positions} positions of "
             f"{model.name}: give at most {positions}"
@@ -78,7 +79,7 @@ def prepare(experiment: Experiment, model: Model | None = None) -> Prepared:
         )
     test = None
     if experiment.data.test is not None:
-        test = load_test(experiment.data, experiment.evaluation, model.tokenizer)
+        test = load_test(experiment.data, experiment.evaluation, model)
     return Prepared(model, Base.of(model), clients, shards, test)
 
 
@@ -154,15 +155,17 @@ class LocalFleet:
         """Advance the one model that all clients share."""
         self._experiment.method.apply(self._model, entry)
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self, progress: Progress) -> dict[str, Any]:
         """Scores of the global model; of each client's and their mean where there is no global."""
         if self._prepared.test is None:
             return {}
         return score_method(
             self._experiment.method,
             self._model,
+            [client.name for client in self.clients],
             self._prepared.test,
             self._experiment.evaluation,
+            progress,
         )
 
 
@@ -193,6 +196,6 @@ def run(
     prepared = prepare(experiment, model)
     on_prepared(prepared)
     opener = RunDirectory.resume if resume else RunDirectory.create
-    directory = opener(out, experiment, prepared.base)
-    directory.ledger.replay(experiment.method, prepared.model)
-    federation.run(experiment, LocalFleet(experiment, prepared), directory, watcher)
+    with opener(out, experiment, prepared.base) as directory:
+        directory.ledger.replay(experiment.method, prepared.model)
+        federation.run(experiment, LocalFleet(experiment, prepared), directory, watcher)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,20 @@ from hedgerow.errors import UserError
 from hedgerow.evaluation.likelihood import Tick, batches, max_positions
 from hedgerow.model import Model
 
+if TYPE_CHECKING:
+    from hedgerow.experiment import EvaluationSettings
+
 Int32 = npt.NDArray[np.int32]
+
+
+def check_positions(model: Model, settings: EvaluationSettings) -> None:
+    """Raise a `UserError` where an answer alone would fill the model's positions."""
+    positions = max_positions(model.network)
+    if settings.max_new_tokens >= positions and {"rouge_l", "exact_match"} & set(settings.metrics):
+        raise UserError(
+            f"`evaluation.max_new_tokens`: {settings.max_new_tokens} leaves no room for a prompt "
+            f"in the model's {positions} positions: set at most {positions - 1}"
+        )
 
 
 def generate(
@@ -33,16 +46,8 @@ def generate(
     Returns:
         The answers, and how many prompts were cut.
 
-    Raises:
-        UserError: the answer alone fills the model's positions.
     """
-    positions = max_positions(model.network)
-    room = positions - max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"`evaluation.max_new_tokens`: {max_new_tokens} leaves no room for a prompt in the "
-            f"model's {positions} positions: set at most {positions - 1}"
-        )
+    room = max_positions(model.network) - max_new_tokens
     answers = [""] * len(prompts)
     lengths = np.array([len(prompt) for prompt in prompts])
     with _greedy(model, max_new_tokens) as config:

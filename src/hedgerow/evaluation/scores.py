@@ -195,11 +195,16 @@ def evaluate(
     result: dict[str, Any] = {name: score.mean() for name, score in scores.items()}
     if "eval_loss" in result:
         loss = result["eval_loss"]
-        result["eval_perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        result["eval_perplexity"] = perplexity(loss)
     if settings.by is not None:
         assert test.groups is not None, "the test set is prepared with the same settings"
         result |= {f"{name}_by": score.means_by(test.groups) for name, score in scores.items()}
     return result | counts
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is beyond a float."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _loss(model: Model, test: TestSet, batch_size: int, tick: Tick) -> _Score:

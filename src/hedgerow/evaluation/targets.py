@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hedgerow.data import read
 from hedgerow.errors import UserError
-from hedgerow.evaluation.scores import TestSet, evaluate
+from hedgerow.evaluation.answers import check_positions
+from hedgerow.evaluation.scores import TestSet, evaluate, perplexity
 from hedgerow.experiment import (
     Evaluation,
     EvaluationSettings,
@@ -17,10 +19,13 @@ from hedgerow.experiment import (
 )
 from hedgerow.methods.base import Method
 from hedgerow.model import Model
-from hedgerow.runs import check_round, model_at, opened
+from hedgerow.runs import check_client, check_round, model_at, opened
+
+Progress = Callable[[int, int], None]
+"""Told how many forward passes or answers are done, of how many."""
 
 
-def load_test(text: TextSettings, settings: EvaluationSettings, tokenizer: Any) -> TestSet:
+def load_test(text: TextSettings, settings: EvaluationSettings, model: Model) -> TestSet:
     """The test data of an experiment, ready to be scored.
 
     Raises:
@@ -28,38 +33,40 @@ def load_test(text: TextSettings, settings: EvaluationSettings, tokenizer: Any) 
     """
     if text.test is None:
         raise UserError("`data.test` is missing: name the file to evaluate on")
-    return TestSet.prepare(read(text.test, text.test_split), text, settings, tokenizer)
+    check_positions(model, settings)
+    return TestSet.prepare(read(text.test, text.test_split), text, settings, model.tokenizer)
 
 
 def score_method(
     method: Method,
     model: Model,
+    clients: Sequence[str],
     test: TestSet,
     settings: EvaluationSettings,
-    client: str | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Scores of a method's global model; or, where it has none, of each client's, and their mean.
 
     Args:
-        client: only this client's model.
-
-    Raises:
-        UserError: there is no model of that client.
+        clients: whose models count where there is no global one.
     """
     scores = {
-        name: evaluate(model, test, settings)
-        for name in method.models(model)
-        if client is None or name == client
+        name: evaluate(model, test, settings, progress) for name in method.models(model, clients)
     }
-    if not scores:
-        raise UserError(f"--client {client}: the run has no model of its own for that client")
-    if len(scores) == 1:
-        return next(iter(scores.values()))
-    return mean(list(scores.values())) | {"by_client": scores}
+    if None in scores:
+        return scores[None]
+    average = mean(list(scores.values()))
+    if "eval_loss" in average:
+        average["eval_perplexity"] = perplexity(average["eval_loss"])
+    return average | {"by_client": scores}
 
 
 def score_target(
-    target: Path, overrides: list[str], round: int | None, client: str | None
+    target: Path,
+    overrides: list[str],
+    round: int | None,
+    client: str | None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Scores of a run's model after a round, or of a model folder.
 
@@ -76,12 +83,14 @@ def score_target(
         content: dict[str, Any] = {"model": {"path": str(target.absolute())}, "data": {}}
         asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(target), Evaluation)
         model = Model.load(asked.model)
-        test = load_test(asked.data, asked.evaluation, model.tokenizer)
-        return evaluate(model, test, asked.evaluation) | counts(test)
+        test = load_test(asked.data, asked.evaluation, model)
+        return evaluate(model, test, asked.evaluation, progress) | counts(test)
     with opened(target, overrides) as (experiment, ledger):
+        clients = check_client(experiment, ledger, client)
+        settings = experiment.evaluation
         model = model_at(experiment, ledger, check_round(ledger, round))
-        test = load_test(experiment.data, experiment.evaluation, model.tokenizer)
-        scores = score_method(experiment.method, model, test, experiment.evaluation, client)
+        test = load_test(experiment.data, settings, model)
+        scores = score_method(experiment.method, model, clients, test, settings, progress)
         return scores | counts(test)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -60,6 +60,8 @@ class Method(BaseModel, ABC):
     """One participant holds the data of all clients (the centralized baseline)."""
     communicates: ClassVar[bool] = True
     """Whether updates and entries travel; where they don't, no bytes are counted."""
+    has_global_model: ClassVar[bool] = True
+    """Whether clients end with one model; else there is one for each, and `--client` names it."""
     entries_accumulate: ClassVar[bool] = True
     """Whether a client that was away needs every entry that it missed, or only the last."""
 
@@ -78,6 +80,12 @@ class Method(BaseModel, ABC):
     ) -> Payload:
         """After local training: what travels up."""
 
+    def check_update(self, client: Client, update: Update) -> None:
+        """On the server: raise `InvalidMessage` where an update is not what the client should send.
+
+        Name, round, parent and the number of examples have been checked, and that all is finite.
+        """
+
     @abstractmethod
     def aggregate(self, updates: Iterable[Update]) -> Aggregate:
         """On the server, without the model: fold the updates in as they arrive."""
@@ -86,10 +94,10 @@ class Method(BaseModel, ABC):
     def apply(self, model: Model, entry: Entry) -> None:
         """At every participant: advance the global model by one entry."""
 
-    def models(self, model: Model) -> Iterator[str | None]:
+    def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:
         """Put the model that the method has made into `model` while the caller evaluates it.
 
-        Yields None for the global model. A method without one yields each client's name in turn.
+        Yields None for the global model. A method without one yields each of `clients` in turn.
         """
         yield None
 

@@ -51,7 +51,7 @@ class AveragedAdapter(LoraMethod):
         """The global adapter is the entry's."""
         model.factors = dict(entry.tensors)
 
-    def models(self, model: Model) -> Iterator[str | None]:
+    def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:
         """The base with the global adapter."""
         if model.factors is None:
             yield None

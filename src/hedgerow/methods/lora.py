@@ -23,6 +23,7 @@ from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors, GrowingStack
 from hedgerow.methods.base import Aggregate, Client, Method, Payload
 from hedgerow.model import adapter_pairs, adapter_tensors
+from hedgerow.wire import InvalidMessage
 
 if TYPE_CHECKING:
     from hedgerow.model import Model
@@ -34,7 +35,7 @@ _RANKS = re.compile(r"(\d+(\.\d+)?)?r")
 def _valid_alpha(value: float | str) -> float | str:
     if isinstance(value, str) and not _RANKS.fullmatch(value):
         raise ValueError("must be a number, or a multiple of the rank such as 2r")
-    if not isinstance(value, str) and value <= 0:
+    if float(value[:-1] or 1) == 0 if isinstance(value, str) else value <= 0:
         raise ValueError("must be above 0")
     return value
 
@@ -42,7 +43,10 @@ def _valid_alpha(value: float | str) -> float | str:
 class LoraMethod(Method):
     """The options of every method that trains adapters, and what they share."""
 
-    ranks: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = 16
+    ranks: (
+        Annotated[int, Field(ge=1)]
+        | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
+    ) = 16
     """One rank for all clients, or a list with one for each."""
     alpha: Annotated[float | str, AfterValidator(_valid_alpha)] = "2r"
     """LoRA's alpha: a number, or a multiple of the client's rank."""
@@ -106,10 +110,19 @@ class LoraMethod(Method):
     ) -> Payload:
         """The client's factors, with PEFT's key names."""
         rank = self.rank(client)
-        about = {"r": str(rank), "lora_alpha": _exact(self._alpha(rank))}
-        if self.rslora:
-            about["use_rslora"] = "true"
-        return Payload({name: p.detach().cpu() for name, p in parameters.items()}, about)
+        tensors = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
+        return Payload(tensors, self._about(rank))
+
+    def check_update(self, client: Client, update: Update) -> None:
+        """The rank and scale are the client's, and there is a pair of that rank for each module."""
+        rank = self.rank(client)
+        expected = self._about(rank)
+        if dict(update.about) != expected:
+            raise InvalidMessage(f"it says {dict(update.about)} of itself, not {expected}")
+        pairs = dict(adapter_pairs(update.tensors))
+        whole = len(update.tensors) == 2 * len(pairs) > 0
+        if not whole or any({A.shape[0], *B.shape[1:]} != {rank} for A, B in pairs.values()):
+            raise InvalidMessage(f"its tensors are not adapters of rank {rank}")
 
     def adapter(self, entries: Iterable[Entry], client: str | None) -> dict[str, Tensor]:
         """The last entry is the whole adapter, for methods that go on training one."""
@@ -117,6 +130,11 @@ class LoraMethod(Method):
         if last is None:
             raise UserError("round 0 is the base model: there is no adapter to export yet")
         return dict(last.tensors)
+
+    def _about(self, rank: int) -> dict[str, str]:
+        """What an update says of itself, in peft's words."""
+        about = {"r": str(rank), "lora_alpha": _exact(self._alpha(rank))}
+        return about | ({"use_rslora": "true"} if self.rslora else {})
 
     def _alpha(self, rank: int) -> float:
         if not isinstance(self.alpha, str):

@@ -7,7 +7,7 @@ adapter under its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class Standalone(LoraMethod):
     )
     paper: ClassVar[str] = "the baseline in FLoRA, arXiv 2409.05976"
     communicates: ClassVar[bool] = False
+    has_global_model: ClassVar[bool] = False
 
     def start(
         self, model: Model, client: Client, round: int, seeds: Seeds
@@ -50,19 +51,19 @@ class Standalone(LoraMethod):
             s = update_scale(update)
             for key, factor in update.tensors.items():
                 tensors[f"{update.client}/{key}"] = factor * s if ".lora_B." in key else factor
-        return Aggregate(tensors, {})
+        return Aggregate(tensors, {"aggregation_error": 0.0})  # each client's update is its own
 
     def apply(self, model: Model, entry: Entry) -> None:
         """Each client that trained has a new adapter; the others keep theirs."""
         model.factors = {**(model.factors or {}), **entry.tensors}
 
-    def models(self, model: Model) -> Iterator[str | None]:
-        """Every client's model in turn; before training they are all the base."""
-        if model.factors is None:
-            yield None
-            return
-        for name in client_names(model.factors):
-            with model.with_factors(of_client(model.factors, name)):
+    def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:
+        """Every client's model in turn; one that has not trained yet still has the base."""
+        for name in clients:
+            if own := of_client(model.factors or {}, name):
+                with model.with_factors(own):
+                    yield name
+            else:
                 yield name
 
     def adapter(self, entries: Iterable[Entry], client: str | None) -> dict[str, Tensor]:
