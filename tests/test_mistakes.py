@@ -266,6 +266,16 @@ def test_resuming_what_cannot_end_the_same(hedgerow, experiment, tmp_path):
     check(hedgerow("run", path, *fewer), "federation.rounds=1", "has 2 already")
 
 
+def test_resuming_on_other_data(hedgerow, experiment, tmp_path):
+    run, path = tmp_path / "run", experiment()
+    assert hedgerow("run", path, "--out", run).code == 0
+    rows = json.loads((tmp_path / "client_1.json").read_text())
+    rows[3]["output"] = "something else"
+    (tmp_path / "client_1.json").write_text(json.dumps(rows))
+    result = hedgerow("run", path, "federation.rounds=3", "--out", run, "--resume")
+    check(result, "the data of client-001 have changed")
+
+
 def test_a_run_that_somebody_else_is_writing(hedgerow, experiment, tmp_path):
     run = tmp_path / "run"
     assert hedgerow("run", experiment(), "--out", run).code == 0

@@ -162,6 +162,14 @@ def test_resume_before_anything_was_written_starts(hedgerow, experiment, tmp_pat
     assert len(rows_of(tmp_path / "run")) == 3
 
 
+@pytest.mark.parametrize("left", ["data.json.partial", "data.json", "experiment.yaml.partial"])
+def test_resume_after_a_kill_at_the_very_first_step(hedgerow, experiment, tmp_path, left):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / left).write_text("half")
+    assert hedgerow("run", experiment(), "--out", tmp_path / "run", "--resume").code == 0
+    assert len(rows_of(tmp_path / "run")) == 3
+
+
 def test_the_order_of_training_does_not_matter_to_a_client(hedgerow, experiment, tmp_path):
     """What client 1 sends is the same whoever else takes part."""
     path = experiment(federation={"rounds": 1, "keep_updates": True})

@@ -16,6 +16,8 @@ from hedgerow.ledger import INDEX, Base, Ledger
 
 EXPERIMENT = "experiment.yaml"
 METRICS = "metrics.jsonl"
+DATA = "data.json"
+"""Digests of the clients' tokens, so that a run is only resumed on the data that it began with."""
 FREE = {("federation", "rounds"), ("evaluation", "every")}
 """What a resumed run may change, as no entry depends on it (only a schedule, on the rounds)."""
 
@@ -45,7 +47,9 @@ class RunDirectory:
         """Raise a `UserError` where a new run would write over something."""
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path} is a file: name a directory that is not there yet")
-        if path.is_dir() and any(path.iterdir()):
+        # What a run that was killed at its very first step has left is nobody's work.
+        begun = {DATA, f"{DATA}.partial", f"{EXPERIMENT}.partial"}
+        if path.is_dir() and any(child.name not in begun for child in path.iterdir()):
             hint = "add --resume to go on with it, or " if (path / EXPERIMENT).exists() else ""
             raise UserError(f"--out {path} exists already: {hint}name another directory")
 
@@ -85,17 +89,36 @@ class RunDirectory:
         return True
 
     @staticmethod
-    def create(path: Path, experiment: Experiment, base: Base) -> RunDirectory:
-        """A new run."""
+    def create(
+        path: Path, experiment: Experiment, base: Base, data: dict[str, str]
+    ) -> RunDirectory:
+        """A new run, on data with these digests by client."""
         path.mkdir(parents=True, exist_ok=True)
+        with replacing(path / DATA) as file:
+            file.write(json.dumps(data, indent=1).encode())
         with replacing(path / EXPERIMENT) as file:
             file.write(experiment.dump().encode())
         return RunDirectory(path, experiment, Ledger.create(path / "ledger", base))
 
     @staticmethod
-    def resume(path: Path, experiment: Experiment, base: Base) -> RunDirectory:
-        """A run to go on with; metrics of rounds that the ledger has not are dropped."""
+    def resume(
+        path: Path, experiment: Experiment, base: Base, data: dict[str, str]
+    ) -> RunDirectory:
+        """A run to go on with; metrics of rounds that the ledger has not are dropped.
+
+        Raises:
+            UserError: the base or a client's data are not those that the run began with.
+        """
         ledger = Ledger.open(path / "ledger")
+        try:
+            before = json.loads((path / DATA).read_bytes())
+        except (OSError, ValueError):
+            raise UserError(
+                f"{path / DATA} is missing or damaged: restore it from a copy"
+            ) from None
+        for client in data:
+            if before.get(client) != data[client]:
+                raise UserError(f"--resume: the data of {client} have changed since {path} began")
         ledger.check_base(base, f"model.path {experiment.model.path}")
         with replacing(path / EXPERIMENT) as file:
             file.write(experiment.dump().encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import sys
@@ -73,6 +74,15 @@ class Encoded:
             prompt_length=prompt_length,
             loss_from=prompt_length if self.loss_on == "answer" else 0,
         )
+
+    def digest(self) -> str:
+        """SHA-256 of the tokens and of where the answers begin: what training depends on."""
+        digest = hashlib.sha256(self.loss_on.encode())
+        for array in (self.lengths, self.prompt_lengths):
+            digest.update(array.tobytes())
+        for start, length in zip(self.starts, self.lengths, strict=True):
+            digest.update(self.spool.read(int(start), int(length)).tobytes())
+        return digest.hexdigest()
 
     @staticmethod
     def concatenate(parts: Sequence[Encoded]) -> Encoded:

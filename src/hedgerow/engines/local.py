@@ -196,6 +196,7 @@ def run(
     prepared = prepare(experiment, model)
     on_prepared(prepared)
     opener = RunDirectory.resume if resume else RunDirectory.create
-    with opener(out, experiment, prepared.base) as directory:
+    data = {name: shard.digest() for name, shard in prepared.shards.items()}
+    with opener(out, experiment, prepared.base, data) as directory:
         directory.ledger.replay(experiment.method, prepared.model)
         federation.run(experiment, LocalFleet(experiment, prepared), directory, watcher)
