@@ -70,10 +70,9 @@ def test_collate(shapes):
         for length, loss_from in shapes
     ]
     batch = {name: tensor.tolist() for name, tensor in collate(examples, pad_id=0).items()}
-    assert list(batch) == ["input_ids", "attention_mask", "labels"]
+    assert list(batch) == ["input_ids", "labels"]
     longest = max(length for length, _ in shapes)
     for k, (length, loss_from) in enumerate(shapes):
         tokens, padding = list(range(10, 10 + length)), longest - length
         assert batch["input_ids"][k] == tokens + [0] * padding
-        assert batch["attention_mask"][k] == [1] * length + [0] * padding
         assert batch["labels"][k] == [-100] * loss_from + tokens[loss_from:] + [-100] * padding

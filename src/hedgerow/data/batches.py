@@ -70,19 +70,18 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
     """The tensors of one batch, padded on the right to its longest example.
 
     Returns:
-        `input_ids`, `attention_mask` and `labels`, each int64 of shape (examples, longest); labels
-        are -100 on padding and before each example's `loss_from`.
+        `input_ids` and `labels`, each int64 of shape (examples, longest); labels are -100 on
+        padding and before each example's `loss_from`. There is no attention mask: see
+        `training.loss`.
     """
     shape = (len(examples), max(len(example.tokens) for example in examples))
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, _NO_LOSS, dtype=torch.int64)
     for row, example in enumerate(examples):
         tokens = torch.from_numpy(example.tokens.astype(np.int64))
         input_ids[row, : len(tokens)] = tokens
-        attention_mask[row, : len(tokens)] = 1
         labels[row, example.loss_from : len(tokens)] = tokens[example.loss_from :]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def _grouped(

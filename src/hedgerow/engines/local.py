@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hedgerow import federation
 from hedgerow.clock import Clock
 from hedgerow.data import (
@@ -125,6 +127,9 @@ class LocalFleet:
                 yield Answer(client.name, self._train_one(client, round, parent, clock))
             except Diverged as error:
                 yield Answer(client.name, failure=str(error))
+            except torch.OutOfMemoryError:
+                why = "the device ran out of memory: a smaller training.batch_size may help"
+                yield Answer(client.name, failure=why)
             finally:
                 with clock("start"):
                     self._model.release()
