@@ -30,7 +30,7 @@ ledger_app = typer.Typer(
 app.add_typer(ledger_app, name="ledger")
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Change the experiment.")
+    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the experiment.")
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="DIR", help="A run, or its packed ledger.")]
 
@@ -207,7 +207,7 @@ def methods() -> None:
     from hedgerow.methods import METHODS
 
     rows = [(name, method.summary, method.paper) for name, method in METHODS.items()]
-    console.table("", ["method", "what it does", "paper"], rows)
+    console.table("", ["method", "what it does", "paper"], rows, numbers=False)
 
 
 @app.command()
@@ -305,5 +305,6 @@ def _summarise(out: Path) -> None:
     seconds = sum(row["seconds"] or 0 for row in rows)
     console.out.print(
         f"{console.size(up)} up, {console.size(down)} down, {seconds:.0f} s; "
-        f"next: hedgerow export {out} merged --to merged"
+        f"next: hedgerow export {out} merged --to merged",
+        soft_wrap=True,
     )

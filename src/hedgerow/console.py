@@ -104,11 +104,13 @@ def size(count: int) -> str:
     return f"{number:.3g} {units[0]}"
 
 
-def table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """Print a table, its first column to the left and the others to the right."""
-    grid = Table(title=title, title_justify="left")
+def table(
+    title: str, header: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool = True
+) -> None:
+    """Print a table; where it holds numbers, all columns but the first go to the right."""
+    grid = Table(title=title or None, title_justify="left")
     for index, name in enumerate(header):
-        grid.add_column(name, justify="left" if index == 0 else "right")
+        grid.add_column(name, justify="right" if numbers and index else "left")
     for row in rows:
         grid.add_row(*row)
     out.print(grid)

@@ -78,7 +78,11 @@ class Model:
                 "trust_remote_code": False,
             }
             if is_adapter:
-                adapted = peft.AutoPeftModelForCausalLM.from_pretrained(settings.path, **options)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
+                    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(
+                        settings.path, **options
+                    )
                 words = adapted.peft_config["default"].base_model_name_or_path
                 network, missing = adapted.merge_and_unload(), set()
             else:
