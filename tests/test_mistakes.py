@@ -192,7 +192,7 @@ def test_no_room_left(hedgerow, experiment, tmp_path):
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, hard))
     try:
-        check(hedgerow("run", experiment(), "--out", run, "--resume"), "--resume")
+        check(hedgerow("run", experiment(), "--out", run, "--resume"), "0002", "--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         signal.signal(signal.SIGXFSZ, before)
