@@ -1,5 +1,7 @@
 """The algebra of stacked factors, against plain matrices."""
 
+import tempfile
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,11 +67,21 @@ def test_truncation_by_energy_keeps_the_fewest_that_suffice(energy, seed):
     assert shares[: kept - 1].sum() < energy * shares.sum()
 
 
-@given(ranks, st.integers(0, 1000))
-def test_a_growing_stack_is_the_stack(ranks, seed):
-    pairs = [random_factors(seed + i, rank) for i, rank in enumerate(ranks)]
-    growing = lowrank.GrowingStack()
-    for pair in pairs:
-        growing.add(pair)
-    for grown, stacked in zip(growing.factors(), lowrank.stack(pairs), strict=True):
-        assert torch.equal(grown, stacked)
+@settings(deadline=None)
+@given(ranks, st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_stacks_that_share_a_file_are_the_stacks(ranks, seed, dtype):
+    with tempfile.TemporaryFile(buffering=0) as file:
+        spooled = [lowrank.SpooledStack(file), lowrank.SpooledStack(file)]
+        pairs = [
+            [
+                Factors(*(f.to(dtype) for f in random_factors(seed + 7 * i + k, rank)))
+                for k in (0, 1)
+            ]
+            for i, rank in enumerate(ranks)
+        ]
+        for both in pairs:
+            for stack, pair in zip(spooled, both, strict=True):
+                stack.add(pair)
+        for stack, parts in zip(spooled, zip(*pairs, strict=True), strict=True):
+            for read, stacked in zip(stack.factors(), lowrank.stack(parts), strict=True):
+                assert torch.equal(read, stacked)

@@ -10,8 +10,9 @@ re-factorisation by small SVDs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,32 +40,47 @@ def stack(pairs: Sequence[Factors]) -> Factors:
     return Factors(torch.cat([p.A for p in pairs], dim=0), torch.cat([p.B for p in pairs], dim=1))
 
 
-_ROOM = 4 * 2**20
-"""Bytes of address space that a buffer begins with."""
+class SpooledStack:
+    """A stack whose pairs arrive one by one and wait on disk until all of it is asked for.
 
-
-class GrowingStack:
-    """A stack to which pairs are added one by one, with room for many before anything is copied.
-
-    Room that is not used takes address space, not memory.
+    While clients train one after another, what the earlier ones sent is then not in memory.
     """
 
-    def __init__(self) -> None:
-        self._A = self._B = torch.empty(0, 0)  # B is kept transposed, so that both grow by rows
-        self._rank = 0
+    def __init__(self, file: BinaryIO) -> None:
+        """Keep the pairs in `file`, unbuffered and open for both, which other stacks may share."""
+        self._file = file
+        self._places: list[tuple[int, int]] = []
+        self._like: Factors | None = None
 
     def add(self, pair: Factors) -> None:
-        """Append the rows of A and the columns of B."""
-        rows = slice(self._rank, self._rank + pair.rank)
-        self._A = _with_room(self._A, rows.stop, pair.A)
-        self._B = _with_room(self._B, rows.stop, pair.B.T)
-        self._A[rows] = pair.A
-        self._B[rows] = pair.B.T
-        self._rank = rows.stop
+        """Append the rows of A and the columns of B, as the first pair has them."""
+        self._like = self._like or Factors(pair.A[:0], pair.B.T[:0])
+        self._places.append((self._file.seek(0, os.SEEK_END), pair.rank))
+        for rows in (pair.A, pair.B.T):
+            # Rows of both, so that each client's part of either is one piece.
+            unwritten = memoryview(_bytes(rows.contiguous()))
+            while unwritten:
+                unwritten = unwritten[self._file.write(unwritten) :]
 
     def factors(self) -> Factors:
-        """The stack so far; it shares memory with this object."""
-        return Factors(self._A[: self._rank], self._B[: self._rank].T)
+        """The stack, read into memory."""
+        assert self._like is not None, "a stack has at least one pair"
+        total = sum(rank for _, rank in self._places)
+        A, B = (like.new_empty(total, like.shape[1]) for like in self._like)
+        end = 0
+        for place, rank in self._places:
+            self._file.seek(place)
+            for rows in (A, B):
+                unread = memoryview(_bytes(rows[end : end + rank]))
+                while unread:
+                    unread = unread[self._file.readinto(unread) :]  # type: ignore[attr-defined]
+            end += rank
+        return Factors(A, B.T)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """A contiguous tensor's own memory, as a flat array of bytes."""
+    return tensor.flatten().view(torch.uint8).numpy()
 
 
 def norm(pair: Factors) -> float:
@@ -130,14 +146,3 @@ def truncate(pair: Factors, *, rank: int | None = None, energy: float | None = N
     A = (q_a @ v[:keep].T * root).T
     B = q_b @ u[:, :keep] * root
     return Factors(A.to(pair.A.dtype).contiguous(), B.to(pair.B.dtype).contiguous())
-
-
-def _with_room(buffer: Tensor, rows: int, like: Tensor) -> Tensor:
-    """`buffer` if it has so many rows, else a larger one that begins with it."""
-    if rows <= len(buffer):
-        return buffer
-    first = _ROOM // (like.shape[1] * like.itemsize)
-    larger = torch.empty(max(rows, first, 2 * len(buffer)), like.shape[1], dtype=like.dtype)
-    if len(buffer):
-        larger[: len(buffer)] = buffer
-    return larger

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from hedgerow import lowrank
 from hedgerow.errors import UserError
-from hedgerow.lowrank import Factors, GrowingStack
+from hedgerow.lowrank import Factors, SpooledStack
 from hedgerow.methods.base import Aggregate, Client, Method, Payload
 from hedgerow.model import adapter_pairs, adapter_tensors
 from hedgerow.wire import InvalidMessage
@@ -215,7 +216,8 @@ def aggregate_adapters(
         The factors, and `aggregation_error`: how far their products are from Σ p_k s_k B_k A_k,
         relative to it, in Frobenius norm over all modules.
     """
-    stacks: dict[str, GrowingStack] = defaultdict(GrowingStack)
+    spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (gone with the last stack)
+    stacks: dict[str, SpooledStack] = defaultdict(lambda: SpooledStack(spool))
     arrived: list[tuple[int, int, float]] = []
     for update in updates:
         for module, pair in adapter_pairs(update.tensors):
