@@ -279,9 +279,13 @@ def test_resuming_on_other_data(hedgerow, experiment, tmp_path):
 def test_a_run_that_somebody_else_is_writing(hedgerow, experiment, tmp_path):
     run = tmp_path / "run"
     assert hedgerow("run", experiment(), "--out", run).code == 0
+    with (run / "metrics.jsonl").open("a") as rows:
+        rows.write('{"round": 3')  # the other is writing a row just now
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         check(hedgerow("run", experiment(), "--out", run, "--resume"), "another hedgerow process")
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_a_client_is_named_only_where_each_has_a_model(hedgerow, experiment, tmp_path):

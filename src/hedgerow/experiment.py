@@ -360,7 +360,7 @@ def split_override(override: str) -> tuple[list[str], Any]:
             f"{override!r} is not an override: write key.path=value, as training.steps=5"
         )
     try:
-        return key.split("."), _yaml_value(text)
+        return key.split("."), yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{override!r}: the value is not valid YAML: {_one_line(error)}") from None
 
@@ -378,10 +378,6 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
-
-
-def _yaml_value(text: str) -> Any:
-    return yaml.load(text, _Loader)
 
 
 def _one_line(error: Exception) -> str:

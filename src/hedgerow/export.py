@@ -150,7 +150,7 @@ Made with hedgerow: {method.summary} ({type(method).paper}).
 
 - base: {ledger.base.name} ({ledger.base.architecture}, {ledger.base.parameters:,} parameters)
 - fingerprint of the base: `{ledger.base.fingerprint}`
-- rounds: {round}, clients that took part: {len(ledger.clients())}{loss}
+- rounds: {round}, clients that took part: {len(ledger.clients(round))}{loss}
 
 How it was trained:
 

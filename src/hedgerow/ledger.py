@@ -190,9 +190,9 @@ class Ledger:
         for round in range(1, (len(self) if until is None else until) + 1):
             yield self.read(round)
 
-    def clients(self) -> list[str]:
-        """Everybody who has taken part, by name."""
-        return sorted({p.client for entry in self.entries() for p in entry.participants})
+    def clients(self, until: int | None = None) -> list[str]:
+        """Everybody who took part in rounds 1 … `until` (default: all), by name."""
+        return sorted({p.client for entry in self.entries(until) for p in entry.participants})
 
     def replay(self, method: Method, model: Model, until: int | None = None) -> None:
         """Advance `model`, which holds the base, to round `until` (default: the head)."""

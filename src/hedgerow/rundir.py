@@ -7,7 +7,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
@@ -18,23 +18,20 @@ EXPERIMENT = "experiment.yaml"
 METRICS = "metrics.jsonl"
 DATA = "data.json"
 """Digests of the clients' tokens, so that a run is only resumed on the data that it began with."""
+LOCK = ".lock"
 FREE = {("federation", "rounds"), ("evaluation", "every")}
 """What a resumed run may change, as no entry depends on it (only a schedule, on the rounds)."""
 
 
 class RunDirectory:
-    """An open run directory."""
+    """An open run directory, which no other process can open meanwhile."""
 
-    def __init__(self, path: Path, experiment: Experiment, ledger: Ledger) -> None:
+    def __init__(self, path: Path, experiment: Experiment, ledger: Ledger, lock: TextIO) -> None:
         self.path = path
         self.ledger = ledger
         self._keeps_updates = experiment.federation.keep_updates
         self._last_row = max((row["round"] for row in read_rows(path)), default=-1)
-        self._lock = (path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path} is being written to by another hedgerow process") from None
+        self._lock = lock
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -48,7 +45,7 @@ class RunDirectory:
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path} is a file: name a directory that is not there yet")
         # What a run that was killed at its very first step has left is nobody's work.
-        begun = {DATA, f"{DATA}.partial", f"{EXPERIMENT}.partial"}
+        begun = {LOCK, DATA, f"{DATA}.partial", f"{EXPERIMENT}.partial"}
         if path.is_dir() and any(child.name not in begun for child in path.iterdir()):
             hint = "add --resume to go on with it, or " if (path / EXPERIMENT).exists() else ""
             raise UserError(f"--out {path} exists already: {hint}name another directory")
@@ -94,11 +91,12 @@ class RunDirectory:
     ) -> RunDirectory:
         """A new run, on data with these digests by client."""
         path.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path)
         with replacing(path / DATA) as file:
             file.write(json.dumps(data, indent=1).encode())
         with replacing(path / EXPERIMENT) as file:
             file.write(experiment.dump().encode())
-        return RunDirectory(path, experiment, Ledger.create(path / "ledger", base))
+        return RunDirectory(path, experiment, Ledger.create(path / "ledger", base), lock)
 
     @staticmethod
     def resume(
@@ -109,6 +107,7 @@ class RunDirectory:
         Raises:
             UserError: the base or a client's data are not those that the run began with.
         """
+        lock = _locked(path)
         ledger = Ledger.open(path / "ledger")
         try:
             before = json.loads((path / DATA).read_bytes())
@@ -125,7 +124,7 @@ class RunDirectory:
         rows = [row for row in read_rows(path) if row["round"] <= len(ledger)]
         with replacing(path / METRICS) as file:
             file.writelines(_line(row) for row in rows)
-        return RunDirectory(path, experiment, ledger)
+        return RunDirectory(path, experiment, ledger, lock)
 
     def has_row(self, round: int) -> bool:
         """Whether the metrics of a round are written."""
@@ -168,6 +167,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         pass
     raise UserError(f"{file} is damaged: it is not a JSON object with a round on each line")
+
+
+def _locked(path: Path) -> TextIO:
+    """The lock of a run directory; it is free again when the file is closed or its process ends."""
+    lock = (path / LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"{path} is being written to by another hedgerow process") from None
+    return lock
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -42,16 +42,18 @@ def model_at(experiment: Experiment, ledger: Ledger, round: int) -> Model:
 
 
 def check_client(experiment: Experiment, ledger: Ledger, client: str | None) -> list[str]:
-    """The clients whose models are meant: the one that is named, or all.
+    """The clients whose models are meant: the one that is named, or all; none of a global model.
 
     Raises:
         UserError: one is named where there is a global model, or it is not there.
     """
+    if experiment.method.has_global_model:
+        if client is None:
+            return []
+        raise UserError(f"--client {client}: {experiment.method.name} has one model for everybody")
     clients = ledger.clients()
     if client is None:
         return clients
-    if experiment.method.has_global_model:
-        raise UserError(f"--client {client}: {experiment.method.name} has one model for everybody")
     if client not in clients:
         raise UserError(f"--client {client}: only {', '.join(clients)} took part in the run")
     return [client]
