@@ -1,0 +1,407 @@
+"""Compiled kernels for the CPU (numba), in as many threads as torch uses.
+
+A vector is worked on in chunks of whole tiles, and a chunk tile by tile: a tile's share of a base
+is made in the first-level cache and used there at once. What is added up is added in an order that
+depends neither on the threads nor on how fast they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hedgerow.sketch import layout
+from hedgerow.sketch.layout import TILE, Basis
+
+CHUNK = 64 * TILE
+"""Entries that one task works on; small enough for the second-level cache to hold."""
+
+Floats = NDArray[np.float32]
+_Result = TypeVar("_Result")
+_KINDS = {"uniform": layout.UNIFORM, "rademacher": layout.RADEMACHER, "gaussian": layout.GAUSSIAN}
+_LOW = np.uint64(0xFFFFFFFF)
+_M0, _M1 = (np.uint64(m) for m in layout.PHILOX_M)
+_W0, _W1 = (np.uint64(w) for w in layout.PHILOX_W)
+_UNIT = np.float32(2.0**-16)
+_LN2 = np.float32(layout.LN2)
+_LOG = tuple(np.float32(c) for c in layout.LOG)
+_SIN = tuple(np.float32(c) for c in layout.SIN)
+_COS = tuple(np.float32(c) for c in layout.COS)
+
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+def project_dense(x: Tensor, seed: int, k: int, kind: Basis) -> Tensor:
+    """Inner products of x with k unscaled bases; float64."""
+
+    def dots(chunk: tuple[int, int]) -> NDArray[np.float64]:
+        values = _loaded(x, *chunk)
+        total: NDArray[np.float64] = _dots(values, chunk[0] // TILE, k, np.uint64(seed), code)
+        return total
+
+    code = _KINDS[kind]
+    return torch.from_numpy(sum(_in_threads(dots, len(x)), np.zeros(k)))
+
+
+def reconstruct_dense(coordinates: Tensor, seed: int, size: int, kind: Basis) -> Tensor:
+    """The sum of unscaled bases, each times its coordinate; float32."""
+    gamma, out = coordinates.numpy(), torch.empty(size)
+
+    def rebuild(chunk: tuple[int, int]) -> None:
+        with _Stored(out, *chunk) as tiles:
+            _combine(gamma, chunk[0] // TILE, np.uint64(seed), _KINDS[kind], tiles)
+
+    for _ in _in_threads(rebuild, size):
+        pass
+    return out
+
+
+def project_hadamard(x: Tensor, seed: int, k: int, offset: int) -> Tensor:
+    """The sampled rows of the signed, transformed x; float32."""
+    coordinates = torch.empty(k)
+    gamma = coordinates.numpy()
+
+    def sample(chunk: tuple[int, int]) -> None:
+        _sample(_loaded(x, *chunk), chunk[0], len(x), np.uint64(seed), offset, gamma)
+
+    for _ in _in_threads(sample, len(x)):
+        pass
+    return coordinates
+
+
+def reconstruct_hadamard(coordinates: Tensor, seed: int, size: int, offset: int) -> Tensor:
+    """The transpose of `project_hadamard`; float32."""
+    gamma, out = coordinates.numpy(), torch.empty(size)
+
+    def rebuild(chunk: tuple[int, int]) -> None:
+        with _Stored(out, *chunk) as tiles:
+            _spread(gamma, chunk[0], size, np.uint64(seed), offset, tiles)
+
+    for _ in _in_threads(rebuild, size):
+        pass
+    return out
+
+
+def philox(counter: tuple[int, int, int, int], seed: int) -> tuple[int, ...]:
+    """The generator itself: four words for one counter."""
+    return tuple(int(word) for word in _one(*(np.uint64(c) for c in counter), np.uint64(seed)))
+
+
+# --- chunks and threads -------------------------------------------------------------------------
+
+
+def _in_threads(task: Callable[[tuple[int, int]], _Result], size: int) -> Iterator[_Result]:
+    """The task's results for each chunk (start, stop), in order."""
+    chunks = [(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
+    threads = min(torch.get_num_threads(), len(chunks))
+    if threads == 1:
+        yield from map(task, chunks)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(task, chunks)
+
+
+def _loaded(x: Tensor, start: int, stop: int) -> Floats:
+    """A chunk of x as float32, with zeros up to a whole tile."""
+    chunk = x[start:stop]
+    missing = -len(chunk) % TILE
+    if missing:
+        chunk = torch.nn.functional.pad(chunk, (0, missing))
+    loaded: Floats = chunk.float().numpy()
+    return loaded
+
+
+class _Stored:
+    """A chunk of the output to write to, in whole tiles."""
+
+    def __init__(self, out: Tensor, start: int, stop: int) -> None:
+        self._out = out[start:stop]
+        whole = len(self._out) % TILE == 0
+        tiles = self._out if whole else torch.empty(len(self._out) + -len(self._out) % TILE)
+        self._tiles = tiles
+
+    def __enter__(self) -> Floats:
+        tiles: Floats = self._tiles.numpy()
+        return tiles
+
+    def __exit__(self, *_: object) -> None:
+        if self._tiles is not self._out:
+            self._out.copy_(self._tiles[: len(self._out)])
+
+
+# --- the generator ------------------------------------------------------------------------------
+
+
+@numba.njit(inline="always")
+def _philox(c0, c1, c2, c3, seed):
+    """Four words for one counter. The words are 64 bits wide; only their lower halves count."""
+    k0, k1 = seed & _LOW, seed >> np.uint64(32)
+    for _ in range(layout.PHILOX_ROUNDS):
+        p0, p1 = (c0 & _LOW) * _M0, (c2 & _LOW) * _M1
+        c0, c1 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1
+        c2, c3 = (p0 >> np.uint64(32)) ^ c3 ^ k1, p0
+        k0, k1 = k0 + _W0, k1 + _W1
+    return np.uint32(c0), np.uint32(c1), np.uint32(c2), np.uint32(c3)
+
+
+@_compiled
+def _one(c0, c1, c2, c3, seed):
+    return _philox(c0, c1, c2, c3, seed)
+
+
+@_compiled
+def _fill(words, lanes, tile, base, purpose, seed):
+    """The words of a tile's counters: words[w, lane]."""
+    first, c2, c3 = np.uint64(tile * lanes), np.uint64(base), np.uint64(purpose)
+    for lane in range(lanes):
+        counter = first + np.uint64(lane)
+        w0, w1, w2, w3 = _philox(counter, np.uint64(0), c2, c3, seed)
+        words[0, lane], words[1, lane], words[2, lane], words[3, lane] = w0, w1, w2, w3
+
+
+@_compiled
+def _uniform(words, entries, tile, base, seed):
+    lanes = TILE // 8
+    _fill(words, lanes, tile, base, layout.UNIFORM, seed)
+    for w in range(4):
+        at = 2 * w * lanes
+        for lane in range(lanes):
+            word = words[w, lane]
+            low, high = np.int32(word & np.uint32(0xFFFF)), np.int32(word >> np.uint32(16))
+            entries[at + lane] = np.float32(low * np.int32(2) - np.int32(65535)) * _UNIT
+            entries[at + lanes + lane] = np.float32(high * np.int32(2) - np.int32(65535)) * _UNIT
+
+
+@_compiled
+def _signs(words, entries, tile, base, purpose, seed):
+    """Entries ±1, from one bit each."""
+    lanes = TILE // 128
+    _fill(words, lanes, tile, base, purpose, seed)
+    bits = entries.view(np.uint32)
+    for w in range(4):
+        for lane in range(lanes):
+            word = words[w, lane]
+            for bit in range(32):  # 1.0 with the bit as its sign
+                sign = word << np.uint32(31 - bit) & np.uint32(0x80000000)
+                bits[(32 * w + bit) * lanes + lane] = sign | np.uint32(0x3F800000)
+
+
+@_compiled
+def _gaussian(words, entries, tile, base, seed):
+    lanes = TILE // 8
+    _fill(words, lanes, tile, base, layout.GAUSSIAN, seed)
+    numbers, mantissas = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
+    lengths = np.empty(lanes, np.float32)
+    for w in range(4):
+        at = 2 * w * lanes
+        _split(words[w], numbers, mantissas.view(np.uint32))
+        _lengths(numbers.view(np.uint32), mantissas, lengths)
+        _turn(words[w], lengths, entries[at : at + lanes], entries[at + lanes : at + 2 * lanes])
+
+
+# Loops that read what they write would not be vectorised, so each step has arrays of its own.
+
+
+@_compiled
+def _split(words, numbers, mantissas):
+    """Odd numbers n = 2·radius + 1, and their mantissas."""
+    for lane in range(len(words)):
+        radius = np.int32(words[lane] & np.uint32(0xFFFF))
+        numbers[lane] = np.float32(radius * np.int32(2) + np.int32(1))
+    bits = numbers.view(np.uint32)
+    for lane in range(len(words)):
+        mantissas[lane] = bits[lane] & np.uint32(0x7FFFFF) | np.uint32(0x3F800000)
+
+
+@_compiled
+def _lengths(bits, mantissas, lengths):
+    """√(-2 ln(n/2¹⁷))."""
+    for lane in range(len(bits)):
+        exponent = np.float32(np.int32(bits[lane] >> np.uint32(23)) - np.int32(127 + 17))
+        m = mantissas[lane]
+        log = _LOG[6] * m + _LOG[5]
+        log = log * m + _LOG[4]
+        log = log * m + _LOG[3]
+        log = log * m + _LOG[2]
+        log = log * m + _LOG[1]
+        log = log * m + _LOG[0]
+        square = (log + exponent * _LN2) * np.float32(-2)
+        lengths[lane] = np.sqrt(square if square > np.float32(0) else np.float32(0))
+
+
+@_compiled
+def _turn(words, lengths, first, second):
+    """Each length in the direction of its angle."""
+    for lane in range(len(words)):
+        angle = words[lane] >> np.uint32(16)
+        quarter = angle >> np.uint32(14)
+        t = np.float32(np.int32(angle & np.uint32(0x3FFF)) * np.int32(2) - np.int32(16383))
+        t = t * np.float32(2.0**-15)
+        y = t * t
+        sine = (((_SIN[3] * y + _SIN[2]) * y + _SIN[1]) * y + _SIN[0]) * t
+        cosine = ((_COS[3] * y + _COS[2]) * y + _COS[1]) * y + _COS[0]
+        odd = quarter & np.uint32(1) != np.uint32(0)
+        first_sign = np.float32(np.int32(1) - np.int32((quarter + np.uint32(1)) & np.uint32(2)))
+        second_sign = np.float32(np.int32(1) - np.int32(quarter & np.uint32(2)))
+        first[lane] = lengths[lane] * ((sine if odd else cosine) * first_sign)
+        second[lane] = lengths[lane] * ((cosine if odd else sine) * second_sign)
+
+
+@_compiled
+def _entries(words, entries, tile, base, seed, kind):
+    """A tile of an unscaled dense base."""
+    if kind == layout.UNIFORM:
+        _uniform(words, entries, tile, base, seed)
+    elif kind == layout.RADEMACHER:
+        _signs(words, entries, tile, base, layout.RADEMACHER, seed)
+    else:
+        _gaussian(words, entries, tile, base, seed)
+
+
+# --- dense bases --------------------------------------------------------------------------------
+
+_LANES = 64
+"""Partial sums that are kept apart: enough to hide the latency of an addition."""
+
+
+@_compiled
+def _dots(x, first_tile, k, seed, kind):
+    """Inner products of a chunk with k bases: float32 within a tile, float64 beyond."""
+    total = np.zeros(k)
+    words, entries = np.empty((4, TILE // 8), np.uint32), np.empty(TILE, np.float32)
+    partial = np.empty(_LANES, np.float32)
+    for tile in range(len(x) // TILE):
+        values = x[tile * TILE : (tile + 1) * TILE]
+        for base in range(k):
+            _entries(words, entries, first_tile + tile, base, seed, kind)
+            partial[:] = 0
+            for at in range(0, TILE, _LANES):
+                for lane in range(_LANES):
+                    partial[lane] += values[at + lane] * entries[at + lane]
+            dot = 0.0
+            for lane in range(_LANES):
+                dot += partial[lane]
+            total[base] += dot
+    return total
+
+
+@_compiled
+def _combine(gamma, first_tile, seed, kind, out):
+    """Σ γ_j e_j on a chunk."""
+    words, entries = np.empty((4, TILE // 8), np.uint32), np.empty(TILE, np.float32)
+    for tile in range(len(out) // TILE):
+        values = out[tile * TILE : (tile + 1) * TILE]
+        values[:] = 0
+        for base in range(len(gamma)):
+            _entries(words, entries, first_tile + tile, base, seed, kind)
+            for i in range(TILE):
+                values[i] += gamma[base] * entries[i]
+
+
+# --- hadamard bases -----------------------------------------------------------------------------
+
+
+@_compiled
+def _fwht(a, b, length):
+    """The Walsh–Hadamard transform of a[:length], unscaled, in whichever of a and b it returns."""
+    step = 1
+    while step < length:
+        _butterflies(a, b, length // 2)
+        a, b, step = b, a, 2 * step
+    return a
+
+
+@_compiled
+def _butterflies(a, b, half):
+    """Add and subtract neighbours, and move the lowest bit of the index to its top.
+
+    So all passes have one shape, that vector units like, and the last leaves the usual order.
+    """
+    for i in range(half):
+        x, y = a[2 * i], a[2 * i + 1]
+        b[i] = x + y
+        b[half + i] = x - y
+
+
+@_compiled
+def _scale(length):
+    return np.float32(1 / np.sqrt(np.float64(length)))
+
+
+@_compiled
+def _rows(rows, start, length, count, seed):
+    """The first `count` rows of a segment, as in `reference.rows`, counted from its start."""
+    zero, purpose = np.uint64(0), np.uint64(layout.ROWS)
+    a, b, c, d = _philox(np.uint64(start), zero, zero, purpose, seed)
+    e, f, g, h = _philox(np.uint64(start), np.uint64(1), zero, purpose, seed)
+    one = np.uint32(1)
+    a, c, e, g = a | one, c | one, e | one, g | one
+    mask, shift = np.uint32(length - 1), np.uint32(0)
+    while (1 << 2 * shift) < length or shift == 0:
+        shift += one
+    for i in range(count):
+        row = (np.uint32(i) * a + b) & mask
+        row ^= row >> shift
+        row = (row * c + d) & mask
+        row ^= row >> shift
+        row = (row * e + f) & mask
+        row ^= row >> shift
+        rows[i] = (row * g + h) & mask
+
+
+@_compiled
+def _sample(x, begin, size, seed, offset, gamma):
+    """Write the coordinates of a chunk, which begins at entry `begin` of the vector."""
+    words, signs = np.empty((4, TILE // 128), np.uint32), np.empty(TILE, np.float32)
+    a, b, rows = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.uint32)
+    k, start, end = len(gamma), begin, min(begin + len(x), size)
+    while start < end:
+        length = TILE
+        while length > size - start:
+            length //= 2
+        if start % TILE == 0:
+            _signs(words, signs, start // TILE, 0, layout.SIGNS, seed)
+        first = (k * start + offset) // size
+        count = (k * (start + length) + offset) // size - first
+        if count > 0:
+            for i in range(length):
+                a[i] = x[start - begin + i] * signs[start % TILE + i]
+            transformed, scale = _fwht(a, b, length), _scale(length)
+            _rows(rows, start, length, count, seed)
+            for i in range(count):
+                gamma[first + i] = transformed[rows[i]] * scale
+        start += length
+
+
+@_compiled
+def _spread(gamma, begin, size, seed, offset, out):
+    """The transpose of `_sample`."""
+    words, signs = np.empty((4, TILE // 128), np.uint32), np.empty(TILE, np.float32)
+    a, b, rows = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.uint32)
+    k, start, end = len(gamma), begin, min(begin + len(out), size)
+    while start < end:
+        length = TILE
+        while length > size - start:
+            length //= 2
+        first = (k * start + offset) // size
+        count = (k * (start + length) + offset) // size - first
+        if start % TILE == 0:
+            _signs(words, signs, start // TILE, 0, layout.SIGNS, seed)
+        a[:length] = 0
+        if count > 0:
+            _rows(rows, start, length, count, seed)
+            for i in range(count):
+                a[rows[i]] = gamma[first + i]
+            transformed, scale = _fwht(a, b, length), _scale(length)
+            for i in range(length):
+                out[start - begin + i] = transformed[i] * scale * signs[start % TILE + i]
+        else:
+            out[start - begin : start - begin + length] = 0
+        start += length
