@@ -142,4 +142,4 @@ def test_every_method_says_what_it_is():
     for name, method in METHODS.items():
         assert method().name == name
         assert method.summary
-        assert "arXiv" in method.paper
+        assert "arXiv" in method.reference

@@ -206,7 +206,7 @@ def methods() -> None:
     from hedgerow import console
     from hedgerow.methods import METHODS
 
-    rows = [(name, method.summary, method.paper) for name, method in METHODS.items()]
+    rows = [(name, method.summary, method.reference) for name, method in METHODS.items()]
     console.table("", ["method", "what it does", "paper"], rows, numbers=False)
 
 

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -61,7 +62,8 @@ def to_adapter(
     with opened(run, overrides) as (experiment, ledger), _new_folder(out) as folder:
         round = check_round(ledger, round)
         check_client(experiment, ledger, client)
-        tensors = experiment.method.adapter(ledger.entries(round), client)
+        load_model = partial(model_at, experiment, ledger, round)
+        tensors = experiment.method.adapter(ledger.entries(round), client, load_model)
         pairs = dict(adapter_pairs(tensors))
         if rank is not None or energy is not None:
             pairs = {m: lowrank.truncate(p, rank=rank, energy=energy) for m, p in pairs.items()}
@@ -146,7 +148,7 @@ tags: [federated-learning, hedgerow, {method.name}]
 
 # {ledger.base.name}, fine-tuned by {method.name}
 
-Made with hedgerow: {method.summary} ({type(method).paper}).
+Made with hedgerow: {method.summary} ({method.reference}).
 
 - base: {ledger.base.name} ({ledger.base.architecture}, {ledger.base.parameters:,} parameters)
 - fingerprint of the base: `{ledger.base.fingerprint}`

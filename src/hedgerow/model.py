@@ -38,6 +38,7 @@ class Model:
     Attributes:
         network: the transformers model; outside `attach` it holds no adapter.
         tokenizer: its tokenizer, with a padding token.
+        momentum: a decaying sum of past steps by weight, for methods with server momentum.
         factors: the adapter that belongs to the global model, for methods that do not merge theirs
             into the weights (PEFT's key names); None where the weights are the whole model.
     """
@@ -46,10 +47,12 @@ class Model:
         self.network = network.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.name = name
+        self.momentum: dict[str, Tensor] = {}
         self.factors: Mapping[str, Tensor] | None = None
         self._attached: dict[str, Any] = {}
         self._wrapped: dict[str, dict[str, Any]] = {}
-        self._snapshot: dict[str, Tensor] | None = None
+        self._trained: dict[str, nn.Parameter] = {}
+        self._snapshot: dict[str, Tensor] = {}
         self._remainders: dict[str, Tensor] = {}
 
     @classmethod
@@ -160,15 +163,24 @@ class Model:
     def unfreeze(self) -> dict[str, nn.Parameter]:
         """Make all weights trainable, with a snapshot to give them back; returns them by name."""
         parameters = dict(self.network.named_parameters())
-        self._snapshot = {name: p.detach().clone() for name, p in parameters.items()}
         self.network.requires_grad_(True)
+        self.remember(parameters)
         return parameters
 
+    def remember(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take the snapshot that `trained_delta` compares with, in host memory."""
+        # `.to` alone would hand out the weights themselves where they are on the CPU already.
+        self._snapshot = {
+            name: p.detach().clone() if p.device.type == "cpu" else p.detach().cpu()
+            for name, p in parameters.items()
+        }
+        self._trained = dict(parameters)
+
     def trained_delta(self) -> Iterator[tuple[str, Tensor]]:
-        """What training has added to each weight since `unfreeze`, in float32."""
-        assert self._snapshot is not None, "trained_delta follows unfreeze"
-        for name, parameter in self.network.named_parameters():
-            yield name, parameter.detach().float() - self._snapshot[name].float()
+        """What training has added to each parameter since `remember`, in float32, one by one."""
+        for name, parameter in self._trained.items():
+            before = self._snapshot[name].to(parameter.device)
+            yield name, parameter.detach().to(torch.float32, copy=True).sub_(before)
 
     def release(self) -> None:
         """Give the model back: without adapter, with the weights that it had before training."""
@@ -176,11 +188,10 @@ class Model:
             layer.zero_grad(set_to_none=True)
             self.network.set_submodule(name, layer.get_base_layer())
         self._attached = {}
-        if self._snapshot is not None:
-            with torch.no_grad():
-                for name, parameter in self.network.named_parameters():
-                    parameter.copy_(self._snapshot[name])
-            self._snapshot = None
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(self._snapshot[name])
+        self._trained, self._snapshot = {}, {}
         self.network.zero_grad(set_to_none=True)
         self.network.requires_grad_(False).eval()
 

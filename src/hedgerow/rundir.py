@@ -6,13 +6,17 @@ import fcntl
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from torch import Tensor
 
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger
+from hedgerow.wire import FileTensors, to_safetensors
 
 EXPERIMENT = "experiment.yaml"
 METRICS = "metrics.jsonl"
@@ -138,6 +142,10 @@ class RunDirectory:
             os.fsync(file.fileno())
         self._last_row = row["round"]
 
+    def memory(self, client: str, round: int) -> ClientMemory:
+        """What a client of this engine keeps for itself."""
+        return ClientMemory(self.path / "clients" / client, round)
+
     def keep_update(self, round: int, client: str, data: bytes) -> None:
         """Keep what a client sent, if the experiment asks for it."""
         if self._keeps_updates:
@@ -145,6 +153,36 @@ class RunDirectory:
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / f"{client}.safetensors") as file:
                 file.write(data)
+
+
+class ClientMemory:
+    """What a client keeps from round to round: a file per round, the latest two of them.
+
+    A run that is resumed at an earlier round than the file's finds the one before it.
+    """
+
+    def __init__(self, folder: Path, round: int) -> None:
+        self._folder, self._round = folder, round
+
+    def load(self) -> Mapping[str, Tensor]:
+        """What was kept in the last round before this one."""
+        earlier = [path for path in self._files() if int(path.stem) < self._round]
+        return FileTensors(earlier[-1]) if earlier else {}
+
+    def save(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors of this round."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self._folder / f"{self._round:04d}.safetensors") as file:
+            for part in to_safetensors(tensors, {}):
+                file.write(part)
+        for path in self._files():
+            if int(path.stem) > self._round:
+                path.unlink()
+        for path in self._files()[:-2]:
+            path.unlink()
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob("*.safetensors"), key=lambda path: int(path.stem))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

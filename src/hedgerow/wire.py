@@ -70,7 +70,7 @@ class Update:
             "train_loss": repr(self.train_loss),
             **self.about,
         }
-        return b"".join(_parts(self.tensors, metadata))
+        return b"".join(to_safetensors(self.tensors, metadata))
 
     @staticmethod
     def decode(data: bytes) -> Update:
@@ -140,7 +140,7 @@ class Entry:
             "metrics": json.dumps(self.metrics, sort_keys=True),
         }
         digest, size = hashlib.sha256(), 0
-        for part in _parts(self.tensors, metadata):
+        for part in to_safetensors(self.tensors, metadata):
             file.write(part)
             digest.update(part)
             size += len(part)
@@ -209,7 +209,7 @@ class FileTensors(Mapping[str, Tensor]):
         return safetensors.safe_open(self._path, framework="pt")
 
 
-def _parts(
+def to_safetensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> Iterator[bytes | memoryview]:
     """A safetensors file in pieces: the header, then each tensor's memory, widest types first."""

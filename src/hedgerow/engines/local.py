@@ -32,11 +32,11 @@ from hedgerow.evaluation.targets import Progress, load_test, score_method
 from hedgerow.experiment import Experiment
 from hedgerow.federation import Answer, Watcher
 from hedgerow.ledger import Base
-from hedgerow.methods.base import Client
+from hedgerow.methods.base import Client, Turn
 from hedgerow.model import Model
 from hedgerow.rundir import RunDirectory
 from hedgerow.seeds import Seeds
-from hedgerow.training.first_order import Diverged, learning_rate, train
+from hedgerow.training.job import Diverged, Job, learning_rate
 from hedgerow.wire import Entry, Update
 
 
@@ -112,9 +112,9 @@ def encode_clients(experiment: Experiment, tokenizer: Any) -> dict[str, Encoded]
 class LocalFleet:
     """All clients of a run, in this process."""
 
-    def __init__(self, experiment: Experiment, prepared: Prepared) -> None:
+    def __init__(self, experiment: Experiment, prepared: Prepared, directory: RunDirectory) -> None:
         self.clients: Sequence[Client] = prepared.clients
-        self._experiment, self._prepared = experiment, prepared
+        self._experiment, self._prepared, self._directory = experiment, prepared, directory
         self._model = prepared.model
         self._seeds = Seeds(experiment.federation.seed)
 
@@ -136,25 +136,27 @@ class LocalFleet:
 
     def _train_one(self, client: Client, round: int, parent: str, clock: Clock) -> bytes:
         method, training = self._experiment.method, self._experiment.training
+        turn = Turn(client, round, self._seeds, self._directory.memory(client.name, round))
+        job = Job(
+            self._model.network,
+            self._prepared.shards[client.name],
+            training,
+            learning_rate(training, round, self._experiment.federation.rounds),
+            self._model.tokenizer.pad_token_id,
+            order=self._seeds.numpy("batches", round, client.name),
+            dropout_seed=self._seeds.derive("dropout", round, client.name),
+        )
         with clock("start"):
-            parameters = method.start(self._model, client, round, self._seeds)
+            parameters = method.start(self._model, turn)
         with clock("train"):
-            loss = train(
-                self._model.network,
-                parameters.values(),
-                self._prepared.shards[client.name],
-                training,
-                learning_rate(training, round, self._experiment.federation.rounds),
-                self._model.tokenizer.pad_token_id,
-                order=self._seeds.numpy("batches", round, client.name),
-                dropout_seed=self._seeds.derive("dropout", round, client.name),
-            )
+            trained = method.train(job, turn, parameters)
+        with clock("update"):
+            tensors, about = method.update(self._model, turn, trained)
         with clock("wire"):
-            tensors, about = method.update(self._model, client, parameters)
-            update = Update(
-                method.name, round, client.name, parent, client.num_examples, loss, tensors, about
-            )
-            return update.encode()
+            return Update(
+                *(method.name, round, client.name, parent, client.num_examples, trained.loss),
+                *(tensors, about),
+            ).encode()
 
     def advance(self, entry: Entry) -> None:
         """Advance the one model that all clients share."""
@@ -204,4 +206,4 @@ def run(
     data = {name: shard.digest() for name, shard in prepared.shards.items()}
     with opener(out, experiment, prepared.base, data) as directory:
         directory.ledger.replay(experiment.method, prepared.model)
-        federation.run(experiment, LocalFleet(experiment, prepared), directory, watcher)
+        federation.run(experiment, LocalFleet(experiment, prepared, directory), directory, watcher)

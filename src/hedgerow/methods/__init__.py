@@ -9,15 +9,21 @@ from hedgerow.methods.base import Method
 from hedgerow.methods.centralized import Centralized
 from hedgerow.methods.fedavg import FedAvg
 from hedgerow.methods.fedit import FedIT
+from hedgerow.methods.fedkseed import FedKSeed
+from hedgerow.methods.fedzo import FedZO
+from hedgerow.methods.ferret import Ferret
 from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.standalone import Standalone
 from hedgerow.methods.zero_padding import ZeroPadding
 
 METHODS: dict[str, type[Method]] = {
     "flora": FLoRA,
+    "ferret": Ferret,
     "fedit": FedIT,
     "zero_padding": ZeroPadding,
     "fedavg": FedAvg,
+    "fedkseed": FedKSeed,
+    "fedzo": FedZO,
     "centralized": Centralized,
     "standalone": Standalone,
 }

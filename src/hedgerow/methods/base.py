@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from hedgerow.model import Model
     from hedgerow.seeds import Seeds
+    from hedgerow.training.job import Job
     from hedgerow.wire import Entry, Update
 
 
@@ -25,6 +26,39 @@ class Client:
     name: str
     num_examples: int
     """|D_k|, which its weight in an aggregate is proportional to."""
+
+
+class Memory(Protocol):
+    """What a client keeps for itself from one of its rounds to the next."""
+
+    def load(self) -> Mapping[str, Tensor]:
+        """What it kept in the last round before this one that it took part in; maybe nothing."""
+
+    def save(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One client's part in one round."""
+
+    client: Client
+    round: int
+    """1, 2, …"""
+    seeds: Seeds
+    """The run's."""
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What local training leaves."""
+
+    parameters: Mapping[str, nn.Parameter]
+    loss: float
+    """The mean training loss."""
+    steps: Mapping[int, float] = field(default_factory=dict)
+    """How far it went along each direction, by the direction's seed (zeroth-order)."""
 
 
 class Payload(NamedTuple):
@@ -54,8 +88,8 @@ class Method(BaseModel, ABC):
 
     summary: ClassVar[str]
     """One line for `hedgerow methods`."""
-    paper: ClassVar[str]
-    """Where the method is described."""
+    reference: ClassVar[str]
+    """The paper that describes the method."""
     pools_data: ClassVar[bool] = False
     """One participant holds the data of all clients (the centralized baseline)."""
     communicates: ClassVar[bool] = True
@@ -69,15 +103,22 @@ class Method(BaseModel, ABC):
         """Raise a `UserError` where the options do not fit the model or the clients."""
 
     @abstractmethod
-    def start(
-        self, model: Model, client: Client, round: int, seeds: Seeds
-    ) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
         """Attach what this client trains to the model; returns the trainable parameters."""
 
+    def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
+        """Local training: first-order steps, where a method has none of its own.
+
+        Raises:
+            Diverged: the loss is no longer a number.
+        """
+        # Not at the top: the experiment file, which names methods, says how to train.
+        from hedgerow.training import first_order
+
+        return Trained(parameters, first_order.train(job, parameters.values()))
+
     @abstractmethod
-    def update(
-        self, model: Model, client: Client, parameters: Mapping[str, nn.Parameter]
-    ) -> Payload:
+    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
         """After local training: what travels up."""
 
     def check_update(self, client: Client, update: Update) -> None:
@@ -102,12 +143,15 @@ class Method(BaseModel, ABC):
         yield None
 
     @abstractmethod
-    def adapter(self, entries: Iterable[Entry], client: str | None) -> dict[str, Tensor]:
+    def adapter(
+        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
+    ) -> dict[str, Tensor]:
         """All that `entries` add to the base, as one adapter with its scale in its factors.
 
         Args:
             entries: the ledger from its first entry on.
             client: whose adapter, for methods without a global model; else None.
+            load_model: the model after these entries, for methods whose entries do not suffice.
 
         Raises:
             UserError: the method does not make adapters, or needs a client's name.

@@ -17,7 +17,7 @@ class Centralized(AveragedAdapter):
 
     name: Literal["centralized"] = "centralized"
     summary: ClassVar[str] = "one adapter trained on all clients' data together (upper baseline)"
-    paper: ClassVar[str] = "the baseline in FLoRA, arXiv 2409.05976"
+    reference: ClassVar[str] = "the baseline in FLoRA, arXiv 2409.05976"
     pools_data: ClassVar[bool] = True
     communicates: ClassVar[bool] = False
 

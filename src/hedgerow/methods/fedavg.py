@@ -11,17 +11,16 @@ arXiv 1602.05629, algorithm 1. What Ferret is compared with, and FLoRA's share o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from hedgerow.errors import UserError
-from hedgerow.methods.base import Aggregate, Client, Method, Payload
+from hedgerow.methods.base import Aggregate, Method, Payload, Trained, Turn
 
 if TYPE_CHECKING:
     from hedgerow.model import Model
-    from hedgerow.seeds import Seeds
     from hedgerow.wire import Entry, Update
 
 
@@ -30,17 +29,13 @@ class FedAvg(Method):
 
     name: Literal["fedavg"] = "fedavg"
     summary: ClassVar[str] = "all parameters trained, dense changes averaged"
-    paper: ClassVar[str] = "FedAvg, arXiv 1602.05629"
+    reference: ClassVar[str] = "FedAvg, arXiv 1602.05629"
 
-    def start(
-        self, model: Model, client: Client, round: int, seeds: Seeds
-    ) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
         """All weights."""
         return model.unfreeze()
 
-    def update(
-        self, model: Model, client: Client, parameters: Mapping[str, nn.Parameter]
-    ) -> Payload:
+    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
         """Δ_k, in float32."""
         return Payload(dict(model.trained_delta()), {})
 
@@ -62,6 +57,8 @@ class FedAvg(Method):
         for name, delta in entry.tensors.items():
             model.add(name, delta)
 
-    def adapter(self, entries: Iterable[Entry], client: str | None) -> dict[str, Tensor]:
+    def adapter(
+        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
+    ) -> dict[str, Tensor]:
         """There is none."""
         raise UserError("fedavg trains all parameters, not an adapter: export --to merged instead")

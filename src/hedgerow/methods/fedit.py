@@ -18,13 +18,12 @@ import torch
 from torch import nn
 
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, Client
+from hedgerow.methods.base import Aggregate, Turn
 from hedgerow.methods.lora import LoraMethod, Part, aggregate_adapters, copy_factors, init_factors
 from hedgerow.model import adapter_pairs
 
 if TYPE_CHECKING:
     from hedgerow.model import Model
-    from hedgerow.seeds import Seeds
     from hedgerow.wire import Entry, Update
 
 
@@ -33,14 +32,13 @@ class AveragedAdapter(LoraMethod):
 
     entries_accumulate: ClassVar[bool] = False
 
-    def start(
-        self, model: Model, client: Client, round: int, seeds: Seeds
-    ) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
         """The global adapter; in the first round one that the run's seed draws for everybody."""
-        parameters = model.attach(self.config(client))
-        init_factors(parameters, seeds.torch("adapter"), self.largest_rank)
+        rank = self.rank(turn.client)
+        parameters = model.attach(self.config(rank))
+        init_factors(parameters, turn.seeds.torch("adapter"), self.largest_rank)
         if model.factors is not None:
-            copy_factors(parameters, model.factors, self.scale(client))
+            copy_factors(parameters, model.factors, self.scale(rank))
         return parameters
 
     def aggregate(self, updates: Iterable[Update]) -> Aggregate:
@@ -70,7 +68,7 @@ class FedIT(AveragedAdapter):
 
     name: Literal["fedit"] = "fedit"
     summary: ClassVar[str] = "LoRA of one rank, A and B averaged apart (noisy)"
-    paper: ClassVar[str] = "FedIT, arXiv 2305.05644"
+    reference: ClassVar[str] = "FedIT, arXiv 2305.05644"
     same_rank: ClassVar[bool] = True
 
 

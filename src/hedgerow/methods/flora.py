@@ -13,7 +13,7 @@ not ask that all clients have one rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from hedgerow import lowrank
 from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, Client
+from hedgerow.methods.base import Aggregate, Turn
 from hedgerow.methods.lora import LoraMethod, Part, aggregate_adapters, init_factors
 from hedgerow.model import adapter_pairs, adapter_tensors
 
 if TYPE_CHECKING:
     from hedgerow.model import Model
-    from hedgerow.seeds import Seeds
     from hedgerow.wire import Entry, Update
 
 
@@ -36,14 +35,14 @@ class FLoRA(LoraMethod):
 
     name: Literal["flora"] = "flora"
     summary: ClassVar[str] = "LoRA of different ranks, stacked: the aggregate is exact"
-    paper: ClassVar[str] = "FLoRA, arXiv 2409.05976"
+    reference: ClassVar[str] = "FLoRA, arXiv 2409.05976"
 
-    def start(
-        self, model: Model, client: Client, round: int, seeds: Seeds
-    ) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
         """A new adapter of rank r_k on the merged weights."""
-        parameters = model.attach(self.config(client))
-        init_factors(parameters, seeds.torch("adapter", round, client.name), self.rank(client))
+        rank = self.rank(turn.client)
+        parameters = model.attach(self.config(rank))
+        generator = turn.seeds.torch("adapter", turn.round, turn.client.name)
+        init_factors(parameters, generator, rank)
         return parameters
 
     def aggregate(self, updates: Iterable[Update]) -> Aggregate:
@@ -55,7 +54,9 @@ class FLoRA(LoraMethod):
         for module, factors in adapter_pairs(entry.tensors):
             model.merge(module, factors)
 
-    def adapter(self, entries: Iterable[Entry], client: str | None) -> dict[str, Tensor]:
+    def adapter(
+        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
+    ) -> dict[str, Tensor]:
         """The stack of all rounds' stacks."""
         rounds = [dict(adapter_pairs(entry.tensors)) for entry in entries]
         if not rounds:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hedgerow import lowrank
 from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors, SpooledStack
-from hedgerow.methods.base import Aggregate, Client, Method, Payload
+from hedgerow.methods.base import Aggregate, Client, Method, Payload, Trained, Turn
 from hedgerow.model import adapter_pairs, adapter_tensors
 from hedgerow.wire import InvalidMessage
 
@@ -69,16 +69,15 @@ class LoraMethod(Method):
         """The largest r_k."""
         return self.ranks if isinstance(self.ranks, int) else max(self.ranks)
 
-    def scale(self, client: Client) -> float:
-        """s_k."""
-        rank = self.rank(client)
+    def scale(self, rank: int) -> float:
+        """s_k of a client of this rank."""
         return scale(rank, self._alpha(rank), self.rslora)
 
-    def config(self, client: Client) -> peft.LoraConfig:
-        """peft's configuration of this client's adapter, left for us to initialise."""
+    def config(self, rank: int) -> peft.LoraConfig:
+        """peft's configuration of an adapter of this rank, left for us to initialise."""
         return peft.LoraConfig(
-            r=self.rank(client),
-            lora_alpha=self._alpha(self.rank(client)),
+            r=rank,
+            lora_alpha=self._alpha(rank),
             lora_dropout=self.dropout,
             target_modules=self.targets,
             use_rslora=self.rslora,
@@ -106,13 +105,10 @@ class LoraMethod(Method):
                 f"{model.name} (at most {largest}): give ranks up to {largest}"
             )
 
-    def update(
-        self, model: Model, client: Client, parameters: Mapping[str, nn.Parameter]
-    ) -> Payload:
+    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
         """The client's factors, with PEFT's key names."""
-        rank = self.rank(client)
-        tensors = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
-        return Payload(tensors, self._about(rank))
+        tensors = {name: factor.detach().cpu() for name, factor in trained.parameters.items()}
+        return Payload(tensors, self._about(self.rank(turn.client)))
 
     def check_update(self, client: Client, update: Update) -> None:
         """The rank and scale are the client's, and there is a pair of that rank for each module."""
@@ -125,7 +121,9 @@ class LoraMethod(Method):
         if not whole or any({A.shape[0], *B.shape[1:]} != {rank} for A, B in pairs.values()):
             raise InvalidMessage(f"its tensors are not adapters of rank {rank}")
 
-    def adapter(self, entries: Iterable[Entry], client: str | None) -> dict[str, Tensor]:
+    def adapter(
+        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
+    ) -> dict[str, Tensor]:
         """The last entry is the whole adapter, for methods that go on training one."""
         *_, last = [None, *entries]
         if last is None:

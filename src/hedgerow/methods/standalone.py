@@ -7,19 +7,18 @@ adapter under its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from hedgerow.errors import UserError
-from hedgerow.methods.base import Aggregate, Client
+from hedgerow.methods.base import Aggregate, Turn
 from hedgerow.methods.lora import LoraMethod, copy_factors, init_factors, update_scale
 from hedgerow.model import adapter_pairs
 
 if TYPE_CHECKING:
     from hedgerow.model import Model
-    from hedgerow.seeds import Seeds
     from hedgerow.wire import Entry, Update
 
 
@@ -30,18 +29,17 @@ class Standalone(LoraMethod):
     summary: ClassVar[str] = (
         "every client by itself; each is evaluated, and the mean (lower baseline)"
     )
-    paper: ClassVar[str] = "the baseline in FLoRA, arXiv 2409.05976"
+    reference: ClassVar[str] = "the baseline in FLoRA, arXiv 2409.05976"
     communicates: ClassVar[bool] = False
     has_global_model: ClassVar[bool] = False
 
-    def start(
-        self, model: Model, client: Client, round: int, seeds: Seeds
-    ) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
         """The client's own adapter as it left it."""
-        parameters = model.attach(self.config(client))
-        init_factors(parameters, seeds.torch("adapter", client.name), self.rank(client))
+        client, rank = turn.client, self.rank(turn.client)
+        parameters = model.attach(self.config(rank))
+        init_factors(parameters, turn.seeds.torch("adapter", client.name), rank)
         if own := of_client(model.factors or {}, client.name):
-            copy_factors(parameters, own, self.scale(client))
+            copy_factors(parameters, own, self.scale(rank))
         return parameters
 
     def aggregate(self, updates: Iterable[Update]) -> Aggregate:
@@ -66,7 +64,9 @@ class Standalone(LoraMethod):
             else:
                 yield name
 
-    def adapter(self, entries: Iterable[Entry], client: str | None) -> dict[str, Tensor]:
+    def adapter(
+        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
+    ) -> dict[str, Tensor]:
         """One client's adapter."""
         latest: dict[str, Tensor] = {}
         for entry in entries:

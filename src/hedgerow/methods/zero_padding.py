@@ -21,4 +21,4 @@ class ZeroPadding(AveragedAdapter):
 
     name: Literal["zero_padding"] = "zero_padding"
     summary: ClassVar[str] = "LoRA of different ranks, padded with zeros and averaged (noisy)"
-    paper: ClassVar[str] = "HetLoRA, arXiv 2401.06432, as compared in FLoRA"
+    reference: ClassVar[str] = "HetLoRA, arXiv 2401.06432, as compared in FLoRA"

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 
-from hedgerow.data import Encoded, batches, collate, epoch
 from hedgerow.experiment import TrainingSettings
+from hedgerow.training.job import Job, check_finite
 from hedgerow.training.loss import batch_loss
 
 
-class Diverged(Exception):
-    """The loss is no longer a number; the text says when, and what may help."""
+def train(job: Job, parameters: Iterable[nn.Parameter]) -> float:
+    """Train `parameters` of the job's network in place.
 
-
-def train(
-    network: Any,
-    parameters: Iterable[nn.Parameter],
-    data: Encoded,
-    settings: TrainingSettings,
-    learning_rate: float,
-    pad_id: int,
-    order: np.random.Generator,
-    dropout_seed: int,
-) -> float:
-    """Train `parameters` of `network` in place on one client's data.
-
-    Args:
-        order: draws the examples and the order of the batches.
-        dropout_seed: of the network's dropout layers.
+    Plain SGD without clipping and accumulation needs no gradient but that of one tensor at a time:
+    each is applied and freed as soon as the backward pass has it.
 
     Returns:
         The mean loss per answer token over all steps.
@@ -40,61 +25,68 @@ def train(
     Raises:
         Diverged: the loss is not finite.
     """
-    trainable = list(parameters)
-    optimizer = _optimizer(trainable, settings, learning_rate)
+    network, settings, trainable = job.network, job.settings, list(parameters)
+    in_backward = _can_step_in_backward(settings)
+    optimizer = None if in_backward else _optimizer(trainable, settings, job.learning_rate)
     total_loss, total_tokens = 0.0, 0
     devices = [network.device] if network.device.type == "cuda" else []
     network.train()
     # Dropout layers draw from the global generator only, so it is lent a seed and given back.
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(dropout_seed)
-        for step, micro_batches in enumerate(_steps(data, settings, order), start=1):
-            loss_sum, tokens = 0.0, 0
-            collated = [collate([data[i] for i in indices], pad_id) for indices in micro_batches]
-            # All tokens of a step weigh the same, in whichever of its forward passes they are.
-            step_tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in collated)
+    with (
+        torch.random.fork_rng(devices=devices),
+        _stepping_in_backward(trainable if in_backward else [], settings, job.learning_rate),
+    ):
+        torch.manual_seed(job.dropout_seed)
+        for step, (collated, step_tokens) in enumerate(job.steps(), start=1):
+            loss_sum = 0.0
             for batch in collated:
-                loss, count = batch_loss(network, batch)
+                loss, _ = batch_loss(network, batch)
+                # All tokens of a step weigh the same, in whichever of its forward passes they are.
                 torch.autograd.backward(loss / max(step_tokens, 1))
-                loss_sum, tokens = loss_sum + float(loss.detach()), tokens + count
-            if not np.isfinite(loss_sum):
-                raise Diverged(
-                    f"its loss was {loss_sum} at step {step}: a lower training.learning_rate or "
-                    "training.max_grad_norm may help"
-                )
-            if settings.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            total_loss, total_tokens = total_loss + loss_sum, total_tokens + tokens
+                loss_sum += float(loss.detach())
+            check_finite(loss_sum, step)
+            if optimizer is not None:
+                if settings.max_grad_norm is not None:
+                    nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            total_loss, total_tokens = total_loss + loss_sum, total_tokens + step_tokens
     network.eval()
     return total_loss / max(total_tokens, 1)
 
 
-def learning_rate(settings: TrainingSettings, round: int, rounds: int) -> float:
-    """The learning rate of a round (1 … rounds): whole in the first, smaller later by schedule."""
-    done = (round - 1) / rounds
-    factor = {
-        "constant": 1.0,
-        "linear": 1 - done,
-        "cosine": (1 + float(np.cos(np.pi * done))) / 2,
-    }[settings.schedule]
-    return settings.learning_rate * factor
+def _can_step_in_backward(settings: TrainingSettings) -> bool:
+    return (
+        settings.optimizer == "sgd"
+        and settings.momentum == 0
+        and settings.max_grad_norm is None
+        and settings.gradient_accumulation == 1
+    )
 
 
-def _steps(
-    data: Encoded, settings: TrainingSettings, order: np.random.Generator
-) -> Iterator[Sequence[np.ndarray]]:
-    """The micro-batches of each optimiser step."""
-    accumulate = settings.gradient_accumulation
-    if settings.epochs is not None:
-        each = [epoch(data.lengths, settings.batch_size, order) for _ in range(settings.epochs)]
-        drawn = [batch for one in each for batch in one]
-    else:
-        count = (settings.steps or 10) * accumulate
-        drawn = batches(data.lengths, settings.batch_size, count, order)
-    for first in range(0, len(drawn), accumulate):
-        yield drawn[first : first + accumulate]
+@contextmanager
+def _stepping_in_backward(
+    parameters: list[nn.Parameter], settings: TrainingSettings, learning_rate: float
+) -> Iterator[None]:
+    """SGD's step on each parameter at the moment at which its gradient is complete."""
+
+    @torch.no_grad()
+    def step(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        if settings.weight_decay:
+            parameter.grad.add_(parameter, alpha=settings.weight_decay)
+        parameter.add_(parameter.grad, alpha=-learning_rate)
+        parameter.grad = None
+
+    handles = [
+        p.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
+        for p in parameters
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _optimizer(

@@ -1,0 +1,34 @@
+"""FedKSeed: zeroth-order full-parameter tuning along a fixed set of candidate directions.
+
+Qin et al., "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication
+Cost under 18 Kilobytes", arXiv 2312.06353, algorithm 1. Every local step takes one of K candidate
+seeds, the same K for everybody in all rounds, so what all clients did is at most K numbers. (The
+paper's server keeps the K sums of all rounds and clients rebuild from the base; here an entry has a
+round's sums, which comes to the same model. FedKSeed-Pro's uneven probabilities are not here.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from hedgerow.methods.base import Turn
+from hedgerow.methods.zeroth_order import ZerothOrderMethod
+
+
+class FedKSeed(ZerothOrderMethod):
+    """Zeroth-order steps along K candidate directions."""
+
+    name: Literal["fedkseed"] = "fedkseed"
+    summary: ClassVar[str] = "all parameters, zeroth-order steps along K shared candidate seeds"
+    reference: ClassVar[str] = "FedKSeed, arXiv 2312.06353"
+
+    candidates: int = Field(4096, ge=1)
+    """K."""
+
+    def directions(self, turn: Turn) -> Callable[[int], Sequence[int]]:
+        """One of the candidates, at random."""
+        draws = turn.seeds.numpy("directions", turn.round, turn.client.name)
+        return lambda step: [turn.seeds.derive("candidate", int(draws.integers(self.candidates)))]

@@ -1,0 +1,124 @@
+"""What the zeroth-order methods share: their steps are seeds of directions, and coordinates.
+
+client k:  c_k,z <- c_k,z - η·g along direction z, for each local step
+server:    c_z = Σ p_k c_k,z
+everybody: w <- w + Σ_z c_z z
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from hedgerow.errors import UserError
+from hedgerow.methods.base import Aggregate, Client, Method, Payload, Trained, Turn
+from hedgerow.wire import InvalidMessage
+
+if TYPE_CHECKING:
+    from hedgerow.model import Model
+    from hedgerow.training.job import Job
+    from hedgerow.wire import Entry, Update
+
+
+class ZerothOrderMethod(Method):
+    """Local steps from two forward passes each; of `training`, the optimiser's options are unused.
+
+    A good learning rate is smaller than a first-order one by orders of magnitude.
+    """
+
+    epsilon: float = Field(1e-3, gt=0)
+    """How far from the weights the two losses are measured."""
+
+    @abstractmethod
+    def directions(self, turn: Turn) -> Callable[[int], Sequence[int]]:
+        """From a local step's number to the seeds of its directions."""
+
+    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+        """All weights; the snapshot is only there to give the model back."""
+        return model.unfreeze()
+
+    def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
+        """MeZO steps."""
+        from hedgerow.training import zeroth_order
+
+        directions = self.directions(turn)
+        loss, steps = zeroth_order.train(job, parameters.values(), directions, self.epsilon)
+        return Trained(parameters, loss, _summed(zip(*steps, strict=True)))
+
+    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
+        """Each direction's seed, and how far the client went along it."""
+        return Payload(_tensors(trained.steps), {})
+
+    def check_update(self, client: Client, update: Update) -> None:
+        """It has seeds and as many coordinates."""
+        _steps(update.tensors)
+
+    def aggregate(self, updates: Iterable[Update]) -> Aggregate:
+        """Σ p_k c_k, direction by direction."""
+        total, weighted = 0, []
+        for update in updates:
+            total += update.num_examples
+            for seed, coordinate in _steps(update.tensors).items():
+                weighted.append((seed, coordinate * update.num_examples))
+        summed = _summed(weighted)
+        return Aggregate(_tensors({seed: c / total for seed, c in summed.items()}), {})
+
+    def apply(self, model: Model, entry: Entry) -> None:
+        """w <- w + Σ c_z z, weight by weight."""
+        from hedgerow.training.zeroth_order import direction
+
+        steps = _steps(entry.tensors)
+        for index, (name, weight) in enumerate(model.network.named_parameters()):
+            total = torch.zeros(weight.numel(), device=weight.device)
+            for seed, coordinate in steps.items():
+                start = 0
+                for part in direction(weight, seed, index):
+                    total[start : start + len(part)].add_(part, alpha=coordinate)
+                    start += len(part)
+            model.add(name, total.view(weight.shape))
+
+    def adapter(
+        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
+    ) -> dict[str, Tensor]:
+        """There is none."""
+        raise UserError(
+            f"{self.name} trains all parameters, not an adapter: "
+            "export --to merged or --to ledger instead"
+        )
+
+
+def _summed(steps: Iterable[tuple[int, float]]) -> dict[int, float]:
+    """Coordinates by direction; a direction that was taken twice has their sum."""
+    sums: dict[int, float] = {}
+    for seed, coordinate in steps:
+        sums[seed] = sums.get(seed, 0.0) + coordinate
+    return sums
+
+
+def _tensors(steps: Mapping[int, float]) -> dict[str, Tensor]:
+    return {
+        "seeds": torch.tensor(list(steps), dtype=torch.int64),
+        "coordinates": torch.tensor(list(steps.values()), dtype=torch.float32),
+    }
+
+
+def _steps(tensors: Mapping[str, Tensor]) -> dict[int, float]:
+    """The inverse of `_tensors`.
+
+    Raises:
+        InvalidMessage: the tensors are something else.
+    """
+    if set(tensors) != {"seeds", "coordinates"}:
+        raise InvalidMessage(f"its tensors are {sorted(tensors)}, not seeds and coordinates")
+    seeds, coordinates = tensors["seeds"], tensors["coordinates"]
+    as_expected = seeds.dtype == torch.int64 and coordinates.dtype == torch.float32
+    if not as_expected or seeds.dim() != 1 or seeds.shape != coordinates.shape:
+        raise InvalidMessage("its seeds and coordinates are not lists of one length")
+    if not len(seeds) or seeds.min() < 0 or len(set(seeds.tolist())) != len(seeds):
+        raise InvalidMessage("its seeds are not different numbers of 63 bits")
+    return dict(zip(seeds.tolist(), coordinates.tolist(), strict=True))

@@ -1,0 +1,72 @@
+"""What one client's local training works with, whichever way it goes down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hedgerow.data import Encoded, batches, collate, epoch
+from hedgerow.experiment import TrainingSettings
+
+
+class Diverged(Exception):
+    """The loss is no longer a number; the text says when, and what may help."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's data and the settings of one round."""
+
+    network: Any
+    """The model, as its methods have prepared it."""
+    data: Encoded
+    settings: TrainingSettings
+    learning_rate: float
+    """Of this round."""
+    pad_id: int
+    order: np.random.Generator
+    """Draws the examples and the order of the batches."""
+    dropout_seed: int
+    """Of the network's dropout layers."""
+
+    def steps(self) -> Iterator[tuple[list[dict[str, Tensor]], int]]:
+        """The batches of each optimiser step, and how many tokens they have labels for."""
+        for indices in self._drawn():
+            collated = [collate([self.data[i] for i in batch], self.pad_id) for batch in indices]
+            yield collated, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in collated)
+
+    def _drawn(self) -> Iterator[Sequence[np.ndarray]]:
+        settings, lengths = self.settings, self.data.lengths
+        accumulate = settings.gradient_accumulation
+        if settings.epochs is not None:
+            each = [epoch(lengths, settings.batch_size, self.order) for _ in range(settings.epochs)]
+            drawn = [batch for one in each for batch in one]
+        else:
+            count = (settings.steps or 10) * accumulate
+            drawn = batches(lengths, settings.batch_size, count, self.order)
+        for first in range(0, len(drawn), accumulate):
+            yield drawn[first : first + accumulate]
+
+
+def check_finite(loss: float, step: int) -> None:
+    """Raise `Diverged` where a step's loss is not a number."""
+    if not np.isfinite(loss):
+        raise Diverged(
+            f"its loss was {loss} at step {step}: a lower training.learning_rate or "
+            "training.max_grad_norm may help"
+        )
+
+
+def learning_rate(settings: TrainingSettings, round: int, rounds: int) -> float:
+    """The learning rate of a round (1 … rounds): whole in the first, smaller later by schedule."""
+    done = (round - 1) / rounds
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": (1 + float(np.cos(np.pi * done))) / 2,
+    }[settings.schedule]
+    return settings.learning_rate * factor
