@@ -78,8 +78,8 @@ class Ferret(AveragedAdapter):
     128 where neither is given."""
     bits: Bits = 1
     """Of a coordinate on its way up; 32 sends it as it is."""
-    broadcast_bits: Bits = 1
-    """Of a coordinate on its way down."""
+    broadcast_bits: Bits = 2
+    """Of a coordinate on its way down: what is lost there, no average over clients makes good."""
     allocation: Literal["size", "norm"] = "size"
     """K_l in proportion to the block's size, or (the paper's) to the norm of its update."""
     seeds: Literal["round", "client"] = "round"

@@ -55,10 +55,10 @@ def project(delta: Tensor, seed: int, k: int, basis: Basis = "hadamard") -> Tens
     x = delta.detach().reshape(-1)
     backend = _backend(x.device)
     if basis == "hadamard":
-        return backend.project_hadamard(x, seed, k, _offset(seed, size)) * (size / k)
+        gamma = backend.project_hadamard(x, seed, k, _offset(seed, size))
+        return torch.mul(gamma, size / k, out=gamma)
     dots = backend.project_dense(x, seed, k, basis)
-    gamma: Tensor = dots * (size**0.5 / (layout.SECOND_MOMENT[basis] * k))
-    return gamma.float()
+    return torch.mul(dots, size**0.5 / (layout.SECOND_MOMENT[basis] * k)).float()
 
 
 def reconstruct(coordinates: Tensor, seed: int, size: int, basis: Basis = "hadamard") -> Tensor:

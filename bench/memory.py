@@ -1,0 +1,191 @@
+"""The memory of a client that trains all parameters: what each stage of its round has at its peak.
+
+    python bench/memory.py [--hidden 2048 --layers 22 --intermediate 5632 --heads 32 --kv-heads 4]
+
+A Llama of these dimensions (by default TinyLlama-1.1B's) with random bfloat16 weights takes two
+plain SGD steps on the demo's data and is sketched and rebuilt, stage by stage; the kernel's
+high-water mark of the process is reset before each. Linux only. The last table says what the same
+stages come to for a 7B Llama, from its shapes: nothing in it is measured but the activations, which
+are scaled from this run by layers times hidden size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hedgerow import console, demo
+from hedgerow.engines.local import encode_clients
+from hedgerow.experiment import load
+from hedgerow.methods.base import Client, Turn
+from hedgerow.methods.ferret import Ferret
+from hedgerow.model import Model
+from hedgerow.seeds import Seeds
+from hedgerow.sketch.blocks import group
+from hedgerow.training.job import Job
+from hedgerow.wire import Entry, Update
+
+SEVEN_B = {"hidden": 4096, "layers": 32, "intermediate": 11008, "heads": 32, "kv_heads": 32}
+VOCABULARY = 32_000
+
+
+def main() -> None:
+    """Run the stages and print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in [
+        *(("--hidden", 2048), ("--layers", 22), ("--intermediate", 5632), ("--heads", 32)),
+        *(("--kv-heads", 4), ("--tokens", 128)),
+    ]:
+        parser.add_argument(name, type=int, default=default)
+    options = vars(parser.parse_args())
+    tokens = options.pop("tokens")
+    network = random_llama(**options)
+    size = sum(p.numel() for p in network.parameters())
+    weights = 2 * size
+    measured = stages(network, tokens)
+    console.table(
+        f"{size / 1e9:.2f}B parameters in bfloat16 ({gigabytes(weights)}), 1 × {tokens} tokens",
+        ["stage", "peak", "beside the weights", "in copies of the weights"],
+        [
+            (name, gigabytes(peak), gigabytes(peak - weights), f"{peak / weights:.2f}")
+            for name, peak in measured.items()
+        ],
+    )
+    activations = measured["training"] - 2 * weights
+    scale = SEVEN_B["layers"] * SEVEN_B["hidden"] / (options["layers"] * options["hidden"])
+    with torch.device("meta"):
+        shapes = {n: tuple(p.shape) for n, p in llama(**SEVEN_B).named_parameters()}
+    print_seven_b(shapes, activations * scale, tokens)
+
+
+def print_seven_b(shapes: dict[str, tuple[int, ...]], activations: float, tokens: int) -> None:
+    """What the stages come to for a 7B Llama whose weights are on a GPU."""
+    weights = 2 * sum(math.prod(shape) for shape in shapes.values())
+    gradient = 2 * max(math.prod(shape) for shape in shapes.values())
+    block = max(block.size for block in group(shapes))
+    rows = [
+        ("weights", "2 bytes each", gigabytes(weights), ""),
+        ("snapshot", "2 bytes each", "", gigabytes(weights)),
+        ("the largest gradient", "2 bytes each", gigabytes(gradient), ""),
+        (f"activations, 1 × {tokens} tokens", "scaled from above", gigabytes(activations), ""),
+        ("peak in training", "", gigabytes(weights + gradient + activations), gigabytes(weights)),
+        ("a block's update and estimate", "4 bytes, twice", gigabytes(8 * block), ""),
+        ("peak in sketching", "", gigabytes(weights + 8 * block), gigabytes(weights)),
+        ("AdamW instead of SGD", "gradient and moments", gigabytes(3 * weights), ""),
+    ]
+    size = weights / 2e9
+    console.table(
+        f"{size:.2f}B parameters, computed", ["part", "how", "device", "host"], rows, numbers=True
+    )
+
+
+def stages(network: Any, tokens: int) -> dict[str, int]:
+    """The peak of each stage of a client's round, in bytes beside what the process had before."""
+    floor = resident() - sum(p.nbytes for p in network.parameters())
+    peaks: dict[str, int] = {}
+
+    def stage(name: str) -> None:
+        peaks[name] = high_water() - floor
+        Path("/proc/self/clear_refs").write_text("5")
+
+    with tempfile.TemporaryDirectory() as folder:
+        changes = [
+            *("training.optimizer=sgd", "training.max_grad_norm=null", "training.steps=2"),
+            *("training.batch_size=1", f"data.max_length={tokens}", "training.learning_rate=1e-3"),
+        ]
+        experiment = load(demo.prepare(Path(folder)), changes)
+        tokenizer = Model.load(experiment.model).tokenizer
+        shard = next(iter(encode_clients(experiment, tokenizer).values()))
+    model = Model(network, tokenizer, "random")
+    method, seeds = Ferret(compression=1024), Seeds(0)
+    client = Client(0, "client-000", len(shard))
+    turn = Turn(client, 1, seeds, memory=Forgetful())
+    order = seeds.numpy("batches")
+    job = Job(network, shard, experiment.training, 1e-3, tokenizer.pad_token_id, order, 0)
+    Path("/proc/self/clear_refs").write_text("5")
+    stage("weights")
+    parameters = method.start(model, turn)
+    stage("snapshot")
+    trained = method.train(job, turn, parameters)
+    stage("training")
+    tensors, about = method.update(model, turn, trained)
+    stage("sketch")
+    model.release()
+    update = Update("ferret", 1, client.name, "", len(shard), trained.loss, tensors, about)
+    aggregate = method.aggregate([update])
+    stage("server, without the model")
+    method.apply(model, Entry("ferret", 1, "", [], {}, aggregate.tensors))
+    stage("apply an entry")
+    return peaks
+
+
+class Forgetful:
+    """No memory from round to round: error feedback is off."""
+
+    def load(self) -> dict[str, torch.Tensor]:
+        """Nothing."""
+        return {}
+
+    def save(self, tensors: object) -> None:
+        """Nothing is kept."""
+
+
+def llama(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int) -> Any:
+    """A Llama of these dimensions; bfloat16."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=False,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def random_llama(**dimensions: int) -> Any:
+    """With weights that are random enough to train: one short random piece, over and over."""
+    with torch.device("meta"):
+        network = llama(**dimensions)
+    network = network.to_empty(device="cpu")
+    network.model.rotary_emb.__init__(network.config)  # type: ignore[misc]  # its buffers
+    piece = torch.randn(99_991).mul_(0.02).bfloat16()
+    for name, parameter in network.named_parameters():
+        flat = parameter.detach().view(-1)
+        for part in flat.split(len(piece)):
+            part.copy_(piece[: len(part)])
+        if name.endswith("norm.weight"):
+            flat.fill_(1)
+    return network
+
+
+def resident() -> int:
+    """Bytes that the process has in memory."""
+    return status("VmRSS")
+
+
+def high_water() -> int:
+    """The most that it has had since the mark was reset."""
+    return status("VmHWM")
+
+
+def status(key: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def gigabytes(number: float) -> str:
+    """For reading."""
+    return f"{number / 1e9:.2f} GB"
+
+
+if __name__ == "__main__":
+    main()
