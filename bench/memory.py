@@ -72,11 +72,17 @@ def print_seven_b(shapes: dict[str, tuple[int, ...]], activations: float, tokens
     rows = [
         ("weights", "2 bytes each", gigabytes(weights), ""),
         ("snapshot", "2 bytes each", "", gigabytes(weights)),
+        ("what rounding took (of past entries)", "2 bytes each", "", gigabytes(weights)),
         ("the largest gradient", "2 bytes each", gigabytes(gradient), ""),
         (f"activations, 1 × {tokens} tokens", "scaled from above", gigabytes(activations), ""),
-        ("peak in training", "", gigabytes(weights + gradient + activations), gigabytes(weights)),
+        (
+            "peak in training",
+            "",
+            gigabytes(weights + gradient + activations),
+            gigabytes(2 * weights),
+        ),
         ("a block's update and estimate", "4 bytes, twice", gigabytes(8 * block), ""),
-        ("peak in sketching", "", gigabytes(weights + 8 * block), gigabytes(weights)),
+        ("peak in sketching", "", gigabytes(weights + 8 * block), gigabytes(2 * weights)),
         ("AdamW instead of SGD", "gradient and moments", gigabytes(3 * weights), ""),
     ]
     size = weights / 2e9

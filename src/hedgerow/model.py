@@ -201,7 +201,7 @@ class Model:
         """Add `delta` (the weight's shape) to the weight `name`.
 
         A bfloat16 weight would round small deltas away, round after round, so what the rounding
-        took is kept beside it and added the next time (compensated summation).
+        took is kept, in host memory, and added the next time (compensated summation).
         """
         weight = self.network.get_parameter(name)
         delta = delta.to(weight.device)
@@ -209,11 +209,11 @@ class Model:
             if weight.dtype == torch.float32:
                 weight.add_(delta)
                 return
-            total = weight.float() + delta
+            total = delta + weight
             if name in self._remainders:
-                total += self._remainders[name]
+                total += self._remainders[name].to(weight.device)
             weight.copy_(total)
-            self._remainders[name] = (total - weight.float()).to(weight.dtype)
+            self._remainders[name] = total.sub_(weight).to(weight.dtype).cpu()
 
     def merge(self, module: str, factors: Factors) -> None:
         """Add B·A to the weight of the linear layer `module`."""

@@ -124,13 +124,13 @@ class Ferret(AveragedAdapter):
             model.release()
         blocks = group({name: p.shape for name, p in parameters.items()})
         given, most = self._budget(blocks), sum(self._most(blocks))
+        advice = "a smaller compression" if given < most else "a larger compression"
         if not len(blocks) <= given <= most:
             key = "budget" if self.budget is not None else "compression"
             raise UserError(
                 f"method.{key}: {getattr(self, key) or DEFAULT_COMPRESSION:g} is {given} "
                 f"coordinates of {self.bits}-bit numbers, and {model.name} takes {len(blocks)} "
-                f"(one for each block) to {most}: give {'a smaller' if given < most else 'a larger'}"
-                " compression, another budget or other bits"
+                f"(one for each block) to {most}: give {advice}, another budget or other bits"
             )
 
     def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
