@@ -17,8 +17,9 @@ from hedgerow.engines import local
 from hedgerow.experiment import load
 from hedgerow.rundir import read_rows
 
-PARTS = ("start", "wire", "aggregate", "ledger", "apply")
-METHODS = ("flora", "zero_padding", "fedavg")
+PARTS = ("start", "update", "wire", "aggregate", "ledger", "apply")
+METHODS = ("flora", "zero_padding", "fedavg", "ferret")
+ALL_PARAMETERS = ("fedavg", "ferret")
 
 
 def main() -> None:
@@ -30,8 +31,8 @@ def main() -> None:
         path = Path(arguments.pop(0)) if given else demo.prepare(out / "demo")
         rows = []
         for method in METHODS:
-            change = "method=fedavg" if method == "fedavg" else f"method.name={method}"
-            experiment = load(path, ["federation.rounds=4", *arguments, change])
+            key = "method" if method in ALL_PARAMETERS else "method.name"
+            experiment = load(path, ["federation.rounds=4", *arguments, f"{key}={method}"])
             with console.ProgressWatcher(method) as watcher:
                 local.run(experiment, out / method, watcher)
             metrics = read_rows(out / method)[2:]

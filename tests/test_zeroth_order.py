@@ -81,7 +81,8 @@ def test_a_step_follows_the_slope_along_its_direction():
     expected = [0.1 * float(target @ direction) / 2 for direction in z]
     assert steps.seeds == [5, 6]
     assert steps.coordinates == pytest.approx(expected, rel=1e-3)
-    assert torch.allclose(weight, expected[0] * z[0] + expected[1] * z[1], atol=1e-5)
+    moved = steps.coordinates[0] * z[0] + steps.coordinates[1] * z[1]
+    assert torch.allclose(weight, moved, atol=1e-5)
 
 
 @pytest.mark.parametrize(
