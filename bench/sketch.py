@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from hedgerow import console
-from hedgerow.sketch import BASES, project, reconstruct
+from hedgerow.sketch import BASES, project, reconstruct, reference
 
 LOOP_BLOCK = 1_000_000
 """Entries of a block of the plain loop, about the size of a tensor."""
@@ -40,10 +40,18 @@ def compare(size: int, dense_k: list[int], device: torch.device) -> None:
     copy = best(lambda: y.copy_(x), device, repeats=10)
     loop = best(lambda: plain_project(x, 2), device) / 2
     loop_back = best(lambda: plain_reconstruct(torch.ones(2, device=device), y), device) / 2
+    own = best(lambda: reference.project_dense(x, 1, 1, "uniform"), device, repeats=1)
+    one = torch.ones(1, device=device)
+    own_back = best(lambda: reference.reconstruct_dense(one, 1, size, "uniform"), device, repeats=1)
     rows = [
-        ("copy", "", ms(copy), ms(copy), "1.0", "1.0", "", ""),
-        ("torch loop, a base", "1", ms(loop), ms(loop_back), *(["", ""]), "1", "1"),
+        ("copy", "torch", "", ms(copy), ms(copy), "1.0", "1.0", "", ""),
+        ("trunc_normal_ loop", "torch", "1", ms(loop), ms(loop_back), "", "", "1", "1"),
+        (
+            *("uniform", "reference", "1", ms(own), ms(own_back), "", ""),
+            *(f"{loop / own:.2f}", f"{loop_back / own_back:.2f}"),
+        ),
     ]
+    backend = "numba" if device.type == "cpu" else "Triton"
     for basis in BASES:
         for k in dense_k if basis != "hadamard" else [1024, size // 1024, size // 16, size]:
             coordinates = project(x, 1, k, basis)
@@ -51,16 +59,24 @@ def compare(size: int, dense_k: list[int], device: torch.device) -> None:
             up = best(lambda basis=basis, c=coordinates: reconstruct(c, 1, size, basis), device)
             rows.append(
                 (
-                    *(basis, f"{k:,}", ms(down), ms(up), f"{down / copy:.1f}", f"{up / copy:.1f}"),
+                    *(
+                        basis,
+                        backend,
+                        f"{k:,}",
+                        ms(down),
+                        ms(up),
+                        f"{down / copy:.1f}",
+                        f"{up / copy:.1f}",
+                    ),
                     *(f"{loop * k / down:,.0f}", f"{loop_back * k / up:,.0f}"),
                 )
             )
     header = [
-        *("", "K", "project ms", "rebuild ms", "project / copy", "rebuild / copy"),
-        *("loop / project", "loop / rebuild"),
+        *("basis", "backend", "K", "project ms", "rebuild ms", "project/copy", "rebuild/copy"),
+        *("loop/project", "loop/rebuild"),
     ]
-    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Triton"
-    console.table(f"{size:,} entries on {device} ({where})", header, rows)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    console.table(f"{size:,} entries on {device}{threads}", header, rows)
 
 
 def best(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:

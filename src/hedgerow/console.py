@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 out = Console(highlight=False)
+if not out.is_terminal:
+    out.width = 160  # a file has no edge at which a table would have to be folded
 
 
 class ProgressWatcher:

@@ -56,7 +56,7 @@ def allocate(budget: int, weights: Sequence[float], most: Sequence[int]) -> list
             f"a budget of {budget} does not fit {len(limits)} blocks, "
             f"which take {len(limits)} to {int(limits.sum())} coordinates"
         )
-    share = np.maximum(share, share.max() * 1e-12) if share.max() > 0 else np.ones(len(limits))
+    share = np.clip(share / share.max(), 1e-12, 1) if share.max() > 0 else np.ones(len(limits))
     # The common factor at which what is left after the limits is the budget.
     low, high = 0.0, float(limits.max() / share.min())
     for _ in range(200):
