@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -35,7 +35,14 @@ _LOG = tuple(np.float32(c) for c in layout.LOG)
 _SIN = tuple(np.float32(c) for c in layout.SIN)
 _COS = tuple(np.float32(c) for c in layout.COS)
 
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile without the interpreter's lock, and keep the result on disk if there is a place."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(**options, cache=True)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written to
+        return numba.njit(**options)(function)  # type: ignore[no-any-return]
 
 
 def project_dense(x: Tensor, seed: int, k: int, kind: Basis) -> Tensor:
