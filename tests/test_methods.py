@@ -7,13 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hedgerow.experiment import TrainingSettings
 from hedgerow.methods import METHODS
-from hedgerow.methods.base import Client
+from hedgerow.methods.base import Client, Expected
 from hedgerow.methods.fedavg import FedAvg
 from hedgerow.methods.fedit import FedIT
 from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.zero_padding import ZeroPadding
 from hedgerow.model import adapter_pairs
+from hedgerow.seeds import Seeds
 from hedgerow.wire import InvalidMessage, Update
 
 SHAPES = {"model.q": (6, 5), "model.v": (3, 5)}
@@ -100,12 +102,12 @@ def test_averaging_is_noisy_and_stacking_is_not():
     ],
 )
 def test_an_update_that_is_not_the_clients_adapter_is_refused(lie):
-    client = Client(0, "c0", 7)
+    client, expected = Client(0, "c0", 7), Expected(Seeds(0), {}, TrainingSettings())
     (honest,) = updates(0, [(4, 8.0, 7)])
     honest = dataclasses.replace(honest, about={"r": "4", "lora_alpha": "8"})
-    FLoRA(ranks=4).check_update(client, honest)
+    FLoRA(ranks=4).check_update(client, honest, expected)
     with pytest.raises(InvalidMessage):
-        FLoRA(ranks=4).check_update(client, dataclasses.replace(honest, **lie))
+        FLoRA(ranks=4).check_update(client, dataclasses.replace(honest, **lie), expected)
 
 
 def test_fedit_averages_the_factors_apart():

@@ -9,10 +9,10 @@ import torch
 from conftest import rows_of
 from transformers import AutoModelForCausalLM
 
+from hedgerow.errors import Diverged
 from hedgerow.ledger import Ledger
 from hedgerow.methods import METHODS
 from hedgerow.training import first_order
-from hedgerow.training.job import Diverged
 
 PROMISED = {
     "round",

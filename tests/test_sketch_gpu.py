@@ -151,9 +151,10 @@ def check(kernel, **sizes):
 for kind, (purpose, parts, bases, columns) in gpu._KINDS.items():
     what = dict(KIND=kind, PURPOSE=purpose, PARTS=parts)
     check(gpu._project_dense, **what, BASES=bases, GROUP=gpu._GROUP, COLUMNS=128)
-check(gpu._reconstruct_dense, **what, COLUMNS=columns)
-check(gpu._project_hadamard, WHOLE=True)
-check(gpu._reconstruct_hadamard, WHOLE=False)
+    check(gpu._reconstruct_dense, **what, COLUMNS=columns)
+for whole in (True, False):
+    check(gpu._project_hadamard, WHOLE=whole)
+    check(gpu._reconstruct_hadamard, WHOLE=whole)
 """
 
 

@@ -11,10 +11,11 @@ from tests.conftest import rows_of
 from torch import nn
 
 from hedgerow import runs
+from hedgerow.errors import Diverged
 from hedgerow.experiment import load
-from hedgerow.methods.base import Client
+from hedgerow.methods.base import Client, Expected
+from hedgerow.seeds import Seeds
 from hedgerow.training import zeroth_order
-from hedgerow.training.job import Diverged
 from hedgerow.wire import InvalidMessage, Update
 
 
@@ -135,21 +136,33 @@ def test_a_replay_has_the_same_bits_and_entries_are_small(run, name):
         lambda t: t.update(seeds=-t["seeds"]),
         lambda t: t.update(seeds=t["seeds"] * 0),
         lambda t: t.update(seeds=t["seeds"].int()),
+        lambda t: t.update(seeds=t["seeds"] + 1),
+        lambda t: t.update(coordinates=t["coordinates"] + 1e31),
         lambda t: t.update(seeds=t["seeds"][:0], coordinates=t["coordinates"][:0]),
     ],
 )
 def test_an_update_that_is_no_list_of_steps_is_refused(run, damage):
     directory = run("fedzo", rounds=1)
     update = Update.decode((directory / "updates/round-0001/client-000.safetensors").read_bytes())
-    method, client = load(directory / "experiment.yaml").method, Client(0, "client-000", 5)
-    method.check_update(client, update)
+    settings, client = load(directory / "experiment.yaml"), Client(0, "client-000", 5)
+    expected = Expected(Seeds(0), {}, settings.training)
+    settings.method.check_update(client, update, expected)
     tensors = dict(update.tensors)
     damage(tensors)
+    bad = Update(**{**vars(update), "tensors": tensors})
     with pytest.raises(InvalidMessage):
-        method.check_update(client, Update(**{**vars(update), "tensors": tensors}))
+        settings.method.check_update(client, bad, expected)
 
 
 def test_a_loss_that_is_no_number_is_a_failure(monkeypatch):
     monkeypatch.setattr(zeroth_order, "batch_loss", lambda network, batch: (float("inf"), 1))
     with pytest.raises(Diverged, match="at step 1"):
         zeroth_order.train(OneStep(), [nn.Parameter(torch.zeros(3))], lambda step: [5], 1e-3)
+
+
+def test_bfloat16_weights_are_refused(experiment, hedgerow, tmp_path):
+    done = hedgerow(
+        "run", experiment(), "method=fedzo", "model.dtype=bfloat16", "--out", tmp_path / "run"
+    )
+    assert done.code == 2
+    assert "give model.dtype=float32" in done.err

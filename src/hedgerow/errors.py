@@ -15,3 +15,7 @@ class RunFailed(Exception):
 
     The command line prints the sentence and exits with code 1; the ledger stays valid.
     """
+
+
+class Diverged(Exception):
+    """A client's loss or update is no longer a number; the text says when, and what may help."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import os
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -164,6 +165,13 @@ class TrainingSettings(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients longer than this are scaled down to it; None leaves them."""
+
+    def most_steps(self, num_examples: int) -> int:
+        """The optimiser steps of a client with so many examples in a round."""
+        if self.epochs is None:
+            return self.steps or 10
+        batches = self.epochs * math.ceil(num_examples / self.batch_size)
+        return math.ceil(batches / self.gradient_accumulation)
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> TrainingSettings:

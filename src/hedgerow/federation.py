@@ -14,7 +14,7 @@ from hedgerow.clock import Clock
 from hedgerow.errors import RunFailed
 from hedgerow.experiment import Experiment
 from hedgerow.ledger import Ledger
-from hedgerow.methods.base import Aggregate, Client, Method
+from hedgerow.methods.base import Aggregate, Client, Expected, Method
 from hedgerow.rundir import RunDirectory
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry, InvalidMessage, Participant, Update
@@ -99,7 +99,8 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
 
     for round in range(len(ledger) + 1, rounds + 1):
         began, clock = time.perf_counter(), Clock()
-        answers = Answers(method, round, ledger.head, participants(round), directory, watcher)
+        expected = Expected(seeds, ledger.trained, experiment.training)
+        answers = Answers(method, round, expected, participants(round), directory, watcher)
         watcher.round_begins(round, rounds, len(answers.clients))
 
         with clock("aggregate"):
@@ -134,14 +135,15 @@ class Answers:
         self,
         method: Method,
         round: int,
-        parent: str,
+        expected: Expected,
         clients: Sequence[Client],
         directory: RunDirectory,
         watcher: Watcher,
     ) -> None:
         self.clients = clients
         self.failures: dict[str, str] = {}
-        self._method, self._round, self._parent = method, round, parent
+        self._method, self._round, self._parent = method, round, directory.ledger.head
+        self._expected = expected
         self._directory, self._watcher = directory, watcher
         self._losses: dict[str, float] = {}
         self._bytes = 0
@@ -181,7 +183,8 @@ class Answers:
         train_loss = sum(p.weight * self._losses[p.client] for p in participants)
         metrics = {"train_loss": train_loss, "bytes_up": self._bytes, **aggregate.metrics}
         return Entry(
-            self._method.name, self._round, self._parent, participants, metrics, aggregate.tensors
+            *(self._method.name, self._round, self._parent, participants, metrics),
+            *(aggregate.tensors, self._method.entry_options()),
         )
 
     def _checked(self, answer: Answer) -> Update:
@@ -194,7 +197,7 @@ class Answers:
         said = (update.method, update.round, update.parent, update.client, update.num_examples)
         if said != (self._method.name, self._round, self._parent, client.name, client.num_examples):
             raise InvalidMessage(f"its update says {said}, which is not what it was asked for")
-        self._method.check_update(client, update)
+        self._method.check_update(client, update, self._expected)
         self._directory.keep_update(self._round, client.name, answer.data)
         return update
 

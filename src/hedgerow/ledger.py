@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -78,6 +78,7 @@ class _Index(BaseModel):
 
     format: str = FORMAT
     base: Base
+    trained: dict[str, list[int]] = {}
     entries: list[Record]
 
 
@@ -89,10 +90,13 @@ class Ledger:
         self._index = index
 
     @staticmethod
-    def create(folder: Path, base: Base) -> Ledger:
-        """A new ledger without entries."""
+    def create(
+        folder: Path, base: Base, trained: Mapping[str, Sequence[int]] | None = None
+    ) -> Ledger:
+        """A new ledger without entries; for `trained`, see the property."""
         folder.mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(folder, _Index(base=base, entries=[]))
+        shapes = {name: list(shape) for name, shape in (trained or {}).items()}
+        ledger = Ledger(folder, _Index(base=base, trained=shapes, entries=[]))
         ledger._write_index()
         return ledger
 
@@ -135,6 +139,11 @@ class Ledger:
     def __len__(self) -> int:
         """The number of rounds that are in the ledger."""
         return len(self.records)
+
+    @property
+    def trained(self) -> dict[str, list[int]]:
+        """The shapes of what clients train, for methods whose server has to know them."""
+        return self._index.trained
 
     def append(self, entry: Entry) -> Entry:
         """Write an entry and make it the head; returns it with its tensors in the file."""
@@ -202,7 +211,17 @@ class Ledger:
                     f"{self.folder}: round {entry.round} is an entry of {entry.method}, but the "
                     f"experiment's method is {method.name}"
                 )
-            method.apply(model, entry)
+            if dict(entry.options) != method.entry_options():
+                raise UserError(
+                    f"{self.folder}: round {entry.round} was made with {dict(entry.options)}, but "
+                    f"the experiment's method has {method.entry_options()}"
+                )
+            try:
+                method.apply(model, entry)
+            except (KeyError, ValueError, IndexError) as error:
+                raise UserError(
+                    f"{self.folder}: the entry of round {entry.round} does not fit: {error}"
+                ) from None
 
     def check_base(self, base: Base, where: str) -> None:
         """Raise a `UserError` unless `base` is the checkpoint that the entries build on."""

@@ -6,7 +6,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -91,20 +91,28 @@ class RunDirectory:
 
     @staticmethod
     def create(
-        path: Path, experiment: Experiment, base: Base, data: dict[str, str]
+        path: Path,
+        experiment: Experiment,
+        base: Base,
+        data: dict[str, str],
+        trained: Mapping[str, Sequence[int]],
     ) -> RunDirectory:
-        """A new run, on data with these digests by client."""
+        """A new run, on data with these digests by client; for `trained`, see `Ledger`."""
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
         with replacing(path / DATA) as file:
             file.write(json.dumps(data, indent=1).encode())
         with replacing(path / EXPERIMENT) as file:
             file.write(experiment.dump().encode())
-        return RunDirectory(path, experiment, Ledger.create(path / "ledger", base), lock)
+        return RunDirectory(path, experiment, Ledger.create(path / "ledger", base, trained), lock)
 
     @staticmethod
     def resume(
-        path: Path, experiment: Experiment, base: Base, data: dict[str, str]
+        path: Path,
+        experiment: Experiment,
+        base: Base,
+        data: dict[str, str],
+        trained: Mapping[str, Sequence[int]],
     ) -> RunDirectory:
         """A run to go on with; metrics of rounds that the ledger has not are dropped.
 
@@ -123,6 +131,8 @@ class RunDirectory:
             if before.get(client) != data[client]:
                 raise UserError(f"--resume: the data of {client} have changed since {path} began")
         ledger.check_base(base, f"model.path {experiment.model.path}")
+        if ledger.trained != {name: list(shape) for name, shape in trained.items()}:
+            raise UserError(f"{path / 'ledger' / INDEX} was altered: restore it from a copy")
         with replacing(path / EXPERIMENT) as file:
             file.write(experiment.dump().encode())
         rows = [row for row in read_rows(path) if row["round"] <= len(ledger)]

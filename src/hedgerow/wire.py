@@ -87,6 +87,8 @@ class Update:
         if metadata.pop("format", None) != UPDATE_FORMAT:
             raise InvalidMessage(f"its format is not {UPDATE_FORMAT}")
         for name, tensor in tensors.items():
+            if tensor.dtype not in _DTYPES:
+                raise InvalidMessage(f"{name} has numbers of the kind {tensor.dtype}")
             if not tensor.isfinite().all():
                 raise InvalidMessage(f"{name} has numbers that are not finite")
         try:
@@ -128,6 +130,8 @@ class Entry:
     metrics: dict[str, float]
     """What is known without the model and without a clock: equal runs give equal bytes."""
     tensors: Mapping[str, Tensor]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The options of the method without which the tensors mean something else."""
 
     def write(self, file: BinaryIO) -> tuple[str, int]:
         """Write the entry as a safetensors file; returns its SHA-256 and its size in bytes."""
@@ -139,6 +143,8 @@ class Entry:
             "participants": json.dumps([vars(p) for p in self.participants]),
             "metrics": json.dumps(self.metrics, sort_keys=True),
         }
+        if self.options:
+            metadata["options"] = json.dumps(self.options, sort_keys=True)
         digest, size = hashlib.sha256(), 0
         for part in to_safetensors(self.tensors, metadata):
             file.write(part)
@@ -165,6 +171,7 @@ class Entry:
                 participants=[Participant(**p) for p in json.loads(metadata["participants"])],
                 metrics=_numbers(json.loads(metadata["metrics"])),
                 tensors=tensors,
+                options=json.loads(metadata.get("options", "{}")),
             )
         except (
             *(KeyError, TypeError, ValueError, AttributeError, OSError),
@@ -198,6 +205,9 @@ class FileTensors(Mapping[str, Tensor]):
         with self._opened() as file:
             tensor: Tensor = file.get_tensor(key)
             return tensor
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

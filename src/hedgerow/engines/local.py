@@ -25,7 +25,7 @@ from hedgerow.data import (
     partition,
     read,
 )
-from hedgerow.errors import UserError
+from hedgerow.errors import Diverged, UserError
 from hedgerow.evaluation import TestSet
 from hedgerow.evaluation.likelihood import max_positions
 from hedgerow.evaluation.targets import Progress, load_test, score_method
@@ -36,7 +36,7 @@ from hedgerow.methods.base import Client, Turn
 from hedgerow.model import Model
 from hedgerow.rundir import RunDirectory
 from hedgerow.seeds import Seeds
-from hedgerow.training.job import Diverged, Job, learning_rate
+from hedgerow.training.job import Job, learning_rate
 from hedgerow.wire import Entry, Update
 
 
@@ -204,6 +204,7 @@ def run(
     on_prepared(prepared)
     opener = RunDirectory.resume if resume else RunDirectory.create
     data = {name: shard.digest() for name, shard in prepared.shards.items()}
-    with opener(out, experiment, prepared.base, data) as directory:
+    trained = experiment.method.trained_shapes(prepared.model)
+    with opener(out, experiment, prepared.base, data, trained) as directory:
         directory.ledger.replay(experiment.method, prepared.model)
         federation.run(experiment, LocalFleet(experiment, prepared, directory), directory, watcher)

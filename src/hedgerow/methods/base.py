@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from hedgerow.errors import UserError
+
 if TYPE_CHECKING:
+    from hedgerow.experiment import TrainingSettings
     from hedgerow.model import Model
     from hedgerow.seeds import Seeds
     from hedgerow.training.job import Job
@@ -48,6 +51,17 @@ class Turn:
     seeds: Seeds
     """The run's."""
     memory: Memory
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a server knows, without the model, of the updates that it asks for."""
+
+    seeds: Seeds
+    """The run's."""
+    shapes: Mapping[str, Sequence[int]]
+    """Of what clients train (`Method.trained_shapes`), as the ledger has it."""
+    training: TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -121,7 +135,15 @@ class Method(BaseModel, ABC):
     def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
         """After local training: what travels up."""
 
-    def check_update(self, client: Client, update: Update) -> None:
+    def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
+        """The shapes of what clients train, where the server has to know them; else empty."""
+        return {}
+
+    def entry_options(self) -> dict[str, Any]:
+        """The options without which an entry's tensors mean something else."""
+        return {}
+
+    def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """On the server: raise `InvalidMessage` where an update is not what the client should send.
 
         Name, round, parent and the number of examples have been checked, and that all is finite.
@@ -142,7 +164,6 @@ class Method(BaseModel, ABC):
         """
         yield None
 
-    @abstractmethod
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
@@ -156,6 +177,10 @@ class Method(BaseModel, ABC):
         Raises:
             UserError: the method does not make adapters, or needs a client's name.
         """
+        raise UserError(
+            f"{self.name} trains all parameters, not an adapter: "
+            "export --to merged or --to ledger instead"
+        )
 
     def merge(self, model: Model, client: str | None) -> None:
         """Put what the model still holds beside its weights into them, for export."""

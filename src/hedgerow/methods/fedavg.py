@@ -11,12 +11,11 @@ arXiv 1602.05629, algorithm 1. What Ferret is compared with, and FLoRA's share o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from hedgerow.errors import UserError
 from hedgerow.methods.base import Aggregate, Method, Payload, Trained, Turn
 
 if TYPE_CHECKING:
@@ -56,9 +55,3 @@ class FedAvg(Method):
         """w <- w + Δ."""
         for name, delta in entry.tensors.items():
             model.add(name, delta)
-
-    def adapter(
-        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
-    ) -> dict[str, Tensor]:
-        """There is none."""
-        raise UserError("fedavg trains all parameters, not an adapter: export --to merged instead")

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from hedgerow.methods.base import Turn
+from hedgerow.methods.base import Client, Expected, Turn
 from hedgerow.methods.zeroth_order import ZerothOrderMethod
 
 
@@ -32,3 +32,7 @@ class FedKSeed(ZerothOrderMethod):
         """One of the candidates, at random."""
         draws = turn.seeds.numpy("directions", turn.round, turn.client.name)
         return lambda step: [turn.seeds.derive("candidate", int(draws.integers(self.candidates)))]
+
+    def possible(self, client: Client, round: int, expected: Expected) -> set[int]:
+        """The candidates."""
+        return {expected.seeds.derive("candidate", index) for index in range(self.candidates)}

@@ -12,8 +12,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from hedgerow.methods.base import Turn
+from hedgerow.methods.base import Client, Expected, Turn
 from hedgerow.methods.zeroth_order import ZerothOrderMethod
+from hedgerow.seeds import Seeds
 
 
 class FedZO(ZerothOrderMethod):
@@ -29,8 +30,14 @@ class FedZO(ZerothOrderMethod):
     def directions(self, turn: Turn) -> Callable[[int], Sequence[int]]:
         """New ones for every client, round and step."""
 
-        def seeds(step: int) -> list[int]:
-            purpose = ("direction", turn.round, turn.client.name, step)
-            return [turn.seeds.derive(*purpose, i) for i in range(self.directions_per_step)]
+        return lambda step: self._of_step(turn.seeds, turn.round, turn.client, step)
 
-        return seeds
+    def possible(self, client: Client, round: int, expected: Expected) -> set[int]:
+        """The client's own, as many as it has steps."""
+        steps = range(expected.training.most_steps(client.num_examples))
+        each = [self._of_step(expected.seeds, round, client, step) for step in steps]
+        return {seed for seeds in each for seed in seeds}
+
+    def _of_step(self, seeds: Seeds, round: int, client: Client, step: int) -> list[int]:
+        purpose = ("direction", round, client.name, step)
+        return [seeds.derive(*purpose, index) for index in range(self.directions_per_step)]

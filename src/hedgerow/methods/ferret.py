@@ -18,15 +18,17 @@ clients share a round's seed, so that coordinates add and the broadcast does not
 
 from __future__ import annotations
 
+import bisect
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, StrictBool, model_validator
 from torch import Tensor, nn
 
-from hedgerow.errors import UserError
-from hedgerow.methods.base import Aggregate, Client, Payload, Trained, Turn
+from hedgerow.errors import Diverged, UserError
+from hedgerow.methods.base import Aggregate, Client, Expected, Method, Payload, Trained, Turn
 from hedgerow.methods.fedit import AveragedAdapter
 from hedgerow.methods.lora import LoraMethod, init_factors
 from hedgerow.sketch import Basis
@@ -38,15 +40,18 @@ from hedgerow.sketch.blocks import (
     project_blocks,
     reconstruct_block,
 )
-from hedgerow.sketch.coordinates import GROUP, Bits, pack, unpack
-from hedgerow.sketch.layout import SECOND_MOMENT
+from hedgerow.sketch.coordinates import Bits, Packed, nbytes, pack
+from hedgerow.sketch.layout import MAX_SIZE, SECOND_MOMENT
 from hedgerow.wire import InvalidMessage
 
 if TYPE_CHECKING:
     from hedgerow.model import Model
+    from hedgerow.seeds import Seeds
     from hedgerow.wire import Entry, Update
 
 DEFAULT_COMPRESSION = 128
+LARGEST = 1e30
+"""Of a coordinate: beyond it sums might overflow."""
 PAPER = {
     "basis": "uniform",
     "budget": 4096,
@@ -56,8 +61,9 @@ PAPER = {
     "seeds": "client",
     "clip": 10.0,
 }
-"""The paper's settings and its authors' clipping. Their local steps are `training.optimizer: sgd`
-with `max_grad_norm: null`."""
+"""The paper's settings and its authors' clipping. The budget is for all blocks together: it gives
+the 7.8·10³ numbers, up and down, of the paper's table on communication. Their local steps are
+`training.optimizer: sgd` with `max_grad_norm: null`."""
 
 
 class Ferret(AveragedAdapter):
@@ -74,8 +80,8 @@ class Ferret(AveragedAdapter):
     budget: Annotated[int, Field(ge=1)] | None = None
     """K = Σ K_l, the coordinates of an update."""
     compression: Annotated[float, Field(ge=1)] | None = None
-    """Instead of `budget`: how many times smaller than all parameters in float32 an update is;
-    128 where neither is given."""
+    """Instead of `budget`: how many times smaller an update is than what is trained (all
+    parameters, or the adapter) in float32; 128 where neither is given."""
     bits: Bits = 1
     """Of a coordinate on its way up; 32 sends it as it is."""
     broadcast_bits: Bits = 2
@@ -94,8 +100,9 @@ class Ferret(AveragedAdapter):
     momentum: float = Field(0.0, ge=0, lt=1)
     """Of the global steps; costs every participant a vector of the model's size in float32."""
     error_feedback: bool = False
-    """A client adds to its update what its last sketch has lost, and shrinks what it sends."""
-    paper: bool = False
+    """A client adds to its update what its last sketch has lost, and shrinks what it sends; it
+    keeps a vector of the model's size in float32 on disk."""
+    paper: StrictBool = False
     """The paper's settings, for all options above that are not given."""
 
     same_rank: ClassVar[bool] = True
@@ -115,15 +122,29 @@ class Ferret(AveragedAdapter):
             raise ValueError("give `budget` or `compression`, not both")
         return self
 
+    def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
+        """Of all weights, or of the adapter."""
+        if self.over == "full":
+            return {name: tuple(p.shape) for name, p in model.network.named_parameters()}
+        parameters = model.attach(self.config(self.largest_rank))
+        model.release()
+        return {name: tuple(p.shape) for name, p in parameters.items()}
+
+    def entry_options(self) -> dict[str, Any]:
+        """What rebuilding a step takes beside its coordinates."""
+        names = ["over", "basis", "broadcast_bits", "momentum"]
+        if self.over == "lora":
+            names += ["ranks", "alpha", "rslora", "targets"]
+        return self.model_dump(mode="json", include=set(names))
+
     def check(self, model: Model, num_clients: int) -> None:
         """The budget fits the blocks (and the adapter the model)."""
-        parameters = dict(model.network.named_parameters())
         if self.over == "lora":
             LoraMethod.check(self, model, num_clients)
-            parameters = model.attach(self.config(self.largest_rank))
-            model.release()
-        blocks = group({name: p.shape for name, p in parameters.items()})
-        given, most = self._budget(blocks), sum(self._most(blocks))
+        blocks = group(self.trained_shapes(model))
+        if max(block.size for block in blocks) > MAX_SIZE:
+            raise UserError(f"{model.name} has a weight of more than {MAX_SIZE} entries")
+        given, most = self._budget(blocks), sum(self._limits(blocks))
         advice = "a smaller compression" if given < most else "a larger compression"
         if not len(blocks) <= given <= most:
             key = "budget" if self.budget is not None else "compression"
@@ -144,65 +165,79 @@ class Ferret(AveragedAdapter):
     def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
         """The coordinates of Δ_k."""
         blocks = group({name: p.shape for name, p in trained.parameters.items()})
-        sender = [turn.client.name] if self.seeds == "client" else []
-        seed = turn.seeds.derive("bases", turn.round, *sender)
+        seed = self._seed(turn.seeds, turn.round, turn.client)
         lost = turn.memory.load() if self.error_feedback else {}
 
         def delta() -> Iterator[tuple[str, Tensor]]:
             for name, change in model.trained_delta():
                 yield name, change.add_(lost[name].to(change.device)) if name in lost else change
 
-        counts = self._counts(blocks, delta)
+        by_norm = self.allocation == "norm"
+        counts = self._counts(blocks, norms(delta(), blocks) if by_norm else None)
         projected = project_blocks(delta(), blocks, seed, counts, self.basis)
-        coordinates = [
-            gamma * self._shrinkage(block, len(gamma))
-            for block, gamma in zip(blocks, projected, strict=True)
-        ]
-        tensors = _Sketch(seed, coordinates).encode(self.bits)
+        pairs = zip(blocks, projected, strict=True)
+        shrunk = (gamma * self._shrinkage(block, gamma) for block, gamma in pairs)
+        try:
+            tensors = pack(shrunk, self.bits, _rotation(seed, up=True))
+        except ValueError:
+            raise Diverged(
+                "its update is not finite: a lower training.learning_rate may help"
+            ) from None
         if self.error_feedback:
-            sent = self._estimate([_Sketch.decode(tensors, self.bits)], blocks, model.device)
+            sent = _Sketch(seed, Packed(tensors, self.bits, _rotation(seed, up=True)))
+            rebuilt = self._rebuilt([sent], blocks, model.device)
             turn.memory.save(
                 {
                     name: change.sub_(estimate).cpu()
-                    for (name, change), (_, estimate) in zip(delta(), sent, strict=True)
+                    for (name, change), (_, estimate) in zip(delta(), rebuilt, strict=True)
                 }
             )
-        if self.over == "lora":
-            tensors["adapter_seed"] = torch.tensor([turn.seeds.derive("adapter")])
-        return Payload(tensors, {})
+        return Payload(tensors | self._seed_tensors(seed, turn.seeds), {})
 
-    def check_update(self, client: Client, update: Update) -> None:
-        """It has a seed, and coordinates: as many as the budget, if that is a number."""
+    def check_update(self, client: Client, update: Update, expected: Expected) -> None:
+        """It has the round's seed, and as many coordinates for each block as it may."""
+        blocks, limits = group(expected.shapes), self._limits(group(expected.shapes))
+        seeds = self._seed_tensors(self._seed(expected.seeds, update.round, client), expected.seeds)
+        tensors = dict(update.tensors)
+        for name, seed in seeds.items():
+            given = tensors.pop(name, None)
+            if given is None or given.dtype != seed.dtype or not torch.equal(given, seed):
+                raise InvalidMessage(f"its {name} is not the round's")
         try:
-            coordinates = _Sketch.decode(update.tensors, self.bits).coordinates
-            if self.over == "lora":
-                _seed_in(update.tensors, "adapter_seed")
+            sketch = Packed(tensors, self.bits, _rotation(int(seeds["seed"]), up=True))
         except ValueError as error:
             raise InvalidMessage(str(error)) from None
-        given = sum(len(gamma) for gamma in coordinates)
-        if self.budget is not None and given != self.budget:
-            raise InvalidMessage(f"it has {given} coordinates, not {self.budget}")
+        if len(sketch) != len(blocks) or any(map(operator.gt, sketch.counts, limits)):
+            raise InvalidMessage(f"its counts do not fit the {len(blocks)} blocks of the model")
+        same = self.allocation == "norm" or sketch.counts == self._counts(blocks, None)
+        if not same or sum(sketch.counts) != self._budget(blocks):
+            raise InvalidMessage(
+                f"its counts do not add up to {self._budget(blocks)} as they should"
+            )
+        # NaN is not below anything either.
+        if not all(bool(gamma.abs().max() < LARGEST) for gamma in sketch):
+            raise InvalidMessage("its coordinates are too large")
 
     def aggregate(self, updates: Iterable[Update]) -> Aggregate:
         """η_t Σ p_k γ_k: coordinates on the same bases add, those on others stand beside them."""
         total, rate = 0, 0.0
         sums: dict[tuple[int, ...], list[Tensor]] = {}
-        adapter_seed: dict[str, Tensor] = {}
+        beside: dict[str, Tensor] = {}
         for update in updates:
             total += update.num_examples
             rate = self.server_learning_rate * self.anneal ** (update.round - 1)
-            adapter_seed = {n: t for n, t in update.tensors.items() if n == "adapter_seed"}
-            seed, coordinates = _Sketch.decode(update.tensors, self.bits)
-            weighted = [gamma * update.num_examples for gamma in coordinates]
+            beside = {n: t for n, t in update.tensors.items() if n == "adapter_seed"}
+            seed, gammas = self._decoded(update.tensors, self.bits, up=True)
             # Which rows a hadamard sketch samples depends on how many; other bases do not.
-            counts = [len(gamma) for gamma in weighted] if self.basis == "hadamard" else []
-            key = (seed, *counts)
+            key = (seed, *gammas.counts) if self.basis == "hadamard" else (seed,)
+            weighted = [gamma.double() * update.num_examples for gamma in gammas]
             sums[key] = _added(sums[key], weighted) if key in sums else weighted
-        tensors = dict(adapter_seed)
-        for index, ((seed, *_), gammas) in enumerate(sums.items()):
-            step = _Sketch(seed, [self._clipped(gamma * (rate / total)) for gamma in gammas])
-            encoded = step.encode(self.broadcast_bits)
-            tensors |= {f"{index}.{name}": tensor for name, tensor in encoded.items()}
+        tensors = dict(beside)
+        for index, ((seed, *_), weighted) in enumerate(sorted(sums.items())):
+            steps = (self._clipped(gamma * (rate / total)).float() for gamma in weighted)
+            part = pack(steps, self.broadcast_bits, _rotation(seed, up=False))
+            part["seed"] = torch.tensor([seed])
+            tensors |= {f"{index}.{name}": tensor for name, tensor in part.items()}
         return Aggregate(tensors, {})
 
     def apply(self, model: Model, entry: Entry) -> None:
@@ -212,12 +247,12 @@ class Ferret(AveragedAdapter):
             prefix = f"{len(sketches)}."
             own = {n.removeprefix(prefix): n for n in entry.tensors if n.startswith(prefix)}
             tensors = {name: entry.tensors[key] for name, key in own.items()}
-            sketches.append(_Sketch.decode(tensors, self.broadcast_bits))
+            sketches.append(self._decoded(tensors, self.broadcast_bits, up=False))
         weights: Mapping[str, Tensor] = dict(model.network.named_parameters())
         if self.over == "lora":
             weights = self._global_adapter(model, int(entry.tensors["adapter_seed"]))
         blocks = group({name: weight.shape for name, weight in weights.items()})
-        for name, step in self._estimate(sketches, blocks, model.device):
+        for name, step in self._rebuilt(sketches, blocks, model.device):
             if self.momentum:
                 if name in model.momentum:
                     step += self.momentum * model.momentum[name]
@@ -225,17 +260,16 @@ class Ferret(AveragedAdapter):
             if self.over == "full":
                 model.add(name, step)
             else:
-                in_entry = self.scale(self.largest_rank) if ".lora_B." in name else 1.0
-                weights[name].add_(step.cpu(), alpha=in_entry)
+                # In a model's factors the scale is in B.
+                scale = self.scale(self.largest_rank) if ".lora_B." in name else 1.0
+                weights[name].add_(step.cpu(), alpha=scale)
 
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
         """The global adapter, which takes the model's shapes to rebuild."""
         if self.over == "full":
-            raise UserError(
-                "ferret over all parameters makes no adapter: export --to merged or --to ledger"
-            )
+            return Method.adapter(self, entries, client, load_model)
         factors = load_model().factors
         if factors is None:
             raise UserError("round 0 is the base model: there is no adapter to export yet")
@@ -243,7 +277,7 @@ class Ferret(AveragedAdapter):
 
     # --- details --------------------------------------------------------------------------------
 
-    def _estimate(
+    def _rebuilt(
         self, sketches: Sequence[_Sketch], blocks: Sequence[Block], device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
         """What the sketches stand for, all together, tensor by tensor."""
@@ -264,33 +298,49 @@ class Ferret(AveragedAdapter):
             model.release()
         return model.factors
 
+    def _seed(self, seeds: Seeds, round: int, client: Client) -> int:
+        """Of a client's bases in a round."""
+        sender = [client.name] if self.seeds == "client" else []
+        return seeds.derive("bases", round, *sender)
+
+    def _seed_tensors(self, seed: int, seeds: Seeds) -> dict[str, Tensor]:
+        """What an update says of seeds: of its bases, and of the adapter that all began with."""
+        adapter = {"adapter_seed": torch.tensor([seeds.derive("adapter")])}
+        return {"seed": torch.tensor([seed])} | (adapter if self.over == "lora" else {})
+
+    def _decoded(self, tensors: Mapping[str, Tensor], bits: Bits, *, up: bool) -> _Sketch:
+        packed = {n: t for n, t in tensors.items() if n not in ("seed", "adapter_seed")}
+        seed = int(tensors["seed"])
+        return _Sketch(seed, Packed(packed, bits, _rotation(seed, up=up)))
+
     def _budget(self, blocks: Sequence[Block]) -> int:
         """K."""
         if self.budget is not None:
             return self.budget
-        dense = 4 * sum(block.size for block in blocks)
-        fixed, each = 4 * len(blocks), self.bits / 8  # bytes: K_l itself, and a coordinate
-        if self.bits < 32:
-            fixed, each = fixed + 4 * len(blocks), each + 4 / GROUP  # and scales, at least one
-        return max(0, int((dense / (self.compression or DEFAULT_COMPRESSION) - fixed) / each))
+        size = sum(block.size for block in blocks)
+        asked = 4 * size / (self.compression or DEFAULT_COMPRESSION)
 
-    def _most(self, blocks: Sequence[Block]) -> list[int]:
+        def weight(k: int) -> int:
+            """Bytes of k coordinates, with their scales and the K_l themselves."""
+            counts = [max(1, k * block.size // size) for block in blocks]
+            return sum(4 + nbytes(count, self.bits) for count in counts)
+
+        return bisect.bisect_right(range(1, 32 * size), asked, key=weight)
+
+    def _limits(self, blocks: Sequence[Block]) -> list[int]:
         """The largest K_l that are possible."""
-        return [b.size if self.basis == "hadamard" else 2**31 - 1 for b in blocks]
+        return [b.size if self.basis == "hadamard" else MAX_SIZE for b in blocks]
 
-    def _counts(
-        self, blocks: Sequence[Block], delta: Callable[[], Iterator[tuple[str, Tensor]]]
-    ) -> list[int]:
-        """K_l."""
-        by_norm = self.allocation == "norm"
-        weights = norms(delta(), blocks) if by_norm else [float(b.size) for b in blocks]
-        return allocate(self._budget(blocks), weights, self._most(blocks))
+    def _counts(self, blocks: Sequence[Block], weights: Sequence[float] | None) -> list[int]:
+        """K_l, in proportion to weights, or to the blocks' sizes."""
+        weights = weights or [float(block.size) for block in blocks]
+        return allocate(self._budget(blocks), weights, self._limits(blocks))
 
-    def _shrinkage(self, block: Block, count: int) -> float:
+    def _shrinkage(self, block: Block, gamma: Tensor) -> float:
         """1, or under error feedback 1/(1 + ω) for an error of ω: what it loses comes again."""
         if not self.error_feedback:
             return 1.0
-        return count / (block.size + (0 if self.basis == "hadamard" else count))
+        return len(gamma) / (block.size + (0 if self.basis == "hadamard" else len(gamma)))
 
     def _clipped(self, gamma: Tensor) -> Tensor:
         if self.clip is None:
@@ -303,32 +353,19 @@ class _Sketch(NamedTuple):
     """Coordinates by block, and the seed of their bases."""
 
     seed: int
-    coordinates: list[Tensor]
-
-    def encode(self, bits: Bits) -> dict[str, Tensor]:
-        return pack(self.coordinates, bits) | {"seed": torch.tensor([self.seed])}
-
-    @staticmethod
-    def decode(tensors: Mapping[str, Tensor], bits: Bits) -> _Sketch:
-        """Raises ValueError where the tensors are no sketch."""
-        packed = {n: t for n, t in tensors.items() if n not in ("seed", "adapter_seed")}
-        return _Sketch(_seed_in(tensors, "seed"), unpack(packed, bits))
+    coordinates: Packed
 
 
-def _seed_in(tensors: Mapping[str, Tensor], name: str) -> int:
-    seed = tensors.get(name)
-    if seed is None or seed.dtype != torch.int64 or seed.shape != (1,) or seed.item() < 0:
-        raise ValueError(f"its {name} is not a number of 63 bits")
-    return int(seed)
+def _rotation(seed: int, *, up: bool) -> int:
+    """The seed of the rotations before rounding, which are others than the bases."""
+    return seed ^ (1 << 63 if up else 3 << 62)
 
 
 def _added(sums: list[Tensor], gammas: list[Tensor]) -> list[Tensor]:
     """Sums by block; where one has fewer coordinates, those on the first of the other's bases."""
-    if len(sums) != len(gammas):
-        raise RuntimeError("updates of one round have different blocks")
     added = []
     for a, b in zip(sums, gammas, strict=True):
         longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
-        added.append(longer.clone())
-        added[-1][: len(shorter)] += shorter
+        longer[: len(shorter)] += shorter
+        added.append(longer)
     return added

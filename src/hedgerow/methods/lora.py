@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hedgerow import lowrank
 from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors, SpooledStack
-from hedgerow.methods.base import Aggregate, Client, Method, Payload, Trained, Turn
+from hedgerow.methods.base import Aggregate, Client, Expected, Method, Payload, Trained, Turn
 from hedgerow.model import adapter_pairs, adapter_tensors
 from hedgerow.wire import InvalidMessage
 
@@ -110,12 +110,12 @@ class LoraMethod(Method):
         tensors = {name: factor.detach().cpu() for name, factor in trained.parameters.items()}
         return Payload(tensors, self._about(self.rank(turn.client)))
 
-    def check_update(self, client: Client, update: Update) -> None:
+    def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """The rank and scale are the client's, and there is a pair of that rank for each module."""
         rank = self.rank(client)
-        expected = self._about(rank)
-        if dict(update.about) != expected:
-            raise InvalidMessage(f"it says {dict(update.about)} of itself, not {expected}")
+        about = self._about(rank)
+        if dict(update.about) != about:
+            raise InvalidMessage(f"it says {dict(update.about)} of itself, not {about}")
         pairs = dict(adapter_pairs(update.tensors))
         whole = len(update.tensors) == 2 * len(pairs) > 0
         if not whole or any({A.shape[0], *B.shape[1:]} != {rank} for A, B in pairs.values()):

@@ -16,13 +16,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hedgerow.errors import UserError
-from hedgerow.methods.base import Aggregate, Client, Method, Payload, Trained, Turn
+from hedgerow.methods.base import Aggregate, Client, Expected, Method, Payload, Trained, Turn
 from hedgerow.wire import InvalidMessage
 
 if TYPE_CHECKING:
     from hedgerow.model import Model
     from hedgerow.training.job import Job
     from hedgerow.wire import Entry, Update
+
+LARGEST = 1e30
+"""Of a coordinate: beyond it sums might overflow."""
 
 
 class ZerothOrderMethod(Method):
@@ -54,9 +57,25 @@ class ZerothOrderMethod(Method):
         """Each direction's seed, and how far the client went along it."""
         return Payload(_tensors(trained.steps), {})
 
-    def check_update(self, client: Client, update: Update) -> None:
-        """It has seeds and as many coordinates."""
-        _steps(update.tensors)
+    def check(self, model: Model, num_clients: int) -> None:
+        """The weights resolve small steps."""
+        if model.network.dtype != torch.float32:
+            raise UserError(
+                f"method.name: {self.name} takes steps that {model.network.dtype} rounds away: "
+                "give model.dtype=float32"
+            )
+
+    @abstractmethod
+    def possible(self, client: Client, round: int, expected: Expected) -> set[int]:
+        """The seeds of all directions that a client's steps of a round may have."""
+
+    def check_update(self, client: Client, update: Update, expected: Expected) -> None:
+        """It has seeds of directions that the client may have taken, and as many coordinates."""
+        steps = _steps(update.tensors)
+        if not steps.keys() <= self.possible(client, update.round, expected):
+            raise InvalidMessage("it has seeds that are not its own")
+        if max(map(abs, steps.values())) > LARGEST:
+            raise InvalidMessage("its coordinates are too large")
 
     def aggregate(self, updates: Iterable[Update]) -> Aggregate:
         """Σ p_k c_k, direction by direction."""
@@ -81,15 +100,6 @@ class ZerothOrderMethod(Method):
                     total[start : start + len(part)].add_(part, alpha=coordinate)
                     start += len(part)
             model.add(name, total.view(weight.shape))
-
-    def adapter(
-        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
-    ) -> dict[str, Tensor]:
-        """There is none."""
-        raise UserError(
-            f"{self.name} trains all parameters, not an adapter: "
-            "export --to merged or --to ledger instead"
-        )
 
 
 def _summed(steps: Iterable[tuple[int, float]]) -> dict[int, float]:

@@ -76,6 +76,8 @@ def reconstruct(coordinates: Tensor, seed: int, size: int, basis: Basis = "hadam
     Raises:
         ValueError: an argument is out of its range.
     """
+    if coordinates.dim() != 1:
+        raise ValueError(f"coordinates have one dimension, not the shape {list(coordinates.shape)}")
     _check(seed, size, len(coordinates), basis)
     gamma = coordinates.detach().float()
     backend = _backend(gamma.device)

@@ -7,7 +7,7 @@ budget of coordinates go where the update is (Ferret, arXiv 2409.06277, section 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +72,7 @@ def allocate(budget: int, weights: Sequence[float], most: Sequence[int]) -> list
 
 
 def project_blocks(
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterator[tuple[str, Tensor]],
     blocks: Sequence[Block],
     seed: int,
     counts: Sequence[int],
@@ -90,7 +90,7 @@ def project_blocks(
         yield project(_flat(tensors, block), _seed(seed, index), count, basis)
 
 
-def norms(tensors: Iterable[tuple[str, Tensor]], blocks: Sequence[Block]) -> list[float]:
+def norms(tensors: Iterator[tuple[str, Tensor]], blocks: Sequence[Block]) -> list[float]:
     """‖Δ_l‖ of each block."""
     return [float(torch.linalg.vector_norm(_flat(tensors, block))) for block in blocks]
 
@@ -112,10 +112,13 @@ def _seed(seed: int, index: int) -> int:
     return (seed + index) % 2**64
 
 
-def _flat(tensors: Iterable[tuple[str, Tensor]], block: Block) -> Tensor:
+def _flat(tensors: Iterator[tuple[str, Tensor]], block: Block) -> Tensor:
     """The block's tensors, taken from the stream; only small ones are ever put together."""
     parts = []
     for expected, (name, tensor) in zip(block.shapes, tensors, strict=False):
-        assert name == expected, f"{name} comes where {expected} is due"
+        if name != expected:
+            raise ValueError(f"{name} comes where {expected} is due")
         parts.append(tensor.reshape(-1))
+    if len(parts) != len(block.shapes):
+        raise ValueError("there are fewer tensors than the blocks have")
     return parts[0] if len(parts) == 1 else torch.cat(parts)

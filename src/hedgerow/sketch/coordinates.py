@@ -1,25 +1,31 @@
 """Coordinates as they travel: by block, in few bits.
 
-The coordinates of a rotated vector are nearly normal and of one size, so that one bit each, with
-one scale for a group, loses little: the scale ‖γ‖²/⟨γ, q⟩ makes the result unbiased over rotations
-(EDEN, Vargaftik et al., arXiv 2108.08842, section 3), at a mean squared error of π/2 - 1 = 0.57 of
-‖γ‖² for 1 bit, 0.13 for 2 and 0.012 for 4. At equal bytes that is far better than fewer coordinates
-of 32 bits: 1/32 of the bytes is an error of 0.57 instead of 31.
+At equal bytes, more coordinates of one bit are far better than fewer of 32. Before they are rounded
+they are rotated (random signs and a Walsh–Hadamard transform: a sketch that keeps every row), which
+makes the numbers of a group nearly normal and of one size, wherever in the model they come from.
+Rounded to the levels of the best uniform quantizer and scaled by ‖γ‖²/⟨γ, q⟩ they are unbiased over
+rotations (EDEN, Vargaftik et al., arXiv 2108.08842, section 3, for uniform rotations; this one
+comes close), with a mean squared error of π/2 - 1 = 0.57 of ‖γ‖² for 1 bit, 0.13 for 2, 0.012 for
+4. A 1/32 of the bytes is then an error of 0.57 instead of 31.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, get_args, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from hedgerow.sketch import layout, project, reconstruct
 
 Bits = Literal[1, 2, 4, 8, 32]
 BITS: tuple[Bits, ...] = get_args(Bits)
 
-GROUP = 512
-"""Neighbouring coordinates that share a scale."""
+SMALLEST_GROUP = 256
+"""Numbers that are worth a scale of their own; what is left after longer segments shares one."""
 
 _STEP = {1: 1.5958, 2: 0.9957, 4: 0.3352, 8: 0.0308}
 """Between the levels of the best uniform quantizer of a normal variable (Max, 1960)."""
@@ -29,94 +35,142 @@ class Quantized(NamedTuple):
     """Coordinates in few bits."""
 
     codes: Tensor
-    """uint8: 8/bits coordinates in a byte, the first in its lowest bits."""
+    """uint8: 8/bits numbers in a byte, the first in its lowest bits."""
     scales: Tensor
     """float32: what a group's levels are multiplied by."""
 
 
-def quantize(coordinates: Tensor, bits: Bits) -> Quantized:
-    """Quantize to 2ᵇⁱᵗˢ levels.
+def quantize(coordinates: Tensor, bits: Bits, seed: int) -> Quantized:
+    """Rotate, and round to 2ᵇⁱᵗˢ levels.
 
     Args:
-        coordinates: shape (k,), finite.
+        coordinates: shape (k,).
         bits: 1, 2, 4 or 8.
-    """
-    k = len(coordinates)
-    padded = torch.nn.functional.pad(coordinates.detach().cpu().double(), (0, -k % GROUP))
-    gamma = padded.view(-1, GROUP)
-    inside = torch.arange(padded.numel()).view(-1, GROUP) < k
-    deviation = (gamma.square().sum(1, keepdim=True) / inside.sum(1, keepdim=True)).sqrt()
-    most = 2 ** (bits - 1)
-    code = torch.floor(gamma / (deviation * _STEP[bits]).clamp_min(1e-300)).clamp_(-most, most - 1)
-    level = torch.where(inside, code + 0.5, 0.0)
-    along = (gamma * level).sum(1)
-    scales = torch.where(along > 0, gamma.square().sum(1) / along.clamp_min(1e-300), 0.0)
-    unsigned = (code + most).to(torch.uint8).flatten()[:k]
-    per_byte = 8 // bits
-    digits = torch.nn.functional.pad(unsigned, (0, -k % per_byte)).view(-1, per_byte)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    return Quantized((digits << shifts).sum(1, dtype=torch.uint8), scales.float())
-
-
-def dequantize(quantized: Quantized, bits: Bits, k: int) -> Tensor:
-    """The k coordinates; float32.
+        seed: of the rotation.
 
     Raises:
-        ValueError: there are not as many codes and scales as k coordinates have.
+        ValueError: a coordinate is not finite.
     """
-    codes, scales = quantized
+    k = len(coordinates)
+    gamma = project(coordinates, seed, k).cpu().double().numpy()
+    if not np.isfinite(gamma).all():
+        raise ValueError("coordinates are not finite")
+    lengths = groups(k)
+    starts = np.cumsum(lengths) - lengths
+    energy = np.add.reduceat(gamma * gamma, starts)
+    unit = np.repeat(np.sqrt(energy / lengths) * _STEP[bits], lengths)
+    most = 2 ** (bits - 1)
+    code = np.floor(gamma / np.maximum(unit, 1e-300)).clip(-most, most - 1)
+    along = np.add.reduceat(gamma * (code + 0.5), starts)
+    scales = np.where(along > 0, energy / np.maximum(along, 1e-300), 0)
     per_byte = 8 // bits
-    if codes.shape != (-(-k // per_byte),) or scales.shape != (-(-k // GROUP),):
-        raise ValueError(
-            f"{list(codes.shape)} codes and {list(scales.shape)} scales are not {k} coordinates"
-        )
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    unsigned = (codes[:, None] >> shifts & (2**bits - 1)).flatten()[:k]
-    level: Tensor = unsigned.float() - (2 ** (bits - 1) - 0.5)
-    return level * scales.repeat_interleave(GROUP)[:k]
+    digits = np.pad((code + most).astype(np.uint8), (0, -k % per_byte)).reshape(-1, per_byte)
+    codes = np.bitwise_or.reduce(digits << np.arange(0, 8, bits, dtype=np.uint8), axis=1)
+    return Quantized(torch.from_numpy(codes), torch.from_numpy(scales.astype(np.float32)))
 
 
-def pack(coordinates: Sequence[Tensor], bits: Bits) -> dict[str, Tensor]:
+def dequantize(quantized: Quantized, bits: Bits, k: int, seed: int) -> Tensor:
+    """The k coordinates of as many codes and scales as they have; float32, on the CPU."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    digits = quantized.codes.numpy()[:, None] >> shifts & (2**bits - 1)
+    level = digits.reshape(-1)[:k].astype(np.float32) - np.float32(2 ** (bits - 1) - 0.5)
+    gamma = level * np.repeat(quantized.scales.numpy(), groups(k))
+    return reconstruct(torch.from_numpy(gamma), seed, k)
+
+
+def groups(k: int) -> NDArray[np.int64]:
+    """How many of k rotated numbers share each scale: those that were rotated together."""
+    own = [length for _, length in layout.segments(k) if length >= SMALLEST_GROUP]
+    lengths = [layout.TILE] * (k // layout.TILE) + own
+    rest = k - sum(lengths)
+    return np.array(lengths + ([rest] if rest else []))
+
+
+def nbytes(k: int, bits: Bits) -> int:
+    """What k coordinates of one block weigh: codes and scales, or float32 numbers."""
+    return 4 * k if bits == 32 else -(-k * bits // 8) + 4 * len(groups(k))
+
+
+def pack(coordinates: Iterable[Tensor], bits: Bits, seed: int) -> dict[str, Tensor]:
     """The coordinates of all blocks as a few tensors.
 
     Args:
-        coordinates: γ_l of each block, shape (K_l,).
+        coordinates: γ_l of each block, shape (K_l,); each is asked for when the last is packed.
         bits: of a coordinate; 32 keeps it as it is.
+        seed: of the rotations, `seed + l` for block l.
+
+    Raises:
+        ValueError: a coordinate is not finite.
     """
-    counts = torch.tensor([len(gamma) for gamma in coordinates], dtype=torch.int32)
-    if bits == 32:
-        return {"counts": counts, "coordinates": torch.cat([g.cpu() for g in coordinates])}
-    quantized = [quantize(gamma, bits) for gamma in coordinates]
-    return {
-        "counts": counts,
-        "codes": torch.cat([q.codes for q in quantized]),
-        "scales": torch.cat([q.scales for q in quantized]),
-    }
+    counts: list[int] = []
+    parts: list[tuple[Tensor, ...]] = []
+    for index, gamma in enumerate(coordinates):
+        counts.append(len(gamma))
+        if bits < 32:
+            parts.append(quantize(gamma, bits, (seed + index) % 2**64))
+        elif gamma.isfinite().all():
+            parts.append((gamma.float().cpu(),))
+        else:
+            raise ValueError("coordinates are not finite")
+    joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    names = ("coordinates",) if bits == 32 else ("codes", "scales")
+    tensors = dict(zip(names, joined, strict=True))
+    return {"counts": torch.tensor(counts, dtype=torch.int32), **tensors}
 
 
-def unpack(tensors: Mapping[str, Tensor], bits: Bits) -> list[Tensor]:
-    """The inverse of `pack`, up to what the bits have lost.
+class Packed(Sequence[Tensor]):
+    """What `pack` has made: the coordinates of each block, unpacked when they are asked for.
+
+    Args:
+        tensors: from `pack`, with the same `bits` and `seed`.
 
     Raises:
         ValueError: the tensors are not what `pack` makes with these bits.
     """
-    expected = {"counts"} | ({"coordinates"} if bits == 32 else {"codes", "scales"})
-    if set(tensors) != expected:
-        raise ValueError(f"its tensors are {sorted(tensors)}, not {sorted(expected)}")
-    counts = tensors["counts"]
-    if counts.dtype != torch.int32 or counts.dim() != 1 or not len(counts) or counts.min() < 1:
-        raise ValueError("its counts are not positive numbers, one for each block")
-    each = counts.tolist()
-    if bits == 32:
-        gamma = tensors["coordinates"]
-        if gamma.dtype != torch.float32 or gamma.shape != (sum(each),):
-            raise ValueError(f"its coordinates are not {sum(each)} float32 numbers")
-        return list(torch.split(gamma, each))
-    codes, scales = tensors["codes"], tensors["scales"]
-    lengths = [-(-k * bits // 8) for k in each], [-(-k // GROUP) for k in each]
-    if codes.dtype != torch.uint8 or codes.shape != (sum(lengths[0]),):
-        raise ValueError(f"its codes are not {sum(lengths[0])} bytes")
-    if scales.dtype != torch.float32 or scales.shape != (sum(lengths[1]),):
-        raise ValueError(f"its scales are not {sum(lengths[1])} float32 numbers")
-    parts = zip(torch.split(codes, lengths[0]), torch.split(scales, lengths[1]), each, strict=True)
-    return [dequantize(Quantized(code, scale), bits, k) for code, scale, k in parts]
+
+    def __init__(self, tensors: Mapping[str, Tensor], bits: Bits, seed: int) -> None:
+        names = ["coordinates"] if bits == 32 else ["codes", "scales"]
+        if set(tensors) != {"counts", *names}:
+            expected = ", ".join(["counts", *names])
+            raise ValueError(f"its tensors are {', '.join(sorted(tensors))}, not {expected}")
+        counts = tensors["counts"]
+        if counts.dtype != torch.int32 or counts.dim() != 1 or not len(counts) or counts.min() < 1:
+            raise ValueError("its counts are not positive numbers, one for each block")
+        self.counts: list[int] = counts.tolist()
+        self._bits, self._seed = bits, seed
+        wanted = [torch.float32] if bits == 32 else [torch.uint8, torch.float32]
+        self._parts = []
+        for name, dtype in zip(names, wanted, strict=True):
+            lengths = [self._length(name, k) for k in self.counts]
+            tensor = tensors[name]
+            if tensor.dtype != dtype or tensor.shape != (sum(lengths),):
+                raise ValueError(f"its {name} are not {sum(lengths)} numbers of {dtype}")
+            self._parts.append(torch.split(tensor, lengths))
+
+    def _length(self, name: str, k: int) -> int:
+        if name == "coordinates":
+            return k
+        # Not by way of `groups`: a count that a stranger has made up may be huge.
+        rest = k % layout.TILE
+        scales = k // layout.TILE + (rest // SMALLEST_GROUP).bit_count()
+        return -(-k * self._bits // 8) if name == "codes" else scales + bool(rest % SMALLEST_GROUP)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        parts = [part[index] for part in self._parts]
+        if self._bits == 32:
+            return parts[0]
+        seed = (self._seed + index) % 2**64
+        return dequantize(Quantized(*parts), self._bits, self.counts[index], seed)

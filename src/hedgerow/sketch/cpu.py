@@ -59,7 +59,7 @@ def project_dense(x: Tensor, seed: int, k: int, kind: Basis) -> Tensor:
 
 def reconstruct_dense(coordinates: Tensor, seed: int, size: int, kind: Basis) -> Tensor:
     """The sum of unscaled bases, each times its coordinate; float32."""
-    gamma, out = coordinates.numpy(), torch.empty(size)
+    gamma, out = coordinates.numpy(), torch.empty(size, dtype=torch.float32)
 
     def rebuild(chunk: tuple[int, int]) -> None:
         with _Stored(out, *chunk) as tiles:
@@ -72,7 +72,7 @@ def reconstruct_dense(coordinates: Tensor, seed: int, size: int, kind: Basis) ->
 
 def project_hadamard(x: Tensor, seed: int, k: int, offset: int) -> Tensor:
     """The sampled rows of the signed, transformed x; float32."""
-    coordinates = torch.empty(k)
+    coordinates = torch.empty(k, dtype=torch.float32)
     gamma = coordinates.numpy()
 
     def sample(chunk: tuple[int, int]) -> None:
@@ -85,7 +85,7 @@ def project_hadamard(x: Tensor, seed: int, k: int, offset: int) -> Tensor:
 
 def reconstruct_hadamard(coordinates: Tensor, seed: int, size: int, offset: int) -> Tensor:
     """The transpose of `project_hadamard`; float32."""
-    gamma, out = coordinates.numpy(), torch.empty(size)
+    gamma, out = coordinates.numpy(), torch.empty(size, dtype=torch.float32)
 
     def rebuild(chunk: tuple[int, int]) -> None:
         with _Stored(out, *chunk) as tiles:
@@ -131,7 +131,11 @@ class _Stored:
     def __init__(self, out: Tensor, start: int, stop: int) -> None:
         self._out = out[start:stop]
         whole = len(self._out) % TILE == 0
-        tiles = self._out if whole else torch.empty(len(self._out) + -len(self._out) % TILE)
+        tiles = (
+            self._out
+            if whole
+            else torch.empty(len(self._out) + -len(self._out) % TILE, dtype=torch.float32)
+        )
         self._tiles = tiles
 
     def __enter__(self) -> Floats:

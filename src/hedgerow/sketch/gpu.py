@@ -93,7 +93,7 @@ def project_dense(x: Tensor, seed: int, k: int, kind: Basis) -> Tensor:
 def reconstruct_dense(coordinates: Tensor, seed: int, size: int, kind: Basis) -> Tensor:
     """The sum of unscaled bases, each times its coordinate; float32."""
     purpose, parts, _, columns = _KINDS[kind]
-    out = torch.empty(size, device=coordinates.device)
+    out = torch.empty(size, dtype=torch.float32, device=coordinates.device)
     counters = triton.cdiv(size, layout.TILE) * layout.TILE // (4 * parts)
     with torch.cuda.device_of(out):
         _reconstruct_dense[(triton.cdiv(counters, columns),)](
@@ -114,14 +114,14 @@ def reconstruct_dense(coordinates: Tensor, seed: int, size: int, kind: Basis) ->
 
 def project_hadamard(x: Tensor, seed: int, k: int, offset: int) -> Tensor:
     """The sampled rows of the signed, transformed x; float32."""
-    coordinates = torch.empty(k, device=x.device)
+    coordinates = torch.empty(k, dtype=torch.float32, device=x.device)
     _hadamard(_project_hadamard, x.contiguous(), coordinates, seed, offset)
     return coordinates
 
 
 def reconstruct_hadamard(coordinates: Tensor, seed: int, size: int, offset: int) -> Tensor:
     """The transpose of `project_hadamard`; float32."""
-    out = torch.empty(size, device=coordinates.device)
+    out = torch.empty(size, dtype=torch.float32, device=coordinates.device)
     _hadamard(_reconstruct_hadamard, out, coordinates.contiguous(), seed, offset)
     return out
 

@@ -112,7 +112,7 @@ def reconstruct_dense(coordinates: Tensor, seed: int, size: int, kind: Basis) ->
 
 def project_hadamard(x: Tensor, seed: int, k: int, offset: int) -> Tensor:
     """The sampled rows of the signed, transformed x; float32."""
-    coordinates = torch.empty(k, device=x.device)
+    coordinates = torch.empty(k, dtype=torch.float32, device=x.device)
     for segment, start, rows, first in _sampled(seed, len(x), k, offset, x.device):
         signs = _signs(seed, 0, segment, layout.SIGNS)
         coordinates[first : first + len(rows)] = fwht(x[segment] * signs)[rows - start]
@@ -122,9 +122,9 @@ def project_hadamard(x: Tensor, seed: int, k: int, offset: int) -> Tensor:
 def reconstruct_hadamard(coordinates: Tensor, seed: int, size: int, offset: int) -> Tensor:
     """The transpose of `project_hadamard`; float32."""
     device = coordinates.device
-    out = torch.zeros(size, device=device)
+    out = torch.zeros(size, dtype=torch.float32, device=device)
     for segment, start, rows, first in _sampled(seed, size, len(coordinates), offset, device):
-        spread = torch.zeros(len(segment), device=device)
+        spread = torch.zeros(len(segment), dtype=torch.float32, device=device)
         spread[rows - start] = coordinates[first : first + len(rows)]
         out[segment] = fwht(spread) * _signs(seed, 0, segment, layout.SIGNS)
     return out

@@ -10,11 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from hedgerow.data import Encoded, batches, collate, epoch
+from hedgerow.errors import Diverged
 from hedgerow.experiment import TrainingSettings
-
-
-class Diverged(Exception):
-    """The loss is no longer a number; the text says when, and what may help."""
 
 
 @dataclass(frozen=True)
