@@ -109,7 +109,7 @@ def stages(network: Any, tokens: int) -> dict[str, int]:
         tokenizer = Model.load(experiment.model).tokenizer
         shard = next(iter(encode_clients(experiment, tokenizer).values()))
     model = Model(network, tokenizer, "random")
-    method, seeds = Ferret(compression=1024), Seeds(0)
+    method, seeds = Ferret(), Seeds(0)
     client = Client(0, "client-000", len(shard))
     turn = Turn(client, 1, seeds, memory=Forgetful())
     order = seeds.numpy("batches")

@@ -64,6 +64,14 @@ def test_numbers_that_are_not_finite_are_refused():
         Update.decode(update(tensors=bad).encode())
 
 
+def test_numbers_of_a_kind_that_nothing_sends_are_refused():
+    data = safetensors.torch.save(
+        {"w": torch.zeros(3).to(torch.float8_e4m3fn)}, {"format": "hedgerow.update/1"}
+    )
+    with pytest.raises(InvalidMessage, match="float8"):
+        Update.decode(data)
+
+
 def test_another_format_is_refused():
     data = safetensors.torch.save({"x": torch.ones(1)}, metadata={"format": "pt"})
     with pytest.raises(InvalidMessage, match="format"):

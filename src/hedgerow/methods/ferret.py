@@ -230,11 +230,10 @@ class Ferret(AveragedAdapter):
             seed, gammas = self._decoded(update.tensors, self.bits, up=True)
             # Which rows a hadamard sketch samples depends on how many; other bases do not.
             key = (seed, *gammas.counts) if self.basis == "hadamard" else (seed,)
-            weighted = [gamma.double() * update.num_examples for gamma in gammas]
-            sums[key] = _added(sums[key], weighted) if key in sums else weighted
+            _add(sums.setdefault(key, []), gammas, update.num_examples)
         tensors = dict(beside)
         for index, ((seed, *_), weighted) in enumerate(sorted(sums.items())):
-            steps = (self._clipped(gamma * (rate / total)).float() for gamma in weighted)
+            steps = (self._clipped(gamma * (rate / total)) for gamma in weighted)
             part = pack(steps, self.broadcast_bits, _rotation(seed, up=False))
             part["seed"] = torch.tensor([seed])
             tensors |= {f"{index}.{name}": tensor for name, tensor in part.items()}
@@ -361,11 +360,12 @@ def _rotation(seed: int, *, up: bool) -> int:
     return seed ^ (1 << 63 if up else 3 << 62)
 
 
-def _added(sums: list[Tensor], gammas: list[Tensor]) -> list[Tensor]:
-    """Sums by block; where one has fewer coordinates, those on the first of the other's bases."""
-    added = []
-    for a, b in zip(sums, gammas, strict=True):
-        longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
-        longer[: len(shorter)] += shorter
-        added.append(longer)
-    return added
+def _add(sums: list[Tensor], gammas: Sequence[Tensor], weight: int) -> None:
+    """Add coordinates, times a weight, to sums by block; fewer are those on the first bases."""
+    for index, gamma in enumerate(gammas):
+        if index == len(sums):
+            sums.append(gamma * weight)
+            continue
+        more = max(0, len(gamma) - len(sums[index]))
+        sums[index] = nn.functional.pad(sums[index], (0, more)) if more else sums[index]
+        sums[index][: len(gamma)].add_(gamma, alpha=weight)
