@@ -24,7 +24,7 @@ from hedgerow import console, demo
 from hedgerow.engines.local import encode_clients
 from hedgerow.experiment import load
 from hedgerow.methods.base import Client, Turn
-from hedgerow.methods.ferret import Ferret
+from hedgerow.methods.ferret import DEFAULT_COMPRESSION, Ferret
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
 from hedgerow.sketch.blocks import group
@@ -68,7 +68,10 @@ def print_seven_b(shapes: dict[str, tuple[int, ...]], activations: float, tokens
     """What the stages come to for a 7B Llama whose weights are on a GPU."""
     weights = 2 * sum(math.prod(shape) for shape in shapes.values())
     gradient = 2 * max(math.prod(shape) for shape in shapes.values())
-    block = max(block.size for block in group(shapes))
+    blocks = group(shapes)
+    block = max(block.size for block in blocks)
+    # Codes and scales of a 1-bit update, unpacked one block at a time, and summed in float32.
+    coordinates = int(weights / 2 * 32 / DEFAULT_COMPRESSION)
     rows = [
         ("weights", "2 bytes each", gigabytes(weights), ""),
         ("snapshot", "2 bytes each", "", gigabytes(weights)),
@@ -83,6 +86,7 @@ def print_seven_b(shapes: dict[str, tuple[int, ...]], activations: float, tokens
         ),
         ("a block's update and estimate", "4 bytes, twice", gigabytes(8 * block), ""),
         ("peak in sketching", "", gigabytes(weights + 8 * block), gigabytes(2 * weights)),
+        ("sums at the server, default budget", "4 bytes each", "", gigabytes(4 * coordinates)),
         ("AdamW instead of SGD", "gradient and moments", gigabytes(3 * weights), ""),
     ]
     size = weights / 2e9

@@ -100,8 +100,8 @@ def _check(seed: int, size: int, k: int, basis: str) -> None:
 
 def _offset(seed: int, size: int) -> int:
     """Where systematic sampling begins: uniform in [0, size)."""
-    low, high, *_ = reference.philox([0, 0, 0, layout.OFFSET], seed)
-    return (int(low) | int(high) << 32) % size
+    low, high, *_ = layout.philox((0, 0, 0, layout.OFFSET), seed)
+    return (low | high << 32) % size
 
 
 class _Backend(Protocol):

@@ -146,8 +146,8 @@ def rows(seed: int, start: int, length: int, count: int, device: torch.device | 
     The order is a bijection of [0, length): three times multiply by an odd number, add a number,
     and mix the high bits into the low ones; the last addition makes every row equally likely.
     """
-    a, b, c, d = (int(word) for word in philox([start, 0, 0, layout.ROWS], seed))
-    e, f, g, h = (int(word) for word in philox([start, 1, 0, layout.ROWS], seed))
+    a, b, c, d = layout.philox((start, 0, 0, layout.ROWS), seed)
+    e, f, g, h = layout.philox((start, 1, 0, layout.ROWS), seed)
     mask, shift = length - 1, (length.bit_length()) // 2
     row = torch.arange(count, device=device)
     for factor, addend in ((a, b), (c, d), (e, f)):
