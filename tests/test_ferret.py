@@ -404,3 +404,17 @@ def test_a_client_that_missed_rounds_replays_them(experiment, hedgerow, tmp_path
         late = runs.model_at(settings, Ledger.open(tmp_path / "run/ledger"), 4)
     for a, b in zip(steadily.network.parameters(), late.network.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_sketch_with_a_large_error_is_sent_shorter(run):
+    """By 1.5/√(1 + ω), with ω = d/K - 1 for a hadamard sketch in 32 bits."""
+    options = {"budget": 500, "bits": 32, "federation": {"rounds": 1}}
+    whole, shrunk = run("whole", shrink=False, **options), run("shrunk", **options)
+    name = "updates/round-0001/client-000.safetensors"
+    before, after = load_file(whole / name), load_file(shrunk / name)
+    with runs.opened(whole, []) as (_, ledger):
+        sizes = [block.size for block in group(ledger.trained)]
+    counts = before["counts"].tolist()
+    parts = [torch.split(sent["coordinates"], counts) for sent in (before, after)]
+    for long, short, size, k in zip(*parts, sizes, counts, strict=True):
+        assert torch.allclose(short, long * min(1.0, 1.5 / (size / k) ** 0.5))

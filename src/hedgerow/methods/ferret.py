@@ -40,7 +40,7 @@ from hedgerow.sketch.blocks import (
     project_blocks,
     reconstruct_block,
 )
-from hedgerow.sketch.coordinates import Bits, Packed, nbytes, pack
+from hedgerow.sketch.coordinates import ERROR, Bits, Packed, nbytes, pack
 from hedgerow.sketch.layout import MAX_SIZE, SECOND_MOMENT
 from hedgerow.wire import InvalidMessage
 
@@ -59,6 +59,7 @@ PAPER = {
     "broadcast_bits": 32,
     "allocation": "norm",
     "seeds": "client",
+    "shrink": False,
     "clip": 10.0,
 }
 """The paper's settings and its authors' clipping. The budget is for all blocks together: it gives
@@ -95,13 +96,16 @@ class Ferret(AveragedAdapter):
     """η_1, what the average update is multiplied by."""
     anneal: float = Field(1.0, gt=0, le=1)
     """η_t = η_1·annealᵗ⁻¹."""
+    shrink: bool = True
+    """A sketch whose expected error is ω‖Δ_k‖² is sent min(1, 1.5/√(1 + ω)) times as long: where
+    the error is large, a whole step would be mostly noise."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """The longest step ‖γ_j v_j‖ on one base."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Of the global steps; costs every participant a vector of the model's size in float32."""
     error_feedback: bool = False
-    """A client adds to its update what its last sketch has lost, and shrinks what it sends; it
-    keeps a vector of the model's size in float32 on disk."""
+    """A client adds to its update what its last sketch has lost, and shrinks what it sends to
+    1/(1 + ω) of its length; it keeps a vector of the model's size in float32 on disk."""
     paper: StrictBool = False
     """The paper's settings, for all options above that are not given."""
 
@@ -336,10 +340,12 @@ class Ferret(AveragedAdapter):
         return allocate(self._budget(blocks), weights, self._limits(blocks))
 
     def _shrinkage(self, block: Block, gamma: Tensor) -> float:
-        """1, or under error feedback 1/(1 + ω) for an error of ω: what it loses comes again."""
-        if not self.error_feedback:
-            return 1.0
-        return len(gamma) / (block.size + (0 if self.basis == "hadamard" else len(gamma)))
+        """How long a sketch is to be, by its expected error."""
+        one = 0 if self.basis == "hadamard" else 1
+        omega = (block.size / len(gamma) + one) * (1 + ERROR[self.bits]) - 1
+        if self.error_feedback:
+            return 1 / (1 + omega)
+        return min(1.0, 1.5 / (1 + omega) ** 0.5) if self.shrink else 1.0
 
     def _clipped(self, gamma: Tensor) -> Tensor:
         if self.clip is None:
