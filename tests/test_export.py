@@ -166,7 +166,7 @@ def test_fedavg_exports_weights_but_no_adapter(hedgerow, experiment, tmp_path):
     run = tmp_path / "run"
     assert hedgerow("run", experiment(), "method=fedavg", "--out", run).code == 0
     result = hedgerow("export", run, tmp_path / "adapter", "--to", "adapter")
-    assert (result.code, "export --to merged instead" in result.err) == (2, True)
+    assert (result.code, "export --to merged or" in result.err) == (2, True)
     assert not list(tmp_path.glob("adapter*"))
     assert hedgerow("export", run, tmp_path / "merged", "--to", "merged").code == 0
 

@@ -323,9 +323,12 @@ def _combine(gamma, first_tile, seed, kind, out):
 def _fwht(a, b, length):
     """The Walsh–Hadamard transform of a[:length], unscaled, in whichever of a and b it returns."""
     step = 1
-    while step < length:
+    while 4 * step <= length:
+        _two_passes(a, b, length // 4)
+        a, b, step = b, a, 4 * step
+    if step < length:
         _butterflies(a, b, length // 2)
-        a, b, step = b, a, 2 * step
+        a, b = b, a
     return a
 
 
@@ -339,6 +342,17 @@ def _butterflies(a, b, half):
         x, y = a[2 * i], a[2 * i + 1]
         b[i] = x + y
         b[half + i] = x - y
+
+
+@_compiled
+def _two_passes(a, b, quarter):
+    """`_butterflies` twice, with the same operations and half of the loads and stores."""
+    for i in range(quarter):
+        w, x, y, z = a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]
+        left, right = w + x, y + z
+        b[i], b[2 * quarter + i] = left + right, left - right
+        left, right = w - x, y - z
+        b[quarter + i], b[3 * quarter + i] = left + right, left - right
 
 
 @_compiled
