@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from hedgerow.wire import Entry, Update
 
 
+LARGEST_COORDINATE = 1e30
+"""What a server accepts of a sketch or a step: beyond it sums might overflow."""
+
+
 @dataclass(frozen=True)
 class Client:
     """A client as a method sees it."""

@@ -28,7 +28,16 @@ from pydantic import Field, StrictBool, model_validator
 from torch import Tensor, nn
 
 from hedgerow.errors import Diverged, UserError
-from hedgerow.methods.base import Aggregate, Client, Expected, Method, Payload, Trained, Turn
+from hedgerow.methods.base import (
+    LARGEST_COORDINATE,
+    Aggregate,
+    Client,
+    Expected,
+    Method,
+    Payload,
+    Trained,
+    Turn,
+)
 from hedgerow.methods.fedit import AveragedAdapter
 from hedgerow.methods.lora import LoraMethod, init_factors
 from hedgerow.sketch import Basis
@@ -50,8 +59,6 @@ if TYPE_CHECKING:
     from hedgerow.wire import Entry, Update
 
 DEFAULT_COMPRESSION = 128
-LARGEST = 1e30
-"""Of a coordinate: beyond it sums might overflow."""
 PAPER = {
     "basis": "uniform",
     "budget": 4096,
@@ -176,8 +183,8 @@ class Ferret(AveragedAdapter):
             for name, change in model.trained_delta():
                 yield name, change.add_(lost[name].to(change.device)) if name in lost else change
 
-        by_norm = self.allocation == "norm"
-        counts = self._counts(blocks, norms(delta(), blocks) if by_norm else None)
+        weights = norms(delta(), blocks) if self.allocation == "norm" else None
+        counts = self._counts(self._budget(blocks), blocks, weights)
         projected = project_blocks(delta(), blocks, seed, counts, self.basis)
         pairs = zip(blocks, projected, strict=True)
         shrunk = (gamma * self._shrinkage(block, gamma) for block, gamma in pairs)
@@ -187,8 +194,9 @@ class Ferret(AveragedAdapter):
             raise Diverged(
                 "its update is not finite: a lower training.learning_rate may help"
             ) from None
+        tensors |= self._seed_tensors(seed, turn.seeds)
         if self.error_feedback:
-            sent = _Sketch(seed, Packed(tensors, self.bits, _rotation(seed, up=True)))
+            sent = self._decoded(tensors, self.bits, up=True)
             rebuilt = self._rebuilt([sent], blocks, model.device)
             turn.memory.save(
                 {
@@ -196,11 +204,12 @@ class Ferret(AveragedAdapter):
                     for (name, change), (_, estimate) in zip(delta(), rebuilt, strict=True)
                 }
             )
-        return Payload(tensors | self._seed_tensors(seed, turn.seeds), {})
+        return Payload(tensors, {})
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """It has the round's seed, and as many coordinates for each block as it may."""
-        blocks, limits = group(expected.shapes), self._limits(group(expected.shapes))
+        blocks = group(expected.shapes)
+        budget = self._budget(blocks)
         seeds = self._seed_tensors(self._seed(expected.seeds, update.round, client), expected.seeds)
         tensors = dict(update.tensors)
         for name, seed in seeds.items():
@@ -211,15 +220,13 @@ class Ferret(AveragedAdapter):
             sketch = Packed(tensors, self.bits, _rotation(int(seeds["seed"]), up=True))
         except ValueError as error:
             raise InvalidMessage(str(error)) from None
-        if len(sketch) != len(blocks) or any(map(operator.gt, sketch.counts, limits)):
+        if len(sketch) != len(blocks) or any(map(operator.gt, sketch.counts, self._limits(blocks))):
             raise InvalidMessage(f"its counts do not fit the {len(blocks)} blocks of the model")
-        same = self.allocation == "norm" or sketch.counts == self._counts(blocks, None)
-        if not same or sum(sketch.counts) != self._budget(blocks):
-            raise InvalidMessage(
-                f"its counts do not add up to {self._budget(blocks)} as they should"
-            )
+        same = self.allocation == "norm" or sketch.counts == self._counts(budget, blocks, None)
+        if not same or sum(sketch.counts) != budget:
+            raise InvalidMessage(f"its counts do not add up to {budget} as they should")
         # NaN is not below anything either.
-        if not all(bool(gamma.abs().max() < LARGEST) for gamma in sketch):
+        if not all(bool(gamma.abs().max() < LARGEST_COORDINATE) for gamma in sketch):
             raise InvalidMessage("its coordinates are too large")
 
     def aggregate(self, updates: Iterable[Update]) -> Aggregate:
@@ -334,10 +341,12 @@ class Ferret(AveragedAdapter):
         """The largest K_l that are possible."""
         return [b.size if self.basis == "hadamard" else MAX_SIZE for b in blocks]
 
-    def _counts(self, blocks: Sequence[Block], weights: Sequence[float] | None) -> list[int]:
+    def _counts(
+        self, budget: int, blocks: Sequence[Block], weights: Sequence[float] | None
+    ) -> list[int]:
         """K_l, in proportion to weights, or to the blocks' sizes."""
         weights = weights or [float(block.size) for block in blocks]
-        return allocate(self._budget(blocks), weights, self._limits(blocks))
+        return allocate(budget, weights, self._limits(blocks))
 
     def _shrinkage(self, block: Block, gamma: Tensor) -> float:
         """How long a sketch is to be, by its expected error."""

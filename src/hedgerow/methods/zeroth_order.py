@@ -16,16 +16,22 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hedgerow.errors import UserError
-from hedgerow.methods.base import Aggregate, Client, Expected, Method, Payload, Trained, Turn
+from hedgerow.methods.base import (
+    LARGEST_COORDINATE,
+    Aggregate,
+    Client,
+    Expected,
+    Method,
+    Payload,
+    Trained,
+    Turn,
+)
 from hedgerow.wire import InvalidMessage
 
 if TYPE_CHECKING:
     from hedgerow.model import Model
     from hedgerow.training.job import Job
     from hedgerow.wire import Entry, Update
-
-LARGEST = 1e30
-"""Of a coordinate: beyond it sums might overflow."""
 
 
 class ZerothOrderMethod(Method):
@@ -74,7 +80,7 @@ class ZerothOrderMethod(Method):
         steps = _steps(update.tensors)
         if not steps.keys() <= self.possible(client, update.round, expected):
             raise InvalidMessage("it has seeds that are not its own")
-        if max(map(abs, steps.values())) > LARGEST:
+        if max(map(abs, steps.values())) > LARGEST_COORDINATE:
             raise InvalidMessage("its coordinates are too large")
 
     def aggregate(self, updates: Iterable[Update]) -> Aggregate:
@@ -89,16 +95,14 @@ class ZerothOrderMethod(Method):
 
     def apply(self, model: Model, entry: Entry) -> None:
         """w <- w + Σ c_z z, weight by weight."""
-        from hedgerow.training.zeroth_order import direction
+        from hedgerow.training.zeroth_order import direction, pieces
 
         steps = _steps(entry.tensors)
         for index, (name, weight) in enumerate(model.network.named_parameters()):
             total = torch.zeros(weight.numel(), device=weight.device)
             for seed, coordinate in steps.items():
-                start = 0
-                for part in direction(weight, seed, index):
-                    total[start : start + len(part)].add_(part, alpha=coordinate)
-                    start += len(part)
+                for piece, part in zip(pieces(total), direction(weight, seed, index), strict=True):
+                    piece.add_(part, alpha=coordinate)
             model.add(name, total.view(weight.shape))
 
 

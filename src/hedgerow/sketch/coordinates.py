@@ -89,9 +89,20 @@ def groups(k: int) -> NDArray[np.int64]:
     return np.array(lengths + ([rest] if rest else []))
 
 
+def num_groups(k: int) -> int:
+    """`len(groups(k))` by arithmetic, since a count that a stranger has made up may be huge."""
+    whole, rest = divmod(k, layout.TILE)
+    return whole + (rest // SMALLEST_GROUP).bit_count() + bool(rest % SMALLEST_GROUP)
+
+
+def num_codes(k: int, bits: Bits) -> int:
+    """The bytes that the codes of k coordinates take."""
+    return -(-k * bits // 8)
+
+
 def nbytes(k: int, bits: Bits) -> int:
     """What k coordinates of one block weigh: codes and scales, or float32 numbers."""
-    return 4 * k if bits == 32 else -(-k * bits // 8) + 4 * len(groups(k))
+    return 4 * k if bits == 32 else num_codes(k, bits) + 4 * num_groups(k)
 
 
 def pack(coordinates: Iterable[Tensor], bits: Bits, seed: int) -> dict[str, Tensor]:
@@ -132,31 +143,29 @@ class Packed(Sequence[Tensor]):
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], bits: Bits, seed: int) -> None:
-        names = ["coordinates"] if bits == 32 else ["codes", "scales"]
-        if set(tensors) != {"counts", *names}:
-            expected = ", ".join(["counts", *names])
+        kinds = {"coordinates": torch.float32}
+        if bits < 32:
+            kinds = {"codes": torch.uint8, "scales": torch.float32}
+        if set(tensors) != {"counts", *kinds}:
+            expected = ", ".join(["counts", *kinds])
             raise ValueError(f"its tensors are {', '.join(sorted(tensors))}, not {expected}")
         counts = tensors["counts"]
         if counts.dtype != torch.int32 or counts.dim() != 1 or not len(counts) or counts.min() < 1:
             raise ValueError("its counts are not positive numbers, one for each block")
         self.counts: list[int] = counts.tolist()
         self._bits, self._seed = bits, seed
-        wanted = [torch.float32] if bits == 32 else [torch.uint8, torch.float32]
+        lengths_of = {
+            "coordinates": self.counts,
+            "codes": [num_codes(k, bits) for k in self.counts],
+            "scales": [num_groups(k) for k in self.counts],
+        }
         self._parts = []
-        for name, dtype in zip(names, wanted, strict=True):
-            lengths = [self._length(name, k) for k in self.counts]
+        for name, dtype in kinds.items():
+            lengths = lengths_of[name]
             tensor = tensors[name]
             if tensor.dtype != dtype or tensor.shape != (sum(lengths),):
                 raise ValueError(f"its {name} are not {sum(lengths)} numbers of {dtype}")
             self._parts.append(torch.split(tensor, lengths))
-
-    def _length(self, name: str, k: int) -> int:
-        if name == "coordinates":
-            return k
-        # Not by way of `groups`: a count that a stranger has made up may be huge.
-        rest = k % layout.TILE
-        scales = k // layout.TILE + (rest // SMALLEST_GROUP).bit_count()
-        return -(-k * self._bits // 8) if name == "codes" else scales + bool(rest % SMALLEST_GROUP)
 
     def __len__(self) -> int:
         return len(self.counts)

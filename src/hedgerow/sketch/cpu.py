@@ -59,15 +59,15 @@ def project_dense(x: Tensor, seed: int, k: int, kind: Basis) -> Tensor:
 
 def reconstruct_dense(coordinates: Tensor, seed: int, size: int, kind: Basis) -> Tensor:
     """The sum of unscaled bases, each times its coordinate; float32."""
-    gamma, out = coordinates.numpy(), torch.empty(size, dtype=torch.float32)
+    gamma, out = coordinates.numpy(), _output(size)
+    tiles = out.numpy()
 
     def rebuild(chunk: tuple[int, int]) -> None:
-        with _Stored(out, *chunk) as tiles:
-            _combine(gamma, chunk[0] // TILE, np.uint64(seed), _KINDS[kind], tiles)
+        _combine(gamma, chunk[0] // TILE, np.uint64(seed), _KINDS[kind], tiles[slice(*chunk)])
 
-    for _ in _in_threads(rebuild, size):
+    for _ in _in_threads(rebuild, len(out)):
         pass
-    return out
+    return out[:size]
 
 
 def project_hadamard(x: Tensor, seed: int, k: int, offset: int) -> Tensor:
@@ -85,15 +85,15 @@ def project_hadamard(x: Tensor, seed: int, k: int, offset: int) -> Tensor:
 
 def reconstruct_hadamard(coordinates: Tensor, seed: int, size: int, offset: int) -> Tensor:
     """The transpose of `project_hadamard`; float32."""
-    gamma, out = coordinates.numpy(), torch.empty(size, dtype=torch.float32)
+    gamma, out = coordinates.numpy(), _output(size)
+    tiles = out.numpy()
 
     def rebuild(chunk: tuple[int, int]) -> None:
-        with _Stored(out, *chunk) as tiles:
-            _spread(gamma, chunk[0], size, np.uint64(seed), offset, tiles)
+        _spread(gamma, chunk[0], size, np.uint64(seed), offset, tiles[slice(*chunk)])
 
-    for _ in _in_threads(rebuild, size):
+    for _ in _in_threads(rebuild, len(out)):
         pass
-    return out
+    return out[:size]
 
 
 def philox(counter: tuple[int, int, int, int], seed: int) -> tuple[int, ...]:
@@ -125,26 +125,9 @@ def _loaded(x: Tensor, start: int, stop: int) -> Floats:
     return loaded
 
 
-class _Stored:
-    """A chunk of the output to write to, in whole tiles."""
-
-    def __init__(self, out: Tensor, start: int, stop: int) -> None:
-        self._out = out[start:stop]
-        whole = len(self._out) % TILE == 0
-        tiles = (
-            self._out
-            if whole
-            else torch.empty(len(self._out) + -len(self._out) % TILE, dtype=torch.float32)
-        )
-        self._tiles = tiles
-
-    def __enter__(self) -> Floats:
-        tiles: Floats = self._tiles.numpy()
-        return tiles
-
-    def __exit__(self, *_: object) -> None:
-        if self._tiles is not self._out:
-            self._out.copy_(self._tiles[: len(self._out)])
+def _output(size: int) -> Tensor:
+    """A vector for that many entries, in whole tiles: kernels write nothing less."""
+    return torch.empty(-(-size // TILE) * TILE, dtype=torch.float32)
 
 
 # --- the generator ------------------------------------------------------------------------------
@@ -381,6 +364,19 @@ def _rows(rows, start, length, count, seed):
         rows[i] = (row * g + h) & mask
 
 
+_samples_before = _compiled(layout.samples_before)
+
+
+@_compiled
+def _segment(start, size, k, offset):
+    """A segment's length, where its coordinates begin, and how many there are."""
+    length = TILE
+    while length > size - start:
+        length //= 2
+    first = _samples_before(start, size, k, offset)
+    return length, first, _samples_before(start + length, size, k, offset) - first
+
+
 @_compiled
 def _sample(x, begin, size, seed, offset, gamma):
     """Write the coordinates of a chunk, which begins at entry `begin` of the vector."""
@@ -388,13 +384,9 @@ def _sample(x, begin, size, seed, offset, gamma):
     a, b, rows = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.uint32)
     k, start, end = len(gamma), begin, min(begin + len(x), size)
     while start < end:
-        length = TILE
-        while length > size - start:
-            length //= 2
+        length, first, count = _segment(start, size, k, offset)
         if start % TILE == 0:
             _signs(words, signs, start // TILE, 0, layout.SIGNS, seed)
-        first = (k * start + offset) // size
-        count = (k * (start + length) + offset) // size - first
         if count > 0:
             for i in range(length):
                 a[i] = x[start - begin + i] * signs[start % TILE + i]
@@ -412,11 +404,7 @@ def _spread(gamma, begin, size, seed, offset, out):
     a, b, rows = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.uint32)
     k, start, end = len(gamma), begin, min(begin + len(out), size)
     while start < end:
-        length = TILE
-        while length > size - start:
-            length //= 2
-        first = (k * start + offset) // size
-        count = (k * (start + length) + offset) // size - first
+        length, first, count = _segment(start, size, k, offset)
         if start % TILE == 0:
             _signs(words, signs, start // TILE, 0, layout.SIGNS, seed)
         a[:length] = 0

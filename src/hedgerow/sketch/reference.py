@@ -52,24 +52,25 @@ def entries(
     index = torch.arange(start, stop, device=device)
     if kind == "rademacher":
         return _signs(seed, base, index, layout.RADEMACHER)
-    tile, entry = index // TILE, index % TILE
-    lanes = TILE // 8
     purpose = layout.UNIFORM if kind == "uniform" else layout.GAUSSIAN
-    words = philox([tile * lanes + entry % lanes, 0, base, purpose], seed)
-    slot = entry // lanes
-    word = torch.stack(words).gather(0, (slot // 2)[None])[0]
+    word, half = _words(seed, base, index, purpose, 2)
     if kind == "uniform":
-        return (2 * (word >> 16 * (slot % 2) & 0xFFFF) - 65535).float() * 2.0**-16
-    return _normal(word & 0xFFFF, word >> 16, slot % 2 == 1)
+        return (2 * (word >> 16 * half & 0xFFFF) - 65535).float() * 2.0**-16
+    return _normal(word & 0xFFFF, word >> 16, half == 1)
 
 
 def _signs(seed: int, base: int, index: Tensor, purpose: int) -> Tensor:
-    lanes = TILE // 128
+    word, bit = _words(seed, base, index, purpose, 32)
+    return (1 - 2 * (word >> bit & 1)).float()
+
+
+def _words(seed: int, base: int, index: Tensor, purpose: int, parts: int) -> tuple[Tensor, Tensor]:
+    """The word that each entry is made of, and which of the word's `parts` it is."""
+    lanes = TILE // (4 * parts)
     tile, entry = index // TILE, index % TILE
     words = philox([tile * lanes + entry % lanes, 0, base, purpose], seed)
     slot = entry // lanes
-    word = torch.stack(words).gather(0, (slot // 32)[None])[0]
-    return (1 - 2 * (word >> slot % 32 & 1)).float()
+    return torch.stack(words).gather(0, (slot // parts)[None])[0], slot % parts
 
 
 def _normal(radius: Tensor, angle: Tensor, second: Tensor) -> Tensor:

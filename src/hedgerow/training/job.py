@@ -43,7 +43,7 @@ class Job:
             each = [epoch(lengths, settings.batch_size, self.order) for _ in range(settings.epochs)]
             drawn = [batch for one in each for batch in one]
         else:
-            count = (settings.steps or 10) * accumulate
+            count = settings.most_steps(len(self.data)) * accumulate
             drawn = batches(lengths, settings.batch_size, count, self.order)
         for first in range(0, len(drawn), accumulate):
             yield drawn[first : first + accumulate]

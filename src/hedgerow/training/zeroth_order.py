@@ -81,7 +81,7 @@ def train(
 def move(weights: Iterable[Tensor], seed: int, distance: float) -> None:
     """w <- w + distance·z(seed), in place."""
     for index, weight in enumerate(weights):
-        for piece, part in zip(_pieces(weight), direction(weight, seed, index), strict=True):
+        for piece, part in zip(pieces(weight), direction(weight, seed, index), strict=True):
             piece.add_(part.mul_(distance))
 
 
@@ -91,11 +91,12 @@ def direction(weight: Tensor, seed: int, index: int) -> Iterator[Tensor]:
     Args:
         weight: gives size and device.
     """
-    for number, piece in enumerate(_pieces(weight)):
+    for number, piece in enumerate(pieces(weight)):
         one = torch.full((1,), float(piece.numel()) ** 0.5, device=weight.device)
         # A weight has fewer than 2²⁰ pieces, so no two pieces of a direction share a seed.
         yield reconstruct(one, (seed + (index << 20) + number) % 2**64, piece.numel(), "gaussian")
 
 
-def _pieces(weight: Tensor) -> Sequence[Tensor]:
+def pieces(weight: Tensor) -> Sequence[Tensor]:
+    """Views of a weight's entries, as many as a direction has there at a time."""
     return torch.split(weight.view(-1), PIECE)
