@@ -12,6 +12,7 @@ from tests.conftest import rows_of
 
 from hedgerow import federation, runs
 from hedgerow.engines import local
+from hedgerow.errors import InvalidMessage
 from hedgerow.evaluation import evaluate
 from hedgerow.experiment import load
 from hedgerow.federation import Answer
@@ -23,7 +24,7 @@ from hedgerow.seeds import Seeds
 from hedgerow.sketch.blocks import group
 from hedgerow.sketch.coordinates import pack
 from hedgerow.training import first_order
-from hedgerow.wire import InvalidMessage, Update
+from hedgerow.wire import Update
 
 PAPER_STEPS = {"optimizer": "sgd", "max_grad_norm": None, "learning_rate": 0.1}
 
@@ -127,12 +128,15 @@ class Postman:
     """A fleet far away: it hands in the updates that others have sent, and has no model."""
 
     def __init__(self, directory, clients) -> None:
-        self.clients, self._updates = clients, directory / "updates"
+        self._clients, self._updates = clients, directory / "updates"
+
+    def gather(self):
+        return self._clients
 
     def train(self, round, parent, clients, clock):
         for client in clients:
             file = self._updates / f"round-{round:04d}" / f"{client.name}.safetensors"
-            yield Answer(client.name, file.read_bytes())
+            yield Answer(client, file.read_bytes())
 
     def advance(self, entry) -> None:
         pass
@@ -337,7 +341,7 @@ def with_counts(counts):
         lambda t: t.update(seed=torch.tensor([-1])),
         lambda t: t.update(seed=t["seed"] + 1),
         lambda t: t.update(seed=torch.tensor([1.0])),
-        lambda t: t.update(adapter_seed=torch.tensor([1], dtype=torch.int16)),
+        lambda t: t.update(adapter_seed=torch.tensor([1], dtype=torch.int32)),
         lambda t: t.update(counts=t["counts"][:-1]),
         lambda t: t.update(more=torch.ones(3)),
         lambda t: t.update(scales=t["scales"] * 3e38),
@@ -359,7 +363,7 @@ def test_an_update_that_is_not_what_was_asked_for_is_refused(run, damage):
     client = Client(0, update.client, update.num_examples)
     experiment.method.check_update(client, update, expected)
     with pytest.raises(InvalidMessage):
-        experiment.method.check_update(client, bad, expected)
+        experiment.method.check_update(client, Update.decode(bad.encode()), expected)
 
 
 def test_sgd_steps_in_the_backward_pass_are_sgd_s(run, monkeypatch):

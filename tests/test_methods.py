@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hedgerow.errors import InvalidMessage
 from hedgerow.experiment import TrainingSettings
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import Client, Expected
@@ -16,7 +17,7 @@ from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.zero_padding import ZeroPadding
 from hedgerow.model import adapter_pairs
 from hedgerow.seeds import Seeds
-from hedgerow.wire import InvalidMessage, Update
+from hedgerow.wire import Update
 
 SHAPES = {"model.q": (6, 5), "model.v": (3, 5)}
 
@@ -92,17 +93,12 @@ def test_averaging_is_noisy_and_stacking_is_not():
         {"about": {"r": "4", "lora_alpha": "8", "use_rslora": "true"}},
         {"about": {}},
         {"tensors": {}},
-        {"tensors": {"base_model.model.q.lora_A.weight": torch.ones(4, 5)}},
-        {
-            "tensors": {
-                "base_model.model.q.lora_A.weight": torch.ones(2, 5),
-                "base_model.model.q.lora_B.weight": torch.ones(6, 2),
-            }
-        },
+        {"tensors": {"base_model.model.model.q.lora_A.weight": torch.ones(4, 5)}},
+        {"tensors": next(updates(0, [(2, 8.0, 7)])).tensors},
     ],
 )
 def test_an_update_that_is_not_the_clients_adapter_is_refused(lie):
-    client, expected = Client(0, "c0", 7), Expected(Seeds(0), {}, TrainingSettings())
+    client, expected = Client(0, "c0", 7), Expected(Seeds(0), SHAPES, TrainingSettings())
     (honest,) = updates(0, [(4, 8.0, 7)])
     honest = dataclasses.replace(honest, about={"r": "4", "lora_alpha": "8"})
     FLoRA(ranks=4).check_update(client, honest, expected)
@@ -119,6 +115,24 @@ def test_fedit_averages_the_factors_apart():
         expected_B = 0.25 * first[module].B + 0.75 * second[module].B
         torch.testing.assert_close(aggregate[module].A, expected_A)
         torch.testing.assert_close(aggregate[module].B, 2 * expected_B)  # s = 4/2, once
+
+
+def test_an_error_relative_to_nothing_is_no_number_of_an_entry():
+    """Two clients whose changes cancel, while their factors' averages do not."""
+
+    def cancelling():
+        for client, a, b in (("c0", 1.0, 1.0), ("c1", -0.5, 2.0)):
+            tensors = {
+                "base_model.model.q.lora_A.weight": torch.full((1, 3), a),
+                "base_model.model.q.lora_B.weight": torch.full((2, 1), b),
+            }
+            about = {"r": "1", "lora_alpha": "1"}
+            yield Update("fedit", 1, client, "p", 1, 1.0, tensors, about)
+
+    aggregate = FedIT(ranks=1).aggregate(cancelling())
+    (pair,) = (pair for _, pair in adapter_pairs(aggregate.tensors))
+    assert pair.product().abs().min() > 0
+    assert aggregate.metrics == {}
 
 
 def test_one_client_alone_is_exact_for_everybody():

@@ -1,5 +1,6 @@
 """Updates and entries as bytes: canonical to write, checked to read."""
 
+import dataclasses
 import io
 import json
 
@@ -10,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hedgerow.wire import Entry, InvalidMessage, Participant, Update
+from hedgerow.errors import InvalidMessage
+from hedgerow.wire import Entry, Participant, Update
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3),
     "a": torch.ones(3, dtype=torch.bfloat16),
-    "empty": torch.zeros(0, 4),
 }
 
 
@@ -44,6 +45,19 @@ def test_an_update_survives_the_wire():
     assert read.about == {"r": "4", "lora_alpha": "8"}
 
 
+def test_an_update_in_a_file_is_the_update(tmp_path):
+    path = tmp_path / "update.safetensors"
+    with path.open("wb") as file:
+        update().write(file)
+    assert path.read_bytes() == update().encode()
+    read = Update.read(path)
+    assert dataclasses.replace(read, tensors={}) == update(tensors={})
+    assert dict(read.tensors).keys() == TENSORS.keys()
+    assert all(torch.equal(read.tensors[name], TENSORS[name]) for name in TENSORS)
+    with pytest.raises(OSError, match="No such file"):
+        Update.read(tmp_path / "missing")
+
+
 def test_any_reader_of_safetensors_reads_it(tmp_path):
     path = tmp_path / "update.safetensors"
     path.write_bytes(update().encode())
@@ -68,8 +82,14 @@ def test_numbers_of_a_kind_that_nothing_sends_are_refused():
     data = safetensors.torch.save(
         {"w": torch.zeros(3).to(torch.float8_e4m3fn)}, {"format": "hedgerow.update/1"}
     )
-    with pytest.raises(InvalidMessage, match="float8"):
+    with pytest.raises(InvalidMessage, match="F8_E4M3"):
         Update.decode(data)
+
+
+def test_numbers_that_could_overflow_a_sum_are_refused():
+    bad = {"x": torch.tensor([1.0, -3e38])}
+    with pytest.raises(InvalidMessage, match=r"x has numbers above 1e\+10"):
+        Update.decode(update(tensors=bad).encode())
 
 
 def test_another_format_is_refused():

@@ -11,12 +11,12 @@ from tests.conftest import rows_of
 from torch import nn
 
 from hedgerow import runs
-from hedgerow.errors import Diverged
+from hedgerow.errors import Diverged, InvalidMessage
 from hedgerow.experiment import load
 from hedgerow.methods.base import Client, Expected
 from hedgerow.seeds import Seeds
 from hedgerow.training import zeroth_order
-from hedgerow.wire import InvalidMessage, Update
+from hedgerow.wire import Update
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_an_update_that_is_no_list_of_steps_is_refused(run, damage):
     damage(tensors)
     bad = Update(**{**vars(update), "tensors": tensors})
     with pytest.raises(InvalidMessage):
-        settings.method.check_update(client, bad, expected)
+        settings.method.check_update(client, Update.decode(bad.encode()), expected)
 
 
 def test_a_loss_that_is_no_number_is_a_failure(monkeypatch):

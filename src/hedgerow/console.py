@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -48,6 +48,10 @@ class ProgressWatcher:
     ) -> None:
         self._progress.stop()
 
+    def say(self, sentence: str) -> None:
+        """Print a line above the bars."""
+        self._progress.console.print(sentence, soft_wrap=True)
+
     def round_begins(self, round: int, rounds: int, clients: int) -> None:
         """Start the clients' bar again."""
         self._progress.update(self._rounds, total=rounds, completed=round - 1)
@@ -58,6 +62,13 @@ class ProgressWatcher:
         self._progress.advance(self._clients)
         if failure is not None:
             self._progress.console.print(f"{client} failed: {failure}", style="yellow")
+
+    def tries_again(self, clients: Sequence[str], seconds: float) -> None:
+        """Say who is asked again, and when."""
+        self._progress.console.print(
+            f"too few updates: {', '.join(clients)} will be asked again in {seconds:.0f} s",
+            style="yellow",
+        )
 
     def evaluated(self, done: int, total: int) -> None:
         """Show the evaluation's bar while it is needed."""

@@ -1,4 +1,4 @@
-"""The two ways in which hedgerow stops on purpose."""
+"""The ways in which hedgerow, or a client of a run, stops on purpose."""
 
 from __future__ import annotations
 
@@ -17,5 +17,13 @@ class RunFailed(Exception):
     """
 
 
-class Diverged(Exception):
+class ClientFailed(Exception):
+    """A client has no update to send in this round; the text says why, and what may help."""
+
+
+class Diverged(ClientFailed):
     """A client's loss or update is no longer a number; the text says when, and what may help."""
+
+
+class InvalidMessage(ValueError):
+    """What has arrived is not what was asked for, or cannot be read; the text says why."""

@@ -27,9 +27,10 @@ from pydantic import (
 )
 
 from hedgerow import methods
-from hedgerow.data.sources import NAME, may_be_on_hub
+from hedgerow.data.sources import may_be_on_hub
 from hedgerow.errors import UserError
 from hedgerow.methods.base import Method
+from hedgerow.names import NAME
 
 Metric = Literal["loss", "rouge_l", "exact_match", "multiple_choice"]
 
@@ -188,10 +189,28 @@ class FederationSettings(Section):
     rounds: int = Field(10, ge=1)
     clients_per_round: int | None = Field(None, ge=1)
     """Drawn at random each round; None is everybody."""
+    min_clients: int = Field(1, ge=1)
+    """The fewest usable updates that close a round."""
+    deadline: float | None = Field(None, gt=0)
+    """Seconds that a round waits for its clients on a network; None waits for all that are there.
+    In one process clients train one after another, and none is late."""
+    attempts: int = Field(3, ge=1)
+    """How often a round is tried where too few clients answer; then the run stops."""
+    backoff: float = Field(10.0, ge=0)
+    """Seconds before a round is tried again; twice as many before each further try."""
     seed: int = Field(0, ge=0)
     """All randomness of a run derives from it."""
     keep_updates: bool = False
     """Keep what each client sent under `updates/`."""
+
+    @model_validator(mode="after")
+    def _enough_clients(self) -> FederationSettings:
+        if self.clients_per_round is not None and self.min_clients > self.clients_per_round:
+            raise ValueError(
+                f"`min_clients` ({self.min_clients}) is above `clients_per_round` "
+                f"({self.clients_per_round})"
+            )
+        return self
 
 
 class EvaluationSettings(Section):

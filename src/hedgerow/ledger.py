@@ -23,11 +23,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hedgerow.errors import UserError
+from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.files import replacing
 from hedgerow.methods.base import Method
 from hedgerow.model import Model
-from hedgerow.wire import Entry
+from hedgerow.wire import Entry, check_entry
 
 INDEX = "ledger.json"
 FORMAT = "hedgerow.ledger/1"
@@ -56,6 +56,17 @@ class Base(BaseModel):
             dtype=str(model.network.dtype).removeprefix("torch."),
             fingerprint=model.fingerprint(),
         )
+
+    def difference(self, other: Base) -> str | None:
+        """Where this is not the checkpoint that `other` is, in a few words; names do not count."""
+        for what in ("architecture", "parameters", "dtype", "fingerprint"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                return (
+                    f"its {what} is {str(mine)[:24]}, the ledger's base {other.name} has "
+                    f"{str(theirs)[:24]}"
+                )
+        return None
 
 
 class Record(BaseModel):
@@ -134,7 +145,11 @@ class Ledger:
     @property
     def head(self) -> str:
         """The hash that the next entry names as its parent."""
-        return self.records[-1].sha256 if self.records else self.base.fingerprint
+        return self.parent(len(self) + 1)
+
+    def parent(self, round: int) -> str:
+        """The hash that the entry of a round names as its parent."""
+        return self.records[round - 2].sha256 if round > 1 else self.base.fingerprint
 
     def __len__(self) -> int:
         """The number of rounds that are in the ledger."""
@@ -186,7 +201,7 @@ class Ledger:
                 f"{path} was altered: its SHA-256 is not the ledger's; restore it from a copy"
             )
         entry = Entry.read(path)
-        parent = self.records[round - 2].sha256 if round > 1 else self.base.fingerprint
+        parent = self.parent(round)
         if entry.round != round or entry.parent != parent:
             raise UserError(
                 f"{path} is out of place: it says round {entry.round} after "
@@ -203,37 +218,52 @@ class Ledger:
         """Everybody who took part in rounds 1 … `until` (default: all), by name."""
         return sorted({p.client for entry in self.entries(until) for p in entry.participants})
 
-    def replay(self, method: Method, model: Model, until: int | None = None) -> None:
-        """Advance `model`, which holds the base, to round `until` (default: the head)."""
-        for entry in self.entries(until):
-            if entry.method != method.name:
-                raise UserError(
-                    f"{self.folder}: round {entry.round} is an entry of {entry.method}, but the "
-                    f"experiment's method is {method.name}"
-                )
-            if dict(entry.options) != method.entry_options():
-                raise UserError(
-                    f"{self.folder}: round {entry.round} was made with {dict(entry.options)}, but "
-                    f"the experiment's method has {method.entry_options()}"
-                )
+    def replay(
+        self, method: Method, model: Model, until: int | None = None, *, after: int = 0
+    ) -> None:
+        """Advance `model`, which is at round `after`, to round `until` (default: the head)."""
+        last = len(self) if until is None else until
+        # Of a method whose last entry is the whole step, the others need not even be here.
+        first = after + 1 if method.entries_accumulate else max(after + 1, last)
+        rounds = range(first, last + 1)
+        shapes = method.trained_shapes(model) if rounds else {}
+        for round in rounds:
+            entry = self.read(round)
             try:
-                method.apply(model, entry)
-            except (KeyError, ValueError, IndexError) as error:
+                check_entry(entry, method, shapes, round, self.parent(round))
+            except InvalidMessage as error:
                 raise UserError(
-                    f"{self.folder}: the entry of round {entry.round} does not fit: {error}"
+                    f"{self.folder}: the entry of round {round} does not fit: {error}"
                 ) from None
+            method.apply(model, entry)
+
+    def adopt(self, record: Record, file: Path | None) -> None:
+        """Append an entry of another copy of this ledger, which has been checked.
+
+        Args:
+            record: what the other copy's index says of it.
+            file: the entry, which is moved here; None where only later ones are needed.
+        """
+        assert record.round == len(self) + 1, "rounds are appended in order"
+        if file is not None:
+            file.replace(self.folder / record.file)
+        self._index.entries.append(record)
+        self._write_index()
+
+    def truncate(self, rounds: int) -> None:
+        """Forget all entries but those of the first rounds."""
+        forgotten = self.records[rounds:]
+        if not forgotten:
+            return
+        del self._index.entries[rounds:]
+        self._write_index()
+        for record in forgotten:
+            (self.folder / record.file).unlink(missing_ok=True)
 
     def check_base(self, base: Base, where: str) -> None:
         """Raise a `UserError` unless `base` is the checkpoint that the entries build on."""
-        if base == self.base.model_copy(update={"name": base.name}):
-            return
-        for what in ("architecture", "parameters", "dtype", "fingerprint"):
-            mine, theirs = getattr(base, what), getattr(self.base, what)
-            if mine != theirs:
-                raise UserError(
-                    f"{where} is not the base of the ledger in {self.folder}: its {what} is "
-                    f"{str(mine)[:24]}, the ledger's base {self.base.name} has {str(theirs)[:24]}"
-                )
+        if difference := base.difference(self.base):
+            raise UserError(f"{where} is not the base of the ledger in {self.folder}: {difference}")
 
     def pack(self, out: Path, experiment: str) -> None:
         """Write the ledger and its experiment (YAML) as one file, an uncompressed zip archive."""

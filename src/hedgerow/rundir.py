@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,7 +24,8 @@ METRICS = "metrics.jsonl"
 DATA = "data.json"
 """Digests of the clients' tokens, so that a run is only resumed on the data that it began with."""
 LOCK = ".lock"
-FREE = {("federation", "rounds"), ("evaluation", "every")}
+FREE = {("federation", key) for key in ("rounds", "min_clients", "deadline", "attempts", "backoff")}
+FREE |= {("evaluation", "every")}
 """What a resumed run may change, as no entry depends on it (only a schedule, on the rounds)."""
 
 
@@ -34,7 +36,6 @@ class RunDirectory:
         self.path = path
         self.ledger = ledger
         self._keeps_updates = experiment.federation.keep_updates
-        self._last_row = max((row["round"] for row in read_rows(path)), default=-1)
         self._lock = lock
 
     def __enter__(self) -> RunDirectory:
@@ -140,9 +141,9 @@ class RunDirectory:
             file.writelines(_line(row) for row in rows)
         return RunDirectory(path, experiment, ledger, lock)
 
-    def has_row(self, round: int) -> bool:
-        """Whether the metrics of a round are written."""
-        return round <= self._last_row
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl."""
+        return read_rows(self.path)
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl."""
@@ -150,19 +151,22 @@ class RunDirectory:
             file.write(_line(row))
             file.flush()
             os.fsync(file.fileno())
-        self._last_row = row["round"]
 
     def memory(self, client: str, round: int) -> ClientMemory:
         """What a client of this engine keeps for itself."""
         return ClientMemory(self.path / "clients" / client, round)
 
-    def keep_update(self, round: int, client: str, data: bytes) -> None:
-        """Keep what a client sent, if the experiment asks for it."""
+    def keep_update(self, round: int, client: str, update: bytes | Path) -> None:
+        """Keep what a client sent (or what is in a file), if the experiment asks for it."""
         if self._keeps_updates:
             folder = self.path / "updates" / f"round-{round:04d}"
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / f"{client}.safetensors") as file:
-                file.write(data)
+                if isinstance(update, bytes):
+                    file.write(update)
+                else:
+                    with update.open("rb") as source:
+                        shutil.copyfileobj(source, file)
 
 
 class ClientMemory:

@@ -1,6 +1,7 @@
 """Data: sources, partitioning into clients, prompt templates, tokens on disk, and batches."""
 
 from hedgerow.data.batches import batches, collate, epoch
+from hedgerow.data.clients import ClientData
 from hedgerow.data.encoding import Encoded, Example, Spool
 from hedgerow.data.partition import partition
 from hedgerow.data.prompts import Template
@@ -8,6 +9,7 @@ from hedgerow.data.prompts import load as load_template
 from hedgerow.data.sources import Row, check_columns, client_files, read
 
 __all__ = [
+    "ClientData",
     "Encoded",
     "Example",
     "Row",

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hedgerow.errors import UserError
+from hedgerow.names import NAME
 
 if TYPE_CHECKING:
     from hedgerow.experiment import ClientFile, Fields
 
 Row = dict[str, Any]
 """One example: column names and their values."""
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-"""What a client may be called: its name becomes a file name and a key prefix."""
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

@@ -11,24 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hedgerow import federation
 from hedgerow.clock import Clock
-from hedgerow.data import (
-    Encoded,
-    Row,
-    Spool,
-    check_columns,
-    client_files,
-    load_template,
-    partition,
-    read,
-)
-from hedgerow.errors import Diverged, UserError
+from hedgerow.data import ClientData, Encoded
+from hedgerow.errors import ClientFailed, UserError
 from hedgerow.evaluation import TestSet
-from hedgerow.evaluation.likelihood import max_positions
-from hedgerow.evaluation.targets import Progress, load_test, score_method
+from hedgerow.evaluation.targets import Progress, Scorer, load_test
 from hedgerow.experiment import Experiment
 from hedgerow.federation import Answer, Watcher
 from hedgerow.ledger import Base
@@ -36,8 +24,8 @@ from hedgerow.methods.base import Client, Turn
 from hedgerow.model import Model
 from hedgerow.rundir import RunDirectory
 from hedgerow.seeds import Seeds
-from hedgerow.training.job import Job, learning_rate
-from hedgerow.wire import Entry, Update
+from hedgerow.training.client import check_max_length, train_client
+from hedgerow.wire import Entry
 
 
 @dataclass(frozen=True)
@@ -61,13 +49,9 @@ def prepare(experiment: Experiment, model: Model | None = None) -> Prepared:
         UserError: naming what in the experiment does not fit.
     """
     model = model or Model.load(experiment.model)
-    positions = max_positions(model.network)
-    if experiment.data.max_length > positions:
-        raise UserError(
-            f"data.max_length: {experiment.data.max_length} is above the {positions} positions of "
-            f"{model.name}: give at most {positions}"
-        )
-    shards = encode_clients(experiment, model.tokenizer)
+    check_max_length(model, experiment.data.max_length)
+    data = ClientData(experiment.data, model.tokenizer, Seeds(experiment.federation.seed))
+    shards = {name: data.encode(name) for name in data.names}
     experiment.method.check(model, len(shards))
     if experiment.method.pools_data:
         shards = {"pooled": Encoded.concatenate(list(shards.values()))}
@@ -85,95 +69,45 @@ def prepare(experiment: Experiment, model: Model | None = None) -> Prepared:
     return Prepared(model, Base.of(model), clients, shards, test)
 
 
-def encode_clients(experiment: Experiment, tokenizer: Any) -> dict[str, Encoded]:
-    """Every client's tokenised examples, by name; files are read one at a time."""
-    settings = experiment.data
-    template = load_template(settings.prompt, tokenizer, settings.fields)
-    spool = Spool()
-
-    def encode(name: str, rows: list[Row]) -> Encoded:
-        return spool.encode(name, rows, template, tokenizer, settings.max_length, settings.loss_on)
-
-    def checked(source: str) -> list[Row]:
-        rows = read(source, settings.split)
-        check_columns(rows, settings.fields, source)
-        return rows
-
-    if settings.clients is not None:
-        files = client_files(settings.clients)
-        return {name: encode(name, checked(str(file))) for name, file in files.items()}
-    assert settings.source is not None
-    assert settings.partition is not None
-    rows = checked(settings.source)
-    parts = partition(rows, settings.partition, Seeds(experiment.federation.seed).derive("clients"))
-    return {name: encode(name, [rows[i] for i in part]) for name, part in parts.items()}
-
-
 class LocalFleet:
     """All clients of a run, in this process."""
 
     def __init__(self, experiment: Experiment, prepared: Prepared, directory: RunDirectory) -> None:
-        self.clients: Sequence[Client] = prepared.clients
         self._experiment, self._prepared, self._directory = experiment, prepared, directory
         self._model = prepared.model
         self._seeds = Seeds(experiment.federation.seed)
+        names = [client.name for client in prepared.clients]
+        self._scorer = Scorer(experiment, prepared.model, names, prepared.test)
+
+    def gather(self) -> Sequence[Client]:
+        """All of them."""
+        return self._prepared.clients
 
     def train(
         self, round: int, parent: str, clients: Sequence[Client], clock: Clock
     ) -> Iterator[Answer]:
         """Train one client after another; each borrows the model and gives it back."""
         for client in clients:
+            memory = self._directory.memory(client.name, round)
+            turn = Turn(client, round, self._seeds, memory)
+            examples = self._prepared.shards[client.name]
             try:
-                yield Answer(client.name, self._train_one(client, round, parent, clock))
-            except Diverged as error:
-                yield Answer(client.name, failure=str(error))
-            except torch.OutOfMemoryError:
-                why = "the device ran out of memory: a smaller training.batch_size may help"
-                yield Answer(client.name, failure=why)
-            finally:
-                with clock("start"):
-                    self._model.release()
+                yield self._trained(turn, examples, parent, clock)
+            except ClientFailed as error:
+                yield Answer(client, failure=str(error))
 
-    def _train_one(self, client: Client, round: int, parent: str, clock: Clock) -> bytes:
-        method, training = self._experiment.method, self._experiment.training
-        turn = Turn(client, round, self._seeds, self._directory.memory(client.name, round))
-        job = Job(
-            self._model.network,
-            self._prepared.shards[client.name],
-            training,
-            learning_rate(training, round, self._experiment.federation.rounds),
-            self._model.tokenizer.pad_token_id,
-            order=self._seeds.numpy("batches", round, client.name),
-            dropout_seed=self._seeds.derive("dropout", round, client.name),
-        )
-        with clock("start"):
-            parameters = method.start(self._model, turn)
-        with clock("train"):
-            trained = method.train(job, turn, parameters)
-        with clock("update"):
-            tensors, about = method.update(self._model, turn, trained)
+    def _trained(self, turn: Turn, examples: Encoded, parent: str, clock: Clock) -> Answer:
+        update = train_client(self._experiment, self._model, examples, turn, parent, clock)
         with clock("wire"):
-            return Update(
-                *(method.name, round, client.name, parent, client.num_examples, trained.loss),
-                *(tensors, about),
-            ).encode()
+            return Answer(turn.client, update.encode())
 
     def advance(self, entry: Entry) -> None:
         """Advance the one model that all clients share."""
-        self._experiment.method.apply(self._model, entry)
+        self._scorer.advance(entry)
 
     def evaluate(self, progress: Progress) -> dict[str, Any]:
         """Scores of the global model; of each client's and their mean where there is no global."""
-        if self._prepared.test is None:
-            return {}
-        return score_method(
-            self._experiment.method,
-            self._model,
-            [client.name for client in self.clients],
-            self._prepared.test,
-            self._experiment.evaluation,
-            progress,
-        )
+        return self._scorer.evaluate(progress)
 
 
 def run(

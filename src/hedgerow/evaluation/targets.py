@@ -13,6 +13,7 @@ from hedgerow.evaluation.scores import TestSet, evaluate, perplexity
 from hedgerow.experiment import (
     Evaluation,
     EvaluationSettings,
+    Experiment,
     TextSettings,
     apply_overrides,
     validate,
@@ -20,6 +21,7 @@ from hedgerow.experiment import (
 from hedgerow.methods.base import Method
 from hedgerow.model import Model
 from hedgerow.runs import check_client, check_round, model_at, opened
+from hedgerow.wire import Entry
 
 Progress = Callable[[int, int], None]
 """Told how many forward passes or answers are done, of how many."""
@@ -35,6 +37,32 @@ def load_test(text: TextSettings, settings: EvaluationSettings, model: Model) ->
         raise UserError("`data.test` is missing: name the file to evaluate on")
     check_positions(model, settings)
     return TestSet.prepare(read(text.test, text.test_split), text, settings, model.tokenizer)
+
+
+class Scorer:
+    """The global model of a run, which entries advance, and its scores."""
+
+    def __init__(
+        self, experiment: Experiment, model: Model, clients: Sequence[str], test: TestSet | None
+    ) -> None:
+        self._experiment, self._model = experiment, model
+        self._clients, self._test = clients, test
+
+    def advance(self, entry: Entry) -> None:
+        """Advance the model by one entry."""
+        self._experiment.method.apply(self._model, entry)
+
+    def evaluate(self, progress: Progress) -> dict[str, Any]:
+        """Scores of the model; of each client's and their mean where there is no global one.
+
+        They are empty without test data.
+        """
+        if self._test is None:
+            return {}
+        return score_method(
+            *(self._experiment.method, self._model, self._clients, self._test),
+            *(self._experiment.evaluation, progress),
+        )
 
 
 def score_method(

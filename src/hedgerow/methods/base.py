@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from hedgerow.wire import Entry, Update
 
 
-LARGEST_COORDINATE = 1e30
-"""What a server accepts of a sketch or a step: beyond it sums might overflow."""
-
-
 @dataclass(frozen=True)
 class Client:
     """A client as a method sees it."""
@@ -140,17 +136,31 @@ class Method(BaseModel, ABC):
         """After local training: what travels up."""
 
     def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
-        """The shapes of what clients train, where the server has to know them; else empty."""
+        """The shapes of what clients train, where updates and entries depend on them; else empty.
+
+        Of all weights by name, or of the adapted matrices (m, n) by module, say.
+        """
         return {}
 
     def entry_options(self) -> dict[str, Any]:
         """The options without which an entry's tensors mean something else."""
         return {}
 
+    @abstractmethod
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """On the server: raise `InvalidMessage` where an update is not what the client should send.
 
-        Name, round, parent and the number of examples have been checked, and that all is finite.
+        `Update.check` has been called; that no number is absurd was checked when it was read.
+        """
+
+    @abstractmethod
+    def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
+        """At every participant: raise `InvalidMessage` unless `aggregate` makes such tensors.
+
+        A part of `wire.check_entry`, which has checked what the entry says of itself.
+
+        Args:
+            shapes: `trained_shapes` of the participant's model.
         """
 
     @abstractmethod
@@ -188,3 +198,8 @@ class Method(BaseModel, ABC):
 
     def merge(self, model: Model, client: str | None) -> None:
         """Put what the model still holds beside its weights into them, for export."""
+
+
+def weight_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """`Method.trained_shapes` of a method that trains all weights, each by its name."""
+    return {name: tuple(weight.shape) for name, weight in model.network.named_parameters()}

@@ -6,8 +6,10 @@ hyper-parameters as a client. Nothing travels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+from hedgerow.errors import InvalidMessage
 from hedgerow.methods.base import Client
 from hedgerow.methods.fedit import AveragedAdapter
 
@@ -24,3 +26,9 @@ class Centralized(AveragedAdapter):
     def rank(self, client: Client) -> int:
         """The largest of `ranks`: what the best-equipped client has."""
         return self.largest_rank
+
+    def entry_ranks(self, participants: int) -> Sequence[int]:
+        """That of the one participant."""
+        if participants > 1:
+            raise InvalidMessage(f"it has {participants} participants, not one")
+        return [self.largest_rank]

@@ -11,12 +11,22 @@ arXiv 1602.05629, algorithm 1. What Ferret is compared with, and FLoRA's share o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from hedgerow.methods.base import Aggregate, Method, Payload, Trained, Turn
+from hedgerow.methods.base import (
+    Aggregate,
+    Client,
+    Expected,
+    Method,
+    Payload,
+    Trained,
+    Turn,
+    weight_shapes,
+)
+from hedgerow.wire import check_kinds, in_float32, kinds
 
 if TYPE_CHECKING:
     from hedgerow.model import Model
@@ -30,6 +40,10 @@ class FedAvg(Method):
     summary: ClassVar[str] = "all parameters trained, dense changes averaged"
     reference: ClassVar[str] = "FedAvg, arXiv 1602.05629"
 
+    def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
+        """Of all weights."""
+        return weight_shapes(model)
+
     def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
         """All weights."""
         return model.unfreeze()
@@ -37,6 +51,15 @@ class FedAvg(Method):
     def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
         """Δ_k, in float32."""
         return Payload(dict(model.trained_delta()), {})
+
+    def check_update(self, client: Client, update: Update, expected: Expected) -> None:
+        """It has the change of each weight."""
+        update.check_about({})
+        check_kinds(kinds(update.tensors), in_float32(expected.shapes))
+
+    def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
+        """It has the change of each weight."""
+        check_kinds(kinds(entry.tensors), in_float32(shapes))
 
     def aggregate(self, updates: Iterable[Update]) -> Aggregate:
         """Σ n_k Δ_k / Σ n_k, folded in as they arrive."""

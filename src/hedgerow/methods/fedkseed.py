@@ -9,13 +9,16 @@ round's sums, which comes to the same model. FedKSeed-Pro's uneven probabilities
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from hedgerow.methods.base import Client, Expected, Turn
-from hedgerow.methods.zeroth_order import ZerothOrderMethod
+from hedgerow.methods.zeroth_order import ZerothOrderMethod, check_steps
+
+if TYPE_CHECKING:
+    from hedgerow.wire import Entry
 
 
 class FedKSeed(ZerothOrderMethod):
@@ -36,3 +39,7 @@ class FedKSeed(ZerothOrderMethod):
     def possible(self, client: Client, round: int, expected: Expected) -> set[int]:
         """The candidates."""
         return {expected.seeds.derive("candidate", index) for index in range(self.candidates)}
+
+    def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
+        """It has at most K seeds of directions."""
+        check_steps(entry.tensors, self.candidates)

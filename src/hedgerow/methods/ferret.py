@@ -19,7 +19,6 @@ clients share a round's seed, so that coordinates add and the broadcast does not
 from __future__ import annotations
 
 import bisect
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -27,9 +26,8 @@ import torch
 from pydantic import Field, StrictBool, model_validator
 from torch import Tensor, nn
 
-from hedgerow.errors import Diverged, UserError
+from hedgerow.errors import Diverged, InvalidMessage, UserError
 from hedgerow.methods.base import (
-    LARGEST_COORDINATE,
     Aggregate,
     Client,
     Expected,
@@ -37,6 +35,7 @@ from hedgerow.methods.base import (
     Payload,
     Trained,
     Turn,
+    weight_shapes,
 )
 from hedgerow.methods.fedit import AveragedAdapter
 from hedgerow.methods.lora import LoraMethod, init_factors
@@ -49,9 +48,9 @@ from hedgerow.sketch.blocks import (
     project_blocks,
     reconstruct_block,
 )
-from hedgerow.sketch.coordinates import ERROR, Bits, Packed, nbytes, pack
+from hedgerow.sketch.coordinates import ERROR, Bits, Packed, lengths, nbytes, pack
 from hedgerow.sketch.layout import MAX_SIZE, SECOND_MOMENT
-from hedgerow.wire import InvalidMessage
+from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
     from hedgerow.model import Model
@@ -136,7 +135,7 @@ class Ferret(AveragedAdapter):
     def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
         """Of all weights, or of the adapter."""
         if self.over == "full":
-            return {name: tuple(p.shape) for name, p in model.network.named_parameters()}
+            return weight_shapes(model)
         parameters = model.attach(self.config(self.largest_rank))
         model.release()
         return {name: tuple(p.shape) for name, p in parameters.items()}
@@ -208,26 +207,43 @@ class Ferret(AveragedAdapter):
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """It has the round's seed, and as many coordinates for each block as it may."""
+        update.check_about({})
         blocks = group(expected.shapes)
-        budget = self._budget(blocks)
+        counts = self._checked_counts(update.tensors, "counts", blocks)
         seeds = self._seed_tensors(self._seed(expected.seeds, update.round, client), expected.seeds)
-        tensors = dict(update.tensors)
+        check_kinds(kinds(update.tensors), _sketch_kinds(counts, self.bits) | kinds(seeds))
         for name, seed in seeds.items():
-            given = tensors.pop(name, None)
-            if given is None or given.dtype != seed.dtype or not torch.equal(given, seed):
+            if not torch.equal(update.tensors[name], seed):
                 raise InvalidMessage(f"its {name} is not the round's")
-        try:
-            sketch = Packed(tensors, self.bits, _rotation(int(seeds["seed"]), up=True))
-        except ValueError as error:
-            raise InvalidMessage(str(error)) from None
-        if len(sketch) != len(blocks) or any(map(operator.gt, sketch.counts, self._limits(blocks))):
-            raise InvalidMessage(f"its counts do not fit the {len(blocks)} blocks of the model")
-        same = self.allocation == "norm" or sketch.counts == self._counts(budget, blocks, None)
-        if not same or sum(sketch.counts) != budget:
-            raise InvalidMessage(f"its counts do not add up to {budget} as they should")
-        # NaN is not below anything either.
-        if not all(bool(gamma.abs().max() < LARGEST_COORDINATE) for gamma in sketch):
-            raise InvalidMessage("its coordinates are too large")
+
+    def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
+        """It has as many sketches of all blocks as `aggregate` makes of so many updates."""
+        clients, blocks = len(entry.participants), group(shapes)
+        given = kinds(entry.tensors)
+        one_each = self.seeds == "client"
+        # Where counts differ between clients, so do hadamard's bases.
+        by_counts = self.basis == "hadamard" and self.allocation == "norm"
+        sketches = sum(name.endswith(".seed") for name in given)
+        most = clients if one_each or by_counts else 1
+        if not (most if one_each else 1) <= sketches <= most:
+            raise InvalidMessage(f"it has {sketches} sketches of {clients} participants")
+        # On other bases, coordinates add up to as many as the longest have.
+        summed = 1 if one_each or by_counts else clients
+        counts = [
+            self._checked_counts(entry.tensors, f"{index}.counts", blocks, summed)
+            for index in range(sketches)
+        ]
+        expected = {"adapter_seed": _SEED} if self.over == "lora" else {}
+        for index, own in enumerate(counts):
+            parts = _sketch_kinds(own, self.broadcast_bits) | {"seed": _SEED}
+            expected |= {f"{index}.{name}": kind for name, kind in parts.items()}
+        check_kinds(given, expected)
+        seeds = [int(entry.tensors[f"{index}.seed"]) for index in range(sketches)]
+        bases = [(seed, *own) for seed, own in zip(seeds, counts, strict=True)]
+        if bases != sorted(set(bases)) or len(set(seeds)) != (clients if one_each else 1):
+            raise InvalidMessage("its seeds are not one for each sketch that it may have")
+        if any(int(entry.tensors[name]) < 0 for name in given if name.endswith("seed")):
+            raise InvalidMessage("its seeds are not of 63 bits")
 
     def aggregate(self, updates: Iterable[Update]) -> Aggregate:
         """η_t Σ p_k γ_k: coordinates on the same bases add, those on others stand beside them."""
@@ -348,6 +364,31 @@ class Ferret(AveragedAdapter):
         weights = weights or [float(block.size) for block in blocks]
         return allocate(budget, weights, self._limits(blocks))
 
+    def _checked_counts(
+        self, tensors: Mapping[str, Tensor], name: str, blocks: Sequence[Block], summed: int = 1
+    ) -> list[int]:
+        """The tensor `name` of K_l.
+
+        Args:
+            summed: of how many clients coordinates may have been added, each with its own K_l.
+
+        Raises:
+            InvalidMessage: they are not as this method allocates them.
+        """
+        if kinds(tensors).get(name) != Kind(torch.int32, (len(blocks),)):
+            raise InvalidMessage(f"it has no {name} of the {len(blocks)} blocks of the model")
+        counts: list[int] = tensors[name].tolist()
+        budget = self._budget(blocks)
+        if self.allocation == "size":
+            possible = counts == self._counts(budget, blocks, None)
+        else:
+            limits = zip(counts, self._limits(blocks), strict=True)
+            possible = all(1 <= count <= limit for count, limit in limits)
+            possible = possible and budget <= sum(counts) <= budget * summed
+        if not possible:
+            raise InvalidMessage(f"its {name} are not an allocation of {budget} coordinates")
+        return counts
+
     def _shrinkage(self, block: Block, gamma: Tensor) -> float:
         """How long a sketch is to be, by its expected error."""
         one = 0 if self.basis == "hadamard" else 1
@@ -361,6 +402,15 @@ class Ferret(AveragedAdapter):
             return gamma
         limit = self.clip / SECOND_MOMENT[self.basis] ** 0.5
         return gamma.clamp(-limit, limit)
+
+
+_SEED = Kind(torch.int64, (1,))
+
+
+def _sketch_kinds(counts: Sequence[int], bits: Bits) -> dict[str, Kind]:
+    """What `pack` makes of so many coordinates by block."""
+    parts = {name: Kind(t, (sum(each),)) for name, (t, each) in lengths(counts, bits).items()}
+    return {"counts": Kind(torch.int32, (len(counts),)), **parts}
 
 
 class _Sketch(NamedTuple):

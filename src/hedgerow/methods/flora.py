@@ -45,6 +45,11 @@ class FLoRA(LoraMethod):
         init_factors(parameters, generator, rank)
         return parameters
 
+    def entry_ranks(self, participants: int) -> Sequence[int]:
+        """Σ r_k, of which more is known only where all clients take part, or all have one rank."""
+        ranks = self.possible_ranks(participants)
+        return range(sum(ranks[:participants]), sum(ranks[-participants:]) + 1)
+
     def aggregate(self, updates: Iterable[Update]) -> Aggregate:
         """Stack the factors, of rank Σ r_k."""
         return aggregate_adapters(updates, stack)

@@ -8,6 +8,7 @@ scale is already in the factors, exactly once, so ΔW = B·A.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import tempfile
 from collections import defaultdict
@@ -20,11 +21,11 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from hedgerow import lowrank
-from hedgerow.errors import UserError
+from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.lowrank import Factors, SpooledStack
 from hedgerow.methods.base import Aggregate, Client, Expected, Method, Payload, Trained, Turn
 from hedgerow.model import adapter_pairs, adapter_tensors
-from hedgerow.wire import InvalidMessage
+from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
     from hedgerow.model import Model
@@ -105,6 +106,10 @@ class LoraMethod(Method):
                 f"{model.name} (at most {largest}): give ranks up to {largest}"
             )
 
+    def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
+        """Of the adapted matrices, (m, n) by module."""
+        return model.adapted_shapes(self.targets)
+
     def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
         """The client's factors, with PEFT's key names."""
         tensors = {name: factor.detach().cpu() for name, factor in trained.parameters.items()}
@@ -113,13 +118,32 @@ class LoraMethod(Method):
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """The rank and scale are the client's, and there is a pair of that rank for each module."""
         rank = self.rank(client)
-        about = self._about(rank)
-        if dict(update.about) != about:
-            raise InvalidMessage(f"it says {dict(update.about)} of itself, not {about}")
-        pairs = dict(adapter_pairs(update.tensors))
-        whole = len(update.tensors) == 2 * len(pairs) > 0
-        if not whole or any({A.shape[0], *B.shape[1:]} != {rank} for A, B in pairs.values()):
-            raise InvalidMessage(f"its tensors are not adapters of rank {rank}")
+        update.check_about(self._about(rank))
+        check_factors(kinds(update.tensors), expected.shapes, [rank])
+
+    def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
+        """It has a pair for each module, all of one rank that its participants may give it."""
+        ranks = self.entry_ranks(len(entry.participants))
+        check_factors(kinds(entry.tensors), shapes, ranks)
+
+    def entry_ranks(self, participants: int) -> Sequence[int]:
+        """The ranks that an entry of so many clients may have, in ascending order.
+
+        Here it has the largest of theirs.
+        """
+        return self.possible_ranks(participants)[participants - 1 :]
+
+    def possible_ranks(self, participants: int) -> list[int]:
+        """The ranks of all clients that so many participants may be, in ascending order.
+
+        Raises:
+            InvalidMessage: there are not so many clients.
+        """
+        if isinstance(self.ranks, int):
+            return [self.ranks] * participants
+        if participants > len(self.ranks):
+            raise InvalidMessage(f"it has {participants} participants of {len(self.ranks)} clients")
+        return sorted(self.ranks)
 
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
@@ -168,6 +192,34 @@ def update_scale(update: Update) -> float:
     return scale(int(about["r"]), float(about["lora_alpha"]), "use_rslora" in about)
 
 
+def check_factors(
+    given: Mapping[str, Kind], shapes: Mapping[str, Sequence[int]], ranks: Sequence[int]
+) -> None:
+    """Raise `InvalidMessage` unless these are an adapter's factors, in float32.
+
+    Args:
+        given: what they are, by PEFT's key names.
+        shapes: (m, n) of the adapted matrices, by module.
+        ranks: those that the adapter may have, in ascending order.
+    """
+    first = next(iter(factor_kinds(shapes, 1)), "")
+    rank = given[first].shape[0] if first in given and given[first].shape else ranks[0]
+    if rank not in ranks:
+        possible = " to ".join(str(rank) for rank in sorted({ranks[0], ranks[-1]}))
+        raise InvalidMessage(f"it is an adapter of rank {rank}, not {possible}")
+    check_kinds(given, factor_kinds(shapes, rank))
+
+
+def factor_kinds(shapes: Mapping[str, Sequence[int]], rank: int) -> dict[str, Kind]:
+    """What the factors of an adapter of this rank are, for matrices of these shapes (m, n)."""
+    with torch.device("meta"):
+        pairs = {
+            module: Factors(torch.empty(rank, n), torch.empty(m, rank))
+            for module, (m, n) in shapes.items()
+        }
+    return kinds(adapter_tensors(pairs))
+
+
 def init_factors(
     parameters: Mapping[str, nn.Parameter], generator: torch.Generator, rows: int
 ) -> None:
@@ -212,7 +264,7 @@ def aggregate_adapters(
 
     Returns:
         The factors, and `aggregation_error`: how far their products are from Σ p_k s_k B_k A_k,
-        relative to it, in Frobenius norm over all modules.
+        relative to it, in Frobenius norm over all modules (left out where that is zero).
     """
     spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (gone with the last stack)
     stacks: dict[str, SpooledStack] = defaultdict(lambda: SpooledStack(spool))
@@ -240,4 +292,6 @@ def aggregate_adapters(
             yield combined[module], exact
 
     error = lowrank.relative_error(applied_and_exact())
-    return Aggregate(adapter_tensors(combined), {"aggregation_error": error})
+    # Clients can make the exact sum zero, and the error infinite; an entry's metrics are finite.
+    metrics = {"aggregation_error": error} if math.isfinite(error) else {}
+    return Aggregate(adapter_tensors(combined), metrics)

@@ -8,14 +8,21 @@ adapter under its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from hedgerow.errors import UserError
+from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.methods.base import Aggregate, Turn
-from hedgerow.methods.lora import LoraMethod, copy_factors, init_factors, update_scale
+from hedgerow.methods.lora import (
+    LoraMethod,
+    check_factors,
+    copy_factors,
+    init_factors,
+    update_scale,
+)
 from hedgerow.model import adapter_pairs
+from hedgerow.wire import kinds
 
 if TYPE_CHECKING:
     from hedgerow.model import Model
@@ -41,6 +48,14 @@ class Standalone(LoraMethod):
         if own := of_client(model.factors or {}, client.name):
             copy_factors(parameters, own, self.scale(rank))
         return parameters
+
+    def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
+        """It has an adapter of each participant, and of nobody else."""
+        given, names = kinds(entry.tensors), sorted(p.client for p in entry.participants)
+        if client_names(given) != names:
+            raise InvalidMessage("it has adapters of others than its participants")
+        for name in names:
+            check_factors(of_client(given, name), shapes, self.possible_ranks(len(names)))
 
     def aggregate(self, updates: Iterable[Update]) -> Aggregate:
         """Nothing is combined: each client's factors, under its name."""
@@ -88,12 +103,15 @@ class Standalone(LoraMethod):
         return of_client(factors, client)
 
 
-def client_names(factors: Mapping[str, Tensor]) -> list[str]:
+_T = TypeVar("_T")
+
+
+def client_names(factors: Mapping[str, object]) -> list[str]:
     """The clients whose factors are there."""
     return sorted({key.partition("/")[0] for key in factors})
 
 
-def of_client(factors: Mapping[str, Tensor], name: str | None) -> dict[str, Tensor]:
+def of_client(factors: Mapping[str, _T], name: str | None) -> dict[str, _T]:
     """One client's factors, with PEFT's key names."""
     prefix = f"{name}/"
     return {key.removeprefix(prefix): factors[key] for key in factors if key.startswith(prefix)}

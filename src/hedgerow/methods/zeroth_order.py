@@ -7,6 +7,7 @@ everybody: w <- w + Σ_z c_z z
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -15,9 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hedgerow.errors import UserError
+from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.methods.base import (
-    LARGEST_COORDINATE,
     Aggregate,
     Client,
     Expected,
@@ -26,7 +26,7 @@ from hedgerow.methods.base import (
     Trained,
     Turn,
 )
-from hedgerow.wire import InvalidMessage
+from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
     from hedgerow.model import Model
@@ -77,11 +77,14 @@ class ZerothOrderMethod(Method):
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """It has seeds of directions that the client may have taken, and as many coordinates."""
-        steps = _steps(update.tensors)
-        if not steps.keys() <= self.possible(client, update.round, expected):
+        update.check_about({})
+        possible = self.possible(client, update.round, expected)
+        if not check_steps(update.tensors, len(possible)) <= possible:
             raise InvalidMessage("it has seeds that are not its own")
-        if max(map(abs, steps.values())) > LARGEST_COORDINATE:
-            raise InvalidMessage("its coordinates are too large")
+
+    def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
+        """It has seeds of directions, and as many coordinates; whose seeds it cannot know."""
+        check_steps(entry.tensors)
 
     def aggregate(self, updates: Iterable[Update]) -> Aggregate:
         """Σ p_k c_k, direction by direction."""
@@ -122,17 +125,23 @@ def _tensors(steps: Mapping[int, float]) -> dict[str, Tensor]:
 
 
 def _steps(tensors: Mapping[str, Tensor]) -> dict[int, float]:
-    """The inverse of `_tensors`.
+    """The inverse of `_tensors`."""
+    return dict(zip(tensors["seeds"].tolist(), tensors["coordinates"].tolist(), strict=True))
+
+
+def check_steps(tensors: Mapping[str, Tensor], most: float = math.inf) -> set[int]:
+    """The seeds of at most so many steps.
 
     Raises:
-        InvalidMessage: the tensors are something else.
+        InvalidMessage: the tensors are not what `_tensors` makes of such steps.
     """
-    if set(tensors) != {"seeds", "coordinates"}:
-        raise InvalidMessage(f"its tensors are {sorted(tensors)}, not seeds and coordinates")
-    seeds, coordinates = tensors["seeds"], tensors["coordinates"]
-    as_expected = seeds.dtype == torch.int64 and coordinates.dtype == torch.float32
-    if not as_expected or seeds.dim() != 1 or seeds.shape != coordinates.shape:
-        raise InvalidMessage("its seeds and coordinates are not lists of one length")
-    if not len(seeds) or seeds.min() < 0 or len(set(seeds.tolist())) != len(seeds):
+    given = kinds(tensors)
+    count = given["seeds"].shape[0] if "seeds" in given and given["seeds"].shape else 1
+    each = {"seeds": Kind(torch.int64, (count,)), "coordinates": Kind(torch.float32, (count,))}
+    check_kinds(given, each)
+    if not 1 <= count <= most:
+        raise InvalidMessage(f"it has {count} steps, not 1 to {most}")
+    seeds = set(tensors["seeds"].tolist())
+    if len(seeds) < count or min(seeds) < 0:
         raise InvalidMessage("its seeds are not different numbers of 63 bits")
-    return dict(zip(seeds.tolist(), coordinates.tolist(), strict=True))
+    return seeds

@@ -105,6 +105,20 @@ def nbytes(k: int, bits: Bits) -> int:
     return 4 * k if bits == 32 else num_codes(k, bits) + 4 * num_groups(k)
 
 
+def lengths(counts: Sequence[int], bits: Bits) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """What `pack` makes of so many coordinates by block, beside `counts`.
+
+    Returns:
+        By name: the type of a tensor, and how much of it each block has.
+    """
+    if bits == 32:
+        return {"coordinates": (torch.float32, list(counts))}
+    return {
+        "codes": (torch.uint8, [num_codes(k, bits) for k in counts]),
+        "scales": (torch.float32, [num_groups(k) for k in counts]),
+    }
+
+
 def pack(coordinates: Iterable[Tensor], bits: Bits, seed: int) -> dict[str, Tensor]:
     """The coordinates of all blocks as a few tensors.
 
@@ -143,29 +157,20 @@ class Packed(Sequence[Tensor]):
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], bits: Bits, seed: int) -> None:
-        kinds = {"coordinates": torch.float32}
-        if bits < 32:
-            kinds = {"codes": torch.uint8, "scales": torch.float32}
-        if set(tensors) != {"counts", *kinds}:
-            expected = ", ".join(["counts", *kinds])
-            raise ValueError(f"its tensors are {', '.join(sorted(tensors))}, not {expected}")
+        expected = {"counts", *lengths([], bits)}
+        if set(tensors) != expected:
+            raise ValueError(f"its tensors are {sorted(tensors)}, not {sorted(expected)}")
         counts = tensors["counts"]
         if counts.dtype != torch.int32 or counts.dim() != 1 or not len(counts) or counts.min() < 1:
             raise ValueError("its counts are not positive numbers, one for each block")
         self.counts: list[int] = counts.tolist()
         self._bits, self._seed = bits, seed
-        lengths_of = {
-            "coordinates": self.counts,
-            "codes": [num_codes(k, bits) for k in self.counts],
-            "scales": [num_groups(k) for k in self.counts],
-        }
         self._parts = []
-        for name, dtype in kinds.items():
-            lengths = lengths_of[name]
+        for name, (dtype, parts) in lengths(self.counts, bits).items():
             tensor = tensors[name]
-            if tensor.dtype != dtype or tensor.shape != (sum(lengths),):
-                raise ValueError(f"its {name} are not {sum(lengths)} numbers of {dtype}")
-            self._parts.append(torch.split(tensor, lengths))
+            if tensor.dtype != dtype or tensor.shape != (sum(parts),):
+                raise ValueError(f"its {name} are not {sum(parts)} numbers of {dtype}")
+            self._parts.append(torch.split(tensor, parts))
 
     def __len__(self) -> int:
         return len(self.counts)

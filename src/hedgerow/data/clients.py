@@ -1,0 +1,67 @@
+"""Who holds what: each client's examples, read and tokenised when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from hedgerow.data.encoding import Encoded, Spool
+from hedgerow.data.partition import partition
+from hedgerow.data.prompts import load as load_template
+from hedgerow.data.sources import Row, check_columns, client_files, read
+from hedgerow.seeds import Seeds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hedgerow.experiment import DataSettings
+
+
+class ClientData:
+    """The clients of an experiment, in their order, and their tokenised examples.
+
+    Files are read one at a time; one source for all is read once.
+    """
+
+    def __init__(
+        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seeds: Seeds
+    ) -> None:
+        """Find out who the clients are; `seeds` (the run's) decide how a source is divided.
+
+        Raises:
+            UserError: a file is missing, or the source or its division is wrong.
+        """
+        self._settings, self._tokenizer, self._spool = settings, tokenizer, Spool()
+        self._template = load_template(settings.prompt, tokenizer, settings.fields)
+        self._rows: list[Row] = []
+        self._parts: Mapping[str, Sequence[int]] = {}
+        if settings.clients is not None:
+            self._files = client_files(settings.clients)
+            self.names = list(self._files)
+            return
+        assert settings.source is not None
+        assert settings.partition is not None
+        self._rows = self._read(settings.source)
+        self._parts = partition(self._rows, settings.partition, seeds.derive("clients"))
+        self.names = list(self._parts)
+
+    def encode(self, name: str) -> Encoded:
+        """One client's examples.
+
+        Raises:
+            UserError: they cannot be read, or nothing of them is left to learn from.
+        """
+        if name in self._parts:
+            rows = [self._rows[index] for index in self._parts[name]]
+        else:
+            rows = self._read(str(self._files[name]))
+        settings = self._settings
+        return self._spool.encode(
+            *(name, rows, self._template, self._tokenizer),
+            *(settings.max_length, settings.loss_on),
+        )
+
+    def _read(self, source: str) -> list[Row]:
+        rows = read(source, self._settings.split)
+        check_columns(rows, self._settings.fields, source)
+        return rows
