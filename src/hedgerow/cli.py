@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
-import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +14,7 @@ import safetensors
 import typer
 
 from hedgerow import __version__
+from hedgerow.environment import quieten
 from hedgerow.errors import RunFailed, UserError
 
 app = typer.Typer(
@@ -28,6 +29,12 @@ ledger_app = typer.Typer(
     help="Look at a run's ledger.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(ledger_app, name="ledger")
+flower_app = typer.Typer(
+    help="Run an experiment on real networks, with Flower.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(flower_app, name="flower")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the experiment.")
@@ -39,6 +46,7 @@ class Engine(StrEnum):
     """Where clients train."""
 
     local = "local"
+    flower = "flower"
 
 
 class Format(StrEnum):
@@ -63,11 +71,18 @@ def run(
     """
     from hedgerow import console
     from hedgerow import experiment as experiments
-    from hedgerow.engines import local
 
     loaded = experiments.load(experiment, overrides or [])
     with console.ProgressWatcher() as watcher:
-        local.run(loaded, out, watcher, resume=resume, on_prepared=_say_prepared)
+        if engine is Engine.local:
+            from hedgerow.engines import local
+
+            local.run(loaded, out, watcher, resume=resume, on_prepared=_say_prepared)
+        else:
+            _check_flower()
+            from hedgerow.engines.flower import simulation
+
+            simulation.run(loaded, out, watcher, resume=resume, on_prepared=_say_prepared)
     _summarise(out)
 
 
@@ -197,6 +212,31 @@ def ledger_verify(run: RunPath) -> None:
         console.out.print(f"{run}: {count} entries, all as they were appended")
 
 
+@flower_app.command("init")
+def flower_init(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
+    folder: Annotated[Path, typer.Argument(metavar="APP_DIR", help="Made by this command.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write a Flower app for an experiment, for `flwr run`.
+
+    Example: hedgerow flower init experiment.yaml app
+    """
+    from hedgerow import console
+    from hedgerow import experiment as experiments
+
+    _check_flower()
+    from hedgerow.engines.flower import app as apps
+
+    loaded = experiments.load(experiment, overrides or [])
+    made = apps.init(loaded, folder, experiment.stem)
+    console.out.print(
+        f"{folder}: a Flower app for {', '.join(made.clients)}, whose base is {made.base.name} "
+        f"({made.base.fingerprint[:12]}); next: flwr run {folder} SUPERLINK",
+        soft_wrap=True,
+    )
+
+
 @app.command()
 def methods() -> None:
     """List the methods and their papers.
@@ -234,10 +274,7 @@ def _version(
 
 def main() -> None:
     """The entry point: mistakes become one sentence and an exit code."""
-    # Set before the libraries are imported: no telemetry, and no chatter between our lines.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    quieten()
     try:
         app()
     except UserError as error:
@@ -262,6 +299,12 @@ _MENDABLE = dict.fromkeys(
     "name a place that you may write to",
 )
 _MENDABLE[errno.EFBIG] = "raise the limit on file sizes (a run goes on with --resume)"
+
+
+def _check_flower() -> None:
+    """Raise a `UserError` where the optional part that knows Flower is not installed."""
+    if importlib.util.find_spec("flwr") is None:
+        raise UserError("Flower is not installed: pip install 'hedgerow[flower]'")
 
 
 def _stop(sentence: str, code: int) -> None:

@@ -1,0 +1,37 @@
+"""The ClientApp: Flower starts it anew for every message, so all it does is ask the worker.
+
+It imports nothing heavy: a process of a second, where one that loads torch and the base model would
+take many, in every round.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from hedgerow.engines.flower import app_folder
+from hedgerow.engines.flower.messages import Action, Parcel, Request, pack
+from hedgerow.engines.flower.worker import Question, ask, place_of
+
+app = ClientApp()
+
+
+def _relay(message: Message, context: Context) -> Message:
+    """Hand a message to this site's worker, and its answer back."""
+    node = dict(context.node_config)
+    place = place_of(node)
+    place.mkdir(parents=True, exist_ok=True)
+    parcel = Parcel(message.content, Request)
+    with tempfile.TemporaryDirectory(dir=place, prefix="inbox-") as inbox:
+        files = parcel.save_all(Path(inbox))
+        question = Question(app=app_folder(), node=node, request=parcel.words, files=files)
+        answer = ask(place, question)
+    update = [] if answer.update is None else [answer.update]
+    return Message(pack(answer.reply, update), reply_to=message)
+
+
+for _action in Action:
+    _action.register(app, _relay)

@@ -1,0 +1,326 @@
+"""The SuperNodes as the round loop sees them: who is there, what they get, what they answer."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from hedgerow.clock import Clock
+from hedgerow.engines.flower.messages import Action, FileInfo, Held, Parcel, Reply, Request, pack
+from hedgerow.errors import InvalidMessage, RunFailed
+from hedgerow.evaluation.targets import Scorer
+from hedgerow.experiment import Experiment
+from hedgerow.federation import Answer
+from hedgerow.ledger import Ledger
+from hedgerow.methods.base import Client
+from hedgerow.wire import Entry
+
+BATCH = 256 << 20
+"""Bytes of entries in one message to a site that has missed many."""
+RESTARTS = 5
+"""How often a site's copy of the ledger may turn out to be another than it was thought to be."""
+POLL = 0.2
+"""Seconds between two looks for replies."""
+FOREVER = 10 * 365 * 86400.0
+"""Seconds for which Flower keeps a message where the experiment sets no deadline."""
+
+
+@dataclass
+class Member:
+    """A SuperNode that has joined as a client."""
+
+    node: int
+    client: Client
+    held: int = 0
+    """The rounds that its copy of the ledger has, as far as is known."""
+
+
+@dataclass
+class Errand:
+    """What a node is being asked, in as many messages as it takes."""
+
+    node: int
+    member: Member | None = None
+    batches: collections.deque[range] = field(default_factory=collections.deque)
+    """The rounds whose entries are still to be sent."""
+    trains: bool = False
+    """The last message asks for training."""
+    restarts: int = 0
+
+
+class FlowerFleet:
+    """The clients of a run behind a Flower grid.
+
+    Args:
+        grid: Flower's.
+        names: the experiment's clients, in their order.
+        run: names the run to the sites.
+        folder: where updates wait on disk until they are aggregated.
+        scorer: the server's own copy of the model, or None where it has none.
+        say: told of what people should see.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        experiment: Experiment,
+        names: Sequence[str],
+        ledger: Ledger,
+        run: str,
+        folder: Path,
+        scorer: Scorer | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._grid, self._method, self._ledger = grid, experiment.method, ledger
+        self._settings, self._names = experiment.federation, list(names)
+        self._run, self._folder, self._scorer, self._say = run, folder, scorer, say
+        self._members: dict[str, Member] = {}
+        self._known: dict[int, str] = {}
+        self._joining: dict[str, Errand] = {}
+        self._began = False
+
+    # --- who is there ---------------------------------------------------------------------------
+
+    def gather(self) -> Sequence[Client]:
+        """Everybody who has joined; the first time, all are waited for, up to the deadline."""
+        self._invite()
+        if not self._began:
+            self._wait_for_all()
+            self._began = True
+        members = [self._members[name] for name in self._names if name in self._members]
+        return [member.client for member in members]
+
+    def _wait_for_all(self) -> None:
+        began = said = time.monotonic()
+        while missing := [name for name in self._names if name not in self._members]:
+            time.sleep(POLL)
+            self._invite()
+            now = time.monotonic()
+            if now - said > 30:
+                said = now
+                self._say(f"waiting for {', '.join(missing)}")
+            late = self._settings.deadline is not None and now - began > self._settings.deadline
+            if late:
+                if len(self._members) < self._settings.min_clients:
+                    raise RunFailed(
+                        f"only {len(self._members)} of the {self._settings.min_clients} clients "
+                        f"that a round needs joined by the deadline: {', '.join(missing)} did not"
+                    )
+                return
+
+    def _invite(self) -> None:
+        """Ask nodes that are new who they are, and see what those that were asked have said."""
+        nodes = {node.node_id: node for node in self._grid.get_nodes()}
+        for gone in self._known.keys() - nodes.keys():
+            del self._known[gone]  # if it comes back, it may have another base or data
+        for node in nodes.values():
+            if self._known.get(node.node_id) != node.last_activated_at:
+                self._known[node.node_id] = node.last_activated_at
+                errand = Errand(node.node_id)
+                self._joining[self._send(errand, Action.invite, range(0))] = errand
+        for message_id, errand in list(self._joining.items()):
+            for message in self._pull(message_id):
+                del self._joining[message_id]
+                self._welcome(errand.node, message, nodes)
+
+    def _welcome(self, node: int, message: Message, nodes: dict[int, Any]) -> None:
+        """Make a node a member, or say why not."""
+        try:
+            reply = self._reply(message).words
+            name, about = reply.name, nodes.get(node)
+            if reply.refused is not None:
+                raise InvalidMessage(f"it does not take part: {reply.refused}")
+            if name not in self._names:
+                raise InvalidMessage(f"the experiment has no client {name}")
+            if about is not None and about.name and about.name != name:
+                raise InvalidMessage(f"it is registered as {about.name}, but says it is {name}")
+            other = self._members.get(name)
+            if other is not None and other.node != node and other.node in nodes:
+                raise InvalidMessage(f"another SuperNode is {name} already")
+            if reply.num_examples is None:
+                raise InvalidMessage("it does not say how many examples it has")
+        except InvalidMessage as error:
+            self._say(f"SuperNode {node} was not let in: {error}")
+            return
+        except _Absent as error:
+            self._known.pop(node, None)  # asked again as soon as it is there
+            self._say(f"SuperNode {node} did not join: {error}")
+            return
+        client = Client(self._names.index(name), name, reply.num_examples)
+        self._members[name] = Member(node, client, self._rounds_held(reply.held))
+        self._say(f"{name} joined, with {client.num_examples:,} examples")
+
+    # --- rounds ---------------------------------------------------------------------------------
+
+    def train(
+        self, round: int, parent: str, clients: Sequence[Client], clock: Clock
+    ) -> Iterator[Answer]:
+        """Have clients train on what they miss and have; yields their answers as they come."""
+        with clock("send"):
+            online = {node.node_id for node in self._grid.get_nodes()}
+            errands = []
+            for client in clients:
+                member = self._members[client.name]
+                if member.node not in online:
+                    yield Answer(client, failure="its SuperNode is not connected", absent=True)
+                    continue
+                errands.append(self._errand(member, round, trains=True))
+        yield from self._run_errands(errands, clock)
+
+    def advance(self, entry: Entry) -> None:
+        """Advance the server's model, if it has one; sites get the entry with the next request."""
+        if self._scorer is not None:
+            self._scorer.advance(entry)
+
+    def evaluate(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
+        """Scores of the global model, where the server has a model and test data."""
+        return self._scorer.evaluate(progress) if self._scorer is not None else {}
+
+    def finish(self) -> None:
+        """Send everybody the entries that they still miss."""
+        online = {node.node_id for node in self._grid.get_nodes()}
+        errands = [
+            self._errand(member, len(self._ledger) + 1, trains=False)
+            for member in self._members.values()
+            if member.node in online and member.held < len(self._ledger)
+        ]
+        for answer in self._run_errands(errands, Clock()):
+            if answer.failure is not None:
+                self._say(f"{answer.client.name} may lack the last entries: {answer.failure}")
+
+    # --- messages -------------------------------------------------------------------------------
+
+    def _errand(self, member: Member, round: int, *, trains: bool) -> Errand:
+        """Bring a member's ledger to the round before, in batches; then train, or not."""
+        errand = Errand(member.node, member, trains=trains)
+        first, size = member.held + 1, 0
+        for missing in range(member.held + 1, round):
+            if size and size + self._ledger.records[missing - 1].bytes > BATCH:
+                errand.batches.append(range(first, missing))
+                first, size = missing, 0
+            size += self._ledger.records[missing - 1].bytes
+        errand.batches.append(range(first, round))
+        return errand
+
+    def _run_errands(self, errands: Sequence[Errand], clock: Clock) -> Iterator[Answer]:
+        """Send every errand's messages one after another, all errands at once, by the deadline."""
+        deadline = time.monotonic() + (self._settings.deadline or FOREVER)
+        with clock("send"):
+            pending = {self._next(errand): errand for errand in errands}
+        late = False
+        while pending and not late:
+            late = time.monotonic() > deadline
+            for message_id, errand in list(pending.items()):
+                with clock("receive"):
+                    messages = self._pull(message_id)
+                for message in messages:
+                    del pending[message_id]
+                    answer = self._answer(errand, message)
+                    if answer is None:
+                        pending[self._next(errand)] = errand
+                    else:
+                        yield answer
+                    del message, answer
+            with clock("train"):
+                time.sleep(POLL if pending else 0)
+        for errand in pending.values():
+            assert errand.member is not None
+            why = f"it did not answer within {self._settings.deadline:g} s"
+            yield Answer(errand.member.client, failure=why, absent=True)
+
+    def _next(self, errand: Errand) -> str:
+        """Send an errand's next message; returns its id."""
+        rounds = errand.batches.popleft()
+        last = errand.trains and not errand.batches
+        return self._send(errand, Action.train if last else Action.entries, rounds)
+
+    def _send(self, errand: Errand, action: Action, rounds: range) -> str:
+        records = [
+            FileInfo(bytes=record.bytes, sha256=record.sha256)
+            for record in self._ledger.records[rounds.start - 1 : rounds.stop - 1]
+        ]
+        needed = records if self._method.entries_accumulate else records[-1:]
+        request = Request(
+            run=self._run,
+            first=max(1, rounds.start),
+            records=records,
+            files=needed,
+            train=action is Action.train,
+        )
+        files = [
+            self._ledger.folder / self._ledger.records[round - 1].file
+            for round in rounds[len(records) - len(needed) :]
+        ]
+        message = Message(
+            pack(request, files),
+            errand.node,
+            action.value,
+            ttl=self._settings.deadline or FOREVER,
+            group_id=str(len(self._ledger) + 1),
+        )
+        # One at a time: Flower would hold the pieces of all of them at once.
+        (message_id,) = self._grid.push_messages([message])
+        return str(message_id)
+
+    def _pull(self, message_id: str) -> Sequence[Message]:
+        return list(self._grid.pull_messages([message_id]))
+
+    def _answer(self, errand: Errand, message: Message) -> Answer | None:
+        """What a member answers, or None where it needs another message first."""
+        member = errand.member
+        assert member is not None
+        client = member.client
+        try:
+            parcel = self._reply(message)
+            reply = parcel.words
+            if reply.refused is not None:
+                return Answer(client, failure=f"it does not take part: {reply.refused}")
+            if reply.name != client.name:
+                raise InvalidMessage(f"it says that it is {reply.name}")
+            member.held = self._rounds_held(reply.held)
+            if reply.failure is not None:
+                return Answer(client, failure=reply.failure)
+            if errand.batches:
+                return None
+            if not errand.trains or reply.files:
+                return Answer(client, self._saved(parcel, client) if errand.trains else b"")
+            if errand.restarts == RESTARTS:
+                raise InvalidMessage("it has sent no update, and does not say why")
+            # Its copy of the ledger is not what it was thought to be.
+            again = self._errand(member, len(self._ledger) + 1, trains=True)
+            errand.batches, errand.restarts = again.batches, errand.restarts + 1
+            return None
+        except InvalidMessage as error:
+            return Answer(client, failure=str(error))
+        except _Absent as error:
+            return Answer(client, failure=str(error), absent=True)
+
+    def _reply(self, message: Message) -> Parcel[Reply]:
+        if message.has_error():
+            raise _Absent(f"Flower says: {message.error.reason}")
+        return Parcel(message.content, Reply)
+
+    def _saved(self, parcel: Parcel[Reply], client: Client) -> Path:
+        """The update's file."""
+        if len(parcel.words.files) != 1:
+            raise InvalidMessage(f"it has sent {len(parcel.words.files)} files, not one update")
+        path = self._folder / f"{client.name}.safetensors"
+        parcel.save(0, path)
+        return path
+
+    def _rounds_held(self, held: Held | None) -> int:
+        """The rounds of the ledger that a site has; 0 where its copy is another."""
+        if held is None or not 0 < held.round <= len(self._ledger):
+            return 0
+        return held.round if self._ledger.records[held.round - 1].sha256 == held.head else 0
+
+
+class _Absent(Exception):
+    """There is no reply; the text says what Flower says of it."""

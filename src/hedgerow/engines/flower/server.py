@@ -1,0 +1,129 @@
+"""The ServerApp: the round loop on the SuperLink's machine.
+
+It needs neither the base model nor a GPU; where the run config names the model and test data, it
+scores the global model too.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from pydantic import BaseModel, ConfigDict
+
+from hedgerow import federation
+from hedgerow.console import ProgressWatcher
+from hedgerow.engines.flower import app_folder
+from hedgerow.engines.flower.app import App, check_method
+from hedgerow.engines.flower.fleet import FlowerFleet
+from hedgerow.errors import RunFailed, UserError
+from hedgerow.evaluation import TestSet
+from hedgerow.evaluation.targets import Scorer, load_test
+from hedgerow.experiment import Experiment, validate
+from hedgerow.files import replacing
+from hedgerow.ledger import Base
+from hedgerow.model import Model
+from hedgerow.rundir import RunDirectory
+
+RUN = "flower.json"
+"""The file of a run directory that says what the run is called at its sites."""
+
+
+class ServerSettings(BaseModel):
+    """The run config: paths on the SuperLink's machine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    out: str
+    model: str = ""
+    test: str = ""
+
+
+def _main(grid: Grid, context: Context) -> None:
+    """Flower's entry point: run the app's experiment, or go on with it."""
+    try:
+        settings = validate(dict(context.run_config), "the run config", ServerSettings)
+        loaded = App.load(app_folder())
+        experiment = _at_home(loaded.experiment, settings)
+        model = test = None
+        if settings.model:
+            model = Model.load(experiment.model)
+            if difference := Base.of(model).difference(loaded.base):
+                raise UserError(f"model: {settings.model} is not the app's base: {difference}")
+        if model is not None and settings.test:
+            test = load_test(experiment.data, experiment.evaluation, model)
+        at_home = replace(loaded, experiment=experiment)
+        with ProgressWatcher() as watcher:
+            serve(grid, at_home, Path(settings.out), watcher, model, test)
+    except (UserError, RunFailed) as error:
+        # Flower logs the text of what ends a ServerApp; where it was raised is nobody's concern.
+        raise error.with_traceback(None) from None
+
+
+app = ServerApp()
+app.main()(_main)
+
+
+def serve(
+    grid: Grid,
+    loaded: App,
+    out: Path,
+    watcher: ProgressWatcher,
+    model: Model | None,
+    test: TestSet | None,
+    data: Mapping[str, str] | None = None,
+) -> None:
+    """Run an experiment on a grid, or go on with the run that is in `out`.
+
+    Args:
+        loaded: with the server's own paths in its experiment.
+        model: the base, to score the global model; None scores nothing.
+        data: digests of the clients' data, where the server may know them.
+
+    Raises:
+        UserError: something in the experiment or in `out` is wrong.
+        RunFailed: too few clients joined or answered; what is written is valid.
+    """
+    experiment = loaded.experiment
+    check_method(experiment)
+    resume = RunDirectory.check_resumable(out, experiment)
+    opener = RunDirectory.resume if resume else RunDirectory.create
+    with opener(out, experiment, loaded.base, dict(data or {}), loaded.trained) as directory:
+        scorer = None
+        if model is not None:
+            directory.ledger.replay(experiment.method, model)
+            scorer = Scorer(experiment, model, loaded.clients, test)
+        with tempfile.TemporaryDirectory(dir=out, prefix="arrived-") as folder:
+            fleet = FlowerFleet(
+                *(grid, experiment, loaded.clients, directory.ledger),
+                *(_run_name(directory), Path(folder), scorer, watcher.say),
+            )
+            federation.run(experiment, fleet, directory, watcher)
+            fleet.finish()
+
+
+def _at_home(experiment: Experiment, settings: ServerSettings) -> Experiment:
+    """The experiment with the server's paths, so that the run directory can be used there."""
+    model, data = experiment.model, experiment.data
+    if settings.model:
+        model = model.model_copy(update={"path": str(Path(settings.model).absolute())})
+    if settings.test:
+        if not settings.model:
+            raise UserError('the run config has test data but no model to score: give model="…"')
+        data = data.model_copy(update={"test": str(Path(settings.test).absolute())})
+    return experiment.model_copy(update={"model": model, "data": data})
+
+
+def _run_name(directory: RunDirectory) -> str:
+    """What the run is called at its sites: random, and the same when it is resumed."""
+    path = directory.path / RUN
+    if not path.exists():
+        with replacing(path) as file:
+            file.write(json.dumps({"run": secrets.token_hex(16)}).encode())
+    return str(json.loads(path.read_bytes())["run"])

@@ -1,0 +1,109 @@
+"""The whole experiment on Flower's simulation runtime: one machine, or a Ray cluster.
+
+Every client is a virtual SuperNode; Ray's actors train for them, each with one model in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.server.superlink.fleet.vce.backend.backend import BackendConfig
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from hedgerow.console import ProgressWatcher
+from hedgerow.engines.flower.app import App, check_method
+from hedgerow.engines.flower.messages import Action, Parcel, Request, pack
+from hedgerow.engines.flower.server import serve
+from hedgerow.engines.flower.site import Site
+from hedgerow.engines.local import Prepared, prepare
+from hedgerow.experiment import Experiment
+from hedgerow.rundir import RunDirectory
+
+_sites: dict[Path, Site] = {}
+"""What this actor's process has in memory, by the folder of the simulation."""
+
+
+def run(
+    experiment: Experiment,
+    out: Path,
+    watcher: ProgressWatcher,
+    *,
+    resume: bool = False,
+    on_prepared: Callable[[Prepared], None] = lambda prepared: None,
+) -> None:
+    """Run an experiment on Flower's simulation runtime; the arguments are the local engine's.
+
+    With RAY_ADDRESS in the environment it runs on that cluster, whose machines must all see the
+    experiment's files and `out`.
+
+    Raises:
+        UserError: something in the experiment or in `out` is wrong; nothing has been written.
+        RunFailed: the run cannot go on; what it wrote so far is valid.
+    """
+    check_method(experiment)
+    if resume:
+        RunDirectory.check_resumable(out, experiment)
+    else:
+        RunDirectory.check_free(out)
+    prepared = prepare(experiment)
+    on_prepared(prepared)
+    names = [client.name for client in prepared.clients]
+    shapes = experiment.method.trained_shapes(prepared.model)
+    app = App(
+        *(experiment, prepared.base),
+        {name: list(shape) for name, shape in shapes.items()},
+        names,
+    )
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="hedgerow-sites-") as folder:
+        server, client = ServerApp(), ClientApp()
+
+        def main(grid: Grid, context: Context) -> None:
+            data = {name: shard.digest() for name, shard in prepared.shards.items()}
+            serve(grid, app, out, watcher, prepared.model, prepared.test, data)
+
+        server.main()(main)
+
+        def handle(message: Message, context: Context) -> Message:
+            index = int(context.node_config["partition-id"])
+            return _handle(app, Path(folder), out.absolute(), names[index], message)
+
+        for action in Action:
+            action.register(client, handle)
+        run_simulation(server, client, len(names), backend_config=_resources(prepared))
+
+
+def _handle(app: App, folder: Path, out: Path, name: str, message: Message) -> Message:
+    """In an actor: what a site does with a message."""
+    if folder not in _sites:
+        # Every actor has a copy of the ledger, as every site has.
+        own = folder / f"{socket.gethostname()}-{os.getpid()}"
+        _sites[folder] = Site(app, own, memory=out / "clients")
+    site = _sites[folder]
+    parcel = Parcel(message.content, Request)
+    with tempfile.TemporaryDirectory(prefix="hedgerow-inbox-") as inbox:
+        reply, update = site.handle(name, parcel.words, parcel.save_all(Path(inbox)))
+    return Message(pack(reply, [] if update is None else [update]), reply_to=message)
+
+
+def _resources(prepared: Prepared) -> BackendConfig:
+    """How many actors there are: as many as have a core each, and memory for a model each."""
+    cores = os.cpu_count() or 1
+    weights = sum(p.nbytes for p in prepared.model.network.parameters())
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Weights, gradients and a snapshot or the optimiser's moments.
+    actors = max(1, min(cores, len(prepared.clients), memory // (4 * weights)))
+    gpus = 1.0 if prepared.model.device.type == "cuda" else 0.0
+    init = {"log_to_driver": False, "logging_level": "error"}
+    if "RAY_ADDRESS" not in os.environ:
+        init |= {"num_cpus": cores, "num_gpus": torch.cuda.device_count() if gpus else 0}
+    return {"init_args": init, "client_resources": {"num_cpus": cores // actors, "num_gpus": gpus}}

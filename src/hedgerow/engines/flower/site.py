@@ -1,0 +1,299 @@
+"""What a site does: it checks what the server sends, keeps its copy of the ledger, and trains.
+
+A site's folder is a run directory of its own, so that the result can be exported there:
+
+    FOLDER/RUN/experiment.yaml    the experiment, with the site's own paths
+    FOLDER/RUN/ledger/            the entries so far
+    FOLDER/RUN/updates/           the last update, and the digest of the data that it is from
+    FOLDER/RUN/clients/NAME/      what the client keeps for itself from round to round
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hedgerow.clock import Clock
+from hedgerow.data import ClientData, Encoded
+from hedgerow.engines.flower.app import App
+from hedgerow.engines.flower.messages import Held, Reply, Request, info
+from hedgerow.engines.flower.worker import place_of
+from hedgerow.errors import ClientFailed, InvalidMessage, UserError
+from hedgerow.experiment import ClientFile, validate
+from hedgerow.files import replacing
+from hedgerow.ledger import INDEX, Base, Ledger, Record
+from hedgerow.methods.base import Client, Turn
+from hedgerow.model import Model
+from hedgerow.names import NAME
+from hedgerow.rundir import EXPERIMENT, ClientMemory
+from hedgerow.seeds import Seeds
+from hedgerow.training.client import check_max_length, train_client
+from hedgerow.wire import Entry, check_entry
+
+
+class SiteSettings(BaseModel):
+    """A site's own settings, Flower's node config; they never leave it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_min_length=1)
+
+    name: str = Field(pattern=rf"^{NAME.pattern}$")
+    """The client's name, as the experiment has it."""
+    data: str
+    """Its data: a JSON, JSONL, CSV or Parquet file."""
+    model: str | None = None
+    """The base model's folder; None where the experiment's is a name on the Hub."""
+    device: str | None = None
+    """As in the experiment: auto, cpu, cuda:1 …"""
+    folder: str | None = None
+    """What is kept between rounds; None is ~/.hedgerow/NAME."""
+    idle: float = Field(600.0, gt=0)
+    """Seconds without a message after which the model is put out of memory."""
+
+
+def of_node(app: Path, node: Mapping[str, object]) -> tuple[SiteSettings, Site]:
+    """The site of a SuperNode.
+
+    Args:
+        app: the Flower app's folder.
+        node: the SuperNode's node config.
+
+    Raises:
+        UserError: the node config or the app is wrong.
+    """
+    settings = validate(node, "the node config", SiteSettings)
+    loaded = App.load(app)
+    model = loaded.experiment.model
+    if settings.model is not None:
+        model = model.model_copy(update={"path": str(Path(settings.model).absolute())})
+    if settings.device is not None:
+        model = model.model_copy(update={"device": settings.device})
+    own = ClientFile(name=settings.name, file=str(Path(settings.data).absolute()))
+    data = loaded.experiment.data.model_copy(update={"clients": [own]})
+    experiment = loaded.experiment.model_copy(update={"model": model, "data": data})
+    return settings, Site(replace(loaded, experiment=experiment), place_of(node))
+
+
+class Refused(Exception):
+    """The site does not take part; `public` says why without naming anything of its own."""
+
+    def __init__(self, public: str, own: str | None = None) -> None:
+        super().__init__(own or public)
+        self.public = public
+
+
+class Site:
+    """A process that trains for one client (in a simulation, for several), on one base model."""
+
+    def __init__(self, app: App, folder: Path, memory: Path | None = None) -> None:
+        """Nothing is loaded before the first request.
+
+        Args:
+            app: with this site's model and data in its experiment.
+            folder: as in the module's text.
+            memory: what clients keep, where it is not in `folder`.
+        """
+        self._app, self._folder, self._memory = app, folder, memory
+        self._experiment = app.experiment
+        self._seeds = Seeds(self._experiment.federation.seed)
+        self._run = ""
+        self._model: Model | None = None
+        self._shapes: dict[str, list[int]] = {}
+        self._applied: list[str] = []
+        self._data: ClientData | None = None
+        self._examples: dict[str, Encoded] = {}
+
+    def handle(
+        self, name: str, request: Request, files: Sequence[Path]
+    ) -> tuple[Reply, Path | None]:
+        """Do what a request asks of a client.
+
+        Args:
+            files: the request's, at the end of `request.records`; they are moved or deleted.
+
+        Returns:
+            The reply, and the update's file where there is one.
+        """
+        try:
+            return self._handled(name, request, files)
+        except Refused as refusal:
+            _say(name, f"refused: {refusal}")
+            return Reply(name=name, refused=refusal.public), None
+        except UserError as error:
+            return wrong_settings(name, error), None
+        finally:
+            for file in files:
+                file.unlink(missing_ok=True)
+
+    def _handled(
+        self, name: str, request: Request, files: Sequence[Path]
+    ) -> tuple[Reply, Path | None]:
+        self._load(request.run)
+        examples = self._examples_of(name)
+        ledger = self._ledger()
+        complete = True
+        try:
+            if request.records or request.train:
+                complete = self._catch_up(ledger, request, files)
+        except InvalidMessage as error:
+            raise Refused(f"the server sent an entry that it does not accept: {error}") from None
+        held = Held(round=len(ledger), head=ledger.head)
+        reply = Reply(name=name, num_examples=len(examples), held=held)
+        if not request.train or not complete:
+            return reply, None
+        try:
+            update = self._train(name, ledger, examples)
+        except ClientFailed as error:
+            _say(name, f"round {len(ledger) + 1}: {error}")
+            return reply.model_copy(update={"failure": str(error)}), None
+        return reply.model_copy(update={"files": [info(update)]}), update
+
+    def _load(self, run: str) -> None:
+        """Load the base model, and compare it with the run's."""
+        if run != self._run:
+            self._run, self._examples = run, {}
+            self._applied = []
+            self._model = None
+        if self._model is None:
+            settings = self._experiment.model
+            if Path(settings.path).is_absolute() and not Path(settings.path).is_dir():
+                raise UserError(
+                    f'the node config needs model="…", this site\'s copy of {self._app.base.name}: '
+                    f"{settings.path} is no folder"
+                )
+            model = Model.load(settings)
+            if difference := Base.of(model).difference(self._app.base):
+                raise Refused(
+                    f"it has another base model: {difference}", f"{settings.path}: {difference}"
+                )
+            check_max_length(model, self._experiment.data.max_length)
+            self._experiment.method.check(model, len(self._app.clients))
+            self._shapes = {
+                name: list(shape)
+                for name, shape in self._experiment.method.trained_shapes(model).items()
+            }
+            self._model, self._applied = model, []
+
+    def _examples_of(self, name: str) -> Encoded:
+        """A client's examples; those that it began the run with."""
+        assert self._model is not None
+        if name not in self._app.clients:
+            raise Refused(f"the experiment has no client {name}, only {_listed(self._app.clients)}")
+        if name not in self._examples:
+            settings, tokenizer = self._experiment.data, self._model.tokenizer
+            self._data = self._data or ClientData(settings, tokenizer, self._seeds)
+            examples = self._data.encode(name)
+            path = self._place / "updates" / f"{name}.sha256"
+            if path.exists() and path.read_text() != examples.digest():
+                raise Refused("its data have changed since the run began")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                file.write(examples.digest().encode())
+            self._examples[name] = examples
+        return self._examples[name]
+
+    def _ledger(self) -> Ledger:
+        """This site's copy."""
+        folder = self._place / "ledger"
+        if (folder / INDEX).exists():
+            return Ledger.open(folder)
+        with replacing(self._place / EXPERIMENT) as file:
+            file.write(self._experiment.dump().encode())
+        return Ledger.create(folder, self._app.base, self._shapes)
+
+    def _catch_up(self, ledger: Ledger, request: Request, files: Sequence[Path]) -> bool:
+        """Make the copy the server's, up to `request.records`; returns whether that was possible.
+
+        Raises:
+            InvalidMessage: an entry is not what the method makes for this model.
+        """
+        assert self._model is not None
+        records = [
+            Record(round=round, bytes=entry.bytes, sha256=entry.sha256)
+            for round, entry in enumerate(request.records, start=request.first)
+        ]
+        if request.first > len(ledger) + 1 or len(files) > len(records):
+            return False
+        same = _common(ledger.records[request.first - 1 :], records)
+        ledger.truncate(request.first - 1 + same)  # beyond it is another history than the server's
+        here = [None] * (len(records) - len(files)) + list(files)
+        for record, file in list(zip(records, here, strict=True))[same:]:
+            if file is None and self._experiment.method.entries_accumulate:
+                return False
+            if file is not None:
+                self._check(ledger, record, file)
+            ledger.adopt(record, file)
+        return True
+
+    def _check(self, ledger: Ledger, record: Record, file: Path) -> None:
+        """Raise `InvalidMessage` unless a file is the entry that comes next."""
+        assert self._model is not None
+        if info(file).model_dump() != {"bytes": record.bytes, "sha256": record.sha256}:
+            raise InvalidMessage(f"the entry of round {record.round} is not the one announced")
+        try:
+            entry = Entry.read(file)
+        except UserError:
+            raise InvalidMessage(
+                f"the entry of round {record.round} is not in the format"
+            ) from None
+        check_entry(entry, self._experiment.method, self._shapes, record.round, ledger.head)
+
+    def _train(self, name: str, ledger: Ledger, examples: Encoded) -> Path:
+        """The client's update of the next round, in a file."""
+        round, parent = len(ledger) + 1, ledger.head
+        path = self._place / "updates" / f"{name}-{round:04d}-{parent[:16]}.safetensors"
+        if path.exists():
+            # Asked once more, as after a reply that was lost: it would come to the same bytes.
+            return path
+        for old in path.parent.glob(f"{name}-*.safetensors"):
+            old.unlink()
+        _say(name, f"round {round}: training")
+        model = self._advanced(ledger)
+        client = Client(self._app.clients.index(name), name, len(examples))
+        memory = ClientMemory((self._memory or self._place / "clients") / name, round)
+        turn = Turn(client, round, self._seeds, memory)
+        update = train_client(self._experiment, model, examples, turn, parent, Clock())
+        with replacing(path) as file:
+            update.write(file)
+        _say(name, f"round {round}: train loss {update.train_loss:.4g}")
+        return path
+
+    def _advanced(self, ledger: Ledger) -> Model:
+        """The model at the ledger's head."""
+        hashes = [record.sha256 for record in ledger.records]
+        if self._applied != hashes[: len(self._applied)]:
+            self._model = None
+            self._load(self._run)
+        assert self._model is not None
+        ledger.replay(self._experiment.method, self._model, after=len(self._applied))
+        self._applied = hashes
+        return self._model
+
+    @property
+    def _place(self) -> Path:
+        """The run's folder."""
+        return self._folder / self._run
+
+
+def wrong_settings(name: str, error: UserError) -> Reply:
+    """Say what is wrong with a site here; the sentence may name paths, so the server gets less."""
+    _say(name, str(error))
+    return Reply(name=name, refused="its own settings or data are wrong: its log says more")
+
+
+def _common(first: Sequence[Record], second: Sequence[Record]) -> int:
+    """How many records both begin with."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
+
+
+def _say(name: str, sentence: str) -> None:
+    print(f"hedgerow: {name}: {sentence}", file=sys.stderr, flush=True)

@@ -1,0 +1,174 @@
+"""The process at a site that stays: it keeps the model in memory from one message to the next.
+
+The ClientApp starts it when it is needed. It ends by itself when its SuperNode has ended, or when
+nothing has been asked of it for a while (`idle` in the node config).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from hedgerow.engines.flower.messages import Reply, Request
+from hedgerow.environment import quieten
+from hedgerow.errors import UserError
+from hedgerow.files import replacing
+
+ADDRESS = "worker.socket"
+"""The file in a site's folder that names the worker's socket."""
+
+
+class Question(BaseModel):
+    """What the ClientApp asks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    app: Path
+    """The app's folder."""
+    node: dict[str, str | int | float | bool]
+    """The node config."""
+    request: Request
+    files: list[Path]
+
+
+class Answer(BaseModel):
+    """What it is told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reply: Reply
+    update: Path | None = None
+
+
+def place_of(node: Mapping[str, object]) -> Path:
+    """A site's folder, from its node config.
+
+    Raises:
+        RuntimeError: the node config does not name the client.
+    """
+    name = node.get("name")
+    if not isinstance(name, str) or not name:
+        raise RuntimeError("the node config names no client: give --node-config 'name=\"…\" …'")
+    return Path(str(node.get("folder") or Path.home() / ".hedgerow" / name)).absolute()
+
+
+def ask(place: Path, question: Question) -> Answer:
+    """Ask the site's worker, which is started if there is none.
+
+    Raises:
+        RuntimeError: it could not be started, or ended before it answered.
+    """
+    with _connected(place) as connection:
+        connection.send_bytes(question.model_dump_json().encode())
+        try:
+            return Answer.model_validate_json(connection.recv_bytes())
+        except EOFError:
+            raise RuntimeError("the site's worker ended before it answered") from None
+
+
+def _connected(place: Path) -> Connection:
+    address = place / ADDRESS
+    process = None
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            return Client(address.read_text(), family="AF_UNIX")
+        except (FileNotFoundError, ConnectionRefusedError):
+            pass
+        if process is None:
+            parent = os.getppid()  # Flower's process at the site, which ends with its SuperNode
+            command = [sys.executable, "-m", __name__, str(place), str(parent)]
+            process = subprocess.Popen(command, start_new_session=True)
+        if process.poll() is not None:
+            raise RuntimeError("the site's worker ended as soon as it was started; see the log")
+        time.sleep(0.05)
+    raise RuntimeError("the site's worker did not come up within two minutes")
+
+
+class _Keeper(threading.Thread):
+    """Ends this process when the SuperNode has ended, or nothing is asked for too long."""
+
+    def __init__(self, parent: int, socket: Path) -> None:
+        super().__init__(daemon=True)
+        self.idle = float("inf")
+        self.resting_since: float | None = time.monotonic()
+        self._parent, self._socket = parent, socket
+
+    def run(self) -> None:
+        while _is_alive(self._parent) and not self._has_rested():
+            time.sleep(0.5)
+        shutil.rmtree(self._socket.parent, ignore_errors=True)
+        os._exit(0)
+
+    def _has_rested(self) -> bool:
+        since = self.resting_since
+        return since is not None and time.monotonic() - since > self.idle
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def serve(place: Path, parent: int) -> None:
+    """Answer questions, one after another, until the process `parent` has ended."""
+    # In a folder of its own, which only this user may enter: whoever connects is believed.
+    socket = Path(tempfile.mkdtemp(prefix="hedgerow-")) / "socket"
+    keeper = _Keeper(parent, socket)
+    with Listener(str(socket), family="AF_UNIX") as listener:
+        with replacing(place / ADDRESS) as file:
+            file.write(str(socket).encode())
+        keeper.start()
+        host = Host()
+        while True:
+            with listener.accept() as connection:
+                keeper.resting_since = None
+                try:
+                    question = Question.model_validate_json(connection.recv_bytes())
+                    answer = host.answer(question)
+                    connection.send_bytes(answer.model_dump_json().encode())
+                except (EOFError, BrokenPipeError, ConnectionResetError):
+                    pass  # who asked is gone, as when a run is stopped
+                keeper.idle = host.idle
+                keeper.resting_since = time.monotonic()
+
+
+class Host:
+    """The site for which questions come; another app or node config makes another site."""
+
+    def __init__(self) -> None:
+        self.idle = float("inf")
+        self._made_for: object = None
+
+    def answer(self, question: Question) -> Answer:
+        """Hand a request to the site."""
+        # Here, so that the ClientApp, which starts this module, need not import them.
+        from hedgerow.engines.flower import site
+
+        name = str(question.node.get("name"))
+        try:
+            if self._made_for != (question.app, question.node):
+                settings, self._site = site.of_node(question.app, question.node)
+                self._made_for, self.idle = (question.app, question.node), settings.idle
+        except UserError as error:
+            return Answer(reply=site.wrong_settings(name, error))
+        reply, update = self._site.handle(name, question.request, question.files)
+        return Answer(reply=reply, update=update)
+
+
+if __name__ == "__main__":
+    quieten()
+    serve(Path(sys.argv[1]), int(sys.argv[2]))

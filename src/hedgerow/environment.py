@@ -1,0 +1,17 @@
+"""What the environment tells the libraries: no telemetry, and no chatter between our lines."""
+
+from __future__ import annotations
+
+import os
+
+
+def quieten() -> None:
+    """Set what is not set; to be called before the libraries are imported."""
+    for name, value in {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,408 @@
+"""Fleet and sites without a network: who is asked what, who catches up, what is refused."""
+
+import dataclasses
+import itertools
+import json
+import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import rows_of
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app.error import Error
+from flwr.supercore.task_identity import TaskIdentity
+
+from hedgerow.console import ProgressWatcher
+from hedgerow.engines.flower.app import App, init
+from hedgerow.engines.flower.messages import (
+    Action,
+    FileInfo,
+    Parcel,
+    Reply,
+    Request,
+    info,
+    pack,
+)
+from hedgerow.engines.flower.server import serve
+from hedgerow.engines.flower.worker import Host, Question
+from hedgerow.errors import InvalidMessage, RunFailed, UserError
+from hedgerow.experiment import load
+
+CLIENTS = ["client-000", "client-001", "client-002"]
+
+
+class Node:
+    """A site that a `Loopback` reaches by a function call; `up` is whether it is connected."""
+
+    def __init__(self, number, app, folder, **config):
+        self.node_id, self.last_activated_at, self.up = number, "now", True
+        self.name, self.app, self.config = "", app, {"folder": str(folder), **config}
+        self.host = Host()
+        self.answer = lambda reply: reply
+        self.actions = []
+
+    def handle(self, message, inbox):
+        self.actions.append(Action(message.metadata.message_type))
+        parcel = Parcel(message.content, Request)
+        files = parcel.save_all(inbox)
+        question = Question(app=self.app, node=self.config, request=parcel.words, files=files)
+        answer = self.host.answer(question)
+        content = pack(answer.reply, [] if answer.update is None else [answer.update])
+        return self.answer(content)
+
+
+class Loopback:
+    """Flower's grid, as far as the fleet uses it."""
+
+    def __init__(self, nodes, folder):
+        self.nodes, self.folder, self.replies = nodes, folder, {}
+        self.before = lambda message: None
+        self._numbers = itertools.count()
+
+    def get_nodes(self):
+        return [node for node in self.nodes if node.up]
+
+    def push_messages(self, messages):
+        for message in messages:
+            self.before(message)
+            (node,) = [n for n in self.nodes if n.node_id == message.metadata.dst_node_id]
+            number = str(next(self._numbers))
+            message.metadata.__dict__["_message_id"] = number
+            inbox = self.folder / number
+            inbox.mkdir()
+            if node.up:
+                self.replies[number] = Message(node.handle(message, inbox), reply_to=message)
+            else:
+                self.replies[number] = Message(Error(code=3, reason="gone"), reply_to=message)
+            yield number
+
+    def pull_messages(self, ids):
+        return [self.replies.pop(number) for number in ids if number in self.replies]
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch):
+    """What Flower tells a process of itself."""
+    for name in ("task_id", "run_id", "node_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+
+
+@pytest.fixture
+def make(experiment, tmp_path, tiny_model):
+    """An app of the tiny experiment, its three sites, and a function that runs it."""
+
+    def make(*overrides, **sections):
+        path = experiment(**{"federation": {"rounds": 5, "backoff": 0}, **sections})
+        init(load(path, ["data.test=null", *overrides]), tmp_path / "app", "tiny")
+        nodes = [
+            Node(
+                *(index + 2, tmp_path / "app", tmp_path / "sites" / name),
+                name=name,
+                data=str(tmp_path / f"client_{index}.json"),
+                model=str(tiny_model),
+            )
+            for index, name in enumerate(CLIENTS)
+        ]
+        (tmp_path / "inbox").mkdir()
+        grid = Loopback(nodes, tmp_path / "inbox")
+
+        def run(out=tmp_path / "run", **changes):
+            app = App.load(tmp_path / "app")
+            settings = app.experiment.federation.model_copy(update=changes)
+            app = dataclasses.replace(
+                app, experiment=app.experiment.model_copy(update={"federation": settings})
+            )
+            with ProgressWatcher() as watcher:
+                serve(grid, app, out, watcher, None, None)
+            return rows_of(out)
+
+        return SimpleNamespace(path=path, grid=grid, nodes=nodes, run=run, out=tmp_path / "run")
+
+    return make
+
+
+def ledger(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("ledger/*.safetensors")}
+
+
+METHODS = {
+    "flora": [],
+    "ferret": ["method.compression=40"],
+    "over lora": ["method.over=lora", "method.ranks=2", "method.budget=400"],
+    "fedit": ["method.ranks=2"],
+    "fedavg": [],
+    "fedkseed": ["method.candidates=8"],
+}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_ledger_is_the_local_one_s(make, hedgerow, tmp_path, kind):
+    name = {"over lora": "ferret"}.get(kind, kind)
+    changes = [f"method.name={name}", *METHODS[kind], "federation.rounds=3"]
+    made = make(*changes)
+    local = tmp_path / "local"
+    assert hedgerow("run", made.path, "data.test=null", *changes, "--out", local).code == 0
+    rows = made.run()
+    assert len(ledger(local)) == 3
+    assert ledger(made.out) == ledger(local)
+    for row, expected in zip(rows, rows_of(local), strict=True):
+        for key in ("train_loss", "bytes_up", "bytes_down", "participants", "failures"):
+            assert row[key] == expected[key]
+    for node in made.nodes:
+        assert ledger(Path(node.config["folder"])) == ledger(local)
+
+
+def at_round(number, do):
+    """A function for `Loopback.before` that acts before a round's first client is to train."""
+    done = []
+
+    def before(message):
+        trains = message.metadata.message_type == Action.train
+        if trains and message.metadata.group_id == str(number) and not done:
+            done.append(number)
+            do()
+
+    return before
+
+
+def test_a_client_that_was_away_gets_what_it_missed(make, tmp_path):
+    made = make()
+    away = made.nodes[1]
+
+    def leave():
+        away.up = False
+
+    def come_back():
+        away.up = True
+
+    leaving, returning = at_round(2, leave), at_round(4, come_back)
+    made.grid.before = lambda message: (leaving(message), returning(message))
+    rows = made.run(min_clients=2)
+    assert [row["failed"] for row in rows] == [0, 0, 1, 1, 1, 0]
+    assert set(rows[2]["failures"]) == {"client-001"}
+    assert ledger(Path(away.config["folder"])) == ledger(made.out)
+    # In round 4 it came too late to be asked.
+    assert rows[5]["participants"] == CLIENTS
+
+
+def test_a_site_that_lost_its_ledger_gets_it_again(make):
+    made = make()
+    place = Path(made.nodes[0].config["folder"])
+
+    def lose():
+        shutil.rmtree(place)
+        made.nodes[0].host = Host()
+
+    made.grid.before = at_round(3, lose)
+    rows = made.run()
+    assert [row["failed"] for row in rows] == [0] * 6
+    assert ledger(place) == ledger(made.out)
+
+
+def test_sites_take_the_history_of_a_server_that_lost_its_own(make, tmp_path):
+    """The last entries are gone from the server, and come out otherwise the second time."""
+    made = make()
+    made.run()
+    index = json.loads((made.out / "ledger/ledger.json").read_text())
+    del index["entries"][2:]
+    (made.out / "ledger/ledger.json").write_text(json.dumps(index))
+    for path in sorted((made.out / "ledger").glob("*.safetensors"))[2:]:
+        path.unlink()
+
+    def leave():
+        made.nodes[2].up = False
+
+    made.grid.before = at_round(3, leave)
+    rows = made.run(min_clients=2)
+    assert rows[-1]["participants"] == CLIENTS[:2]
+    assert ledger(Path(made.nodes[0].config["folder"])) == ledger(made.out)
+
+
+def test_fedit_sends_a_client_only_the_last_entry(make):
+    made = make("method.name=fedit", "method.ranks=2")
+    away = made.nodes[1]
+    away.up = False
+
+    def come_back():
+        away.up = True
+
+    made.grid.before = at_round(3, come_back)
+    rows = made.run(min_clients=2, deadline=0.5)
+    assert rows[-1]["participants"] == CLIENTS
+    held = ledger(Path(away.config["folder"]))
+    assert held.keys() < ledger(made.out).keys()
+    assert held["0005.safetensors"] == ledger(made.out)["0005.safetensors"]
+
+
+def test_a_round_with_too_few_is_tried_again_and_then_given_up(make, capsys):
+    made = make()
+    made.nodes[0].up = False
+    with pytest.raises(RunFailed, match="2 of the 3 clients that a round needs joined"):
+        made.run(min_clients=3, deadline=0.5)
+    made.nodes[0].up = True
+    tries = []
+
+    def leave_for_a_try(message):
+        if message.metadata.group_id == "2" and message.metadata.message_type == Action.train:
+            tries.append(message.metadata.dst_node_id)
+            made.nodes[0].up = len(tries) > 3
+
+    made.grid.before = leave_for_a_try
+    with pytest.raises(RunFailed, match=r"round 2 has 2 of the 3 usable updates .* in 2 tries"):
+        made.run(min_clients=3, attempts=2)
+    assert "too few updates: client-000 will be asked again" in capsys.readouterr().out
+    made.grid.before = lambda message: None
+    made.nodes[0].up = True
+    rows = made.run(min_clients=3, attempts=2)  # the same run goes on
+    assert [row["clients"] for row in rows] == [0, 3, 3, 3, 3, 3]
+
+
+def test_who_answered_is_not_asked_again_and_a_second_answer_is_the_first(make):
+    made = make()
+    asked = []
+
+    def lose_one_answer(message):
+        if message.metadata.message_type == Action.train and message.metadata.group_id == "1":
+            asked.append(message.metadata.dst_node_id)
+            made.nodes[0].answer = lambda reply: (
+                RecordDict() if len(asked) == 1 else reply  # what arrives is nothing
+            )
+
+    made.grid.before = lose_one_answer
+    rows = made.run()
+    assert rows[1]["failures"] == {"client-000": "it has no words"}
+    assert asked == [2, 3, 4]
+
+
+REFUSALS = {
+    "unknown": ({"name": "stranger"}, "the experiment has no client stranger"),
+    "no data": ({"data": "/nowhere/secret.json"}, "its own settings or data are wrong"),
+    "no model": ({"model": "/nowhere/secret"}, "its own settings or data are wrong"),
+    "wrong key": ({"datum": "x"}, "its own settings or data are wrong"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_site_that_is_set_up_wrongly_stays_out_and_keeps_its_paths(make, capsys, kind):
+    made = make()
+    change, sentence = REFUSALS[kind]
+    made.nodes[2].config |= change
+    rows = made.run(deadline=0.5)
+    assert rows[-1]["participants"] == CLIENTS[:2]
+    out, err = capsys.readouterr()
+    assert sentence in out
+    assert "secret" not in out
+    if "secret" in str(change):
+        assert "secret" in err  # the site's own log
+
+
+def test_two_sites_of_one_name(make, capsys):
+    made = make()
+    made.nodes[2].config |= {"name": "client-001", "data": made.nodes[1].config["data"]}
+    rows = made.run(deadline=0.5)
+    assert rows[-1]["participants"] == CLIENTS[:2]
+    assert "another SuperNode is client-001 already" in capsys.readouterr().out
+
+
+def test_data_that_change_during_a_run_are_refused_by_the_site(make):
+    made = make()
+
+    def change():
+        path = Path(made.nodes[0].config["data"])
+        path.write_text(json.dumps([{"instruction": "Say x", "output": "xx"}] * 5))
+        made.nodes[0].host = Host()
+
+    made.grid.before = at_round(3, change)
+    rows = made.run()
+    assert "its data have changed" in rows[3]["failures"]["client-000"]
+    assert rows[2]["failed"] == 0
+
+
+def test_an_app_has_no_paths_and_says_who_takes_part(make, tmp_path, tiny_model):
+    made = make()
+    for file in (tmp_path / "app").iterdir():
+        assert str(tmp_path) not in file.read_text()
+        assert str(tiny_model.parent) not in file.read_text()
+    assert App.load(tmp_path / "app").clients == CLIENTS
+    with pytest.raises(UserError, match="exists already"):
+        init(load(made.path), tmp_path / "app", "again")
+
+
+MISTAKES = {
+    "data.clients=null data.source=client_0.json data.partition={kind: iid, clients: 2}": (
+        "name the clients in data.clients"
+    ),
+    "method.name=standalone": "is a baseline that sends nothing",
+    "federation.min_clients=4": "is above the 3 clients",
+    "data.max_length=5000": "data.max_length",
+    "method.ranks=[4, 2]": "2 ranks for 3 clients",
+}
+
+
+@pytest.mark.parametrize("change", MISTAKES)
+def test_mistakes_in_an_app_are_one_sentence(experiment, hedgerow, tmp_path, change):
+    changes = change.replace(" data.", "\ndata.").split("\n")
+    result = hedgerow("flower", "init", experiment(), tmp_path / "app", *changes)
+    assert result.code == 2
+    assert MISTAKES[change] in result.err
+    assert result.err.splitlines()[-1].startswith("hedgerow: ")
+    assert not (tmp_path / "app").exists()
+
+
+def test_words_and_files_are_what_was_announced(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(random.Random(0).randbytes(9 << 20))
+    request = Request(run="0" * 32, records=[info(file)], files=[info(file)])
+
+    def arrived():
+        return pack(request, [file])
+
+    parcel = Parcel(arrived(), Request)
+    parcel.save(0, tmp_path / "saved")
+    assert (tmp_path / "saved").read_bytes() == file.read_bytes()
+    assert parcel.words == request
+
+    short, long, other, missing = (arrived() for _ in range(4))
+    del short.array_records["file-0"]["000002"]
+    long.array_records["file-0"]["000003"] = long.array_records["file-0"]["000002"]
+    other.array_records["file-0"]["000000"] = other.array_records["file-0"]["000001"]
+    del missing["file-0"]
+    for content in (short, long, other, missing):
+        with pytest.raises(InvalidMessage):
+            Parcel(content, Request).save(0, tmp_path / "wrong")
+        assert not (tmp_path / "wrong").exists()
+
+
+def test_words_of_any_other_kind_are_refused():
+    good = Reply(name="a", num_examples=3).model_dump()
+    wrong = [
+        {"name": "../up"},
+        {"name": ""},
+        {"name": "a" * 201},
+        {"num_examples": 0},
+        {"num_examples": True},
+        {"num_examples": 2**63},
+        {"num_examples": 1.5},
+        {"held": {"round": -1, "head": "0" * 64}},
+        {"held": {"round": 1, "head": "zz"}},
+        {"files": [{"bytes": -1, "sha256": "0" * 64}]},
+        {"refused": "x" * 1001},
+        {"more": 1},
+    ]
+    for change in wrong:
+        content = RecordDict({"words": ConfigRecord({"json": json.dumps(good | change)})})
+        with pytest.raises(InvalidMessage, match="words"):
+            Parcel(content, Reply)
+    for text in ("", "[]", "{", "[" * 100_000, '{"name": NaN}', b"\xff", 3, 2.5):
+        content = RecordDict({"words": ConfigRecord({"json": text})})
+        with pytest.raises(InvalidMessage, match="words"):
+            Parcel(content, Reply)
+    for content in (RecordDict(), RecordDict({"words": ConfigRecord()})):
+        with pytest.raises(InvalidMessage, match="no words"):
+            Parcel(content, Reply)
+    # What people will see in a terminal cannot move its cursor.
+    shown = Reply(name="a", refused="red \x1b[31m\r\nand \x07 more").refused
+    assert shown.isprintable()
+    assert FileInfo(bytes=0, sha256="0" * 64).bytes == 0
