@@ -32,12 +32,12 @@ def dolly(shared, path, method, **sections):
         "federation": {"rounds": 3},
     }
     for name, section in sections.items():
-        content[name] = content[name] | section
+        content[name] = content.get(name, {}) | section
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 
-def hedgerow(*arguments):
+def run_hedgerow(*arguments):
     """The command line in a process of its own, with as many threads as the sites have."""
     result = subprocess.run(
         [sys.executable, "-m", "hedgerow", *map(str, arguments)],
@@ -76,8 +76,8 @@ def network(tmp_path_factory, shared):
 )
 def test_the_network_s_ledger_is_the_local_one_s(network, shared, tmp_path, method):
     path = dolly(shared, tmp_path / "dolly.yaml", method)
-    hedgerow("run", path, "--out", tmp_path / "local")
-    hedgerow("flower", "init", path, tmp_path / "app")
+    run_hedgerow("run", path, "--out", tmp_path / "local")
+    run_hedgerow("flower", "init", path, tmp_path / "app")
     text = "".join(file.read_text() for file in (tmp_path / "app").iterdir())
     assert str(shared) not in text  # nobody's paths travel
 
@@ -94,4 +94,37 @@ def test_the_network_s_ledger_is_the_local_one_s(network, shared, tmp_path, meth
     name = json.loads((tmp_path / "remote/flower.json").read_text())["run"]
     for site in SITES:
         assert entries(network.folder / "sites" / site / name) == local
-    hedgerow("ledger", "verify", network.folder / "sites" / "north" / name)
+    run_hedgerow("ledger", "verify", network.folder / "sites" / "north" / name)
+
+
+def test_the_simulation_s_ledger_is_the_local_one_s(experiment, tmp_path):
+    """One divided source, on Ray's actors; the second half after a stop."""
+    rows = [{"instruction": f"Say {i}", "output": f"{i % 3}" * 3} for i in range(40)]
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    source = [
+        "data.clients=null",
+        f"data.source={tmp_path / 'all.json'}",
+        "data.partition={kind: iid, clients: 3}",
+    ]
+    path = experiment(federation={"rounds": 4, "clients_per_round": 2}, method={"name": "ferret"})
+    path.write_text(path.read_text().replace("ranks:\n  - 4\n  - 2\n  - 1\n", "compression: 40\n"))
+    first = [path, *source, "federation.rounds=2"]
+    run_hedgerow("run", path, *source, "--out", tmp_path / "local")
+    run_hedgerow("run", *first, "--engine", "flower", "--out", tmp_path / "flower")
+    more = ["--engine", "flower", "--resume", "--out", tmp_path / "flower"]
+    run_hedgerow("run", path, *source, *more)
+    assert len(entries(tmp_path / "local")) == 4
+    assert entries(tmp_path / "flower") == entries(tmp_path / "local")
+    keys = ("round", "eval_loss", "train_loss", "bytes_up", "bytes_down", "participants")
+    assert [[row[key] for key in keys] for row in rows_of(tmp_path / "flower")] == [
+        [row[key] for key in keys] for row in rows_of(tmp_path / "local")
+    ]
+
+
+def test_a_mistake_in_a_simulation_is_one_sentence(experiment, hedgerow, tmp_path):
+    out = tmp_path / "run"
+    path = experiment()
+    result = hedgerow("run", path, "method.name=standalone", "--engine", "flower", "--out", out)
+    assert result.code == 2
+    assert "run it with --engine local" in result.err
+    assert not out.exists()

@@ -10,7 +10,7 @@ import pytest
 from conftest import rows_of
 from flower_network import Network, wait_for
 from safetensors.torch import load_file, save_file
-from test_flower import SITES, dolly, entries, hedgerow
+from test_flower import SITES, dolly, entries, run_hedgerow
 
 pytestmark = [pytest.mark.shared, pytest.mark.slow]
 
@@ -23,7 +23,7 @@ class Sites:
     def __init__(self, network, shared, folder, **sections):
         self.network, self.shared, self.folder = network, shared, folder
         self.experiment = dolly(shared, folder / "dolly.yaml", FLORA, **sections)
-        hedgerow("flower", "init", self.experiment, folder / "app")
+        run_hedgerow("flower", "init", self.experiment, folder / "app")
 
     def start(self, key, /, **node):
         index = SITES.index(key) if key in SITES else 0
@@ -117,7 +117,7 @@ def header(path):
 def test_a_killed_server_goes_on_to_the_same_ledger(sites):
     sites = sites(training={"steps": 15}, federation={"rounds": 4})
     network = sites.network
-    hedgerow("run", sites.experiment, "--out", sites.folder / "local")
+    run_hedgerow("run", sites.experiment, "--out", sites.folder / "local")
     for name in SITES:
         sites.start(name)
     run = sites.submit()

@@ -28,7 +28,9 @@ from hedgerow.engines.flower.messages import (
 from hedgerow.engines.flower.server import serve
 from hedgerow.engines.flower.worker import Host, Question
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
+from hedgerow.evaluation.targets import load_test
 from hedgerow.experiment import load
+from hedgerow.model import Model
 
 CLIENTS = ["client-000", "client-001", "client-002"]
 
@@ -108,14 +110,14 @@ def make(experiment, tmp_path, tiny_model):
         (tmp_path / "inbox").mkdir()
         grid = Loopback(nodes, tmp_path / "inbox")
 
-        def run(out=tmp_path / "run", **changes):
+        def run(out=tmp_path / "run", scored=(None, None), **changes):
             app = App.load(tmp_path / "app")
             settings = app.experiment.federation.model_copy(update=changes)
             app = dataclasses.replace(
                 app, experiment=app.experiment.model_copy(update={"federation": settings})
             )
             with ProgressWatcher() as watcher:
-                serve(grid, app, out, watcher, None, None)
+                serve(grid, app, out, watcher, *scored)
             return rows_of(out)
 
         return SimpleNamespace(path=path, grid=grid, nodes=nodes, run=run, out=tmp_path / "run")
@@ -152,6 +154,20 @@ def test_the_ledger_is_the_local_one_s(make, hedgerow, tmp_path, kind):
             assert row[key] == expected[key]
     for node in made.nodes:
         assert ledger(Path(node.config["folder"])) == ledger(local)
+
+
+def test_a_server_with_the_model_scores_it(make, hedgerow, tmp_path, tiny_model):
+    made = make()
+    assert hedgerow("run", made.path, "--out", tmp_path / "local").code == 0
+    experiment = load(made.path)
+    model = Model.load(experiment.model)
+    made.run(scored=(model, load_test(experiment.data, experiment.evaluation, model)))
+    expected = [row["eval_loss"] for row in rows_of(tmp_path / "local")]
+    assert [row["eval_loss"] for row in rows_of(made.out)] == expected
+    made.nodes.clear()  # nobody is asked: the run is complete, its model is rebuilt and scored
+    again = Model.load(experiment.model)
+    rows = made.run(scored=(again, load_test(experiment.data, experiment.evaluation, again)))
+    assert [row["eval_loss"] for row in rows] == expected
 
 
 def at_round(number, do):

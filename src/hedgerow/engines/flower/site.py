@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hedgerow.clock import Clock
 from hedgerow.data import ClientData, Encoded
-from hedgerow.engines.flower.app import App
+from hedgerow.engines.flower.app import App, without_test
 from hedgerow.engines.flower.messages import Held, Reply, Request, info
 from hedgerow.engines.flower.worker import place_of
 from hedgerow.errors import ClientFailed, InvalidMessage, UserError
@@ -74,7 +74,7 @@ def of_node(app: Path, node: Mapping[str, object]) -> tuple[SiteSettings, Site]:
         model = model.model_copy(update={"device": settings.device})
     own = ClientFile(name=settings.name, file=str(Path(settings.data).absolute()))
     data = loaded.experiment.data.model_copy(update={"clients": [own]})
-    experiment = loaded.experiment.model_copy(update={"model": model, "data": data})
+    experiment = without_test(loaded.experiment.model_copy(update={"model": model, "data": data}))
     return settings, Site(replace(loaded, experiment=experiment), place_of(node))
 
 

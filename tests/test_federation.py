@@ -1,0 +1,118 @@
+"""The round loop with fleets that are late, out of order, or not there."""
+
+import random
+
+import pytest
+from conftest import rows_of
+from test_flower import dolly
+
+from hedgerow import federation
+from hedgerow.engines import local
+from hedgerow.errors import RunFailed
+from hedgerow.experiment import load
+from hedgerow.federation import Answer
+from hedgerow.rundir import RunDirectory
+
+
+class Nobody:
+    """Watches nothing."""
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+
+class Shuffled(local.LocalFleet):
+    """Its clients answer in another order every time."""
+
+    draw = random.Random(0)
+
+    def train(self, round, parent, clients, clock):
+        answers = list(super().train(round, parent, clients, clock))
+        self.draw.shuffle(answers)
+        yield from answers
+
+
+class Flaky(local.LocalFleet):
+    """Three of ten clients do not answer, other ones in every round."""
+
+    draw = random.Random(0)
+
+    def train(self, round, parent, clients, clock):
+        lost = self.draw.sample(list(clients), -(-3 * len(clients) // 10))
+        present = [client for client in clients if client not in lost]
+        yield from (Answer(client, failure="gone", absent=True) for client in lost)
+        yield from super().train(round, parent, present, clock)
+
+
+def run(fleet, experiment, out):
+    """Run an experiment with a fleet of a class; returns the rows of its metrics."""
+    prepared = local.prepare(experiment)
+    trained = experiment.method.trained_shapes(prepared.model)
+    with RunDirectory.create(out, experiment, prepared.base, {}, trained) as directory:
+        federation.run(experiment, fleet(experiment, prepared, directory), directory, Nobody())
+    return rows_of(out)
+
+
+@pytest.mark.parametrize("method", ["flora", "fedavg", "ferret"])
+def test_a_ledger_does_not_depend_on_who_is_faster(experiment, tmp_path, method):
+    changes = [f"method.name={method}", "federation.rounds=3"]
+    changes += ["method.compression=40"] if method == "ferret" else []
+    loaded = load(experiment(), changes)
+    run(local.LocalFleet, loaded, tmp_path / "one")
+    run(Shuffled, loaded, tmp_path / "other")
+    for path in (tmp_path / "one/ledger").iterdir():
+        assert path.read_bytes() == (tmp_path / "other/ledger" / path.name).read_bytes()
+
+
+def test_who_answers_at_the_second_try_is_in_the_round(experiment, tmp_path):
+    class Late(local.LocalFleet):
+        asked: list[list[str]] = []  # noqa: RUF012
+
+        def train(self, round, parent, clients, clock):
+            self.asked.append([client.name for client in clients])
+            if len(self.asked) == 1:
+                yield Answer(clients[0], failure="gone", absent=True)
+                clients = clients[1:]
+            yield from super().train(round, parent, clients, clock)
+
+    loaded = load(experiment(), ["federation.min_clients=3", "federation.backoff=0"])
+    rows = run(Late, loaded, tmp_path / "late")
+    assert Late.asked[:2] == [["client-000", "client-001", "client-002"], ["client-000"]]
+    assert [row["failed"] for row in rows] == [0, 0, 0]
+    run(local.LocalFleet, loaded, tmp_path / "whole")
+    for path in (tmp_path / "whole/ledger").iterdir():
+        assert path.read_bytes() == (tmp_path / "late/ledger" / path.name).read_bytes()
+
+
+def test_a_round_that_cannot_get_enough_says_so(experiment, tmp_path):
+    loaded = load(experiment(), ["federation.min_clients=3", "federation.backoff=0"])
+    with pytest.raises(RunFailed) as failure:
+        run(Flaky, loaded, tmp_path / "run")
+    words = "round 1 has 2 of the 3 usable updates that it needs from its 3 clients in 3 tries"
+    assert words in str(failure.value)
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+@pytest.mark.parametrize("method", ["flora", "ferret"])
+def test_thirty_percent_failing_cost_little(shared, tmp_path, method):
+    ranks = {"ranks": [64, 32, 16, 16, 8, 8, 4, 4, 4, 4]} if method == "flora" else {}
+    path = dolly(
+        shared,
+        tmp_path / "dolly.yaml",
+        {"name": method} | ranks,
+        data={
+            "clients": str(shared / "data/dolly/local_training_{}.json"),
+            "test": str(shared / "data/dolly/global_test.json"),
+        },
+        training={"steps": 5},
+        federation={"rounds": 20, "min_clients": 5},
+        evaluation={"every": 20},
+    )
+    experiment = load(path)
+    whole = run(local.LocalFleet, experiment, tmp_path / "whole")[-1]
+    flaky = run(Flaky, experiment, tmp_path / "flaky")
+    assert [row["failed"] for row in flaky[1:]] == [3] * 20
+    ratio = flaky[-1]["eval_loss"] / whole["eval_loss"]
+    print(f"{method}: loss {whole['eval_loss']:.4f}, with failures {flaky[-1]['eval_loss']:.4f}")
+    assert abs(ratio - 1) < 0.03
