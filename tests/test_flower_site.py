@@ -9,13 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import rows_of
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 from flwr.supercore.task_identity import TaskIdentity
 
 from hedgerow.console import ProgressWatcher
 from hedgerow.engines.flower.app import App, init
+from hedgerow.engines.flower.fleet import FlowerFleet
 from hedgerow.engines.flower.messages import (
     Action,
     FileInfo,
@@ -31,6 +33,7 @@ from hedgerow.errors import InvalidMessage, RunFailed, UserError
 from hedgerow.evaluation.targets import load_test
 from hedgerow.experiment import load
 from hedgerow.model import Model
+from hedgerow.wire import Entry
 
 CLIENTS = ["client-000", "client-001", "client-002"]
 
@@ -166,7 +169,9 @@ def test_a_server_with_the_model_scores_it(make, hedgerow, tmp_path, tiny_model)
     assert [row["eval_loss"] for row in rows_of(made.out)] == expected
     made.nodes.clear()  # nobody is asked: the run is complete, its model is rebuilt and scored
     again = Model.load(experiment.model)
-    rows = made.run(scored=(again, load_test(experiment.data, experiment.evaluation, again)))
+    rows = made.run(
+        deadline=0.5, scored=(again, load_test(experiment.data, experiment.evaluation, again))
+    )
     assert [row["eval_loss"] for row in rows] == expected
 
 
@@ -290,6 +295,132 @@ def test_who_answered_is_not_asked_again_and_a_second_answer_is_the_first(make):
     rows = made.run()
     assert rows[1]["failures"] == {"client-000": "it has no words"}
     assert asked == [2, 3, 4]
+
+
+def test_what_a_site_says_cannot_hurt_the_server(make, capsys):
+    """Markup and terminal escapes in its sentences, keys and errors; messages that are none."""
+    made = make()
+    evil = made.nodes[2]
+    hurt = "[/x] [link=http://evil]\x1b[2J\r" + "y" * 5000
+
+    def sentence(reply):
+        words = json.loads(reply["words"]["json"])
+        if words["files"]:
+            words |= {"files": [], "failure": hurt[:900]}
+        return RecordDict({"words": ConfigRecord({"json": json.dumps(words)})})
+
+    def key(reply):
+        return RecordDict({"words": ConfigRecord({"json": json.dumps({hurt: 1})})})
+
+    answers = iter([lambda reply: reply, sentence, key, sentence, sentence])
+    honest, push, pull = evil.handle, made.grid.push_messages, made.grid.pull_messages
+
+    def handle(message, inbox):
+        evil.answer = next(answers, sentence)
+        if message.metadata.group_id == "4":
+            raise KeyError("an object that Flower cannot read")
+        return honest(message, inbox)
+
+    def pushed(messages):
+        try:
+            yield from push(messages)
+        except KeyError:
+            yield "broken"
+
+    def pulled(ids):
+        if ids == ["broken"]:
+            raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+        return pull(ids)
+
+    evil.handle, made.grid.push_messages, made.grid.pull_messages = handle, pushed, pulled
+    rows = made.run()
+    assert [row["participants"] for row in rows[1:]] == [CLIENTS[:2]] * 5
+    failures = [row["failures"]["client-002"] for row in rows[1:]]
+    assert "its message cannot be read" in failures
+    assert any("not as they should be" in failure for failure in failures)
+    out = capsys.readouterr().out
+    for text in [out.replace("\n", ""), *failures]:
+        assert "\x1b" not in text
+        assert "\r" not in text
+    assert all(len(failure) <= 1000 for failure in failures)
+    assert "[/x]" in out
+
+
+def test_a_site_refuses_entries_that_the_method_would_not_make(make):
+    """A server that sends other bytes than it announces, or what its method cannot make."""
+    made = make()
+    tampered = []
+
+    def tamper(message):
+        pieces = message.content.array_records.get("file-0")
+        if message.metadata.group_id == "3" and pieces and not tampered:
+            tampered.append(message.metadata.dst_node_id)
+            data = bytearray(pieces["000000"].data)
+            data[-1] ^= 1
+            pieces["000000"] = Array("uint8", (len(data),), "bytes", bytes(data))
+
+    made.grid.before = tamper
+    honest = made.nodes[0].handle
+
+    def handle(message, inbox):
+        try:
+            return honest(message, inbox)
+        except InvalidMessage as error:
+            return RecordDict({"words": ConfigRecord({"json": str(error)})})
+
+    made.nodes[0].handle = handle
+    rows = made.run()
+    assert tampered == [2]
+    assert list(rows[3]["failures"]) == ["client-000"]
+    assert rows[4]["failed"] == 0
+    assert ledger(Path(made.nodes[0].config["folder"])) == ledger(made.out)
+
+    # A first entry of twice the rank that its clients have, announced and chained as it should be.
+    first = Entry.read(made.out / "ledger/0001.safetensors")
+    tensors = {
+        name: torch.cat([factor, factor], dim=0 if "lora_A" in name else 1)
+        for name, factor in first.tensors.items()
+    }
+    forged = made.out.parent / "forged.safetensors"
+    with forged.open("wb") as file:
+        dataclasses.replace(first, tensors=tensors).write(file)
+    node = made.nodes[1].config | {"folder": str(made.out.parent / "another site")}
+    request = Request(run="1" * 32, records=[info(forged)], files=[info(forged)], train=True)
+    question = Question(app=made.nodes[1].app, node=node, request=request, files=[forged])
+    reply = Host().answer(question).reply
+    assert "sent an entry that it does not accept" in reply.refused
+    assert not ledger(Path(node["folder"]))
+
+
+def test_a_server_that_was_killed_before_the_end_delivers_the_last_entry(make, monkeypatch):
+    made = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(FlowerFleet, "finish", lambda self: None)
+        made.run()
+    place = Path(made.nodes[0].config["folder"])
+    assert len(ledger(place)) == 4
+    made.run()
+    assert ledger(place) == ledger(made.out)
+
+
+def test_a_site_may_come_back_under_another_id(make):
+    made = make()
+
+    def move():
+        made.nodes[0].up = False
+        made.nodes.append(Node(9, made.nodes[0].app, **made.nodes[0].config))
+
+    made.grid.before = at_round(2, move)
+    rows = made.run(min_clients=2)
+    assert rows[-1]["participants"] == CLIENTS
+    assert sum(row["failed"] for row in rows) <= 2
+
+
+def test_an_update_larger_than_any_can_be_is_not_written(make, monkeypatch):
+    made = make()
+    monkeypatch.setattr("hedgerow.engines.flower.fleet.MAX_HEADER_BYTES", -20000)
+    with pytest.raises(RunFailed, match="which no update can be"):
+        made.run()
 
 
 REFUSALS = {

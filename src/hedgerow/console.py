@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-out = Console(highlight=False)
+# No markup: much of what is shown is what a client or a file has said.
+out = Console(highlight=False, markup=False)
 if not out.is_terminal:
     out.width = 160  # a file has no edge at which a table would have to be folded
 

@@ -26,4 +26,16 @@ class Diverged(ClientFailed):
 
 
 class InvalidMessage(ValueError):
-    """What has arrived is not what was asked for, or cannot be read; the text says why."""
+    """What has arrived is not what was asked for, or cannot be read; the text says why.
+
+    The text may hold what a stranger has said, so it is one line of bounded length, and nothing in
+    it moves the cursor of a terminal that it is shown on.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(readable(text))
+
+
+def readable(text: str) -> str:
+    """At most 1,000 characters of a text, those that cannot be printed as spaces."""
+    return "".join(c if c.isprintable() else " " for c in text[:1000])

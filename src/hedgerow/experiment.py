@@ -192,8 +192,8 @@ class FederationSettings(Section):
     min_clients: int = Field(1, ge=1)
     """The fewest usable updates that close a round."""
     deadline: float | None = Field(None, gt=0)
-    """Seconds that a round waits for its clients on a network; None waits for all that are there.
-    In one process clients train one after another, and none is late."""
+    """Seconds that a run waits for its clients to join, and a round for their updates, on networks;
+    None waits for all. In one process clients train one after another, and none is late."""
     attempts: int = Field(3, ge=1)
     """How often a round is tried where too few clients answer; then the run stops."""
     backoff: float = Field(10.0, ge=0)

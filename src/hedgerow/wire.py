@@ -38,8 +38,6 @@ MAX_HEADER_BYTES = 1 << 24
 MAX_DIMENSIONS = 8
 LONGEST_TEXT = 512
 """Characters of a tensor's name, and of what an update says."""
-LONGEST_NAME = 255
-"""Characters of a client's name, which becomes a file's."""
 
 LARGEST_SENT = 1e10
 """What a server accepts of a number in an update."""
@@ -496,7 +494,7 @@ def _participant(content: Any) -> Participant:
     match content:
         case {"client": str(client), "num_examples": int(n), "weight": float(weight)} if (
             len(content) == 3
-            and (NAME.fullmatch(client) and len(client) <= LONGEST_NAME)
+            and NAME.fullmatch(client)
             and (type(n) is int and 1 <= n < 2**63)
             and math.isfinite(weight)
         ):

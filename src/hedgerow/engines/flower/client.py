@@ -6,15 +6,12 @@ take many, in every round.
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from hedgerow.engines.flower import app_folder
 from hedgerow.engines.flower.messages import Action, Parcel, Request, pack
-from hedgerow.engines.flower.worker import Question, ask, place_of
+from hedgerow.engines.flower.worker import Question, ask, inbox, place_of
 from hedgerow.environment import give_memory_back
 
 app = ClientApp()
@@ -23,12 +20,19 @@ app = ClientApp()
 def _relay(message: Message, context: Context) -> Message:
     """Hand a message to this site's worker, and its answer back."""
     give_memory_back()
-    node = dict(context.node_config)
+    try:
+        return _answered(message, dict(context.node_config))
+    except Exception as error:
+        # Flower sends an exception's text to the server, and its trace to this site's log.
+        raise RuntimeError("something at the site went wrong: its log says what") from error
+
+
+def _answered(message: Message, node: dict[str, str | int | float | bool]) -> Message:
     place = place_of(node)
     place.mkdir(parents=True, exist_ok=True)
     parcel = Parcel(message.content, Request)
-    with tempfile.TemporaryDirectory(dir=place, prefix="inbox-") as inbox:
-        files = parcel.save_all(Path(inbox))
+    with inbox(place) as folder:
+        files = parcel.save_all(folder)
         question = Question(app=app_folder(), node=node, request=parcel.words, files=files)
         answer = ask(place, question)
     update = [] if answer.update is None else [answer.update]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 
 from hedgerow.clock import Clock
 from hedgerow.engines.flower.messages import Action, FileInfo, Held, Parcel, Reply, Request, pack
@@ -20,12 +23,14 @@ from hedgerow.experiment import Experiment
 from hedgerow.federation import Answer
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Client
-from hedgerow.wire import Entry
+from hedgerow.wire import MAX_HEADER_BYTES, Entry
 
 BATCH = 256 << 20
 """Bytes of entries in one message to a site that has missed many."""
 RESTARTS = 5
 """How often a site's copy of the ledger may turn out to be another than it was thought to be."""
+PATIENCE = 60.0
+"""Seconds to wait for sites that are only to be told the end."""
 POLL = 0.2
 """Seconds between two looks for replies."""
 FOREVER = 10 * 365 * 86400.0
@@ -81,6 +86,9 @@ class FlowerFleet:
         self._grid, self._method, self._ledger = grid, experiment.method, ledger
         self._settings, self._names = experiment.federation, list(names)
         self._run, self._folder, self._scorer, self._say = run, folder, scorer, say
+        # Of float32 numbers; an adapter of full rank has up to twice as many as its matrix.
+        numbers = sum(math.prod(shape) for shape in ledger.trained.values())
+        self._largest = 2 * 4 * numbers + 2 * MAX_HEADER_BYTES
         self._members: dict[str, Member] = {}
         self._known: dict[int, str] = {}
         self._joining: dict[str, Errand] = {}
@@ -90,30 +98,38 @@ class FlowerFleet:
 
     def gather(self) -> Sequence[Client]:
         """Everybody who has joined; the first time, all are waited for, up to the deadline."""
-        self._invite()
+        self._ask_strangers_again()
         if not self._began:
-            self._wait_for_all()
-            self._began = True
+            self._wait_for_all(self._settings.deadline)
+        self._invite()
         members = [self._members[name] for name in self._names if name in self._members]
         return [member.client for member in members]
 
-    def _wait_for_all(self) -> None:
+    def _wait_for_all(self, patience: float | None) -> None:
+        """Wait until every client has joined, or for so many seconds."""
+        self._began = True
         began = said = time.monotonic()
         while missing := [name for name in self._names if name not in self._members]:
-            time.sleep(POLL)
             self._invite()
             now = time.monotonic()
             if now - said > 30:
                 said = now
                 self._say(f"waiting for {', '.join(missing)}")
-            late = self._settings.deadline is not None and now - began > self._settings.deadline
-            if late:
+                self._ask_strangers_again()
+            if patience is not None and now - began > patience:
                 if len(self._members) < self._settings.min_clients:
                     raise RunFailed(
                         f"only {len(self._members)} of the {self._settings.min_clients} clients "
                         f"that a round needs joined by the deadline: {', '.join(missing)} did not"
                     )
                 return
+            time.sleep(POLL)
+
+    def _ask_strangers_again(self) -> None:
+        """Invite again who was not let in: what was wrong may have been mended."""
+        members = {member.node for member in self._members.values()}
+        asked = {errand.node for errand in self._joining.values()}
+        self._known = {n: since for n, since in self._known.items() if n in members | asked}
 
     def _invite(self) -> None:
         """Ask nodes that are new who they are, and see what those that were asked have said."""
@@ -130,7 +146,7 @@ class FlowerFleet:
                 del self._joining[message_id]
                 self._welcome(errand.node, message, nodes)
 
-    def _welcome(self, node: int, message: Message, nodes: dict[int, Any]) -> None:
+    def _welcome(self, node: int, message: Message | None, nodes: dict[int, Any]) -> None:
         """Make a node a member, or say why not."""
         try:
             reply = self._reply(message).words
@@ -149,10 +165,6 @@ class FlowerFleet:
         except InvalidMessage as error:
             self._say(f"SuperNode {node} was not let in: {error}")
             return
-        except _Absent as error:
-            self._known.pop(node, None)  # asked again as soon as it is there
-            self._say(f"SuperNode {node} did not join: {error}")
-            return
         client = Client(self._names.index(name), name, reply.num_examples)
         self._members[name] = Member(node, client, self._rounds_held(reply.held))
         self._say(f"{name} joined, with {client.num_examples:,} examples")
@@ -164,6 +176,7 @@ class FlowerFleet:
     ) -> Iterator[Answer]:
         """Have clients train on what they miss and have; yields their answers as they come."""
         with clock("send"):
+            self._invite()  # who has come back under another id, before a second try
             online = {node.node_id for node in self._grid.get_nodes()}
             errands = []
             for client in clients:
@@ -185,6 +198,9 @@ class FlowerFleet:
 
     def finish(self) -> None:
         """Send everybody the entries that they still miss."""
+        if not self._began:  # the run was complete, but for this
+            with contextlib.suppress(RunFailed):
+                self._wait_for_all(self._settings.deadline or PATIENCE)
         online = {node.node_id for node in self._grid.get_nodes()}
         errands = [
             self._errand(member, len(self._ledger) + 1, trains=False)
@@ -201,6 +217,9 @@ class FlowerFleet:
         """Bring a member's ledger to the round before, in batches; then train, or not."""
         errand = Errand(member.node, member, trains=trains)
         first, size = member.held + 1, 0
+        if not self._method.entries_accumulate:
+            errand.batches.append(range(first, round))  # of which only the last is sent
+            return errand
         for missing in range(member.held + 1, round):
             if size and size + self._ledger.records[missing - 1].bytes > BATCH:
                 errand.batches.append(range(first, missing))
@@ -262,17 +281,23 @@ class FlowerFleet:
             pack(request, files),
             errand.node,
             action.value,
-            ttl=self._settings.deadline or FOREVER,
+            # Longer than the fleet waits: a reply may lie here while others are being added up.
+            ttl=2 * self._settings.deadline if self._settings.deadline else FOREVER,
             group_id=str(len(self._ledger) + 1),
         )
         # One at a time: Flower would hold the pieces of all of them at once.
         (message_id,) = self._grid.push_messages([message])
         return str(message_id)
 
-    def _pull(self, message_id: str) -> Sequence[Message]:
-        return list(self._grid.pull_messages([message_id]))
+    def _pull(self, message_id: str) -> Sequence[Message | None]:
+        """The reply to a message as soon as there is one; None where it cannot be read."""
+        try:
+            return list(self._grid.pull_messages([message_id]))
+        except (ValueError, KeyError, TypeError, RecursionError, DecodeError):
+            # Flower lets objects pass whose content it then fails at; it will not send them again.
+            return [None]
 
-    def _answer(self, errand: Errand, message: Message) -> Answer | None:
+    def _answer(self, errand: Errand, message: Message | None) -> Answer | None:
         """What a member answers, or None where it needs another message first."""
         member = errand.member
         assert member is not None
@@ -289,20 +314,22 @@ class FlowerFleet:
                 return Answer(client, failure=reply.failure)
             if errand.batches:
                 return None
-            if not errand.trains or reply.files:
-                return Answer(client, self._saved(parcel, client) if errand.trains else b"")
+            if errand.trains and reply.files:
+                return Answer(client, self._saved(parcel, client))
+            if not errand.trains and member.held == len(self._ledger):
+                return Answer(client)
             if errand.restarts == RESTARTS:
-                raise InvalidMessage("it has sent no update, and does not say why")
-            # Its copy of the ledger is not what it was thought to be.
-            again = self._errand(member, len(self._ledger) + 1, trains=True)
+                raise InvalidMessage("its copy of the ledger does not become the server's")
+            # It is not what it was thought to be.
+            again = self._errand(member, len(self._ledger) + 1, trains=errand.trains)
             errand.batches, errand.restarts = again.batches, errand.restarts + 1
             return None
         except InvalidMessage as error:
-            return Answer(client, failure=str(error))
-        except _Absent as error:
-            return Answer(client, failure=str(error), absent=True)
+            return Answer(client, failure=str(error), absent=isinstance(error, _Absent))
 
-    def _reply(self, message: Message) -> Parcel[Reply]:
+    def _reply(self, message: Message | None) -> Parcel[Reply]:
+        if message is None:
+            raise InvalidMessage("its message cannot be read")
         if message.has_error():
             raise _Absent(f"Flower says: {message.error.reason}")
         return Parcel(message.content, Reply)
@@ -311,6 +338,8 @@ class FlowerFleet:
         """The update's file."""
         if len(parcel.words.files) != 1:
             raise InvalidMessage(f"it has sent {len(parcel.words.files)} files, not one update")
+        if parcel.words.files[0].bytes > self._largest:
+            raise InvalidMessage(f"it is larger than {self._largest} bytes, which no update can be")
         path = self._folder / f"{client.name}.safetensors"
         parcel.save(0, path)
         return path
@@ -322,5 +351,5 @@ class FlowerFleet:
         return held.round if self._ledger.records[held.round - 1].sha256 == held.head else 0
 
 
-class _Absent(Exception):
+class _Absent(InvalidMessage):
     """There is no reply; the text says what Flower says of it."""

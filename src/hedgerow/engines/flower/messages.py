@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from hedgerow.errors import InvalidMessage
+from hedgerow.errors import InvalidMessage, readable
 from hedgerow.files import replacing
 from hedgerow.names import NAME
 
@@ -27,12 +27,7 @@ Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-def _printable(text: str) -> str:
-    """Without what could move the cursor of a terminal that it is shown on."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-Sentence = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
+Sentence = Annotated[str, Field(max_length=1000), AfterValidator(readable)]
 
 
 class Action(StrEnum):
@@ -91,7 +86,7 @@ class Held(BaseModel):
 class Reply(Words):
     """From a site to the server."""
 
-    name: Annotated[str, Field(pattern=rf"^{NAME.pattern}$", max_length=200)]
+    name: Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
     num_examples: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     held: Held | None = None
     refused: Sentence | None = None

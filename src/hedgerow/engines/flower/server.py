@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-import tempfile
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -101,13 +101,18 @@ def serve(
         if model is not None:
             directory.ledger.replay(experiment.method, model)
             scorer = Scorer(experiment, model, loaded.clients, test)
-        with tempfile.TemporaryDirectory(dir=out, prefix="arrived-") as folder:
+        arrived = out / "arrived"
+        shutil.rmtree(arrived, ignore_errors=True)  # of a server that was killed
+        arrived.mkdir()
+        try:
             fleet = FlowerFleet(
                 *(grid, experiment, loaded.clients, directory.ledger),
-                *(_run_name(directory), Path(folder), scorer, watcher.say),
+                *(_run_name(directory), arrived, scorer, watcher.say),
             )
             federation.run(experiment, fleet, directory, watcher)
             fleet.finish()
+        finally:
+            shutil.rmtree(arrived)
 
 
 def _at_home(experiment: Experiment, settings: ServerSettings) -> Experiment:
@@ -128,4 +133,7 @@ def _run_name(directory: RunDirectory) -> str:
     if not path.exists():
         with replacing(path) as file:
             file.write(json.dumps({"run": secrets.token_hex(16)}).encode())
-    return str(json.loads(path.read_bytes())["run"])
+    try:
+        return str(json.loads(path.read_bytes())["run"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: restore it from a copy") from None

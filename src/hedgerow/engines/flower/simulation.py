@@ -51,7 +51,7 @@ def run(
     """
     check_method(experiment)
     if resume:
-        RunDirectory.check_resumable(out, experiment)
+        RunDirectory.check_resumable(out, experiment)  # before everything is loaded
     else:
         RunDirectory.check_free(out)
     prepared = prepare(experiment)

@@ -4,7 +4,7 @@ A site's folder is a run directory of its own, so that the result can be exporte
 
     FOLDER/RUN/experiment.yaml    the experiment, with the site's own paths
     FOLDER/RUN/ledger/            the entries so far
-    FOLDER/RUN/updates/           the last update, and the digest of the data that it is from
+    FOLDER/RUN/updates/NAME/      the last updates, and the digest of the data that they are from
     FOLDER/RUN/clients/NAME/      what the client keeps for itself from round to round
 """
 
@@ -22,7 +22,7 @@ from hedgerow.clock import Clock
 from hedgerow.data import ClientData, Encoded
 from hedgerow.engines.flower.app import App, without_test
 from hedgerow.engines.flower.messages import Held, Reply, Request, info
-from hedgerow.engines.flower.worker import place_of
+from hedgerow.engines.flower.worker import IDLE, place_of
 from hedgerow.errors import ClientFailed, InvalidMessage, UserError
 from hedgerow.experiment import ClientFile, validate
 from hedgerow.files import replacing
@@ -51,7 +51,7 @@ class SiteSettings(BaseModel):
     """As in the experiment: auto, cpu, cuda:1 …"""
     folder: str | None = None
     """What is kept between rounds; None is ~/.hedgerow/NAME."""
-    idle: float = Field(600.0, gt=0)
+    idle: float = Field(IDLE, gt=0)
     """Seconds without a message after which the model is put out of memory."""
 
 
@@ -156,8 +156,10 @@ class Site:
         """Load the base model, and compare it with the run's."""
         if run != self._run:
             self._run, self._examples = run, {}
-            self._applied = []
             self._model = None
+            self._place.mkdir(parents=True, exist_ok=True)
+            with replacing(self._place / EXPERIMENT) as file:
+                file.write(self._experiment.dump().encode())
         if self._model is None:
             settings = self._experiment.model
             if Path(settings.path).is_absolute() and not Path(settings.path).is_dir():
@@ -187,7 +189,7 @@ class Site:
             settings, tokenizer = self._experiment.data, self._model.tokenizer
             self._data = self._data or ClientData(settings, tokenizer, self._seeds)
             examples = self._data.encode(name)
-            path = self._place / "updates" / f"{name}.sha256"
+            path = self._place / "updates" / name / "data.sha256"
             if path.exists() and path.read_text() != examples.digest():
                 raise Refused("its data have changed since the run began")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,8 +203,6 @@ class Site:
         folder = self._place / "ledger"
         if (folder / INDEX).exists():
             return Ledger.open(folder)
-        with replacing(self._place / EXPERIMENT) as file:
-            file.write(self._experiment.dump().encode())
         return Ledger.create(folder, self._app.base, self._shapes)
 
     def _catch_up(self, ledger: Ledger, request: Request, files: Sequence[Path]) -> bool:
@@ -219,46 +219,53 @@ class Site:
         if request.first > len(ledger) + 1 or len(files) > len(records):
             return False
         same = _common(ledger.records[request.first - 1 :], records)
-        ledger.truncate(request.first - 1 + same)  # beyond it is another history than the server's
+        if not self._experiment.method.entries_accumulate:
+            same = min(same, len(records) - len(files))  # what comes may be missing here
         here = [None] * (len(records) - len(files)) + list(files)
-        for record, file in list(zip(records, here, strict=True))[same:]:
+        new = list(zip(records, here, strict=True))[same:]
+        parent = ledger.parent(request.first + same)
+        for record, file in new:  # nothing is forgotten before all that comes has been checked
             if file is None and self._experiment.method.entries_accumulate:
                 return False
             if file is not None:
-                self._check(ledger, record, file)
+                self._check(record, file, parent)
+            parent = record.sha256
+        ledger.truncate(request.first - 1 + same)  # beyond it is another history than the server's
+        for record, file in new:
             ledger.adopt(record, file)
         return True
 
-    def _check(self, ledger: Ledger, record: Record, file: Path) -> None:
-        """Raise `InvalidMessage` unless a file is the entry that comes next."""
-        assert self._model is not None
+    def _check(self, record: Record, file: Path, parent: str) -> None:
+        """Raise `InvalidMessage` unless a file is the entry that comes after `parent`."""
         if info(file).model_dump() != {"bytes": record.bytes, "sha256": record.sha256}:
             raise InvalidMessage(f"the entry of round {record.round} is not the one announced")
         try:
             entry = Entry.read(file)
         except UserError:
-            raise InvalidMessage(
-                f"the entry of round {record.round} is not in the format"
-            ) from None
-        check_entry(entry, self._experiment.method, self._shapes, record.round, ledger.head)
+            raise InvalidMessage(f"the entry of round {record.round} cannot be read") from None
+        check_entry(entry, self._experiment.method, self._shapes, record.round, parent)
+        if strangers := {p.client for p in entry.participants} - set(self._app.clients):
+            raise InvalidMessage(f"it has a participant {min(strangers)}, who is no client")
 
     def _train(self, name: str, ledger: Ledger, examples: Encoded) -> Path:
         """The client's update of the next round, in a file."""
         round, parent = len(ledger) + 1, ledger.head
-        path = self._place / "updates" / f"{name}-{round:04d}-{parent[:16]}.safetensors"
+        folder = self._place / "updates" / name
+        path = folder / f"{round:04d}-{parent[:16]}.safetensors"
         if path.exists():
             # Asked once more, as after a reply that was lost: it would come to the same bytes.
             return path
-        for old in path.parent.glob(f"{name}-*.safetensors"):
-            old.unlink()
         _say(name, f"round {round}: training")
         model = self._advanced(ledger)
         client = Client(self._app.clients.index(name), name, len(examples))
         memory = ClientMemory((self._memory or self._place / "clients") / name, round)
         turn = Turn(client, round, self._seeds, memory)
         update = train_client(self._experiment, model, examples, turn, parent, Clock())
+        before = sorted(folder.glob("*.safetensors"), key=lambda old: old.stat().st_mtime_ns)
         with replacing(path) as file:
             update.write(file)
+        for old in before[:-1]:  # the last may still be on its way
+            old.unlink()
         _say(name, f"round {round}: train loss {update.train_loss:.4g}")
         return path
 
@@ -269,9 +276,10 @@ class Site:
             self._model = None
             self._load(self._run)
         assert self._model is not None
-        ledger.replay(self._experiment.method, self._model, after=len(self._applied))
-        self._applied = hashes
-        return self._model
+        model, self._model = self._model, None  # half advanced, it would be nobody's
+        ledger.replay(self._experiment.method, model, after=len(self._applied))
+        self._model, self._applied = model, hashes
+        return model
 
     @property
     def _place(self) -> Path:

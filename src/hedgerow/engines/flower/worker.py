@@ -6,6 +6,8 @@ nothing has been asked of it for a while (`idle` in the node config).
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -13,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
@@ -23,9 +25,12 @@ from hedgerow.engines.flower.messages import Reply, Request
 from hedgerow.environment import quieten
 from hedgerow.errors import UserError
 from hedgerow.files import replacing
+from hedgerow.names import NAME
 
 ADDRESS = "worker.socket"
 """The file in a site's folder that names the worker's socket."""
+IDLE = 600.0
+"""Seconds without a question after which a worker ends, where the node config does not say."""
 
 
 class Question(BaseModel):
@@ -57,8 +62,10 @@ def place_of(node: Mapping[str, object]) -> Path:
         RuntimeError: the node config does not name the client.
     """
     name = node.get("name")
-    if not isinstance(name, str) or not name:
-        raise RuntimeError("the node config names no client: give --node-config 'name=\"…\" …'")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise RuntimeError(
+            'the node config names no client: give name="…", of letters, digits, `.`, `_` and `-`'
+        )
     return Path(str(node.get("folder") or Path.home() / ".hedgerow" / name)).absolute()
 
 
@@ -76,7 +83,28 @@ def ask(place: Path, question: Question) -> Answer:
             raise RuntimeError("the site's worker ended before it answered") from None
 
 
+@contextlib.contextmanager
+def inbox(place: Path) -> Iterator[Path]:
+    """A folder for what this process receives; those of processes that were killed are removed."""
+    for folder in place.glob("inbox-*"):
+        if not _is_alive(int(folder.name.removeprefix("inbox-"))):
+            shutil.rmtree(folder, ignore_errors=True)
+    own = place / f"inbox-{os.getpid()}"
+    own.mkdir()
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own)
+
+
 def _connected(place: Path) -> Connection:
+    """A connection to the worker; of several processes that find none, one starts it."""
+    with (place / "worker.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _found_or_started(place)
+
+
+def _found_or_started(place: Path) -> Connection:
     address = place / ADDRESS
     process = None
     deadline = time.monotonic() + 120
@@ -100,7 +128,7 @@ class _Keeper(threading.Thread):
 
     def __init__(self, parent: int, socket: Path) -> None:
         super().__init__(daemon=True)
-        self.idle = float("inf")
+        self.idle = IDLE
         self.resting_since: float | None = time.monotonic()
         self._parent, self._socket = parent, socket
 
@@ -118,7 +146,7 @@ class _Keeper(threading.Thread):
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except OSError:  # gone, or its number is now another user's
         return False
     return True
 
@@ -150,7 +178,7 @@ class Host:
     """The site for which questions come; another app or node config makes another site."""
 
     def __init__(self) -> None:
-        self.idle = float("inf")
+        self.idle = IDLE
         self._made_for: object = None
 
     def answer(self, question: Question) -> Answer:

@@ -1,0 +1,95 @@
+"""The process at a site that stays, asked as the ClientApp asks it."""
+
+import concurrent.futures
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+from flower_network import wait_for
+
+from hedgerow.engines.flower.app import init
+from hedgerow.engines.flower.messages import Request
+from hedgerow.engines.flower.worker import Question, ask, inbox, place_of
+from hedgerow.experiment import load
+
+REQUEST = Request(run="0" * 32)
+
+
+@pytest.fixture
+def question(experiment, tmp_path, tiny_model):
+    init(load(experiment(), ["data.test=null"]), tmp_path / "app", "tiny")
+    place = tmp_path / "site"
+    place.mkdir()
+    node = {
+        "name": "client-000",
+        "data": str(tmp_path / "client_0.json"),
+        "model": str(tiny_model),
+        "folder": str(place),
+    }
+    yield Question(app=tmp_path / "app", node=node, request=REQUEST, files=[])
+    for process in workers(place):
+        process.kill()
+
+
+def workers(place):
+    """The workers of a site."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if str(place) in line and "hedgerow.engines.flower.worker" in line:
+            found.append(process)
+    return found
+
+
+def test_one_worker_answers_all_keeps_the_model_and_trains_once(question, tmp_path, capfd):
+    place = place_of(question.node)
+    train = question.model_copy(update={"request": Request(run="0" * 32, train=True)})
+    # As after a restart, when an invitation and a round may wait together.
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        replies = list(pool.map(lambda q: ask(place, q).reply, [question, train, question]))
+    assert [reply.num_examples for reply in replies] == [5, 5, 5]
+    (worker,) = workers(place)
+    first = ask(place, train)
+    assert first.update.read_bytes() == ask(place, train).update.read_bytes()
+    assert workers(place) == [worker]
+    # Asked three times, trained once, from one model that was loaded once.
+    assert capfd.readouterr().err.count("round 1: training") == 1
+
+
+def test_a_worker_ends_when_nothing_is_asked_and_is_started_again(question):
+    place = place_of(question.node)
+    short = question.model_copy(update={"node": question.node | {"idle": 0.5}})
+    assert ask(place, short).reply.num_examples == 5
+    wait_for(lambda: not workers(place), "the worker's end", 20)
+    assert ask(place, question).reply.num_examples == 5
+
+
+def test_a_worker_ends_with_who_started_it(question):
+    place = place_of(question.node)
+    # Its parent is the parent of the process that asks: here one that ends at once.
+    script = (
+        "import sys; from hedgerow.engines.flower.worker import *;"
+        "print(ask(Path(sys.argv[1]), Question.model_validate_json(sys.argv[2])).reply.name)"
+    )
+    inner = [sys.executable, "-c", script, str(place), question.model_dump_json()]
+    outer = "import subprocess, sys; subprocess.run(sys.argv[1:], check=True)"
+    subprocess.run([sys.executable, "-c", outer, *inner], check=True)
+    wait_for(lambda: not workers(place), "the worker's end", 20)
+
+
+def test_what_a_killed_process_received_is_removed(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f"inbox-{gone.pid}").mkdir()
+    (tmp_path / f"inbox-{os.getppid()}").mkdir()  # of one that is alive
+    with inbox(tmp_path) as folder:
+        (folder / "file").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == [f"inbox-{os.getppid()}"]
+
+
+@pytest.mark.parametrize("name", [None, "", "north west", "../up", "x" * 201])
+def test_a_site_has_a_name(name):
+    with pytest.raises(RuntimeError, match="names no client"):
+        place_of({"name": name})
