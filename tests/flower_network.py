@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import ipaddress
 import json
 import os
 import signal
@@ -12,6 +15,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 
 BIN = Path(sys.executable).parent
 
@@ -73,33 +86,43 @@ class Network:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in list(self.processes):
+        # The SuperLink last: SuperNodes say good-bye to it.
+        nodes = [name for name in self.processes if name != "superlink"]
+        for name in nodes:
+            os.killpg(self.processes[name].pid, signal.SIGTERM)
+        for name in [*nodes, "superlink"]:
             self.stop(name)
 
     # --- certificates and keys ------------------------------------------------------------------
 
-    def openssl(self, *arguments: object) -> None:
-        """Run openssl."""
-        subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
-
     def certificate(self, name: str) -> Path:
         """Make an authority, and by it a server's certificate for loopback; returns the former."""
-        folder, curve = self.folder, ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256")
-        ca, key, request = (folder / f"{name}.{suffix}" for suffix in ("ca", "ca-key", "csr"))
-        self.openssl(
-            *("req", "-x509", *curve, "-nodes", "-days", 2, "-subj", "/CN=tests"),
-            *("-keyout", key, "-out", ca),
-        )
-        self.openssl(
-            *("req", *curve, "-nodes", "-subj", "/CN=localhost"),
-            *("-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"),
-            *("-keyout", folder / f"{name}.key", "-out", request),
-        )
-        self.openssl(
-            *("x509", "-req", "-in", request, "-CA", ca, "-CAkey", key, "-CAcreateserial"),
-            *("-days", 2, "-copy_extensions", "copy", "-out", folder / f"{name}.crt"),
-        )
-        return ca
+        authority = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"{name} authority")])
+        server = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        keys = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+        basic = x509.BasicConstraints(ca=True, path_length=0)
+        address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+        parts = [("ca", authority, keys[0], basic, True), ("crt", server, keys[1], address, False)]
+        for suffix, subject, key, extension, critical in parts:
+            now = datetime.datetime.now(datetime.UTC)
+            certificate = (
+                x509.CertificateBuilder()
+                .subject_name(subject)
+                .issuer_name(authority)
+                .public_key(key.public_key())
+                .serial_number(x509.random_serial_number())
+                .not_valid_before(now - datetime.timedelta(hours=1))
+                .not_valid_after(now + datetime.timedelta(days=1))
+                .add_extension(extension, critical)
+                .sign(keys[0], hashes.SHA256())
+            )
+            path = self.folder / f"{name}.{suffix}"
+            path.write_bytes(certificate.public_bytes(Encoding.PEM))
+        self._write_key(self.folder / f"{name}.key", keys[1], PrivateFormat.PKCS8)
+        return self.folder / f"{name}.ca"
+
+    def _write_key(self, path: Path, key: ec.EllipticCurvePrivateKey, form: PrivateFormat) -> None:
+        path.write_bytes(key.private_bytes(Encoding.PEM, form, NoEncryption()))
 
     def register(self, name: str, registered_as: str | None = None) -> None:
         """Make a SuperNode's key, and tell the SuperLink of it."""
@@ -108,11 +131,13 @@ class Network:
 
     def key(self, name: str) -> Path:
         """A SuperNode's private key; the public one is beside it."""
-        key = self.folder / f"{name}.node"
-        if not key.exists():
-            command = ["ssh-keygen", "-t", "ecdsa", "-b", "384", "-N", "", "-q", "-f", str(key)]
-            subprocess.run(command, check=True)
-        return key
+        path = self.folder / f"{name}.node"
+        if not path.exists():
+            key = ec.generate_private_key(ec.SECP384R1())
+            self._write_key(path, key, PrivateFormat.OpenSSH)
+            public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+            path.with_name(f"{path.name}.pub").write_bytes(public)
+        return path
 
     # --- processes ------------------------------------------------------------------------------
 
@@ -155,7 +180,8 @@ class Network:
     def stop(self, name: str) -> None:
         """End a process and all of its session."""
         process = self.processes.pop(name)
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
