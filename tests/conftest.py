@@ -62,19 +62,21 @@ def hedgerow(
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama of two layers that reads bytes."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return random_llama(tmp_path_factory.mktemp("model") / "tiny", **sizes, **heads)
+
+
+def random_llama(folder: Path, **sizes: int) -> Path:
+    """Save a random Llama that reads bytes in a folder; `sizes` are transformers' names."""
     config = LlamaConfig(
         vocab_size=260,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
+        **sizes,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

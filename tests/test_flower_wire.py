@@ -9,12 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 import yaml
-from conftest import byte_tokenizer, rows_of
+from conftest import random_llama, rows_of
 from flower_network import Network
 from test_flower import run_hedgerow
-from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.slow
 
@@ -24,25 +22,9 @@ MIB = 1 << 20
 
 
 def model_of(folder, hidden, layers):
-    """A random Llama that reads bytes, in a folder."""
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    """A Llama of this width and depth, with the usual proportions."""
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    return random_llama(folder, **sizes, num_attention_heads=8, num_key_value_heads=8)
 
 
 def app_of(folder, model, clients, method, rounds):

@@ -178,13 +178,13 @@ class FlowerFleet:
         with clock("send"):
             self._invite()  # who has come back under another id, before a second try
             online = {node.node_id for node in self._grid.get_nodes()}
-            errands = []
-            for client in clients:
-                member = self._members[client.name]
-                if member.node not in online:
-                    yield Answer(client, failure="its SuperNode is not connected", absent=True)
-                    continue
-                errands.append(self._errand(member, round, trains=True))
+        members = [self._members[client.name] for client in clients]
+        for member in members:
+            if member.node not in online:
+                why = "its SuperNode is not connected"
+                yield Answer(member.client, failure=why, absent=True)
+        present = [member for member in members if member.node in online]
+        errands = [self._errand(member, round, trains=True) for member in present]
         yield from self._run_errands(errands, clock)
 
     def advance(self, entry: Entry) -> None:
