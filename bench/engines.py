@@ -24,7 +24,7 @@ from hedgerow.engines.flower import simulation
 from hedgerow.experiment import load
 from hedgerow.rundir import read_rows
 
-STEPS = (1, 10, 50)
+STEPS = (1, 10)
 ENGINES = {"local": local.run, "flower": simulation.run}
 
 

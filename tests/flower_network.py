@@ -63,6 +63,7 @@ class Network:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.4",
             "HF_HUB_OFFLINE": "1",
+            "MALLOC_MMAP_THRESHOLD_": "1048576",  # as docs/deploy.md has it
             # As many threads as in the run that ledgers are compared with.
             "OMP_NUM_THREADS": "1",
         }

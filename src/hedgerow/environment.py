@@ -1,9 +1,7 @@
-"""What this process is told before it starts: no telemetry, no chatter, no hoarding of memory."""
+"""What this process is told before it starts: no telemetry, no chatter."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 
 
@@ -18,14 +16,3 @@ def quieten() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
     }.items():
         os.environ.setdefault(name, value)
-
-
-def give_memory_back() -> None:
-    """Have freed blocks of a megabyte and more go back to the system at once (where it is glibc).
-
-    Flower handles pieces of messages in threads, each with a heap of its own, where what is freed
-    would stay: a gigabyte took 3.2 times its size instead of 2.1.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        m_mmap_threshold = -3
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 20)

@@ -12,14 +12,12 @@ from flwr.clientapp import ClientApp
 from hedgerow.engines.flower import app_folder
 from hedgerow.engines.flower.messages import Action, Parcel, Request, pack
 from hedgerow.engines.flower.worker import Question, ask, inbox, place_of
-from hedgerow.environment import give_memory_back
 
 app = ClientApp()
 
 
 def _relay(message: Message, context: Context) -> Message:
     """Hand a message to this site's worker, and its answer back."""
-    give_memory_back()
     try:
         return _answered(message, dict(context.node_config))
     except Exception as error:

@@ -22,7 +22,6 @@ from hedgerow.console import ProgressWatcher
 from hedgerow.engines.flower import app_folder
 from hedgerow.engines.flower.app import App, check_method, without_test
 from hedgerow.engines.flower.fleet import FlowerFleet
-from hedgerow.environment import give_memory_back
 from hedgerow.errors import RunFailed, UserError
 from hedgerow.evaluation import TestSet
 from hedgerow.evaluation.targets import Scorer, load_test
@@ -48,7 +47,6 @@ class ServerSettings(BaseModel):
 
 def _main(grid: Grid, context: Context) -> None:
     """Flower's entry point: run the app's experiment, or go on with it."""
-    give_memory_back()
     try:
         settings = validate(dict(context.run_config), "the run config", ServerSettings)
         loaded = App.load(app_folder())
