@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class App:
     experiment: Experiment
     base: Base
     """The checkpoint that every site must have."""
-    trained: dict[str, list[int]]
+    trained: Mapping[str, Sequence[int]]
     """The shapes of what clients train (`Method.trained_shapes`)."""
     clients: list[str]
     """The clients' names, in their order."""

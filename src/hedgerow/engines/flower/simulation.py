@@ -57,10 +57,9 @@ def run(
     prepared = prepare(experiment)
     on_prepared(prepared)
     names = [client.name for client in prepared.clients]
-    shapes = experiment.method.trained_shapes(prepared.model)
     app = App(
         *(experiment, prepared.base),
-        {name: list(shape) for name, shape in shapes.items()},
+        experiment.method.trained_shapes(prepared.model),
         names,
     )
     logging.getLogger("flwr").setLevel(logging.ERROR)

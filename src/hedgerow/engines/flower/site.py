@@ -102,7 +102,7 @@ class Site:
         self._seeds = Seeds(self._experiment.federation.seed)
         self._run = ""
         self._model: Model | None = None
-        self._shapes: dict[str, list[int]] = {}
+        self._shapes: Mapping[str, Sequence[int]] = {}
         self._applied: list[str] = []
         self._data: ClientData | None = None
         self._examples: dict[str, Encoded] = {}
@@ -174,10 +174,7 @@ class Site:
                 )
             check_max_length(model, self._experiment.data.max_length)
             self._experiment.method.check(model, len(self._app.clients))
-            self._shapes = {
-                name: list(shape)
-                for name, shape in self._experiment.method.trained_shapes(model).items()
-            }
+            self._shapes = self._experiment.method.trained_shapes(model)
             self._model, self._applied = model, []
 
     def _examples_of(self, name: str) -> Encoded:
