@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hedgerow import console, demo
 from hedgerow.engines.local import encode_clients
 from hedgerow.experiment import load
-from hedgerow.methods.base import Client, Turn
+from hedgerow.methods.base import Client, Expected, ServerTurn, Turn
 from hedgerow.methods.ferret import DEFAULT_COMPRESSION, Ferret
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
@@ -128,7 +128,10 @@ def stages(network: Any, tokens: int) -> dict[str, int]:
     stage("sketch")
     model.release()
     update = Update("ferret", 1, client.name, "", len(shard), trained.loss, tensors, about)
-    aggregate = method.aggregate([update])
+    aggregate = method.aggregate(
+        [update],
+        ServerTurn(1, [client], None, Expected(seeds, {}, experiment.training), Forgetful()),
+    )
     stage("server, without the model")
     method.apply(model, Entry("ferret", 1, "", [], {}, aggregate.tensors))
     stage("apply an entry")

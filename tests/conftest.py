@@ -134,6 +134,17 @@ def experiment(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
     return write
 
 
+class Forgetful:
+    """The memory of a client, or a server, that keeps nothing."""
+
+    def load(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def save(self, tensors: Any) -> None:
+        """Forget them."""
+
+
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -19,7 +19,7 @@ from hedgerow.federation import Answer
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Client, Expected
 from hedgerow.model import Model
-from hedgerow.rundir import ClientMemory, RunDirectory
+from hedgerow.rundir import RoundMemory, RunDirectory
 from hedgerow.seeds import Seeds
 from hedgerow.sketch.blocks import group
 from hedgerow.sketch.coordinates import pack
@@ -221,7 +221,7 @@ def test_error_feedback_keeps_what_a_sketch_has_lost(run):
     """Round 1: what is kept and what was sent are together what was trained."""
     directory = run(error_feedback=True, federation={"rounds": 1})
     method = load(directory / "experiment.yaml").method
-    kept = ClientMemory(directory / "clients/client-001", 2).load()
+    kept = RoundMemory(directory / "clients/client-001", 2).load()
     sent = load_file(directory / "updates/round-0001/client-001.safetensors")
     plain = run("plain", bits=32, budget=8080, federation={"rounds": 1})
     exact = load_file(plain / "updates/round-0001/client-001.safetensors")
@@ -239,8 +239,8 @@ def test_a_killed_run_with_error_feedback_goes_on_with_what_clients_kept(
     whole = run("whole", error_feedback=True)
     part = run("part", error_feedback=True, federation={"rounds": 2})
     # As if it was killed in round 3, after one client had trained.
-    memory = ClientMemory(part / "clients/client-000", 3)
-    memory.save(dict(ClientMemory(part / "clients/client-000", 3).load()))
+    memory = RoundMemory(part / "clients/client-000", 3)
+    memory.save(dict(RoundMemory(part / "clients/client-000", 3).load()))
     options = 'method={"name": "ferret", "compression": 64, "error_feedback": true}'
     path = experiment(federation={"rounds": 3, "keep_updates": True})
     done = hedgerow("run", path, options, "--out", part, "--resume")

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from conftest import Forgetful
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +27,7 @@ from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.experiment import ModelSettings, TrainingSettings
 from hedgerow.ledger import Base, Ledger
 from hedgerow.methods import METHODS
-from hedgerow.methods.base import Client, Expected, Method, Trained, Turn
+from hedgerow.methods.base import Client, Expected, Method, ServerTurn, Trained, Turn
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
 from hedgerow.sketch.coordinates import BITS, lengths
@@ -119,16 +120,6 @@ class File:
         self.tensors[name] = part.tensors["x"]
 
 
-class Nothing:
-    """A client that keeps nothing."""
-
-    def load(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def save(self, tensors: Any) -> None:
-        pass
-
-
 class Case:
     """A method on the tiny model, with a real update of each client and the entry of them all."""
 
@@ -148,7 +139,7 @@ class Case:
         self.entry = self._entry(list(map(Update.decode, self.updates)))
 
     def _update(self, client: Client) -> bytes:
-        turn = Turn(client, ROUND, SEEDS, Nothing())
+        turn = Turn(client, ROUND, SEEDS, Forgetful())
         parameters = self.method.start(self.model, turn)
         generator = torch.Generator().manual_seed(client.index)
         with torch.no_grad():
@@ -167,7 +158,8 @@ class Case:
         return data
 
     def _entry(self, updates: list[Update]) -> bytes:
-        aggregate = self.method.aggregate(updates)
+        turn = ServerTurn(ROUND, self.clients, None, self.expected, Forgetful())
+        aggregate = self.method.aggregate(updates, turn)
         total = sum(update.num_examples for update in updates)
         metrics = {"train_loss": sum(u.num_examples / total * u.train_loss for u in updates)}
         entry = Entry(

@@ -15,7 +15,7 @@ from hedgerow.clock import Clock
 from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
 from hedgerow.ledger import Ledger
-from hedgerow.methods.base import Aggregate, Client, Expected, Method
+from hedgerow.methods.base import Aggregate, Client, Expected, Method, ServerTurn
 from hedgerow.rundir import RunDirectory
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry, Participant, Update
@@ -115,15 +115,18 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         failures = dict.fromkeys(absent, "not known: the run was stopped before it was written")
         finish(row_of(last, traffic, failures) | scores(len(ledger)))
 
+    previous = ledger.read(len(ledger)) if len(ledger) else None
     for round in range(len(ledger) + 1, settings.rounds + 1):
         answers = Answers(experiment, round, participants(round), directory, watcher)
         began, clock = time.perf_counter(), Clock()
         watcher.round_begins(round, settings.rounds, len(answers.clients))
 
         with clock("aggregate"):
-            aggregate = method.aggregate(answers.usable(fleet, clock))
+            memory = directory.server_memory(round)
+            turn = ServerTurn(round, answers.clients, previous, answers.expected, memory)
+            aggregate = method.aggregate(answers.usable(fleet, clock), turn)
         with clock("ledger"):
-            entry = ledger.append(answers.entry(aggregate))
+            previous = entry = ledger.append(answers.entry(aggregate))
         del aggregate  # from here on the entry's tensors are read from its file
         traffic.down([client.name for client in answers.clients], round)
         with clock("apply"):
@@ -164,7 +167,7 @@ class Answers:
         self._method, self._settings = experiment.method, experiment.federation
         self._round, self._ledger = round, directory.ledger
         seeds = Seeds(experiment.federation.seed)
-        self._expected = Expected(seeds, self._ledger.trained, experiment.training)
+        self.expected = Expected(seeds, self._ledger.trained, experiment.training)
         self._directory, self._watcher = directory, watcher
         self._arrived: dict[str, tuple[Answer, Update]] = {}
         self._absent: set[str] = set()
@@ -202,13 +205,17 @@ class Answers:
             yield from self._hand_on(client.name)
 
     def entry(self, aggregate: Aggregate) -> Entry:
-        """The round's entry, with weights p_k = n_k / Σ n of those who answered."""
+        """The round's entry; those who answered weigh p_k = n_k / Σ n, or as the aggregate has it."""
         present = [client for client in self.clients if client.name in self._losses]
         total = sum(client.num_examples for client in present)
+        shares = [client.num_examples / total for client in present]
+        weights = shares if aggregate.weights is None else aggregate.weights
         participants = [
-            Participant(c.name, c.num_examples, c.num_examples / total) for c in present
+            Participant(client.name, client.num_examples, weight)
+            for client, weight in zip(present, weights, strict=True)
         ]
-        train_loss = sum(p.weight * self._losses[p.client] for p in participants)
+        losses = (self._losses[client.name] for client in present)
+        train_loss = sum(share * loss for share, loss in zip(shares, losses, strict=True))
         metrics = {"train_loss": train_loss, "bytes_up": self._bytes, **aggregate.metrics}
         return Entry(
             *(self._method.name, self._round, self._ledger.head, participants, metrics),
@@ -255,7 +262,7 @@ class Answers:
             *(self._method.name, self._round, self._ledger.head),
             *(client.name, client.num_examples),
         )
-        self._method.check_update(client, update, self._expected)
+        self._method.check_update(client, update, self.expected)
         self._directory.keep_update(self._round, client.name, content)
         return update
 

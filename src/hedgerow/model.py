@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from hedgerow.experiment import ModelSettings
 
 _PREFIX = "base_model.model."
+_TRAINED, _FROZEN = "default", "frozen"
+"""peft's names of the adapter that a client trains, and of one beside it."""
 
 
 class Model:
@@ -134,31 +136,54 @@ class Model:
 
     # --- what a client trains -------------------------------------------------------------------
 
-    def attach(self, config: peft.LoraConfig) -> dict[str, nn.Parameter]:
+    def attach(
+        self, config: peft.LoraConfig, frozen: Mapping[str, Tensor] | None = None
+    ) -> dict[str, nn.Parameter]:
         """Attach an adapter; returns its live parameters, uninitialised, by PEFT's key names.
+
+        Args:
+            config: peft's configuration of the adapter.
+            frozen: factors of a second adapter beside it, of one rank and with its scale in them,
+                which takes part in the model's function and is not trained.
 
         Raises:
             ValueError: peft finds no modules that the configuration names.
         """
         # peft takes tens of milliseconds to wrap even a tiny model, for every client of every
         # round, so the wrapped layers of each configuration are made once and swapped in and out.
-        key = json.dumps(config.to_dict(), sort_keys=True, default=sorted)
+        beside = _plain_config(frozen) if frozen else None
+        key = json.dumps(
+            [c and c.to_dict() for c in (config, beside)], sort_keys=True, default=sorted
+        )
         if key not in self._wrapped:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what is said in our own words, or is moot
-                adapted = peft.get_peft_model(self.network, config)
+                adapted = peft.get_peft_model(self.network, config, _TRAINED)
+                if beside is not None:
+                    adapted.add_adapter(_FROZEN, beside)
             modules = self.network.named_modules()
             self._wrapped[key] = {n: m for n, m in modules if isinstance(m, LoraLayer)}
             adapted.unload()
         self._attached = self._wrapped[key]
-        parameters: dict[str, nn.Parameter] = {}
         for name, layer in self._attached.items():
             self.network.set_submodule(name, layer)
-            for factor in ("lora_A", "lora_B"):
-                for part in getattr(layer, factor).values():
-                    parameters[f"{_PREFIX}{name}.{factor}.weight"] = part.weight
+            if frozen:
+                layer.set_adapter([_TRAINED, _FROZEN])
+        parameters = self._parameters(_TRAINED)
+        if frozen:
+            with torch.no_grad():
+                for name, parameter in self._parameters(_FROZEN).items():
+                    parameter.requires_grad_(False).copy_(frozen[name])
         self.network.eval()
         return parameters
+
+    def _parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The parameters of an adapter that is attached, by PEFT's key names."""
+        return {
+            f"{_PREFIX}{name}.{factor}.weight": getattr(layer, factor)[adapter].weight
+            for name, layer in self._attached.items()
+            for factor in ("lora_A", "lora_B")
+        }
 
     def unfreeze(self) -> dict[str, nn.Parameter]:
         """Make all weights trainable, with a snapshot to give them back; returns them by name."""
@@ -225,12 +250,7 @@ class Model:
     @contextmanager
     def with_factors(self, factors: Mapping[str, Tensor]) -> Iterator[None]:
         """The model with an adapter whose scale is in its factors already, until the block ends."""
-        pairs = dict(adapter_pairs(factors))
-        rank = next(iter(pairs.values())).rank
-        config = peft.LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=list(pairs), init_lora_weights=False
-        )
-        parameters = self.attach(config)
+        parameters = self.attach(_plain_config(factors))
         try:
             with torch.no_grad():
                 for name, parameter in parameters.items():
@@ -270,6 +290,15 @@ class Model:
         return {
             module: (pair.B.shape[0], pair.A.shape[1]) for module, pair in adapter_pairs(parameters)
         }
+
+
+def _plain_config(factors: Mapping[str, Tensor]) -> peft.LoraConfig:
+    """peft's configuration of an adapter of one rank, whose scale is in its factors."""
+    pairs = dict(adapter_pairs(factors))
+    rank = next(iter(pairs.values())).rank
+    return peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=list(pairs), init_lora_weights=False
+    )
 
 
 def _tokenization(tokenizer: Any) -> dict[str, Any]:

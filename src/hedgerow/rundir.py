@@ -152,9 +152,13 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
-    def memory(self, client: str, round: int) -> ClientMemory:
+    def server_memory(self, round: int) -> RoundMemory:
+        """What the server keeps for itself."""
+        return RoundMemory(self.path / "server", round)
+
+    def memory(self, client: str, round: int) -> RoundMemory:
         """What a client of this engine keeps for itself."""
-        return ClientMemory(self.path / "clients" / client, round)
+        return RoundMemory(self.path / "clients" / client, round)
 
     def keep_update(self, round: int, client: str, update: bytes | Path) -> None:
         """Keep what a client sent (or what is in a file), if the experiment asks for it."""
@@ -169,8 +173,8 @@ class RunDirectory:
                         shutil.copyfileobj(source, file)
 
 
-class ClientMemory:
-    """What a client keeps from round to round: a file per round, the latest two of them.
+class RoundMemory:
+    """What a client, or the server, keeps from round to round: a file per round, the latest two of them.
 
     A run that is resumed at an earlier round than the file's finds the one before it.
     """

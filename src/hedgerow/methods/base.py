@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from hedgerow.errors import UserError
+from hedgerow.errors import InvalidMessage, UserError
 
 if TYPE_CHECKING:
     from hedgerow.experiment import TrainingSettings
     from hedgerow.model import Model
     from hedgerow.seeds import Seeds
     from hedgerow.training.job import Job
-    from hedgerow.wire import Entry, Update
+    from hedgerow.wire import Entry, Participant, Update
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Client:
 
 
 class Memory(Protocol):
-    """What a client keeps for itself from one of its rounds to the next."""
+    """What a client, or the server, keeps for itself from one of its rounds to the next."""
 
     def load(self) -> Mapping[str, Tensor]:
         """What it kept in the last round before this one that it took part in; maybe nothing."""
@@ -65,6 +66,20 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class ServerTurn:
+    """The server's part in one round."""
+
+    round: int
+    """1, 2, …"""
+    clients: Sequence[Client]
+    """Who was asked, in their order."""
+    previous: Entry | None
+    """The entry of the round before; None in the first."""
+    expected: Expected
+    memory: Memory
+
+
+@dataclass(frozen=True)
 class Trained:
     """What local training leaves."""
 
@@ -87,6 +102,8 @@ class Aggregate(NamedTuple):
 
     tensors: dict[str, Tensor]
     metrics: dict[str, float]
+    weights: Sequence[float] | None = None
+    """What each update counted, in their order, where that is not p_k = n_k / Σ n."""
 
 
 class Method(BaseModel, ABC):
@@ -129,7 +146,7 @@ class Method(BaseModel, ABC):
         # Not at the top: the experiment file, which names methods, says how to train.
         from hedgerow.training import first_order
 
-        return Trained(parameters, first_order.train(job, parameters.values()))
+        return Trained(parameters, first_order.train(job, parameters))
 
     @abstractmethod
     def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
@@ -164,8 +181,16 @@ class Method(BaseModel, ABC):
         """
 
     @abstractmethod
-    def aggregate(self, updates: Iterable[Update]) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
         """On the server, without the model: fold the updates in as they arrive."""
+
+    def check_weights(self, participants: Sequence[Participant]) -> None:
+        """Raise `InvalidMessage` unless the weights of an entry are the method's; p_k = n_k / Σ n."""
+        total = sum(p.num_examples for p in participants)
+        for p in participants:
+            share = p.num_examples / total
+            if not math.isclose(p.weight, share, rel_tol=1e-6):
+                raise InvalidMessage(f"the weight of {p.client} is {p.weight}, not {share}")
 
     @abstractmethod
     def apply(self, model: Model, entry: Entry) -> None:

@@ -22,6 +22,7 @@ from hedgerow.methods.base import (
     Expected,
     Method,
     Payload,
+    ServerTurn,
     Trained,
     Turn,
     weight_shapes,
@@ -61,7 +62,7 @@ class FedAvg(Method):
         """It has the change of each weight."""
         check_kinds(kinds(entry.tensors), in_float32(shapes))
 
-    def aggregate(self, updates: Iterable[Update]) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
         """Σ n_k Δ_k / Σ n_k, folded in as they arrive."""
         total = 0
         sums: dict[str, Tensor] = {}

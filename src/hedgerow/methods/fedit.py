@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, Turn
+from hedgerow.methods.base import Aggregate, ServerTurn, Turn
 from hedgerow.methods.lora import LoraMethod, Part, aggregate_adapters, copy_factors, init_factors
 from hedgerow.model import adapter_pairs
 
@@ -41,7 +41,7 @@ class AveragedAdapter(LoraMethod):
             copy_factors(parameters, model.factors, self.scale(rank))
         return parameters
 
-    def aggregate(self, updates: Iterable[Update]) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
         """Average A and B apart."""
         return aggregate_adapters(updates, average)
 

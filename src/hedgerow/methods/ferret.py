@@ -33,6 +33,7 @@ from hedgerow.methods.base import (
     Expected,
     Method,
     Payload,
+    ServerTurn,
     Trained,
     Turn,
     weight_shapes,
@@ -245,7 +246,7 @@ class Ferret(AveragedAdapter):
         if any(int(entry.tensors[name]) < 0 for name in given if name.endswith("seed")):
             raise InvalidMessage("its seeds are not of 63 bits")
 
-    def aggregate(self, updates: Iterable[Update]) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
         """η_t Σ p_k γ_k: coordinates on the same bases add, those on others stand beside them."""
         total, rate = 0, 0.0
         sums: dict[tuple[int, ...], list[Tensor]] = {}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hedgerow import lowrank
 from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, Turn
+from hedgerow.methods.base import Aggregate, ServerTurn, Turn
 from hedgerow.methods.lora import LoraMethod, Part, aggregate_adapters, init_factors
 from hedgerow.model import adapter_pairs, adapter_tensors
 
@@ -50,7 +50,7 @@ class FLoRA(LoraMethod):
         ranks = self.possible_ranks(participants)
         return range(sum(ranks[:participants]), sum(ranks[-participants:]) + 1)
 
-    def aggregate(self, updates: Iterable[Update]) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
         """Stack the factors, of rank Σ r_k."""
         return aggregate_adapters(updates, stack)
 

@@ -170,17 +170,6 @@ def _exact(number: float) -> str:
     return str(int(number)) if number == int(number) else repr(number)
 
 
-class Part(NamedTuple):
-    """Where one client's factors are in a stack, and what they count."""
-
-    rows: slice
-    """Its rows of A and columns of B."""
-    weight: float
-    """p_k."""
-    scale: float
-    """s_k."""
-
-
 def scale(rank: int, alpha: float, rslora: bool) -> float:
     """s = alpha/r, or alpha/√r."""
     return alpha / (rank**0.5 if rslora else rank)
@@ -252,6 +241,69 @@ def copy_factors(
             B[:, :rank] = source[module].B[:, :rank] / scale
 
 
+class Part(NamedTuple):
+    """Where one client's factors are in a stack, and what they count."""
+
+    rows: slice
+    """Its rows of A and columns of B."""
+    weight: float
+    """p_k."""
+    scale: float
+    """s_k."""
+
+
+class Stacks:
+    """The clients' factors, stacked module by module; they wait on disk until they are asked for.
+
+    Attributes:
+        clients: who sent them, in their order.
+        num_examples: |D_k| of each.
+    """
+
+    def __init__(self, updates: Iterable[Update]) -> None:
+        """Take updates with PEFT's keys, `r` and `lora_alpha`, as they arrive."""
+        spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (gone with the last stack)
+        self._stacks: dict[str, SpooledStack] = defaultdict(lambda: SpooledStack(spool))
+        self.clients: list[str] = []
+        self.num_examples: list[int] = []
+        self._ranks: list[int] = []
+        self._scales: list[float] = []
+        for update in updates:
+            for module, pair in adapter_pairs(update.tensors):
+                self._stacks[module].add(pair)
+            self.clients.append(update.client)
+            self.num_examples.append(update.num_examples)
+            self._ranks.append(int(update.about["r"]))
+            self._scales.append(update_scale(update))
+
+    def __iter__(self) -> Iterator[str]:
+        """The modules, in a fixed order."""
+        return iter(sorted(self._stacks))
+
+    def factors(self, module: str) -> Factors:
+        """A of shape (Σ r_k, n) and B of shape (m, Σ r_k), as the clients sent them."""
+        return self._stacks[module].factors()
+
+    def shares(self) -> list[float]:
+        """p_k = n_k / Σ n."""
+        total = sum(self.num_examples)
+        return [count / total for count in self.num_examples]
+
+    def parts(self, weights: Sequence[float]) -> list[Part]:
+        """Whose rows are whose, where the clients count `weights`."""
+        ends = itertools.accumulate(self._ranks)
+        given = zip(ends, self._ranks, weights, self._scales, strict=True)
+        return [Part(slice(end - rank, end), weight, s) for end, rank, weight, s in given]
+
+
+def exact_sum(stacked: Factors, parts: Sequence[Part]) -> Factors:
+    """Σ p_k s_k B_k A_k as one pair, in float64: A = [p_1 s_1 A_1; …], B = [B_1 …]."""
+    exact = Factors(stacked.A.double(), stacked.B.double())
+    for part in parts:
+        exact.A[part.rows] *= part.weight * part.scale
+    return exact
+
+
 def aggregate_adapters(
     updates: Iterable[Update], combine: Callable[[Factors, Sequence[Part]], Factors]
 ) -> Aggregate:
@@ -266,32 +318,21 @@ def aggregate_adapters(
         The factors, and `aggregation_error`: how far their products are from Σ p_k s_k B_k A_k,
         relative to it, in Frobenius norm over all modules (left out where that is zero).
     """
-    spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (gone with the last stack)
-    stacks: dict[str, SpooledStack] = defaultdict(lambda: SpooledStack(spool))
-    arrived: list[tuple[int, int, float]] = []
-    for update in updates:
-        for module, pair in adapter_pairs(update.tensors):
-            stacks[module].add(pair)
-        arrived.append((int(update.about["r"]), update.num_examples, update_scale(update)))
-
-    total = sum(num_examples for _, num_examples, _ in arrived)
-    ends = list(itertools.accumulate(rank for rank, _, _ in arrived))
-    parts = [
-        Part(slice(end - rank, end), num_examples / total, s)
-        for end, (rank, num_examples, s) in zip(ends, arrived, strict=True)
-    ]
+    stacks = Stacks(updates)
+    parts = stacks.parts(stacks.shares())
     combined: dict[str, Factors] = {}
 
     def applied_and_exact() -> Iterator[tuple[Factors, Factors]]:
-        for module in sorted(stacks):
-            stacked = stacks.pop(module).factors()
-            exact = Factors(stacked.A.double(), stacked.B.double())
-            for part in parts:
-                exact.A[part.rows] *= part.weight * part.scale
+        for module in stacks:
+            stacked = stacks.factors(module)
+            exact = exact_sum(stacked, parts)
             combined[module] = combine(stacked, parts)
             yield combined[module], exact
 
     error = lowrank.relative_error(applied_and_exact())
-    # Clients can make the exact sum zero, and the error infinite; an entry's metrics are finite.
-    metrics = {"aggregation_error": error} if math.isfinite(error) else {}
-    return Aggregate(adapter_tensors(combined), metrics)
+    return Aggregate(adapter_tensors(combined), finite({"aggregation_error": error}))
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float]:
+    """Without what is infinite: clients can make the exact sum zero, to which errors relate."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

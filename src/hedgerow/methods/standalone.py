@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 from torch import Tensor, nn
 
 from hedgerow.errors import InvalidMessage, UserError
-from hedgerow.methods.base import Aggregate, Turn
+from hedgerow.methods.base import Aggregate, ServerTurn, Turn
 from hedgerow.methods.lora import (
     LoraMethod,
     check_factors,
@@ -57,7 +57,7 @@ class Standalone(LoraMethod):
         for name in names:
             check_factors(of_client(given, name), shapes, self.possible_ranks(len(names)))
 
-    def aggregate(self, updates: Iterable[Update]) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
         """Nothing is combined: each client's factors, under its name."""
         tensors = {}
         for update in updates:

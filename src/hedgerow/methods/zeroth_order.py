@@ -23,6 +23,7 @@ from hedgerow.methods.base import (
     Expected,
     Method,
     Payload,
+    ServerTurn,
     Trained,
     Turn,
 )
@@ -86,7 +87,7 @@ class ZerothOrderMethod(Method):
         """It has seeds of directions, and as many coordinates; whose seeds it cannot know."""
         check_steps(entry.tensors)
 
-    def aggregate(self, updates: Iterable[Update]) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
         """Σ p_k c_k, direction by direction."""
         total, weighted = 0, []
         for update in updates:

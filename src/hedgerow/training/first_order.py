@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hedgerow.experiment import TrainingSettings
 from hedgerow.training.job import Job, check_finite
 from hedgerow.training.loss import batch_loss
 
+State = dict[str, Tensor]
+"""An optimiser's, by the parameter's name and what it is: `{name}/exp_avg` …"""
 
-def train(job: Job, parameters: Iterable[nn.Parameter]) -> float:
+
+def train(job: Job, parameters: Mapping[str, nn.Parameter]) -> float:
     """Train `parameters` of the job's network in place.
 
     Plain SGD without clipping and accumulation needs no gradient but that of one tensor at a time:
@@ -25,9 +29,26 @@ def train(job: Job, parameters: Iterable[nn.Parameter]) -> float:
     Raises:
         Diverged: the loss is not finite.
     """
-    network, settings, trainable = job.network, job.settings, list(parameters)
+    return continue_training(job, parameters, {})[0]
+
+
+def continue_training(
+    job: Job, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
+) -> tuple[float, State]:
+    """`train` with an optimiser that goes on from where it was.
+
+    Args:
+        state: as an earlier call returned it for parameters of the same names and shapes; where a
+            parameter has none, or one of another shape, the optimiser begins anew for it.
+
+    Returns:
+        The mean loss as `train` has it, and the optimiser's state.
+    """
+    network, settings, trainable = job.network, job.settings, list(parameters.values())
     in_backward = _can_step_in_backward(settings)
     optimizer = None if in_backward else _optimizer(trainable, settings, job.learning_rate)
+    if optimizer is not None:
+        _restore(optimizer, parameters, state)
     total_loss, total_tokens = 0.0, 0
     devices = [network.device] if network.device.type == "cuda" else []
     network.train()
@@ -52,7 +73,35 @@ def train(job: Job, parameters: Iterable[nn.Parameter]) -> float:
                 optimizer.zero_grad(set_to_none=True)
             total_loss, total_tokens = total_loss + loss_sum, total_tokens + step_tokens
     network.eval()
-    return total_loss / max(total_tokens, 1)
+    return total_loss / max(total_tokens, 1), _state(optimizer, parameters)
+
+
+def _state(
+    optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, nn.Parameter]
+) -> State:
+    """What the optimiser keeps of each parameter, on the CPU."""
+    return {
+        f"{name}/{what}": value.detach().cpu()
+        for name, parameter in parameters.items()
+        for what, value in (optimizer.state[parameter] if optimizer else {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _restore(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    state: Mapping[str, Tensor],
+) -> None:
+    kept: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key in state:
+        name, _, what = key.rpartition("/")
+        kept[name][what] = state[key]
+    for name, parameter in parameters.items():
+        if all(value.shape in ((), parameter.shape) for value in kept[name].values()):
+            optimizer.state[parameter].update(
+                {w: v.to(parameter.device) if v.shape else v for w, v in kept[name].items()}
+            )
 
 
 def _can_step_in_backward(settings: TrainingSettings) -> bool:

@@ -30,7 +30,7 @@ from hedgerow.ledger import INDEX, Base, Ledger, Record
 from hedgerow.methods.base import Client, Turn
 from hedgerow.model import Model
 from hedgerow.names import NAME
-from hedgerow.rundir import EXPERIMENT, ClientMemory
+from hedgerow.rundir import EXPERIMENT, RoundMemory
 from hedgerow.seeds import Seeds
 from hedgerow.training.client import check_max_length, train_client
 from hedgerow.wire import Entry, check_entry
@@ -255,7 +255,7 @@ class Site:
         _say(name, f"round {round}: training")
         model = self._advanced(ledger)
         client = Client(self._app.clients.index(name), name, len(examples))
-        memory = ClientMemory((self._memory or self._place / "clients") / name, round)
+        memory = RoundMemory((self._memory or self._place / "clients") / name, round)
         turn = Turn(client, round, self._seeds, memory)
         update = train_client(self._experiment, model, examples, turn, parent, Clock())
         before = sorted(folder.glob("*.safetensors"), key=lambda old: old.stat().st_mtime_ns)

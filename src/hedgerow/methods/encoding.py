@@ -1,0 +1,73 @@
+"""Factors in 16 or 8 bits: what travels when float32 is more than the aggregate needs.
+
+Each component of an adapter (a row of A, a column of B) is divided by its largest number and
+rounded to integers, so that a factor's relative error is about 1e-5 in 16 bits and 4e-3 in 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hedgerow.wire import Kind
+
+Bits = Literal[8, 16, 32]
+
+_INTEGERS = {8: torch.int8, 16: torch.int16}
+
+
+def encode(tensors: Mapping[str, Tensor], bits: Bits) -> dict[str, Tensor]:
+    """Factors in so many bits; 32 leaves them as they are.
+
+    Args:
+        tensors: by PEFT's key names: A of shape (r, n), B of shape (m, r), in float32.
+
+    Returns:
+        The codes under the same names, and beside each factor its steps, float32 of shape (r,).
+    """
+    if bits == 32:
+        return dict(tensors)
+    encoded = {}
+    largest = 2 ** (bits - 1) - 1
+    for name, factor in tensors.items():
+        # NaN and infinity stay what they are in the steps, where the reader's checks find them.
+        step = factor.abs().amax(dim=_across(name)) / largest
+        divisor = step.where(step > 0, 1.0).unsqueeze(_across(name))
+        encoded[name] = (factor / divisor).nan_to_num().round().to(_INTEGERS[bits])
+        encoded[_step_name(name)] = step
+    return encoded
+
+
+def decode(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `encode`, in float32, whatever the bits."""
+    return {
+        name: tensors[name]
+        if _step_name(name) not in tensors
+        else tensors[name] * tensors[_step_name(name)].unsqueeze(_across(name))
+        for name in tensors
+        if name.endswith(".weight")
+    }
+
+
+def encoded_kinds(kinds: Mapping[str, Kind], bits: Bits) -> dict[str, Kind]:
+    """The kinds of what `encode` makes of factors of these kinds."""
+    if bits == 32:
+        return dict(kinds)
+    codes = {name: Kind(_INTEGERS[bits], kind.shape) for name, kind in kinds.items()}
+    steps = {
+        _step_name(name): Kind(torch.float32, (kind.shape[1 - _across(name)],))
+        for name, kind in kinds.items()
+    }
+    return codes | steps
+
+
+def _across(name: str) -> int:
+    """The dimension of a factor along which a component's numbers lie."""
+    return 1 if ".lora_A." in name else 0
+
+
+def _step_name(name: str) -> str:
+    return name.removesuffix(".weight") + ".step"
