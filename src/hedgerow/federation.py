@@ -205,7 +205,7 @@ class Answers:
             yield from self._hand_on(client.name)
 
     def entry(self, aggregate: Aggregate) -> Entry:
-        """The round's entry; those who answered weigh p_k = n_k / Σ n, or as the aggregate has it."""
+        """The round's entry; who answered weighs p_k = n_k / Σ n, or what the aggregate says."""
         present = [client for client in self.clients if client.name in self._losses]
         total = sum(client.num_examples for client in present)
         shares = [client.num_examples / total for client in present]

@@ -174,7 +174,7 @@ class RunDirectory:
 
 
 class RoundMemory:
-    """What a client, or the server, keeps from round to round: a file per round, the latest two of them.
+    """What a client, or the server, keeps from round to round: a file each, the latest two of them.
 
     A run that is resumed at an earlier round than the file's finds the one before it.
     """

@@ -185,11 +185,11 @@ class Method(BaseModel, ABC):
         """On the server, without the model: fold the updates in as they arrive."""
 
     def check_weights(self, participants: Sequence[Participant]) -> None:
-        """Raise `InvalidMessage` unless the weights of an entry are the method's; p_k = n_k / Σ n."""
+        """Raise `InvalidMessage` unless an entry's weights are the method's: p_k = n_k / Σ n."""
         total = sum(p.num_examples for p in participants)
         for p in participants:
             share = p.num_examples / total
-            if not math.isclose(p.weight, share, rel_tol=1e-6):
+            if not math.isclose(p.weight, share, rel_tol=1e-9):
                 raise InvalidMessage(f"the weight of {p.client} is {p.weight}, not {share}")
 
     @abstractmethod
