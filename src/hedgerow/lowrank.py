@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Factors(NamedTuple):
@@ -33,6 +33,19 @@ class Factors(NamedTuple):
         """ΔW itself, shape (m, n), in float32 or wider."""
         wide = torch.promote_types(self.A.dtype, torch.float32)
         return self.B.to(wide) @ self.A.to(wide)
+
+    def double(self) -> Factors:
+        """The pair in float64."""
+        return Factors(self.A.double(), self.B.double())
+
+    def float(self) -> Factors:
+        """The pair in float32."""
+        return Factors(self.A.float(), self.B.float())
+
+    def padded(self, rank: int) -> Factors:
+        """The pair with rows of A and columns of B of zeros, up to this rank: the same product."""
+        more = (0, rank - self.rank)
+        return Factors(nn.functional.pad(self.A, (0, 0, *more)), nn.functional.pad(self.B, more))
 
 
 def stack(pairs: Sequence[Factors]) -> Factors:
@@ -123,8 +136,39 @@ def relative_error(pairs: Iterable[tuple[Factors, Factors]]) -> float:
     return (error / size) ** 0.5 if size else 0.0 if not error else float("inf")
 
 
+class Svd(NamedTuple):
+    """The singular value decomposition of B·A, in float64."""
+
+    left: Tensor
+    """Shape (m, k), orthonormal columns."""
+    values: Tensor
+    """Shape (k,), descending."""
+    right: Tensor
+    """Shape (k, n), orthonormal rows."""
+
+    def factors(self, rank: int | None = None) -> Factors:
+        """The leading `rank` components as float64 factors that share the singular values.
+
+        Both carry their square roots, so that neither needs a wider range of numbers.
+        """
+        root = self.values[:rank].sqrt()
+        return Factors(self.right[:rank] * root[:, None], self.left[:, :rank] * root)
+
+
+def svd(pair: Factors) -> Svd:
+    """By QR of both factors and an SVD of the small core, of min(r, m, n) singular values.
+
+    Args:
+        pair: factors with A of shape (r, n) and B of shape (m, r).
+    """
+    q_b, r_b = torch.linalg.qr(pair.B.double())
+    q_a, r_a = torch.linalg.qr(pair.A.double().T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return Svd(q_b @ u, s, v @ q_a.T)
+
+
 def truncate(pair: Factors, *, rank: int | None = None, energy: float | None = None) -> Factors:
-    """The best approximation of B·A by a smaller pair, by QR of both factors and SVD of the core.
+    """The best approximation of B·A by a smaller pair.
 
     Args:
         pair: factors with A of shape (r, n) and B of shape (m, r).
@@ -135,14 +179,10 @@ def truncate(pair: Factors, *, rank: int | None = None, energy: float | None = N
         Balanced factors (both carry the square roots of the singular values), in the dtype of
         `pair`, of rank at least 1 and at most min(r, m, n).
     """
-    q_b, r_b = torch.linalg.qr(pair.B.double())
-    q_a, r_a = torch.linalg.qr(pair.A.double().T)
-    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    keep = len(s) if rank is None else min(rank, len(s))
+    whole = svd(pair)
+    keep = len(whole.values) if rank is None else min(rank, len(whole.values))
     if energy is not None:
-        shares = s.square().cumsum(0)
+        shares = whole.values.square().cumsum(0)
         keep = min(keep, int((shares < energy * shares[-1]).sum()) + 1)
-    root = s[:keep].sqrt()
-    A = (q_a @ v[:keep].T * root).T
-    B = q_b @ u[:, :keep] * root
+    A, B = whole.factors(keep)
     return Factors(A.to(pair.A.dtype).contiguous(), B.to(pair.B.dtype).contiguous())
