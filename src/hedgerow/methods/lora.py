@@ -199,6 +199,31 @@ def check_factors(
     check_kinds(given, factor_kinds(shapes, rank))
 
 
+def check_pairs(
+    given: Mapping[str, Kind], shapes: Mapping[str, Sequence[int]], most: Mapping[str, int]
+) -> dict[str, int]:
+    """Raise `InvalidMessage` unless these are float32 factors, each module's of its own rank.
+
+    Args:
+        given: what they are, by PEFT's key names.
+        shapes: (m, n) of the adapted matrices, by module.
+        most: the largest rank that each module may have.
+
+    Returns:
+        The rank of each module.
+    """
+    ranks: dict[str, int] = {}
+    expected: dict[str, Kind] = {}
+    for module, shape in shapes.items():
+        first = next(iter(factor_kinds({module: shape}, 1)))
+        ranks[module] = given[first].shape[0] if first in given and given[first].shape else 1
+        if ranks[module] > most[module]:
+            raise InvalidMessage(f"{module} has rank {ranks[module]}, above {most[module]}")
+        expected |= factor_kinds({module: shape}, ranks[module])
+    check_kinds(given, expected)
+    return ranks
+
+
 def factor_kinds(shapes: Mapping[str, Sequence[int]], rank: int) -> dict[str, Kind]:
     """What the factors of an adapter of this rank are, for matrices of these shapes (m, n)."""
     with torch.device("meta"):
@@ -209,9 +234,7 @@ def factor_kinds(shapes: Mapping[str, Sequence[int]], rank: int) -> dict[str, Ki
     return kinds(adapter_tensors(pairs))
 
 
-def init_factors(
-    parameters: Mapping[str, nn.Parameter], generator: torch.Generator, rows: int
-) -> None:
+def init_factors(parameters: Mapping[str, Tensor], generator: torch.Generator, rows: int) -> None:
     """A new adapter that changes nothing yet: A as peft draws it, B zero.
 
     `rows` rows of A are drawn and the first r kept, so that clients of different ranks that share
@@ -223,6 +246,23 @@ def init_factors(
             draws = torch.empty(rows, A.shape[1]).uniform_(-bound, bound, generator=generator)
             A.copy_(draws[: A.shape[0]])
             B.zero_()
+
+
+def draw_adapter(
+    shapes: Mapping[str, Sequence[int]], generator: torch.Generator, rank: int
+) -> dict[str, Tensor]:
+    """The adapter of this rank that `init_factors` gives a model with matrices of these shapes."""
+    pairs = {m: Factors(torch.empty(rank, n), torch.empty(o, rank)) for m, (o, n) in shapes.items()}
+    factors = adapter_tensors(pairs)
+    init_factors(factors, generator, rank)
+    return factors
+
+
+def held_adapter(model: Model) -> dict[str, Tensor]:
+    """The global adapter that a model holds, for methods whose entries are not all of it."""
+    if model.factors is None:
+        raise UserError("round 0 is the base model: there is no adapter to export yet")
+    return dict(model.factors)
 
 
 def copy_factors(
@@ -266,14 +306,14 @@ class Stacks:
         self._stacks: dict[str, SpooledStack] = defaultdict(lambda: SpooledStack(spool))
         self.clients: list[str] = []
         self.num_examples: list[int] = []
-        self._ranks: list[int] = []
+        self._ranks: dict[str, list[int]] = defaultdict(list)
         self._scales: list[float] = []
         for update in updates:
             for module, pair in adapter_pairs(update.tensors):
                 self._stacks[module].add(pair)
+                self._ranks[module].append(pair.rank)
             self.clients.append(update.client)
             self.num_examples.append(update.num_examples)
-            self._ranks.append(int(update.about["r"]))
             self._scales.append(update_scale(update))
 
     def __iter__(self) -> Iterator[str]:
@@ -289,16 +329,16 @@ class Stacks:
         total = sum(self.num_examples)
         return [count / total for count in self.num_examples]
 
-    def parts(self, weights: Sequence[float]) -> list[Part]:
-        """Whose rows are whose, where the clients count `weights`."""
-        ends = itertools.accumulate(self._ranks)
-        given = zip(ends, self._ranks, weights, self._scales, strict=True)
+    def parts(self, module: str, weights: Sequence[float]) -> list[Part]:
+        """Whose rows are whose in a module's stack, where the clients count `weights`."""
+        ranks = self._ranks[module]
+        given = zip(itertools.accumulate(ranks), ranks, weights, self._scales, strict=True)
         return [Part(slice(end - rank, end), weight, s) for end, rank, weight, s in given]
 
 
 def exact_sum(stacked: Factors, parts: Sequence[Part]) -> Factors:
     """Σ p_k s_k B_k A_k as one pair, in float64: A = [p_1 s_1 A_1; …], B = [B_1 …]."""
-    exact = Factors(stacked.A.double(), stacked.B.double())
+    exact = stacked.double()
     for part in parts:
         exact.A[part.rows] *= part.weight * part.scale
     return exact
@@ -319,12 +359,12 @@ def aggregate_adapters(
         relative to it, in Frobenius norm over all modules (left out where that is zero).
     """
     stacks = Stacks(updates)
-    parts = stacks.parts(stacks.shares())
+    shares = stacks.shares()
     combined: dict[str, Factors] = {}
 
     def applied_and_exact() -> Iterator[tuple[Factors, Factors]]:
         for module in stacks:
-            stacked = stacks.factors(module)
+            stacked, parts = stacks.factors(module), stacks.parts(module, shares)
             exact = exact_sum(stacked, parts)
             combined[module] = combine(stacked, parts)
             yield combined[module], exact
