@@ -19,6 +19,7 @@ import peft
 import safetensors
 import torch
 import transformers
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -56,6 +57,7 @@ class Model:
         self._trained: dict[str, nn.Parameter] = {}
         self._snapshot: dict[str, Tensor] = {}
         self._remainders: dict[str, Tensor] = {}
+        self._singular: dict[str, Factors] = {}
 
     @classmethod
     def load(cls, settings: ModelSettings) -> Model:
@@ -137,7 +139,11 @@ class Model:
     # --- what a client trains -------------------------------------------------------------------
 
     def attach(
-        self, config: peft.LoraConfig, frozen: Mapping[str, Tensor] | None = None
+        self,
+        config: peft.LoraConfig,
+        frozen: Mapping[str, Tensor] | None = None,
+        *,
+        core: bool = False,
     ) -> dict[str, nn.Parameter]:
         """Attach an adapter; returns its live parameters, uninitialised, by PEFT's key names.
 
@@ -145,6 +151,7 @@ class Model:
             config: peft's configuration of the adapter.
             frozen: factors of a second adapter beside it, of one rank and with its scale in them,
                 which takes part in the model's function and is not trained.
+            core: put an r×r matrix R between the factors, ΔW = s·B·R·A, under `lora_R.weight`.
 
         Raises:
             ValueError: peft finds no modules that the configuration names.
@@ -153,7 +160,7 @@ class Model:
         # round, so the wrapped layers of each configuration are made once and swapped in and out.
         beside = _plain_config(frozen) if frozen else None
         key = json.dumps(
-            [c and c.to_dict() for c in (config, beside)], sort_keys=True, default=sorted
+            [core, *(c and c.to_dict() for c in (config, beside))], sort_keys=True, default=sorted
         )
         if key not in self._wrapped:
             with warnings.catch_warnings():
@@ -164,12 +171,16 @@ class Model:
             modules = self.network.named_modules()
             self._wrapped[key] = {n: m for n, m in modules if isinstance(m, LoraLayer)}
             adapted.unload()
+            for layer in self._wrapped[key].values() if core else ():
+                _insert_core(layer)
         self._attached = self._wrapped[key]
         for name, layer in self._attached.items():
             self.network.set_submodule(name, layer)
             if frozen:
                 layer.set_adapter([_TRAINED, _FROZEN])
         parameters = self._parameters(_TRAINED)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)  # whoever had the layers before may have frozen some
         if frozen:
             with torch.no_grad():
                 for name, parameter in self._parameters(_FROZEN).items():
@@ -179,11 +190,18 @@ class Model:
 
     def _parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter that is attached, by PEFT's key names."""
-        return {
-            f"{_PREFIX}{name}.{factor}.weight": getattr(layer, factor)[adapter].weight
-            for name, layer in self._attached.items()
-            for factor in ("lora_A", "lora_B")
-        }
+        found: dict[str, nn.Parameter] = {}
+        for name, layer in self._attached.items():
+            parts = {what: getattr(layer, what)[adapter] for what in ("lora_A", "lora_B")}
+            if isinstance(parts["lora_B"], nn.Sequential):
+                parts["lora_R"], parts["lora_B"] = parts["lora_B"]
+            if isinstance(layer, AdaLoraLayer):
+                # Its factors are plain parameters, and the singular values stand beside them.
+                parts["lora_E"] = layer.lora_E[adapter]
+                found |= {f"{_PREFIX}{name}.{what}": part for what, part in parts.items()}
+            else:
+                found |= {f"{_PREFIX}{name}.{w}.weight": part.weight for w, part in parts.items()}
+        return found
 
     def unfreeze(self) -> dict[str, nn.Parameter]:
         """Make all weights trainable, with a snapshot to give them back; returns them by name."""
@@ -220,6 +238,22 @@ class Model:
         self.network.zero_grad(set_to_none=True)
         self.network.requires_grad_(False).eval()
 
+    def singular_vectors(self, module: str, rank: int) -> Factors:
+        """The leading singular vectors of a linear layer's weight, right ones in A, left ones in B.
+
+        The largest entry of each row of A is positive, so that equal weights give equal vectors.
+        They are kept, since an SVD takes seconds, until a weight changes.
+        """
+        if module not in self._singular or self._singular[module].rank != rank:
+            layer = self.network.get_submodule(module)
+            weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+            # On the CPU: what a client's GPU would find differs from the server's.
+            u, _, v = torch.linalg.svd(weight.detach().cpu().double(), full_matrices=False)
+            u, v = u[:, :rank], v[:rank]
+            signs = v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
+            self._singular[module] = Factors(v * signs, u * signs.T).float()
+        return self._singular[module]
+
     # --- what an entry changes ------------------------------------------------------------------
 
     def add(self, name: str, delta: Tensor) -> None:
@@ -228,6 +262,7 @@ class Model:
         A bfloat16 weight would round small deltas away, round after round, so what the rounding
         took is kept, in host memory, and added the next time (compensated summation).
         """
+        self._singular.clear()
         weight = self.network.get_parameter(name)
         delta = delta.to(weight.device)
         with torch.no_grad():
@@ -299,6 +334,14 @@ def _plain_config(factors: Mapping[str, Tensor]) -> peft.LoraConfig:
     return peft.LoraConfig(
         r=rank, lora_alpha=rank, target_modules=list(pairs), init_lora_weights=False
     )
+
+
+def _insert_core(layer: Any) -> None:
+    """Let an adapter's B follow an r×r matrix, as whose projection peft's forward pass calls it."""
+    B = layer.lora_B[_TRAINED]
+    options = {"device": B.weight.device, "dtype": B.weight.dtype}
+    core = nn.Linear(B.in_features, B.in_features, bias=False, **options)
+    layer.lora_B[_TRAINED] = nn.Sequential(core, B)
 
 
 def _tokenization(tokenizer: Any) -> dict[str, Any]:
