@@ -1,0 +1,85 @@
+"""FFA-LoRA: A is drawn once and frozen, B alone is trained, sent and averaged.
+
+Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", arXiv 2403.12313.
+Clients of different ranks share rows of A, so their averages are exact as well.
+
+    once:        A is drawn from the run's seed, B = 0
+    every round:
+      client k:  go on from B on the first r_k rows of A, and train B alone
+      server:    B = Σ p_k s_k B_k, the smaller padded with zeros
+      everybody: the global adapter is (A, B); the base stays as it is
+
+An entry holds B, and the seed of A, so that one entry is all that a newcomer needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from hedgerow.errors import InvalidMessage
+from hedgerow.methods.base import Aggregate, ServerTurn
+from hedgerow.methods.lora import draw_adapter, held_adapter
+from hedgerow.methods.one_factor import OneFactor, only
+from hedgerow.model import adapter_pairs, adapter_tensors
+from hedgerow.wire import Kind, check_kinds, kinds
+
+if TYPE_CHECKING:
+    from hedgerow.model import Model
+    from hedgerow.wire import Entry, Update
+
+_SEED = Kind(torch.int64, (1,))
+
+
+class FFALoRA(OneFactor):
+    """Adapters of different ranks on one frozen A."""
+
+    name: Literal["ffa_lora"] = "ffa_lora"
+    summary: ClassVar[str] = "LoRA of different ranks on one frozen A, B averaged: exact"
+    reference: ClassVar[str] = "FFA-LoRA, arXiv 2403.12313"
+
+    def entry_options(self) -> dict[str, Any]:
+        """As many rows of A are drawn."""
+        return {"largest_rank": self.largest_rank}
+
+    def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
+        """It has B of each module, of one rank that its participants may give it, and a seed."""
+        given, ranks = kinds(entry.tensors), self.entry_ranks(len(entry.participants))
+        shape = given[first].shape if (first := min(only("lora_B", shapes, 1))) in given else ()
+        rank = shape[1] if len(shape) == 2 else ranks[0]
+        if rank not in ranks:
+            raise InvalidMessage(f"it is an adapter of rank {rank}, not {ranks[0]} to {ranks[-1]}")
+        check_kinds(given, only("lora_B", shapes, rank) | {"adapter_seed": _SEED})
+        if int(entry.tensors["adapter_seed"]) < 0:
+            raise InvalidMessage("its adapter_seed is not of 63 bits")
+
+    def shared_adapter(self, turn: ServerTurn) -> Mapping[str, Tensor]:
+        """The one that was drawn: A is never another."""
+        return self._drawn(turn.expected.shapes, turn.expected.seeds.derive("adapter"))
+
+    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+        """Average B; A is for everybody to draw."""
+        whole = super().aggregate(updates, turn)
+        tensors = {name: B for name, B in whole.tensors.items() if ".lora_B." in name}
+        seed = torch.tensor([turn.expected.seeds.derive("adapter")])
+        return whole._replace(tensors=tensors | {"adapter_seed": seed})
+
+    def apply(self, model: Model, entry: Entry) -> None:
+        """The global adapter is the entry's B on the rows of A that go with it."""
+        drawn = self._drawn(model.adapted_shapes(self.targets), int(entry.tensors["adapter_seed"]))
+        pairs = dict(adapter_pairs({**drawn, **entry.tensors}))
+        model.factors = adapter_tensors(
+            {module: pair._replace(A=pair.A[: pair.B.shape[1]]) for module, pair in pairs.items()}
+        )
+
+    def adapter(
+        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
+    ) -> dict[str, Tensor]:
+        """The global adapter, which takes the model's shapes to draw."""
+        return held_adapter(load_model())
+
+    def _drawn(self, shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
+        return draw_adapter(shapes, torch.Generator().manual_seed(seed), self.largest_rank)

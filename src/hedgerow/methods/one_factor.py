@@ -1,0 +1,97 @@
+"""Adapters of which clients train one factor, on the other that is the same for all of them.
+
+Then averages are exact: Σ p_k s_k B_k A = (Σ p_k s_k B_k) A, and likewise for A. The trained factor
+alone travels up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor, nn
+
+from hedgerow import lowrank
+from hedgerow.lowrank import Factors
+from hedgerow.methods.base import Aggregate, Client, Expected, ServerTurn, Turn
+from hedgerow.methods.fedit import AveragedAdapter
+from hedgerow.methods.lora import draw_adapter, factor_kinds, finite, update_scale
+from hedgerow.model import adapter_pairs, adapter_tensors
+from hedgerow.wire import Kind, check_kinds, kinds
+
+if TYPE_CHECKING:
+    from hedgerow.model import Model
+    from hedgerow.wire import Update
+
+Factor = Literal["lora_A", "lora_B"]
+
+
+class OneFactor(AveragedAdapter):
+    """One global adapter; in each round clients train one of its factors."""
+
+    def trained_factor(self, round: int) -> Factor:
+        """Which one."""
+        return "lora_B"
+
+    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+        """The global adapter, of which one factor is frozen."""
+        factor = self.trained_factor(turn.round)
+        parameters = super().start(model, turn)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(f".{factor}." in name)
+        return {name: p for name, p in parameters.items() if p.requires_grad}
+
+    def check_update(self, client: Client, update: Update, expected: Expected) -> None:
+        """The rank and scale are the client's, and it has the trained factor of each module."""
+        rank = self.rank(client)
+        update.check_about(self._about(rank))
+        factor = self.trained_factor(update.round)
+        check_kinds(kinds(update.tensors), only(factor, expected.shapes, rank))
+
+    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+        """Average the trained factor beside the shared one."""
+        shared = self.shared_adapter(turn)
+        pairs = dict(adapter_pairs({**shared, **average_factor(updates)}))
+        # Where ranks differ, clients of the largest may be away.
+        exact = {m: Factors(A[: B.shape[1]], B).double() for m, (A, B) in pairs.items()}
+        applied = {module: self.refactor(pair).float() for module, pair in exact.items()}
+        error = lowrank.relative_error((applied[module], exact[module]) for module in exact)
+        return Aggregate(adapter_tensors(applied), finite({"aggregation_error": error}))
+
+    def shared_adapter(self, turn: ServerTurn) -> Mapping[str, Tensor]:
+        """The adapter that clients went on from: the last entry's, or the one that was drawn."""
+        if turn.previous is not None:
+            return turn.previous.tensors
+        expected = turn.expected
+        return draw_adapter(expected.shapes, expected.seeds.torch("adapter"), self.largest_rank)
+
+    def refactor(self, pair: Factors) -> Factors:
+        """The next global adapter, of the same product as the exact sum and the same rank."""
+        return pair
+
+
+def only(factor: Factor, shapes: Mapping[str, Sequence[int]], rank: int) -> dict[str, Kind]:
+    """What this factor of an adapter is in each module."""
+    every = factor_kinds(shapes, rank)
+    return {name: kind for name, kind in every.items() if f".{factor}." in name}
+
+
+def average_factor(updates: Iterable[Update]) -> dict[str, Tensor]:
+    """Σ p_k A_k, Σ p_k s_k B_k or Σ p_k s_k R_k in float64, folded as they arrive.
+
+    Columns of B that a client of a lower rank has not are zeros of its.
+    """
+    total, sums = 0, dict[str, Tensor]()
+    for update in updates:
+        total += update.num_examples
+        for name, factor in update.tensors.items():
+            scale = 1.0 if ".lora_A." in name else update_scale(update)
+            addend = factor.double() * (update.num_examples * scale)
+            sums[name] = _add(sums[name], addend) if name in sums else addend
+    return {name: factor / total for name, factor in sums.items()}
+
+
+def _add(first: Tensor, second: Tensor) -> Tensor:
+    columns = max(first.shape[1], second.shape[1])
+    padded = [nn.functional.pad(each, (0, columns - each.shape[1])) for each in (first, second)]
+    return padded[0] + padded[1]
