@@ -1,0 +1,55 @@
+"""FLoRIST: FLoRA's stack, re-factorised and cut where its singular values fall off.
+
+Ramesh et al., "FLoRIST: Singular Value Thresholding for Efficient and Accurate Federated
+Fine-Tuning of Large Language Models", arXiv 2506.09199. The broadcast no longer grows with the
+number of clients, but with the energy that is to be kept: each matrix has its own rank.
+
+    every round:
+      client k:  attach a new adapter (A_k random, B_k = 0) of its own rank r_k, and train it
+      server:    U·S·Vᵀ = Σ p_k s_k B_k A_k by SVDs of the stack's small factors; of each matrix
+                 the fewest leading components whose squares reach `threshold` of all,
+                 A = √S·Vᵀ, B = U·√S
+      everybody: W <- W + B·A
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from hedgerow import lowrank
+from hedgerow.lowrank import Factors
+from hedgerow.methods.base import Aggregate, ServerTurn
+from hedgerow.methods.flora import FLoRA
+from hedgerow.methods.lora import Part, aggregate_adapters, check_pairs, exact_sum
+from hedgerow.wire import kinds
+
+if TYPE_CHECKING:
+    from hedgerow.wire import Entry, Update
+
+
+class FLoRIST(FLoRA):
+    """Adapters of any ranks, stacked and cut at a share of the energy."""
+
+    name: Literal["florist"] = "florist"  # type: ignore[assignment]
+    summary: ClassVar[str] = "LoRA of different ranks, stacked and cut by a threshold on the energy"
+    reference: ClassVar[str] = "FLoRIST, arXiv 2506.09199"
+
+    threshold: float = Field(0.9, gt=0, le=1)
+    """The share of the squared singular values of each matrix that is kept."""
+
+    def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
+        """It has a pair for each module, each of a rank that the stack may have had."""
+        count = len(entry.participants)
+        most = sum(self.possible_ranks(count)[-count:])
+        check_pairs(kinds(entry.tensors), shapes, {m: min(*mn, most) for m, mn in shapes.items()})
+
+    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+        """The leading components of the sum; `aggregation_error` is what was cut."""
+
+        def cut(stacked: Factors, parts: Sequence[Part]) -> Factors:
+            return lowrank.truncate(exact_sum(stacked, parts), energy=self.threshold).float()
+
+        return aggregate_adapters(updates, cut)
