@@ -1,0 +1,122 @@
+"""Fed-SB: an r×r matrix between two fixed bases is all that is trained and sent.
+
+Singhal et al., "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in
+(Private) Federated LoRA Fine-Tuning", arXiv 2502.15436, on LoRA-SB, arXiv 2411.19557. An update is
+r² numbers a matrix, whatever the matrix's size, and averages are exact, since A and B are the same
+for all.
+
+    once:        B and A are the leading r left and right singular vectors of W, R = 0
+    every round:
+      client k:  go on from R, and train it alone: W + s·B·R·A
+      server:    R = Σ p_k s_k R_k
+      everybody: the global adapter is (A, B·R); the base stays as it is
+
+The bases are LoRA-XS's (arXiv 2405.17604), which everybody has without a word; LoRA-SB's own are
+the singular vectors of the first step's full gradient, which somebody would have to compute and
+send. They are made in float64, on the CPU and with fixed signs: machines differ in the last bits,
+unless two singular values of a weight are so close that their vectors are hardly defined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hedgerow import lowrank
+from hedgerow.errors import UserError
+from hedgerow.lowrank import Factors
+from hedgerow.methods.base import Aggregate, Client, Expected, ServerTurn, Turn
+from hedgerow.methods.fedit import AveragedAdapter
+from hedgerow.methods.lora import factor_kinds, finite, held_adapter
+from hedgerow.methods.one_factor import average_factor
+from hedgerow.model import adapter_tensors
+from hedgerow.wire import Kind, check_kinds, kinds
+
+if TYPE_CHECKING:
+    from hedgerow.model import Model
+    from hedgerow.wire import Entry, Update
+
+
+class FedSB(AveragedAdapter):
+    """Adapters of one rank, of which the core between two fixed bases is trained."""
+
+    name: Literal["fed_sb"] = "fed_sb"
+    summary: ClassVar[str] = "an r×r core between W's singular vectors, averaged: exact, and tiny"
+    reference: ClassVar[str] = "Fed-SB, arXiv 2502.15436, with LoRA-XS's bases (2405.17604)"
+    same_rank: ClassVar[bool] = True
+
+    def check(self, model: Model, num_clients: int) -> None:
+        """Every matrix has so many singular vectors."""
+        super().check(model, num_clients)
+        module, shape = min(self.trained_shapes(model).items(), key=lambda item: min(item[1]))
+        if self.largest_rank > min(shape):
+            raise UserError(
+                f"method.ranks: {module} has {min(shape)} singular vectors, not "
+                f"{self.largest_rank}: give a lower rank, or other targets"
+            )
+
+    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+        """The global core between the bases, which are frozen."""
+        rank = self.rank(turn.client)
+        bases = adapter_tensors(self._bases(model))
+        parameters = model.attach(self.config(rank), core=True)
+        held = model.factors or {}
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if name in bases:
+                    parameter.requires_grad_(False).copy_(bases[name])
+                elif name in held:
+                    parameter.copy_(held[name] / self.scale(rank))
+                else:
+                    parameter.zero_()
+        return {name: p for name, p in parameters.items() if name not in bases}
+
+    def check_update(self, client: Client, update: Update, expected: Expected) -> None:
+        """The rank and scale are the client's, and there is a core for each module."""
+        update.check_about(self._about(self.rank(client)))
+        check_kinds(kinds(update.tensors), self._cores(expected.shapes))
+
+    def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
+        """There is a core for each module."""
+        check_kinds(kinds(entry.tensors), self._cores(shapes))
+
+    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+        """R = Σ p_k s_k R_k."""
+        exact = average_factor(updates)
+        cores = {name: core.float() for name, core in exact.items()}
+        # The bases, which the server does not have, keep lengths.
+        basis = torch.eye(self.largest_rank)
+        error = lowrank.relative_error(
+            (Factors(cores[name], basis), Factors(exact[name], basis)) for name in exact
+        )
+        return Aggregate(cores, finite({"aggregation_error": error}))
+
+    def apply(self, model: Model, entry: Entry) -> None:
+        """The global adapter is (A, B·R), and R is kept beside it."""
+        cores = dict(entry.tensors)
+        pairs = {}
+        for module, (A, B) in self._bases(model).items():
+            pairs[module] = Factors(A, B @ cores[_core_name(module)])
+        model.factors = adapter_tensors(pairs) | cores
+
+    def adapter(
+        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
+    ) -> dict[str, Tensor]:
+        """The global adapter, which takes the model's weights to know."""
+        return held_adapter(load_model())
+
+    def _bases(self, model: Model) -> dict[str, Factors]:
+        modules = self.trained_shapes(model)
+        return {module: model.singular_vectors(module, self.largest_rank) for module in modules}
+
+    def _cores(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Kind]:
+        rank = self.largest_rank
+        return {_core_name(module): Kind(torch.float32, (rank, rank)) for module in shapes}
+
+
+def _core_name(module: str) -> str:
+    """PEFT's key name of a module's A, with R for A."""
+    return next(iter(factor_kinds({module: (1, 1)}, 1))).replace(".lora_A.", ".lora_R.")
