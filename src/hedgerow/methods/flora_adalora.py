@@ -1,0 +1,133 @@
+"""FLoRA with AdaLoRA clients: each matrix gets the rank that it needs, and stacking stays exact.
+
+Wang et al., FLoRA, arXiv 2409.05976, with clients that train as in Zhang et al.,
+"AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512.
+
+    every round:
+      client k:  attach ΔW = s_k·P·Λ·Q of rank initial·r_k to each matrix (Λ = 0), train it, and
+                 set the least important of all matrices' singular values to zero, down to r_k
+                 a matrix on average; A_k = Λ·Q and B_k = P of those that are left
+      server:    A = [p_1 s_1 A_1; …; p_N s_N A_N],  B = [B_1 … B_N], of a rank for each matrix
+      everybody: W <- W + B·A
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import peft
+import torch
+from pydantic import Field
+from torch import nn
+
+from hedgerow.errors import InvalidMessage
+from hedgerow.methods.base import Aggregate, Client, Expected, Payload, ServerTurn, Trained, Turn
+from hedgerow.methods.flora import FLoRA, stack
+from hedgerow.methods.lora import aggregate_adapters, check_pairs
+from hedgerow.wire import Kind, kinds
+
+if TYPE_CHECKING:
+    from hedgerow.model import Model
+    from hedgerow.training.job import Job
+    from hedgerow.wire import Entry, Update
+
+
+class FLoRAAdaLoRA(FLoRA):
+    """Adapters whose ranks differ by client and by matrix, stacked: the aggregate is exact."""
+
+    name: Literal["flora_adalora"] = "flora_adalora"  # type: ignore[assignment]
+    summary: ClassVar[str] = "FLoRA of AdaLoRA: a rank for each matrix by its importance, stacked"
+    reference: ClassVar[str] = "FLoRA, arXiv 2409.05976, with AdaLoRA, 2303.10512"
+
+    initial: float = Field(1.5, ge=1)
+    """The rank before the first step, as a multiple of r_k."""
+    orthogonality: float = Field(0.5, ge=0)
+    """What the distance of P and Q from orthogonal ones counts in the loss."""
+
+    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+        """New P and Q with Λ = 0.
+
+        They are orthogonal from the start. AdaLoRA draws small ones and leaves that to the
+        regulariser, but here they begin anew in each round, which may have only a few steps.
+        """
+        initial = self.initial_rank(self.rank(turn.client))
+        config = peft.AdaLoraConfig(
+            init_r=initial,
+            # peft divides it by the initial rank, and s_k is that of r_k.
+            lora_alpha=self.scale(self.rank(turn.client)) * initial,
+            lora_dropout=self.dropout,
+            target_modules=self.targets,
+            init_lora_weights=False,
+            total_step=1,  # the layers don't ask; `training.adalora` has the schedule
+        )
+        parameters = model.attach(config)
+        generator = turn.seeds.torch("adapter", turn.round, turn.client.name)
+        with torch.no_grad():
+            for name, parameter in sorted(parameters.items()):
+                if name.endswith(".lora_E"):
+                    parameter.zero_()
+                else:
+                    drawn = torch.empty(parameter.shape)
+                    parameter.copy_(nn.init.orthogonal_(drawn, generator=generator))
+        return parameters
+
+    def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
+        """AdaLoRA's steps."""
+        # Not at the top: the experiment file, which names methods, says how to train.
+        from hedgerow.training import adalora
+
+        rank = self.rank(turn.client)
+        sizes = {"initial": self.initial_rank(rank), "target": rank}
+        loss = adalora.train(job, parameters, **sizes, orthogonality=self.orthogonality)
+        return Trained(parameters, loss)
+
+    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
+        """The components that are left, as ordinary factors; one of zeros where none is."""
+        tensors = {}
+        initial = self.initial_rank(self.rank(turn.client))
+        factors = {name: factor.detach().cpu() for name, factor in trained.parameters.items()}
+        for key in factors:
+            if key.endswith(".lora_E"):
+                module = key.removesuffix(".lora_E")
+                left = factors[key].flatten() != 0
+                left[0] |= not left.any()
+                # peft divides by r + 1e-5 where the server divides by r.
+                values = factors[key][left] * (initial / (initial + 1e-5))
+                tensors[f"{module}.lora_A.weight"] = values * factors[f"{module}.lora_A"][left]
+                tensors[f"{module}.lora_B.weight"] = factors[f"{module}.lora_B"][:, left]
+        return Payload(tensors, self._about(self.rank(turn.client)))
+
+    def initial_rank(self, rank: int) -> int:
+        """The rank of each matrix before training, of a client of this rank."""
+        return math.ceil(self.initial * rank)
+
+    def check_update(self, client: Client, update: Update, expected: Expected) -> None:
+        """The scale is the client's, and there is a pair for each module, within the budget."""
+        rank = self.rank(client)
+        update.check_about(self._about(rank))
+        self._check_within_budget(kinds(update.tensors), expected.shapes, [rank])
+
+    def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
+        """It has a pair for each module, within the budgets of its participants."""
+        count = len(entry.participants)
+        largest = self.possible_ranks(count)[-count:]
+        self._check_within_budget(kinds(entry.tensors), shapes, largest)
+
+    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+        """Stack the factors, as many of each matrix as the clients have."""
+        return aggregate_adapters(updates, stack)
+
+    def _check_within_budget(
+        self, given: Mapping[str, Kind], shapes: Mapping[str, Sequence[int]], ranks: Sequence[int]
+    ) -> None:
+        """Up to the initial rank in each matrix, and r_k on average, of clients of these ranks.
+
+        A matrix of which nothing is left has a component of zeros beyond the budget.
+        """
+        most = sum(map(self.initial_rank, ranks))
+        total = sum(check_pairs(given, shapes, dict.fromkeys(shapes, most)).values())
+        budget = sum(ranks) * len(shapes) + len(ranks) * (len(shapes) - 1)
+        if total > budget:
+            raise InvalidMessage(f"its ranks are {total} in all, above the budget of {budget}")

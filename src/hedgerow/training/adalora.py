@@ -1,0 +1,96 @@
+"""Local training of ΔW = P·Λ·Q within a budget of rank (AdaLoRA, arXiv 2303.10512, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import peft
+import torch
+from peft.tuners.adalora.layer import RankAllocator
+from torch import Tensor, nn
+
+from hedgerow.training import first_order
+from hedgerow.training.job import Job, check_finite
+from hedgerow.training.loss import batch_loss
+
+
+def train(
+    job: Job,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    initial: int,
+    target: int,
+    orthogonality: float,
+) -> float:
+    """Train peft's AdaLoRA layers, and set all but the most important singular values to zero.
+
+    The budget is whole in the first tenth of the steps, the target's in the last fifth, and falls
+    with the cube of the steps between.
+
+    Args:
+        job: its network has the layers attached, under peft's adapter name `default`.
+        parameters: by PEFT's key names, which end in `lora_A` (Q, of shape (initial, n)), `lora_E`
+            (Λ, of shape (initial, 1)) or `lora_B` (P, of shape (m, initial)).
+        initial: the rank of each matrix before the first step.
+        target: the rank of a matrix after the last one, on average over all.
+        orthogonality: what the mean of ‖PᵀP - I‖_F and ‖QQᵀ - I‖_F counts in the loss.
+
+    Returns:
+        The mean loss per answer token over all steps, without the regulariser.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
+    network, settings, trainable = job.network, job.settings, list(parameters.values())
+    steps = settings.most_steps(len(job.data))
+    last_cut = steps - steps // 5
+    allocator = RankAllocator(
+        network,
+        peft.AdaLoraConfig(
+            target_r=target,
+            init_r=initial,
+            tinit=steps // 10,
+            tfinal=steps - last_cut,
+            total_step=steps,
+        ),
+        "default",
+    )
+    optimizer = first_order._optimizer(trainable, settings, job.learning_rate)
+    vectors = {name: p for name, p in parameters.items() if not name.endswith("lora_E")}
+    survivors = None
+    total_loss, total_tokens = 0.0, 0
+    devices = [network.device] if network.device.type == "cuda" else []
+    network.train()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(job.dropout_seed)
+        for step, (collated, step_tokens) in enumerate(job.steps(), start=1):
+            loss_sum = 0.0
+            for batch in collated:
+                loss, _ = batch_loss(network, batch)
+                torch.autograd.backward(loss / max(step_tokens, 1))
+                loss_sum += float(loss.detach())
+            check_finite(loss_sum, step)
+            torch.autograd.backward(orthogonality * non_orthogonality(vectors))
+            if settings.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
+            optimizer.step()
+            if step <= last_cut:
+                allocator.update_ipt(network)
+                budget, due = allocator.budget_schedule(step)
+                if (due or step == last_cut) and budget < allocator.init_bgt:
+                    survivors = allocator.mask_to_budget(network, budget)
+            elif survivors is not None:
+                allocator.mask_using_rank_pattern(network, survivors)
+            optimizer.zero_grad(set_to_none=True)
+            total_loss, total_tokens = total_loss + loss_sum, total_tokens + step_tokens
+    network.eval()
+    return total_loss / max(total_tokens, 1)
+
+
+def non_orthogonality(vectors: Mapping[str, Tensor]) -> Tensor:
+    """The mean of ‖QQᵀ - I‖_F and ‖PᵀP - I‖_F over all matrices, as peft's AdaLoraModel has it."""
+    distances = []
+    for name, factor in vectors.items():
+        rows = factor if name.endswith("lora_A") else factor.T
+        distances.append(torch.linalg.matrix_norm(rows @ rows.T - torch.eye(len(rows)).to(rows)))
+    return torch.stack(distances).mean()
