@@ -53,6 +53,15 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "flora": {"ranks": [4, 2, 1], "targets": TARGETS},
     "fedit": {"ranks": 2, "targets": TARGETS},
     "zero_padding": {"ranks": [4, 2, 1], "targets": TARGETS},
+    "flexlora": {"ranks": [4, 2, 1], "targets": TARGETS},
+    "florist": {"ranks": [4, 2, 1], "targets": TARGETS},
+    # Nothing is pruned here, so that what there is at first has to be within the budget.
+    "flora_adalora": {"ranks": [4, 2, 1], "initial": 1, "targets": TARGETS},
+    "fedex_lora": {"ranks": 2, "targets": TARGETS},
+    "ffa_lora": {"ranks": [4, 2, 1], "targets": TARGETS},
+    "rolora": {"ranks": 2, "targets": TARGETS},
+    "fedsvd": {"ranks": 2, "targets": TARGETS},
+    "fed_sb": {"ranks": 2, "targets": TARGETS},
     "ferret": {"compression": 64},
     "ferret over lora": {"over": "lora", "ranks": 2, "targets": TARGETS, "budget": 100},
     "ferret of the paper": {"paper": True},
@@ -409,7 +418,8 @@ def no_texts(rng, file):
 def other_rank(rng, file):
     """All factors of one more or one less, and `r` and `lora_alpha` to go with it."""
     change = rng.choice([-1, 1])
-    for name, tensor in file.torch().items():
+    factors = {name: tensor for name, tensor in file.torch().items() if tensor.ndim == 2}
+    for name, tensor in factors.items():
         wide = tensor if ".lora_A." in name else tensor.T
         if len(wide) + change == 0:
             change = 1
@@ -418,6 +428,24 @@ def other_rank(rng, file):
     if "r" in file.metadata and rng.random() < 0.5:
         file.metadata["r"] = str(int(file.metadata["r"]) + change)
         file.metadata["lora_alpha"] = str(2 * int(file.metadata["r"]))
+
+
+def too_large_rank(rng, file):
+    """The factors of one matrix of more rank than anybody may have given it."""
+    keys = [name for name in file.tensors if name.startswith("base") and ".lora_A." in name]
+    key = rng.choice(keys)
+    other = key.replace(".lora_A.", ".lora_B.")
+    rank = rng.choice([50, 1000])
+    file.put(key, torch.ones(rank, file.torch()[key].shape[1]))
+    file.put(other, torch.ones(file.torch()[other].shape[0], rank))
+
+
+def start_as_residual(rng, file):
+    """The two parts of an entry in each other's place."""
+    file.tensors = {
+        name.removeprefix("start.") if name.startswith("start.") else f"start.{name}": tensor
+        for name, tensor in file.tensors.items()
+    }
 
 
 def with_counts(change):
@@ -579,7 +607,13 @@ def kinds_of_wrong(method: Method, direction: str) -> list[Any]:
         if direction == "up" or method.name == "fedkseed":
             ways.append(too_many_steps)
     elif method.name != "fedavg":
-        ways.append(other_rank)
+        # Where each matrix has a rank of its own, one more or less may be right.
+        free = method.name == "flora_adalora" or (method.name == "florist" and direction == "down")
+        ways.append(too_large_rank if free else other_rank)
+        if method.name == "fedex_lora" and direction == "down":
+            ways += [too_large_rank, start_as_residual]
+        if method.name == "ffa_lora" and direction == "down":
+            ways.append(negative_seed)
         if direction == "up":
             ways += [
                 other_metadata("r", "5", "0", "-1", "x", "9" * 99),

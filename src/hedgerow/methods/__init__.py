@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from hedgerow.methods.base import Method
 from hedgerow.methods.centralized import Centralized
+from hedgerow.methods.fed_sb import FedSB
 from hedgerow.methods.fedavg import FedAvg
+from hedgerow.methods.fedex_lora import FedExLoRA
 from hedgerow.methods.fedit import FedIT
 from hedgerow.methods.fedkseed import FedKSeed
+from hedgerow.methods.fedsvd import FedSVD
 from hedgerow.methods.fedzo import FedZO
 from hedgerow.methods.ferret import Ferret
+from hedgerow.methods.ffa_lora import FFALoRA
+from hedgerow.methods.flexlora import FlexLoRA
 from hedgerow.methods.flora import FLoRA
+from hedgerow.methods.flora_adalora import FLoRAAdaLoRA
+from hedgerow.methods.florist import FLoRIST
+from hedgerow.methods.rolora import RoLoRA
 from hedgerow.methods.standalone import Standalone
 from hedgerow.methods.zero_padding import ZeroPadding
 
@@ -21,6 +29,14 @@ METHODS: dict[str, type[Method]] = {
     "ferret": Ferret,
     "fedit": FedIT,
     "zero_padding": ZeroPadding,
+    "flexlora": FlexLoRA,
+    "florist": FLoRIST,
+    "flora_adalora": FLoRAAdaLoRA,
+    "fedex_lora": FedExLoRA,
+    "ffa_lora": FFALoRA,
+    "rolora": RoLoRA,
+    "fedsvd": FedSVD,
+    "fed_sb": FedSB,
     "fedavg": FedAvg,
     "fedkseed": FedKSeed,
     "fedzo": FedZO,
