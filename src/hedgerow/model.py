@@ -192,6 +192,8 @@ class Model:
         """The parameters of an adapter that is attached, by PEFT's key names."""
         found: dict[str, nn.Parameter] = {}
         for name, layer in self._attached.items():
+            if adapter not in layer.lora_A:
+                continue  # an embedding's, which `adapted_shapes` refuses in its own words
             parts = {what: getattr(layer, what)[adapter] for what in ("lora_A", "lora_B")}
             if isinstance(parts["lora_B"], nn.Sequential):
                 parts["lora_R"], parts["lora_B"] = parts["lora_B"]
@@ -247,7 +249,7 @@ class Model:
         if module not in self._singular or self._singular[module].rank != rank:
             layer = self.network.get_submodule(module)
             weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-            # On the CPU: what a client's GPU would find differs from the server's.
+            # On the CPU, since GPUs differ from it and from each other in more than the last bits.
             u, _, v = torch.linalg.svd(weight.detach().cpu().double(), full_matrices=False)
             u, v = u[:, :rank], v[:rank]
             signs = v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
