@@ -249,7 +249,7 @@ class Model:
         if module not in self._singular or self._singular[module].rank != rank:
             layer = self.network.get_submodule(module)
             weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-            # On the CPU, since GPUs differ from it and from each other in more than the last bits.
+            # On the CPU whatever the model's device: a GPU's SVD is another algorithm.
             u, _, v = torch.linalg.svd(weight.detach().cpu().double(), full_matrices=False)
             u, v = u[:, :rank], v[:rank]
             signs = v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
