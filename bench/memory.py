@@ -115,7 +115,7 @@ def stages(network: Any, tokens: int) -> dict[str, int]:
     model = Model(network, tokenizer, "random")
     method, seeds = Ferret(), Seeds(0)
     client = Client(0, "client-000", len(shard))
-    turn = Turn(client, 1, seeds, memory=Forgetful())
+    turn = Turn(client, 1, seeds, experiment.training, Forgetful())
     order = seeds.numpy("batches")
     job = Job(network, shard, experiment.training, 1e-3, tokenizer.pad_token_id, order, 0)
     Path("/proc/self/clear_refs").write_text("5")

@@ -50,7 +50,7 @@ def test_every_method_runs_and_learns(hedgerow, experiment, tmp_path, method):
 
 
 def test_bytes_are_those_of_what_was_serialised(hedgerow, experiment, tmp_path):
-    path = experiment(federation={"rounds": 2, "keep_updates": True})
+    path = experiment(method={"restart": "own"}, federation={"rounds": 2, "keep_updates": True})
     assert hedgerow("run", path, "--out", tmp_path / "run").code == 0
     for row in rows_of(tmp_path / "run")[1:]:
         kept = (tmp_path / "run" / "updates" / f"round-{row['round']:04d}").iterdir()
@@ -75,6 +75,10 @@ def test_a_client_that_was_away_is_charged_for_what_it_missed(hedgerow, experime
 CASES = {
     "different ranks": {"method": {"ranks": [4, 2, 1]}},
     "equal ranks": {"method": {"ranks": 3}},
+    "from zero": {"method": {"ranks": [4, 2, 1], "restart": "zero"}},
+    "from their own": {"method": {"ranks": [4, 2, 1], "restart": "own"}},
+    "from the average": {"method": {"ranks": [4, 2, 1], "restart": "shared"}},
+    "other weights": {"method": {"ranks": [4, 2, 1], "scaling": "uniform"}},
     "alpha other than 2r": {"method": {"ranks": [4, 2, 1], "alpha": 5}},
     "rank-stabilised": {"method": {"ranks": [4, 2, 1], "rslora": True}},
 }
@@ -102,6 +106,7 @@ def test_flora_is_exact_from_outside(hedgerow, experiment, tmp_path, case):
                     int(about["num_examples"]),
                 )
                 scale = alpha / (r**0.5 if "use_rslora" in about else r)
+                n = 1 if "scaling" in CASES[case]["method"] else n
                 total += n
                 for key in update.keys():  # noqa: SIM118  (no mapping)
                     if ".lora_A." in key:
@@ -176,7 +181,7 @@ def test_resume_after_a_kill_at_the_very_first_step(hedgerow, experiment, tmp_pa
 
 def test_the_order_of_training_does_not_matter_to_a_client(hedgerow, experiment, tmp_path):
     """What client 1 sends is the same whoever else takes part."""
-    path = experiment(federation={"rounds": 1, "keep_updates": True})
+    path = experiment(method={"restart": "own"}, federation={"rounds": 1, "keep_updates": True})
     assert hedgerow("run", path, "--out", tmp_path / "all").code == 0
     one = "{client-001: client_1.json}"
     arguments = [f"data.clients={one}", "method.ranks=[2]", "--out", tmp_path / "one"]
@@ -200,14 +205,14 @@ def test_a_round_in_which_every_client_diverges_ends_the_run(hedgerow, experimen
 def test_a_client_that_fails_is_named_and_the_round_goes_on(
     hedgerow, experiment, tmp_path, monkeypatch
 ):
-    trained = first_order.train
+    trained = first_order.continue_training
 
-    def fails_for_nine_examples(job, parameters):
+    def fails_for_nine_examples(job, parameters, state):
         if len(job.data) == 9:
             raise Diverged("its loss was nan at step 1")
-        return trained(job, parameters)
+        return trained(job, parameters, state)
 
-    monkeypatch.setattr(first_order, "train", fails_for_nine_examples)
+    monkeypatch.setattr(first_order, "continue_training", fails_for_nine_examples)
     path = experiment(federation={"rounds": 2})
     result = hedgerow("run", path, "--out", tmp_path / "run")
     assert result.code == 0, result.err

@@ -148,7 +148,7 @@ class Case:
         self.entry = self._entry(list(map(Update.decode, self.updates)))
 
     def _update(self, client: Client) -> bytes:
-        turn = Turn(client, ROUND, SEEDS, Forgetful())
+        turn = Turn(client, ROUND, SEEDS, TrainingSettings(), Forgetful())
         parameters = self.method.start(self.model, turn)
         generator = torch.Generator().manual_seed(client.index)
         with torch.no_grad():

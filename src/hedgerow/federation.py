@@ -117,14 +117,12 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
 
     previous = ledger.read(len(ledger)) if len(ledger) else None
     for round in range(len(ledger) + 1, settings.rounds + 1):
-        answers = Answers(experiment, round, participants(round), directory, watcher)
+        answers = Answers(experiment, round, participants(round), previous, directory, watcher)
         began, clock = time.perf_counter(), Clock()
         watcher.round_begins(round, settings.rounds, len(answers.clients))
 
         with clock("aggregate"):
-            memory = directory.server_memory(round)
-            turn = ServerTurn(round, answers.clients, previous, answers.expected, memory)
-            aggregate = method.aggregate(answers.usable(fleet, clock), turn)
+            aggregate = method.aggregate(answers.usable(fleet, clock), answers.turn)
         with clock("ledger"):
             previous = entry = ledger.append(answers.entry(aggregate))
         del aggregate  # from here on the entry's tensors are read from its file
@@ -159,6 +157,7 @@ class Answers:
         experiment: Experiment,
         round: int,
         clients: Sequence[Client],
+        previous: Entry | None,
         directory: RunDirectory,
         watcher: Watcher,
     ) -> None:
@@ -167,7 +166,9 @@ class Answers:
         self._method, self._settings = experiment.method, experiment.federation
         self._round, self._ledger = round, directory.ledger
         seeds = Seeds(experiment.federation.seed)
-        self.expected = Expected(seeds, self._ledger.trained, experiment.training)
+        expected = Expected(seeds, self._ledger.trained, experiment.training)
+        memory = directory.server_memory(round)
+        self.turn = ServerTurn(round, clients, previous, expected, memory)
         self._directory, self._watcher = directory, watcher
         self._arrived: dict[str, tuple[Answer, Update]] = {}
         self._absent: set[str] = set()
@@ -262,8 +263,9 @@ class Answers:
             *(self._method.name, self._round, self._ledger.head),
             *(client.name, client.num_examples),
         )
-        self._method.check_update(client, update, self.expected)
-        self._directory.keep_update(self._round, client.name, content)
+        self._method.check_update(client, update, self.turn.expected)
+        if self._settings.keep_updates:
+            self._directory.keep_update(self._method.kept(update, self.turn))
         return update
 
     def _too_few(self, attempts: int) -> str:

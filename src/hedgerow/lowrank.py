@@ -42,6 +42,10 @@ class Factors(NamedTuple):
         """The pair in float32."""
         return Factors(self.A.float(), self.B.float())
 
+    def leading(self, rank: int) -> Factors:
+        """The first rows of A and columns of B."""
+        return Factors(self.A[:rank], self.B[:, :rank])
+
     def padded(self, rank: int) -> Factors:
         """The pair with rows of A and columns of B of zeros, up to this rank: the same product."""
         more = (0, rank - self.rank)
@@ -51,6 +55,12 @@ class Factors(NamedTuple):
 def stack(pairs: Sequence[Factors]) -> Factors:
     """The pair whose product is the sum of the pairs' products, of rank Σ r_k (FLoRA, eq. 5)."""
     return Factors(torch.cat([p.A for p in pairs], dim=0), torch.cat([p.B for p in pairs], dim=1))
+
+
+def difference(first: Factors, second: Factors) -> Factors:
+    """The pair whose product is that of the first without that of the second, in float64."""
+    minus = second.double()
+    return stack([first.double(), minus._replace(B=-minus.B)])
 
 
 class SpooledStack:
@@ -110,14 +120,7 @@ def distance(first: Factors, second: Factors) -> float:
     """The Frobenius norm of the difference of two products, computed in float64."""
     if first.rank + second.rank >= min(first.A.shape[1], first.B.shape[0]):
         return float(torch.linalg.matrix_norm(_product64(first) - _product64(second)))
-    return norm(
-        stack(
-            [
-                Factors(first.A.double(), first.B.double()),
-                Factors(second.A.double(), -second.B.double()),
-            ]
-        )
-    )
+    return norm(difference(first, second))
 
 
 def _product64(pair: Factors) -> Tensor:
@@ -145,6 +148,11 @@ class Svd(NamedTuple):
     """Shape (k,), descending."""
     right: Tensor
     """Shape (k, n), orthonormal rows."""
+
+    def rank(self, beside: float) -> int:
+        """The numeric rank: what is left out is nothing for float32 beside a matrix of this norm."""
+        tails = self.values.square().flip(0).cumsum(0).flip(0).sqrt()
+        return int((tails > 2e-7 * beside).sum())
 
     def factors(self, rank: int | None = None) -> Factors:
         """The leading `rank` components as float64 factors that share the singular values.

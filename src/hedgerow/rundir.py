@@ -6,7 +6,6 @@ import fcntl
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +16,7 @@ from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger
-from hedgerow.wire import FileTensors, to_safetensors
+from hedgerow.wire import FileTensors, Update, to_safetensors
 
 EXPERIMENT = "experiment.yaml"
 METRICS = "metrics.jsonl"
@@ -32,10 +31,9 @@ FREE |= {("evaluation", "every")}
 class RunDirectory:
     """An open run directory, which no other process can open meanwhile."""
 
-    def __init__(self, path: Path, experiment: Experiment, ledger: Ledger, lock: TextIO) -> None:
+    def __init__(self, path: Path, ledger: Ledger, lock: TextIO) -> None:
         self.path = path
         self.ledger = ledger
-        self._keeps_updates = experiment.federation.keep_updates
         self._lock = lock
 
     def __enter__(self) -> RunDirectory:
@@ -105,7 +103,7 @@ class RunDirectory:
             file.write(json.dumps(data, indent=1).encode())
         with replacing(path / EXPERIMENT) as file:
             file.write(experiment.dump().encode())
-        return RunDirectory(path, experiment, Ledger.create(path / "ledger", base, trained), lock)
+        return RunDirectory(path, Ledger.create(path / "ledger", base, trained), lock)
 
     @staticmethod
     def resume(
@@ -139,7 +137,7 @@ class RunDirectory:
         rows = [row for row in read_rows(path) if row["round"] <= len(ledger)]
         with replacing(path / METRICS) as file:
             file.writelines(_line(row) for row in rows)
-        return RunDirectory(path, experiment, ledger, lock)
+        return RunDirectory(path, ledger, lock)
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
@@ -160,17 +158,12 @@ class RunDirectory:
         """What a client of this engine keeps for itself."""
         return RoundMemory(self.path / "clients" / client, round)
 
-    def keep_update(self, round: int, client: str, update: bytes | Path) -> None:
-        """Keep what a client sent (or what is in a file), if the experiment asks for it."""
-        if self._keeps_updates:
-            folder = self.path / "updates" / f"round-{round:04d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / f"{client}.safetensors") as file:
-                if isinstance(update, bytes):
-                    file.write(update)
-                else:
-                    with update.open("rb") as source:
-                        shutil.copyfileobj(source, file)
+    def keep_update(self, update: Update) -> None:
+        """Keep a client's update, where the experiment asks for it."""
+        folder = self.path / "updates" / f"round-{update.round:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / f"{update.client}.safetensors") as file:
+            update.write(file)
 
 
 class RoundMemory:

@@ -191,7 +191,7 @@ class Entry:
             "method": self.method,
             "round": str(self.round),
             "parent": self.parent,
-            "participants": json.dumps([vars(p) for p in self.participants]),
+            "participants": json.dumps([vars(p) for p in self.participants], separators=(",", ":")),
             "metrics": json.dumps(self.metrics, sort_keys=True),
         }
         if self.options:

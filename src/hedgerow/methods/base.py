@@ -51,6 +51,7 @@ class Turn:
     """1, 2, …"""
     seeds: Seeds
     """The run's."""
+    training: TrainingSettings
     memory: Memory
 
 
@@ -179,6 +180,10 @@ class Method(BaseModel, ABC):
         Args:
             shapes: `trained_shapes` of the participant's model.
         """
+
+    def kept(self, update: Update, turn: ServerTurn) -> Update:
+        """What `federation.keep_updates` keeps: the update, or one that shows its change alone."""
+        return update
 
     @abstractmethod
     def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:

@@ -6,13 +6,14 @@ rounded to integers, so that a factor's relative error is about 1e-5 in 16 bits 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hedgerow.wire import Kind
+from hedgerow.wire import Kind, Update
 
 Bits = Literal[8, 16, 32]
 
@@ -50,6 +51,11 @@ def decode(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name in tensors
         if name.endswith(".weight")
     }
+
+
+def decoded(update: Update) -> Update:
+    """An update whose tensors are decoded; they are read when they are asked for."""
+    return dataclasses.replace(update, tensors=decode(update.tensors))
 
 
 def encoded_kinds(kinds: Mapping[str, Kind], bits: Bits) -> dict[str, Kind]:

@@ -12,13 +12,20 @@ travels as low-rank factors, never as a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from hedgerow import lowrank
 from hedgerow.lowrank import Factors
+from hedgerow.methods.base import Aggregate, ServerTurn
 from hedgerow.methods.fedit import average
-from hedgerow.methods.lora import Part
-from hedgerow.methods.residual import ResidualAdapter
+from hedgerow.methods.lora import Stacks, check_factors, check_pairs, exact_sum, finite
+from hedgerow.methods.residual import START, ResidualAdapter, split
+from hedgerow.model import adapter_tensors
+from hedgerow.wire import kinds
+
+if TYPE_CHECKING:
+    from hedgerow.wire import Entry, Update
 
 
 class FedExLoRA(ResidualAdapter):
@@ -29,6 +36,31 @@ class FedExLoRA(ResidualAdapter):
     reference: ClassVar[str] = "FedEx-LoRA, arXiv 2410.09432"
     same_rank: ClassVar[bool] = True
 
-    def next_start(self, stacked: Factors, parts: Sequence[Part]) -> Factors:
-        """The averages of A and B apart."""
-        return average(stacked, parts)
+    def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
+        """A start adapter of one rank, and a residual of up to the rank of all that is in it."""
+        start, residual = split(kinds(entry.tensors))
+        check_factors(start, shapes, self.entry_ranks(len(entry.participants)))
+        most = (len(entry.participants) + 1) * self.largest_rank
+        check_pairs(residual, shapes, {m: min(*shape, most) for m, shape in shapes.items()})
+
+    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+        """The averages of A and B apart, and what they lack of Σ p_k s_k B_k A_k."""
+        stacks = Stacks(updates)
+        shares = stacks.shares()
+        start: dict[str, Factors] = {}
+        residual: dict[str, Factors] = {}
+
+        def applied_and_exact() -> Iterator[tuple[Factors, Factors]]:
+            for module in stacks:
+                stacked, parts = stacks.factors(module), stacks.parts(module, shares)
+                exact = exact_sum(stacked, parts)
+                start[module] = average(stacked, parts)
+                lacking = lowrank.svd(lowrank.difference(exact, start[module]))
+                rank = lacking.rank(beside=lowrank.norm(exact))
+                residual[module] = lacking.factors(max(rank, 1)).float()
+                yield lowrank.stack([start[module], residual[module]]), exact
+
+        error = lowrank.relative_error(applied_and_exact())
+        tensors = {START + key: factor for key, factor in adapter_tensors(start).items()}
+        metrics = finite({"aggregation_error": error})
+        return Aggregate(tensors | adapter_tensors(residual), metrics)

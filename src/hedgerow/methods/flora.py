@@ -6,71 +6,307 @@ Adaptations", arXiv 2409.05976, section 3 and algorithm 1. Averaging factors is 
 not ask that all clients have one rank.
 
     every round:
-      client k:  attach a new adapter (A_k random, B_k = 0) of its own rank r_k, and train it
-      server:    A = [p_1 s_1 A_1; …; p_N s_N A_N],  B = [B_1 … B_N],  so B·A = Σ p_k s_k B_k A_k
+      client k:  attach an adapter of its own rank r_k that changes nothing (B_k = 0), and train it
+      server:    A = [p_1 s_1 A_1; …; p_N s_N A_N],  B = [B_1 … B_N],  so B·A = Σ p_k s_k B_k A_k,
+                 re-factorised by small SVDs, and cut if `compress` says so
       everybody: W <- W + B·A
+
+What a client's adapter starts from is `restart`. In the paper it is a new random A_k (`zero`). Warm
+starts keep the optimiser's moments at the client, and what they belong to: its A_k (`own`), or,
+where rounds are so short that a B_k which begins anew never gets far, the averages of both factors
+(`shared`). Then the aggregate is the averages' product and what it lacks of the exact sum, which is
+merged as the stack is:
+
+    every round (shared):
+      client k:  go on from the first r_k rows of the global adapter (A, B); its other rows take
+                 part and are not trained
+      server:    A, B = averages of the factors, where rows that a client has not are as they were;
+                 B'·A' = the exact sum - B·A, re-factorised as above
+      everybody: W <- W + B'·A', and the global adapter is (A, B)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+import torch
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 from hedgerow import lowrank
-from hedgerow.errors import UserError
+from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, ServerTurn, Turn
-from hedgerow.methods.lora import LoraMethod, Part, aggregate_adapters, init_factors
+from hedgerow.methods import scaling
+from hedgerow.methods.base import (
+    Aggregate,
+    Client,
+    Expected,
+    Payload,
+    ServerTurn,
+    Trained,
+    Turn,
+)
+from hedgerow.methods.compress import Compress, ranks_to_keep
+from hedgerow.methods.encoding import Bits, decode, decoded, encode, encoded_kinds
+from hedgerow.methods.lora import (
+    Stacks,
+    check_factors,
+    check_pairs,
+    copy_factors,
+    draw_adapter,
+    factor_kinds,
+    finite,
+    init_factors,
+    update_scale,
+)
+from hedgerow.methods.residual import START, ResidualAdapter, split
+from hedgerow.methods.scaling import Scaling
+from hedgerow.methods.sums import Sums
 from hedgerow.model import adapter_pairs, adapter_tensors
+from hedgerow.wire import check_kinds, kinds
 
 if TYPE_CHECKING:
+    from hedgerow.experiment import TrainingSettings
     from hedgerow.model import Model
-    from hedgerow.wire import Entry, Update
+    from hedgerow.training.job import Job
+    from hedgerow.wire import Entry, Participant, Update
+
+FEW_STEPS = 8
+"""With fewer local steps a round than that, `warm` is `shared`, else `own`; `bench/README.md` says
+what it was chosen by."""
 
 
-class FLoRA(LoraMethod):
-    """Adapters of any ranks, stacked: the aggregate is exact."""
+def _as_compress(value: Any) -> Any:
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+class FLoRA(ResidualAdapter):
+    """Adapters of any ranks: the aggregate is exact, and clients go on from where they were."""
 
     name: Literal["flora"] = "flora"
-    summary: ClassVar[str] = "LoRA of different ranks, stacked: the aggregate is exact"
+    summary: ClassVar[str] = "LoRA of different ranks; the aggregate is exact"
     reference: ClassVar[str] = "FLoRA, arXiv 2409.05976"
 
+    restart: Literal["warm", "own", "shared", "zero"] = "warm"
+    """What adapters start from in a round: `zero` anew, as in the paper; `own` the client's own A
+    and moments; `shared` the average of all adapters, and own moments; `warm` the latter two,
+    whichever fits the number of local steps."""
+    scaling: Scaling = "size"
+    """What clients count: `size`, `uniform`, a number, a list of numbers, or `adaptive`."""
+    compress: Annotated[Compress | None, BeforeValidator(_as_compress)] = None
+    """How far the broadcast is cut (`energy`, `rank`, `bits`, `carry`); `true`: to the size of the
+    largest client's update. By default it is exact."""
+    upload_bits: Bits = 32
+    """Of each number of an update."""
+
+    def check(self, model: Model, num_clients: int) -> None:
+        """As for every adapter; the scaling factors and the bound on ranks fit the clients."""
+        super().check(model, num_clients)
+        if isinstance(self.scaling, list) and len(self.scaling) != num_clients:
+            raise UserError(
+                f"method.scaling has {len(self.scaling)} factors for {num_clients} clients: "
+                "give one for each, or one number for all"
+            )
+        bound = self.compress and self.compress.rank
+        if bound and self.restart in ("warm", "shared") and bound < self.largest_rank:
+            raise UserError(
+                f"method.compress.rank: {bound} is below the largest client's rank, "
+                f"{self.largest_rank}, which a shared start broadcasts: give at least that, or "
+                "restart: own"
+            )
+
+    # --- at a client ----------------------------------------------------------------------------
+
     def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
-        """A new adapter of rank r_k on the merged weights."""
+        """The first r_k rows of the global adapter; or B_k = 0 beside the client's A_k or a new."""
         rank = self.rank(turn.client)
+        if self._is_shared(turn.training):
+            parameters = model.attach(self.config(rank), _beyond(model.factors or {}, rank))
+            init_factors(parameters, turn.seeds.torch("adapter"), self.largest_rank)
+            if model.factors is not None:
+                copy_factors(parameters, model.factors, self.scale(rank))
+            return parameters
         parameters = model.attach(self.config(rank))
-        generator = turn.seeds.torch("adapter", turn.round, turn.client.name)
-        init_factors(parameters, generator, rank)
+        init_factors(parameters, turn.seeds.torch("adapter", turn.round, turn.client.name), rank)
+        kept = turn.memory.load() if self.restart != "zero" else {}
+        with torch.no_grad():
+            for name in parameters.keys() & kept.keys():
+                parameters[name].copy_(kept[name])
         return parameters
 
-    def entry_ranks(self, participants: int) -> Sequence[int]:
-        """Σ r_k, of which more is known only where all clients take part, or all have one rank."""
-        ranks = self.possible_ranks(participants)
-        return range(sum(ranks[:participants]), sum(ranks[-participants:]) + 1)
+    def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
+        """Local steps; those of a warm start go on with the client's optimiser."""
+        if self.restart == "zero":
+            return super().train(job, turn, parameters)
+        from hedgerow.training import first_order  # as in Method.train
+
+        loss, state = first_order.continue_training(job, parameters, turn.memory.load())
+        if not self._is_shared(turn.training):
+            state |= {n: p.detach().cpu() for n, p in parameters.items() if ".lora_A." in n}
+        turn.memory.save(state)
+        return Trained(parameters, loss)
+
+    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
+        """The client's factors, in so many bits."""
+        tensors, about = super().update(model, turn, trained)
+        return Payload(encode(tensors, self.upload_bits), about)
+
+    # --- at the server --------------------------------------------------------------------------
+
+    def check_update(self, client: Client, update: Update, expected: Expected) -> None:
+        """The rank and scale are the client's, and there is a pair of that rank for each module."""
+        rank = self.rank(client)
+        update.check_about(self._about(rank))
+        pair = factor_kinds(expected.shapes, rank)
+        check_kinds(kinds(update.tensors), encoded_kinds(pair, self.upload_bits))
 
     def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
-        """Stack the factors, of rank Σ r_k."""
-        return aggregate_adapters(updates, stack)
+        """The stack; or the averages and what they lack of it, re-factorised and maybe cut."""
+        stacks, start = Stacks(map(decoded, updates)), self._start(turn)
+        weights = self._weights(stacks, start, turn)
+        sums = Sums(stacks, start, weights)
+        if not start and self.compress is None:
+            stack = {module: sums.exact(module).float() for module in sums}
+            error, _, _ = _errors(sums, [stack])
+            return Aggregate(adapter_tensors(stack), finite({"aggregation_error": error}), weights)
 
-    def apply(self, model: Model, entry: Entry) -> None:
-        """W <- W + B·A."""
-        for module, factors in adapter_pairs(entry.tensors):
-            model.merge(module, factors)
+        bits = self.compress.bits if self.compress else 32
+        owed = dict(adapter_pairs(turn.memory.load()))
+        pairs = {module: sums.average(module).float() for module in start}
+        averages = encode(adapter_tensors(pairs), bits)
+        next_start = dict(adapter_pairs(decode(averages)))
+        lacking = self._lacking(sums, next_start, owed, turn.expected.shapes)
+        residual = encode(adapter_tensors(lacking), bits)
+        sent = [next_start, dict(adapter_pairs(decode(residual)))]
+        error, of_step, left = _errors(sums, sent, owed)
+        metrics = {"aggregation_error": error}
+        if self.compress:
+            metrics["compression_error"] = of_step
+            if self.compress.carry:
+                most = 2 * self.largest_rank
+                kept = {m: lowrank.truncate(pair, rank=most).float() for m, pair in left.items()}
+                turn.memory.save(adapter_tensors(kept))
+        tensors = {START + name: tensor for name, tensor in averages.items()} | residual
+        return Aggregate(tensors, finite(metrics), weights)
 
-    def adapter(
-        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
-    ) -> dict[str, Tensor]:
-        """The stack of all rounds' stacks."""
-        rounds = [dict(adapter_pairs(entry.tensors)) for entry in entries]
-        if not rounds:
-            raise UserError("round 0 is the base model: there is no adapter to export yet")
-        return adapter_tensors({m: lowrank.stack([r[m] for r in rounds]) for m in rounds[0]})
+    def kept(self, update: Update, turn: ServerTurn) -> Update:
+        """The client's change as one adapter, ΔW_k = s_k·(B_k·A_k - B_0·A_0), decoded."""
+        start = self._start(turn)
+        if turn.previous is None or not start:
+            return decoded(update)  # B_0 = 0
+        update = decoded(update)
+        s, rank = update_scale(update), int(update.about["r"])
+        change = {}
+        for module, pair in adapter_pairs(update.tensors):
+            before = start[module].leading(rank)
+            change[module] = lowrank.stack([pair, before._replace(B=-before.B / s)])
+        alpha = s * ((2 * rank) ** 0.5 if self.rslora else 2 * rank)
+        about = self._about(2 * rank, alpha)
+        return dataclasses.replace(update, tensors=adapter_tensors(change), about=about)
+
+    def check_weights(self, participants: Sequence[Participant]) -> None:
+        """They are those of `scaling`."""
+        scaling.check(self.scaling, participants)
+
+    def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
+        """A pair for each module, and for a shared start another, of the largest rank."""
+        start, residual = split(kinds(entry.tensors))
+        count, bits = len(entry.participants), self.compress.bits if self.compress else 32
+        if start:
+            if self.restart in ("zero", "own"):
+                raise InvalidMessage("it has an adapter to start from, and clients have their own")
+            check_kinds(start, encoded_kinds(factor_kinds(shapes, self.largest_rank), bits))
+        ranks = self.possible_ranks(count)
+        if not start and self.compress is None:
+            # More is known only where all clients take part, or all have one rank.
+            check_factors(residual, shapes, range(sum(ranks[:count]), sum(ranks[-count:]) + 1))
+            return
+        check_pairs(residual, shapes, {m: min(shape) for m, shape in shapes.items()}, bits)
+
+    # --- details --------------------------------------------------------------------------------
+
+    def _is_shared(self, training: TrainingSettings) -> bool:
+        """Whether clients go on from the average of their adapters."""
+        if self.restart == "warm":
+            return training.epochs is None and training.most_steps(0) < FEW_STEPS
+        return self.restart == "shared"
+
+    def _start(self, turn: ServerTurn) -> dict[str, Factors]:
+        """The global adapter that this round's clients went on from; nothing where they did not."""
+        expected = turn.expected
+        if not self._is_shared(expected.training):
+            return {}
+        if turn.previous is not None:
+            return dict(adapter_pairs(decode(split(turn.previous.tensors)[0])))
+        drawn = expected.seeds.torch("adapter")
+        return dict(adapter_pairs(draw_adapter(expected.shapes, drawn, self.largest_rank)))
+
+    def _weights(
+        self, stacks: Stacks, start: Mapping[str, Factors], turn: ServerTurn
+    ) -> list[float]:
+        """p_k of each update."""
+        if self.scaling == "adaptive":
+            return scaling.adaptive(Sums(stacks, start, stacks.shares()).gram(), stacks.shares())
+        index = {client.name: client.index for client in turn.clients}
+        return scaling.fixed(self.scaling, stacks.clients, stacks.num_examples, index)
+
+    def _lacking(
+        self,
+        sums: Sums,
+        start: Mapping[str, Factors],
+        owed: Mapping[str, Factors],
+        shapes: Mapping[str, Sequence[int]],
+    ) -> dict[str, Factors]:
+        """What `start` lacks of the exact sums and of what is owed, as far as it is sent."""
+        spectra: dict[str, Tensor] = {}
+        leading: dict[str, Factors] = {}
+        step = 0.0
+        for module in sums:
+            exact = sums.exact(module)
+            rest = lowrank.stack([exact, owed[module].double()]) if module in owed else exact
+            if module in start:
+                rest = lowrank.difference(rest, start[module])
+            decomposed = lowrank.svd(rest)
+            numeric = decomposed.rank(beside=lowrank.norm(exact))
+            spectra[module] = decomposed.values[:numeric]
+            leading[module] = decomposed.factors(max(numeric, 1)).float()
+            step += lowrank.norm(sums.step(module)) ** 2
+        if self.compress is None:
+            return leading
+        every = float(sum(sum(shapes[module]) for module in leading))
+        bound = self.compress.largest(self.largest_rank)
+        room = every * (bound - self.largest_rank * bool(start)) if bound else math.inf
+        spare = (1 - (self.compress.energy or 1.0)) * step
+        ranks = ranks_to_keep(spectra, shapes, room, spare)
+        return {m: pair.leading(max(ranks[m], 1)) for m, pair in leading.items()}
 
 
-def stack(stacked: Factors, parts: Sequence[Part]) -> Factors:
-    """A = [p_1 s_1 A_1; …], B = [B_1 …] (eq. 5): weight and scale are on one factor, once."""
-    for part in parts:
-        stacked.A[part.rows] *= part.weight * part.scale
-    return stacked
+def _beyond(factors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The rows of A and columns of B from `rank` on; nothing where there are none."""
+    pairs = {m: Factors(A[rank:], B[:, rank:]) for m, (A, B) in adapter_pairs(factors)}
+    return adapter_tensors({m: pair for m, pair in pairs.items() if pair.rank})
+
+
+def _errors(
+    sums: Sums, sent: Sequence[Mapping[str, Factors]], owed: Mapping[str, Factors] | None = None
+) -> tuple[float, float, dict[str, Factors]]:
+    """How far what is sent is from the exact sums and what is owed.
+
+    Returns:
+        Its Frobenius norm beside that of the exact sums, and beside that of the round's step; and
+        the difference itself by module, in float64.
+    """
+    left, missed, size, step = {}, 0.0, 0.0, 0.0
+    for module in sums:
+        exact = sums.exact(module)
+        due = [exact, owed[module].double()] if owed and module in owed else [exact]
+        applied = lowrank.stack([pairs[module] for pairs in sent if module in pairs])
+        left[module] = lowrank.difference(lowrank.stack(due), applied)
+        missed += lowrank.norm(left[module]) ** 2
+        size += lowrank.norm(exact) ** 2
+        step += lowrank.norm(sums.step(module)) ** 2
+    of_size, of_step = ((missed / norm) ** 0.5 if norm else math.inf for norm in (size, step))
+    return of_size, of_step, left

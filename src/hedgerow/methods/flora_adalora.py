@@ -24,8 +24,8 @@ from torch import nn
 
 from hedgerow.errors import InvalidMessage
 from hedgerow.methods.base import Aggregate, Client, Expected, Payload, ServerTurn, Trained, Turn
-from hedgerow.methods.flora import FLoRA, stack
 from hedgerow.methods.lora import aggregate_adapters, check_pairs
+from hedgerow.methods.stacked import StackedAdapter, stack
 from hedgerow.wire import Kind, kinds
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from hedgerow.wire import Entry, Update
 
 
-class FLoRAAdaLoRA(FLoRA):
+class FLoRAAdaLoRA(StackedAdapter):
     """Adapters whose ranks differ by client and by matrix, stacked: the aggregate is exact."""
 
-    name: Literal["flora_adalora"] = "flora_adalora"  # type: ignore[assignment]
+    name: Literal["flora_adalora"] = "flora_adalora"
     summary: ClassVar[str] = "FLoRA of AdaLoRA: a rank for each matrix by its importance, stacked"
     reference: ClassVar[str] = "FLoRA, arXiv 2409.05976, with AdaLoRA, 2303.10512"
 

@@ -22,18 +22,18 @@ from pydantic import Field
 from hedgerow import lowrank
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, ServerTurn
-from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.lora import Part, aggregate_adapters, check_pairs, exact_sum
+from hedgerow.methods.stacked import StackedAdapter
 from hedgerow.wire import kinds
 
 if TYPE_CHECKING:
     from hedgerow.wire import Entry, Update
 
 
-class FLoRIST(FLoRA):
+class FLoRIST(StackedAdapter):
     """Adapters of any ranks, stacked and cut at a share of the energy."""
 
-    name: Literal["florist"] = "florist"  # type: ignore[assignment]
+    name: Literal["florist"] = "florist"
     summary: ClassVar[str] = "LoRA of different ranks, stacked and cut by a threshold on the energy"
     reference: ClassVar[str] = "FLoRIST, arXiv 2506.09199"
 

@@ -24,6 +24,7 @@ from hedgerow import lowrank
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.lowrank import Factors, SpooledStack
 from hedgerow.methods.base import Aggregate, Client, Expected, Method, Payload, Trained, Turn
+from hedgerow.methods.encoding import Bits, encoded_kinds
 from hedgerow.model import adapter_pairs, adapter_tensors
 from hedgerow.wire import Kind, check_kinds, kinds
 
@@ -154,9 +155,9 @@ class LoraMethod(Method):
             raise UserError("round 0 is the base model: there is no adapter to export yet")
         return dict(last.tensors)
 
-    def _about(self, rank: int) -> dict[str, str]:
+    def _about(self, rank: int, alpha: float | None = None) -> dict[str, str]:
         """What an update says of itself, in peft's words."""
-        about = {"r": str(rank), "lora_alpha": _exact(self._alpha(rank))}
+        about = {"r": str(rank), "lora_alpha": _exact(alpha or self._alpha(rank))}
         return about | ({"use_rslora": "true"} if self.rslora else {})
 
     def _alpha(self, rank: int) -> float:
@@ -200,14 +201,18 @@ def check_factors(
 
 
 def check_pairs(
-    given: Mapping[str, Kind], shapes: Mapping[str, Sequence[int]], most: Mapping[str, int]
+    given: Mapping[str, Kind],
+    shapes: Mapping[str, Sequence[int]],
+    most: Mapping[str, int],
+    bits: Bits = 32,
 ) -> dict[str, int]:
-    """Raise `InvalidMessage` unless these are float32 factors, each module's of its own rank.
+    """Raise `InvalidMessage` unless these are factors, each module's of its own rank.
 
     Args:
         given: what they are, by PEFT's key names.
         shapes: (m, n) of the adapted matrices, by module.
         most: the largest rank that each module may have.
+        bits: of each number, as `encoding.encode` has them.
 
     Returns:
         The rank of each module.
@@ -220,7 +225,7 @@ def check_pairs(
         if ranks[module] > most[module]:
             raise InvalidMessage(f"{module} has rank {ranks[module]}, above {most[module]}")
         expected |= factor_kinds({module: shape}, ranks[module])
-    check_kinds(given, expected)
+    check_kinds(given, encoded_kinds(expected, bits))
     return ranks
 
 
