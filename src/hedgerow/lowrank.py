@@ -150,7 +150,7 @@ class Svd(NamedTuple):
     """Shape (k, n), orthonormal rows."""
 
     def rank(self, beside: float) -> int:
-        """The numeric rank: what is left out is nothing for float32 beside a matrix of this norm."""
+        """The numeric rank: the rest is nothing for float32 beside a matrix of this norm."""
         tails = self.values.square().flip(0).cumsum(0).flip(0).sqrt()
         return int((tails > 2e-7 * beside).sum())
 

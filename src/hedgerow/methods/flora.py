@@ -29,7 +29,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -77,6 +78,11 @@ if TYPE_CHECKING:
 FEW_STEPS = 8
 """With fewer local steps a round than that, `warm` is `shared`, else `own`; `bench/README.md` says
 what it was chosen by."""
+
+
+_ROUNDING = "rounding_error"
+"""What an update in fewer bits says of itself: ‖ΔW sent - ΔW‖ / ‖ΔW‖."""
+_SHARE = re.compile(r"0|1|1\.0|0\.[0-9]{1,10}|[0-9](\.[0-9]{1,3})?e-[0-9]{2}")
 
 
 def _as_compress(value: Any) -> Any:
@@ -150,28 +156,49 @@ class FLoRA(ResidualAdapter):
         return Trained(parameters, loss)
 
     def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
-        """The client's factors, in so many bits."""
+        """The client's factors, in so many bits, and how far their product is then off."""
         tensors, about = super().update(model, turn, trained)
-        return Payload(encode(tensors, self.upload_bits), about)
+        if self.upload_bits == 32:
+            return Payload(tensors, about)
+        encoded = encode(tensors, self.upload_bits)
+        sent = (pair for _, pair in adapter_pairs(decode(encoded)))
+        error = lowrank.relative_error(
+            zip(sent, dict(adapter_pairs(tensors)).values(), strict=True)
+        )
+        return Payload(encoded, about | {_ROUNDING: f"{min(error, 1.0):.3g}"})
 
     # --- at the server --------------------------------------------------------------------------
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """The rank and scale are the client's, and there is a pair of that rank for each module."""
         rank = self.rank(client)
-        update.check_about(self._about(rank))
+        rounding = {_ROUNDING: update.about.get(_ROUNDING, "")} if self.upload_bits < 32 else {}
+        update.check_about(self._about(rank) | rounding)
+        if any(not _SHARE.fullmatch(said) for said in rounding.values()):
+            raise InvalidMessage(f"its {_ROUNDING} is not a number from 0 to 1")
         pair = factor_kinds(expected.shapes, rank)
         check_kinds(kinds(update.tensors), encoded_kinds(pair, self.upload_bits))
 
     def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
         """The stack; or the averages and what they lack of it, re-factorised and maybe cut."""
-        stacks, start = Stacks(map(decoded, updates)), self._start(turn)
+        rounding: list[float] = []
+
+        def arriving() -> Iterator[Update]:
+            for update in updates:
+                rounding.append(float(update.about.get(_ROUNDING, 0)))
+                yield decoded(update)
+
+        stacks, start = Stacks(arriving()), self._start(turn)
         weights = self._weights(stacks, start, turn)
         sums = Sums(stacks, start, weights)
+        metrics: dict[str, float] = {}
+        if self.upload_bits < 32:
+            pairs_of = zip(stacks.shares(), rounding, strict=True)
+            metrics["upload_error"] = sum(share * error for share, error in pairs_of)
         if not start and self.compress is None:
             stack = {module: sums.exact(module).float() for module in sums}
-            error, _, _ = _errors(sums, [stack])
-            return Aggregate(adapter_tensors(stack), finite({"aggregation_error": error}), weights)
+            metrics["aggregation_error"], _, _ = _errors(sums, [stack])
+            return Aggregate(adapter_tensors(stack), finite(metrics), weights)
 
         bits = self.compress.bits if self.compress else 32
         owed = dict(adapter_pairs(turn.memory.load()))
@@ -181,8 +208,7 @@ class FLoRA(ResidualAdapter):
         lacking = self._lacking(sums, next_start, owed, turn.expected.shapes)
         residual = encode(adapter_tensors(lacking), bits)
         sent = [next_start, dict(adapter_pairs(decode(residual)))]
-        error, of_step, left = _errors(sums, sent, owed)
-        metrics = {"aggregation_error": error}
+        metrics["aggregation_error"], of_step, left = _errors(sums, sent, owed)
         if self.compress:
             metrics["compression_error"] = of_step
             if self.compress.carry:

@@ -1,0 +1,281 @@
+"""FLoRA's warm starts, cut broadcasts and scaling factors, against plain matrices."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from conftest import rows_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hedgerow.experiment import TrainingSettings
+from hedgerow.lowrank import Factors
+from hedgerow.methods.base import Client, Expected, ServerTurn, Trained, Turn
+from hedgerow.methods.compress import Compress, ranks_to_keep
+from hedgerow.methods.encoding import decode, encode
+from hedgerow.methods.flora import FLoRA
+from hedgerow.methods.scaling import LONGEST, adaptive
+from hedgerow.model import adapter_pairs, adapter_tensors
+from hedgerow.seeds import Seeds
+from hedgerow.wire import Entry, Update
+
+SHAPES = {"q": (12, 10), "v": (7, 10), "up": (9, 16)}
+SEEDS = Seeds(3)
+
+
+class Matrices:
+    """What FLoRA needs of a model: linear layers by name, and adapters beside them."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.weights = {
+            m: torch.randn(shape, generator=generator, dtype=torch.float64)
+            for m, shape in SHAPES.items()
+        }
+        self.factors = None
+        self.beside = {}
+
+    def attach(self, config, frozen=None):
+        self.beside = {m: pair.product().double() for m, pair in adapter_pairs(frozen or {})}
+        pairs = {
+            m: Factors(torch.empty(config.r, n), torch.empty(o, config.r))
+            for m, (o, n) in SHAPES.items()
+        }
+        return {name: nn.Parameter(t) for name, t in adapter_tensors(pairs).items()}
+
+    def merge(self, module, factors):
+        self.weights[module] += factors.B.double() @ factors.A.double()
+
+    def function(self):
+        """The matrices of the global model."""
+        own = {m: p.B.double() @ p.A.double() for m, p in adapter_pairs(self.factors or {})}
+        return {m: weight + own.get(m, 0) for m, weight in self.weights.items()}
+
+    def function_with(self, parameters, scale):
+        """Those of a client that has trained `parameters`."""
+        trained = dict(adapter_pairs({n: p.detach() for n, p in parameters.items()}))
+        return {
+            m: weight + self.beside.get(m, 0) + scale * p.B.double() @ p.A.double()
+            for m, weight, p in ((m, self.weights[m], trained[m]) for m in SHAPES)
+        }
+
+
+@dataclass
+class Remembering:
+    """A memory for one participant."""
+
+    kept: dict = field(default_factory=dict)
+
+    def load(self):
+        return self.kept
+
+    def save(self, tensors):
+        self.kept = dict(tensors)
+
+
+def play(method, sizes, rounds, check, absent=lambda round, client: False):
+    """Rounds in which clients move their factors at random; `check` sees each round's end."""
+    model, training = Matrices(), TrainingSettings(steps=3)
+    clients = [Client(k, f"c{k}", size) for k, size in enumerate(sizes)]
+    expected = Expected(SEEDS, SHAPES, training)
+    memories = {client.name: Remembering() for client in clients}
+    server, previous, begun = Remembering(), None, model.function()
+    for round in range(1, rounds + 1):
+        present = [c for c in clients if not absent(round, c.index)] or clients[:1]
+        before = model.function()
+        updates, changes = [], []
+        for client in present:
+            turn = Turn(client, round, SEEDS, training, memories[client.name])
+            parameters = method.start(model, turn)
+            rank = method.rank(client)
+            start = model.function_with(parameters, method.scale(rank))
+            for m in SHAPES:  # every participant starts from the same function
+                torch.testing.assert_close(start[m], before[m], rtol=1e-5, atol=1e-5)
+            generator = torch.Generator().manual_seed(1000 * round + client.index)
+            with torch.no_grad():
+                for parameter in parameters.values():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            changed = model.function_with(parameters, method.scale(rank))
+            changes.append({m: changed[m] - start[m] for m in SHAPES})
+            tensors, about = method.update(model, turn, Trained(parameters, 1.0))
+            update = Update(
+                *(method.name, round, client.name, "p", client.num_examples, 1.0),
+                *(tensors, about),
+            )
+            method.check_update(client, update, expected)
+            updates.append(update)
+        turn = ServerTurn(round, present, previous, expected, server)
+        aggregate = method.aggregate(updates, turn)
+        weights = aggregate.weights
+        exact = {m: sum(p * c[m] for p, c in zip(weights, changes, strict=True)) for m in SHAPES}
+        for update, change in zip(updates, changes, strict=True):
+            shown = method.kept(update, turn)
+            s = float(shown.about["lora_alpha"]) / int(shown.about["r"])
+            for m, pair in adapter_pairs(shown.tensors):
+                error = float((s * pair.B.double() @ pair.A.double() - change[m]).norm())
+                allowed = 1e-5 if method.upload_bits == 32 else 5e-2
+                assert error < allowed * float(change[m].norm())
+        previous = Entry(method.name, round, "p", [], {}, aggregate.tensors)
+        method.apply(model, previous)
+        check(round, model.function(), before, exact, aggregate, begun)
+
+
+def relative(difference, exact):
+    def norm(each):
+        return float(sum(x.square().sum() for x in each.values())) ** 0.5
+
+    return norm(difference) / norm(exact)
+
+
+LOSSLESS = {"energy": 1.0, "bits": 32}
+ranks = st.lists(st.integers(1, 6), min_size=2, max_size=5)
+
+
+@pytest.mark.parametrize("restart", ["own", "shared", "zero"])
+@pytest.mark.parametrize("compress", [None, LOSSLESS], ids=["stack", "re-factorised"])
+@settings(max_examples=5, deadline=None)
+@given(ranks, st.sampled_from(["size", "uniform", 0.3, "adaptive"]), st.integers(0, 3))
+def test_everybody_holds_the_exact_sum_for_twenty_rounds(restart, compress, ranks, scaling, seed):
+    """Base plus adapter is base plus Σ p_k s_k Δ(B_k A_k), whoever takes part."""
+    method = FLoRA(ranks=ranks, restart=restart, compress=compress, scaling=scaling)
+    total = {m: torch.zeros(shape, dtype=torch.float64) for m, shape in SHAPES.items()}
+
+    def check(round, after, before, exact, aggregate, begun):
+        for m in SHAPES:
+            total[m] += exact[m]
+        lost = {m: after[m] - begun[m] - total[m] for m in SHAPES}
+        assert relative(lost, total) < 1e-5
+        assert aggregate.metrics["aggregation_error"] < 1e-6
+
+    sizes = [5 + 3 * k for k in range(len(ranks))]
+    play(method, sizes, 20, check, lambda round, client: (round + client + seed) % 4 == 0)
+
+
+@pytest.mark.parametrize("restart", ["own", "shared"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_what_was_cut_is_carried_and_not_lost(restart, bits):
+    """The error of all rounds together is that of one round, not their sum."""
+
+    def error_of_all_rounds(carry):
+        compress = {"bits": bits, "rank": 3, "carry": carry}
+        method = FLoRA(ranks=[3, 2, 2], restart=restart, compress=compress)
+        total = {m: torch.zeros(shape, dtype=torch.float64) for m, shape in SHAPES.items()}
+        errors = []
+
+        def check(round, after, before, exact, aggregate, begun):
+            for m in SHAPES:
+                total[m] += exact[m]
+            made = relative({m: after[m] - before[m] - exact[m] for m in SHAPES}, exact)
+            if not carry or round == 1:
+                assert aggregate.metrics["compression_error"] == pytest.approx(made, rel=1e-3)
+            errors.append(relative({m: after[m] - begun[m] - total[m] for m in SHAPES}, total))
+
+        play(method, [5, 6, 7], 12, check)
+        return errors[-1]
+
+    assert error_of_all_rounds(carry=True) < 0.6 * error_of_all_rounds(carry=False)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_updates_in_fewer_bits_are_nearly_the_same(bits):
+    def check(round, after, before, exact, aggregate, begun):
+        step = {m: after[m] - before[m] for m in SHAPES}
+        lost = relative({m: step[m] - exact[m] for m in SHAPES}, exact)
+        assert lost < {8: 2e-2, 16: 1e-4}[bits]
+        assert lost < 3 * aggregate.metrics["upload_error"]
+
+    play(FLoRA(ranks=[3, 2], upload_bits=bits, restart="own"), [5, 6], 3, check)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_encoding_is_as_fine_as_its_bits(bits):
+    generator = torch.Generator().manual_seed(0)
+    pair = Factors(torch.randn(4, 9, generator=generator), torch.randn(6, 4, generator=generator))
+    pair.A[1] = 0
+    tensors = adapter_tensors({"q": pair})
+    back = decode(encode(tensors, bits))
+    for name, factor in tensors.items():
+        dim = 1 if ".lora_A." in name else 0
+        step = factor.abs().amax(dim, keepdim=True) / (2 ** (bits - 1) - 1)
+        # Beside the rounding to integers there is float32's own.
+        assert ((back[name] - factor).abs() <= 0.51 * step + 1e-7 * factor.abs()).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(0.01, 10), min_size=1, max_size=6), min_size=1, max_size=4),
+    st.floats(0, 1),
+    st.integers(0, 200),
+)
+def test_the_smallest_for_their_size_are_left_out(values, spare, numbers):
+    spectra = {f"m{i}": torch.tensor(sorted(v, reverse=True)) for i, v in enumerate(values)}
+    shapes = {f"m{i}": (5 * (i + 1), 3) for i in range(len(values))}
+    total = sum(float(s.double().square().sum()) for s in spectra.values())
+    kept = ranks_to_keep(spectra, shapes, numbers, spare * total)
+    spent = sum(kept[m] * sum(shapes[m]) for m in spectra)
+    assert spent <= numbers
+    left = sum(float(spectra[m][kept[m] :].double().square().sum()) for m in spectra)
+    gains = {m: spectra[m].double().square() / sum(shapes[m]) for m in spectra}
+    best_left = max(
+        (float(gains[m][kept[m]]) for m in spectra if kept[m] < len(gains[m])), default=0
+    )
+    least_kept = min((float(gains[m][kept[m] - 1]) for m in spectra if kept[m]), default=1e9)
+    assert best_left <= least_kept
+    if numbers >= sum(len(s) * sum(shapes[m]) for m, s in spectra.items()):
+        assert left <= spare * total * (1 + 1e-9) or not any(kept.values())
+
+
+def test_a_default_cut_is_as_large_as_the_largest_client():
+    assert Compress().largest(8) == 12
+    assert Compress(bits=8).largest(8) == 24
+    assert Compress(energy=0.9).largest(8) is None
+    assert Compress(rank=5).largest(8) == 5
+    assert FLoRA(compress=True).compress == Compress()
+    assert FLoRA(compress=False).compress is None
+
+
+def test_adaptive_steps_are_longer_where_updates_point_apart():
+    shares = [0.25] * 4
+    together, apart = torch.ones(4, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    assert sum(adaptive(together, shares)) == pytest.approx(1)
+    assert sum(adaptive(apart, shares)) == pytest.approx(LONGEST)
+    lengths = torch.tensor([1.0, 1.0, 1.0, 100.0], dtype=torch.float64)
+    weights = adaptive(together * lengths * lengths[:, None], shares)
+    assert weights[3] == pytest.approx(weights[0] / 100)
+    assert adaptive(torch.zeros(2, 2, dtype=torch.float64), [0.5, 0.5]) == [0.5, 0.5]
+
+
+def test_a_client_goes_on_with_its_moments_and_its_a(hedgerow, experiment, tmp_path):
+    """Two rounds differ from two first rounds, and a resumed run from neither."""
+    losses = {}
+    for restart in ("own", "shared", "zero"):
+        arguments = [f"method.restart={restart}", "federation.rounds=3"]
+        assert hedgerow("run", experiment(), *arguments, "--out", tmp_path / restart).code == 0
+        losses[restart] = [row["eval_loss"] for row in rows_of(tmp_path / restart)]
+    assert losses["own"][1] == losses["zero"][1]
+    assert losses["own"][2] != losses["zero"][2]
+    assert losses["shared"][2] not in (losses["own"][2], losses["zero"][2])
+    assert not (tmp_path / "zero" / "clients").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["method.scaling=[1, 2]"], "method.scaling has 2 factors for 3 clients"),
+        (
+            ["method.compress.rank=2"],
+            "method.compress.rank: 2 is below the largest client's rank, 4",
+        ),
+        (["method.compress={energy: 2}"], "method.compress.energy"),
+        (["method.upload_bits=4"], "method.upload_bits"),
+        (["method.scaling=0"], "method.scaling"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_sentence(
+    hedgerow, experiment, tmp_path, changes, sentence
+):
+    result = hedgerow("run", experiment(), *changes, "--out", tmp_path / "run")
+    assert result.code == 2
+    assert sentence in result.err
+    assert not (tmp_path / "run").exists()
