@@ -11,11 +11,12 @@ tokens (instruction and answer), in three settings:
     b   ten clients, 10 rounds of 30 local steps
     c   a client for each category, 4 rounds of 100 local steps
 
-Each method runs at three learning rates with one seed. A rate that is more than 1% behind another
-one of the same method after a quarter of the rounds is given up there; with the best rate two more
-seeds follow. Every run that is done is a line of OUT/results.jsonl, and a run that was interrupted
-goes on, so the script can be stopped and started at will. Two runs are at work at a time, with a
-thread each. At the end there is a table for each setting, and OUT/results.md.
+Each method runs at three learning rates with one seed. After a quarter of the rounds a rate is
+given up that is more than 0.5% behind another one of the same method, and a method that is more
+than 2% behind the best. With the best rate two more seeds follow where a method is within 1% of the
+best. Every run that is done is a line of OUT/results.jsonl, and a run that was interrupted goes on,
+so the script can be stopped and started at will. Two runs are at work at a time, with a thread
+each. At the end there is a table for each setting, and OUT/results.md.
 """
 
 from __future__ import annotations
@@ -49,7 +50,12 @@ SETTINGS = {"a": (3, 60), "b": (30, 10), "c": (100, 4)}
 """Local steps and rounds."""
 RATES = (3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1, 2)
-BEHIND = 1.01
+BEHIND = 1.005
+"""A rate that is further behind another one after a quarter of the rounds is given up."""
+HOPELESS = 1.02
+"""A method that is further behind the best one then is given up as well, with all its rates."""
+CLOSE = 1.01
+"""Methods within this of the best one with the first seed get the other seeds."""
 ROWS = 300
 """Examples of a client."""
 
@@ -209,36 +215,44 @@ def main() -> None:
     arguments = parser.parse_args()
     grid = Grid(*(path.absolute() for path in (arguments.out, arguments.data, arguments.model)))
     prepare_data(grid)
-    groups = [(s, m) for s in arguments.settings for m in arguments.only]
-    rounds = {setting: SETTINGS[setting][1] for setting in arguments.settings}
-
-    def tried(setting: str, method: str) -> list[Cell]:
-        return [Cell(setting, method, rate, SEEDS[0]) for rate in RATES]
-
-    run_all(grid, [(cell, rounds[cell.setting] // 4) for g in groups for cell in tried(*g)])
-    kept = {}
-    for setting, method in groups:
-        early = {c: grid.done[c, rounds[setting] // 4].loss for c in tried(setting, method)}
-        kept[setting, method] = [c for c in early if early[c] <= BEHIND * min(early.values())]
-    run_all(grid, [(cell, rounds[cell.setting]) for cells in kept.values() for cell in cells])
-    best = {
-        group: min(cells, key=lambda cell: grid.done[cell, rounds[cell.setting]].loss)
-        for group, cells in kept.items()
-    }
-    seeds = {g: [cell._replace(seed=seed) for seed in SEEDS] for g, cell in best.items()}
-    run_all(grid, [(cell, rounds[cell.setting]) for cells in seeds.values() for cell in cells])
-
     text = []
     for setting in arguments.settings:
-        results = {
-            method: [grid.done[cell, rounds[setting]] for cell in seeds[setting, method]]
-            for method in arguments.only
-        }
-        rates = {method: best[setting, method].rate for method in arguments.only}
-        text += table(setting, results, rates)
+        best = best_rates(grid, setting, arguments.only)
+        text += table(setting, arguments.only, seeds(grid, setting, best))
     text += divergence(grid, arguments.settings, arguments.only)
     (grid.out / "results.md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
+
+
+def best_rates(grid: Grid, setting: str, methods: list[str]) -> list[Cell]:
+    """The run with the first seed at its best rate, of each method that is not given up."""
+    rounds = SETTINGS[setting][1]
+    cells = [Cell(setting, method, rate, SEEDS[0]) for method in methods for rate in RATES]
+    run_all(grid, [(cell, rounds // 4) for cell in cells])
+    early = {cell: grid.done[cell, rounds // 4].loss for cell in cells}
+    best = {m: min(loss for cell, loss in early.items() if cell.method == m) for m in methods}
+    first = min(best.values())
+    kept = [c for c in cells if early[c] <= min(BEHIND * best[c.method], HOPELESS * first)]
+    run_all(grid, [(cell, rounds) for cell in kept])
+    return [
+        min((c for c in kept if c.method == method), key=lambda c: grid.done[c, rounds].loss)
+        for method in methods
+        if best[method] <= HOPELESS * first
+    ]
+
+
+def seeds(grid: Grid, setting: str, best: list[Cell]) -> dict[Cell, list[Result]]:
+    """The results of each method at its best rate, with all seeds where it is close."""
+    rounds = SETTINGS[setting][1]
+    first = min(grid.done[cell, rounds].loss for cell in best)
+    wanted = {
+        cell: [cell._replace(seed=seed) for seed in SEEDS]
+        if grid.done[cell, rounds].loss <= CLOSE * first
+        else [cell]
+        for cell in best
+    }
+    run_all(grid, [(cell, rounds) for cells in wanted.values() for cell in cells])
+    return {cell: [grid.done[c, rounds] for c in cells] for cell, cells in wanted.items()}
 
 
 def prepare_data(grid: Grid) -> None:
@@ -251,23 +265,23 @@ def prepare_data(grid: Grid) -> None:
     (grid.out / "all.json").write_text(json.dumps(rows))
 
 
-def table(setting: str, results: dict[str, list[Result]], rates: dict[str, float]) -> list[str]:
+def table(setting: str, methods: list[str], results: dict[Cell, list[Result]]) -> list[str]:
     """A setting's methods, the best first, in Markdown."""
     steps, rounds = SETTINGS[setting]
-    losses = {method: [r.loss for r in each] for method, each in results.items()}
-    mean = {method: statistics.fmean(each) for method, each in losses.items()}
-    first = min(mean.values())
+    losses = {cell: [result.loss for result in each] for cell, each in results.items()}
+    mean = {cell: statistics.fmean(each) for cell, each in losses.items()}
     lines = [f"### ({setting}) {rounds} rounds of {steps} local steps", ""]
-    lines += ["| method | loss | spread | beside the best | rate | kB up | kB down |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    for method in sorted(mean, key=mean.__getitem__):
-        spread = max(losses[method]) - min(losses[method])
-        up, down = (results[method][0][index] / 1000 for index in (2, 3))
+    lines += ["| method | seeds | loss | spread | beside the best | rate | kB up | kB down |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for cell in sorted(mean, key=mean.__getitem__):
+        spread = max(losses[cell]) - min(losses[cell])
+        up, down = (results[cell][0][index] / 1000 for index in (2, 3))
         lines.append(
-            f"| {method} | {mean[method]:.4f} | {spread:.4f} | {mean[method] / first - 1:+.2%} | "
-            f"{rates[method]:g} | {up:.1f} | {down:.1f} |"
+            f"| {cell.method} | {len(losses[cell])} | {mean[cell]:.4f} | {spread:.4f} | "
+            f"{mean[cell] / min(mean.values()) - 1:+.2%} | {cell.rate:g} | {up:.1f} | {down:.1f} |"
         )
-    return [*lines, ""]
+    given_up = [m for m in methods if m not in {cell.method for cell in results}]
+    return [*lines, "", f"Given up after a quarter: {', '.join(given_up) or 'none'}.", ""]
 
 
 def divergence(grid: Grid, settings: list[str], only: list[str]) -> list[str]:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hedgerow.experiment import TrainingSettings
-from hedgerow.lowrank import Factors
+from hedgerow.lowrank import Factors, Projections, SumSketch
+from hedgerow.methods import flora
 from hedgerow.methods.base import Client, Expected, ServerTurn, Trained, Turn
 from hedgerow.methods.compress import Compress, ranks_to_keep
 from hedgerow.methods.encoding import decode, encode
@@ -175,6 +176,41 @@ def test_what_was_cut_is_carried_and_not_lost(restart, bits):
         return errors[-1]
 
     assert error_of_all_rounds(carry=True) < 0.6 * error_of_all_rounds(carry=False)
+
+
+@pytest.mark.parametrize("restart", ["own", "shared"])
+@pytest.mark.parametrize("scaling", ["size", "uniform", 0.3, [0.1, 0.2, 0.3, 0.4]])
+def test_sums_of_sketches_are_the_sums_where_they_are_wide_enough(monkeypatch, restart, scaling):
+    monkeypatch.setattr(flora, "MOST_SPOOLED", 0)
+    compress = {"rank": 8, "bits": 32, "carry": False}
+
+    def check(round, after, before, exact, aggregate, begun):
+        made = relative({m: after[m] - before[m] - exact[m] for m in SHAPES}, exact)
+        assert aggregate.metrics["sketch_error"] < 1e-5
+        assert made == pytest.approx(aggregate.metrics["compression_error"], rel=1e-2, abs=1e-5)
+
+    method = FLoRA(ranks=[3, 2, 4, 2], restart=restart, scaling=scaling, compress=compress)
+    play(method, [5, 6, 9, 7], 4, check)
+
+
+def test_a_sketch_knows_what_it_has_missed():
+    generator = torch.Generator().manual_seed(0)
+    tests = Projections.draw(60, 50, 6, generator)
+    sketch, total = SumSketch(tests), torch.zeros(60, 50)
+    for rank in (3, 5, 40):
+        pair = Factors(
+            torch.randn(rank, 50, generator=generator), torch.randn(60, rank, generator=generator)
+        )
+        scale = 0.02 if rank == 40 else 1.0
+        sketch.add(pair, scale)
+        total += scale * pair.product()
+    found, missed, size = sketch.svd()
+    off = float((found.factors().product() - total).norm())
+    assert missed**0.5 == pytest.approx(off, rel=0.5)
+    assert size**0.5 == pytest.approx(float(total.norm()), rel=0.5)
+    best = float(torch.linalg.svdvals(total)[len(found.values) :].norm())
+    assert off < 3 * best
+    assert off < 0.1 * float(total.norm())
 
 
 @pytest.mark.parametrize("bits", [8, 16])

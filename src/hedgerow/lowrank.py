@@ -175,6 +175,66 @@ def svd(pair: Factors) -> Svd:
     return Svd(q_b @ u, s, v @ q_a.T)
 
 
+class Projections(NamedTuple):
+    """The random matrices that sketches multiply with."""
+
+    right: Tensor
+    """Ω and the probes beside it, shape (n, l + 8)."""
+    left: Tensor
+    """Ψ, shape (2l, m)."""
+
+    @staticmethod
+    def draw(m: int, n: int, rank: int, generator: torch.Generator) -> Projections:
+        """For sums of shape (m, n) that `rank` components should stand for; l is twice that."""
+        width = min(2 * rank + 1, m, n)
+        right = torch.randn(n, width + _PROBES, generator=generator)
+        return Projections(right, torch.randn(min(2 * width + 1, m), m, generator=generator))
+
+
+class SumSketch:
+    """A sum of many low-rank products in the memory of one, folded in as they come.
+
+    A sketch of a sum is the sum of sketches: with random Ω (n, l) and Ψ (2l, m), Y = Σ B(AΩ) and
+    Z = Σ (ΨB)A tell the sum's leading directions and how they are combined, in one pass (Tropp et
+    al., "Practical Sketching Algorithms for Low-Rank Matrix Approximation", arXiv 1609.00048,
+    algorithm 4). No product of the matrix's own size is made.
+    """
+
+    def __init__(self, tests: Projections) -> None:
+        """Of nothing, yet; sketches of matrices of one shape may share their `tests`."""
+        self._tests = tests
+        self._range = torch.zeros(tests.left.shape[1], tests.right.shape[1])
+        self._corange = torch.zeros(tests.left.shape[0], tests.right.shape[0])
+
+    def add(self, pair: Factors, weight: float) -> None:
+        """Fold weight·B·A in."""
+        self._range.addmm_(pair.B, pair.A @ self._tests.right, alpha=weight)
+        self._corange.addmm_(self._tests.left @ pair.B, pair.A, alpha=weight)
+
+    def svd(self) -> tuple[Svd, float, float]:
+        """The sum's leading components, of which there are as many as the sketch is wide.
+
+        Returns:
+            The decomposition; an unbiased estimate of what it is off, ‖·‖_F²; and one of ‖sum‖_F².
+        """
+        width = self._range.shape[1] - _PROBES
+        range_, probed = torch.split(self._range.double(), [width, _PROBES], dim=1)
+        basis, _ = torch.linalg.qr(range_)
+        core, triangle = torch.linalg.qr(self._tests.left.double() @ basis)
+        combined = torch.linalg.solve_triangular(
+            triangle, core.T @ self._corange.double(), upper=True
+        )
+        u, s, v = torch.linalg.svd(combined, full_matrices=False)
+        found = Svd(basis @ u, s, v)
+        probes = self._tests.right[:, width:].double()
+        missed = probed - found.left @ (s[:, None] * (v @ probes))
+        return found, float(missed.square().sum()) / _PROBES, float(probed.square().sum()) / _PROBES
+
+
+_PROBES = 8
+"""Random vectors that measure what a sketch has missed."""
+
+
 def truncate(pair: Factors, *, rank: int | None = None, energy: float | None = None) -> Factors:
     """The best approximation of B·A by a smaller pair.
 

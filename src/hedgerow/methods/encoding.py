@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hedgerow.errors import InvalidMessage
 from hedgerow.wire import Kind, Update
 
 Bits = Literal[8, 16, 32]
@@ -54,7 +55,7 @@ def decode(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def decoded(update: Update) -> Update:
-    """An update whose tensors are decoded; they are read when they are asked for."""
+    """An update whose tensors are read and decoded."""
     return dataclasses.replace(update, tensors=decode(update.tensors))
 
 
@@ -68,6 +69,14 @@ def encoded_kinds(kinds: Mapping[str, Kind], bits: Bits) -> dict[str, Kind]:
         for name, kind in kinds.items()
     }
     return codes | steps
+
+
+def check_steps(tensors: Mapping[str, Tensor], bits: Bits, largest: float) -> None:
+    """Raise `InvalidMessage` where encoded factors have numbers above `largest` in size."""
+    most = largest / 2 ** (bits - 1)
+    for name in tensors:
+        if name.endswith(".step") and not tensors[name].abs().max() <= most:
+            raise InvalidMessage(f"{name} has numbers above {most:g}")
 
 
 def _across(name: str) -> int:

@@ -51,7 +51,7 @@ from hedgerow.methods.base import (
     Turn,
 )
 from hedgerow.methods.compress import Compress, ranks_to_keep
-from hedgerow.methods.encoding import Bits, decode, decoded, encode, encoded_kinds
+from hedgerow.methods.encoding import Bits, check_steps, decode, decoded, encode, encoded_kinds
 from hedgerow.methods.lora import (
     Stacks,
     check_factors,
@@ -65,9 +65,9 @@ from hedgerow.methods.lora import (
 )
 from hedgerow.methods.residual import START, ResidualAdapter, split
 from hedgerow.methods.scaling import Scaling
-from hedgerow.methods.sums import Sums
+from hedgerow.methods.sums import SketchedSums, StackedSums, Sums
 from hedgerow.model import adapter_pairs, adapter_tensors
-from hedgerow.wire import check_kinds, kinds
+from hedgerow.wire import LARGEST_BROADCAST, LARGEST_SENT, check_kinds, kinds
 
 if TYPE_CHECKING:
     from hedgerow.experiment import TrainingSettings
@@ -79,6 +79,10 @@ FEW_STEPS = 8
 """With fewer local steps a round than that, `warm` is `shared`, else `own`; `bench/README.md` says
 what it was chosen by."""
 
+
+MOST_SPOOLED = 8 << 30
+"""Bytes of updates that wait on disk for an exact sum; of more, where the broadcast is cut anyway,
+sketches are added up."""
 
 _ROUNDING = "rounding_error"
 """What an update in fewer bits says of itself: ‖ΔW sent - ΔW‖ / ‖ΔW‖."""
@@ -178,9 +182,11 @@ class FLoRA(ResidualAdapter):
             raise InvalidMessage(f"its {_ROUNDING} is not a number from 0 to 1")
         pair = factor_kinds(expected.shapes, rank)
         check_kinds(kinds(update.tensors), encoded_kinds(pair, self.upload_bits))
+        check_steps(update.tensors, self.upload_bits, LARGEST_SENT)
 
     def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
         """The stack; or the averages and what they lack of it, re-factorised and maybe cut."""
+        start = self._start(turn)
         rounding: list[float] = []
 
         def arriving() -> Iterator[Update]:
@@ -188,13 +194,9 @@ class FLoRA(ResidualAdapter):
                 rounding.append(float(update.about.get(_ROUNDING, 0)))
                 yield decoded(update)
 
-        stacks, start = Stacks(arriving()), self._start(turn)
-        weights = self._weights(stacks, start, turn)
-        sums = Sums(stacks, start, weights)
-        metrics: dict[str, float] = {}
+        sums, weights, metrics = self._sums(arriving(), start, turn)
         if self.upload_bits < 32:
-            pairs_of = zip(stacks.shares(), rounding, strict=True)
-            metrics["upload_error"] = sum(share * error for share, error in pairs_of)
+            metrics["upload_error"] = sum(rounding) / len(rounding)
         if not start and self.compress is None:
             stack = {module: sums.exact(module).float() for module in sums}
             metrics["aggregation_error"], _, _ = _errors(sums, [stack])
@@ -251,6 +253,7 @@ class FLoRA(ResidualAdapter):
             check_factors(residual, shapes, range(sum(ranks[:count]), sum(ranks[-count:]) + 1))
             return
         check_pairs(residual, shapes, {m: min(shape) for m, shape in shapes.items()}, bits)
+        check_steps(entry.tensors, bits, LARGEST_BROADCAST)
 
     # --- details --------------------------------------------------------------------------------
 
@@ -270,14 +273,34 @@ class FLoRA(ResidualAdapter):
         drawn = expected.seeds.torch("adapter")
         return dict(adapter_pairs(draw_adapter(expected.shapes, drawn, self.largest_rank)))
 
-    def _weights(
-        self, stacks: Stacks, start: Mapping[str, Factors], turn: ServerTurn
-    ) -> list[float]:
-        """p_k of each update."""
+    def _sums(
+        self, updates: Iterable[Update], start: Mapping[str, Factors], turn: ServerTurn
+    ) -> tuple[Sums, list[float], dict[str, float]]:
+        """The round's sums, p_k of each update, and what is known of the sums' own error."""
+        places = {client.name: client.index for client in turn.clients}
+        bound = self.compress.largest(self.largest_rank) if self.compress else None
+        if bound and self.scaling != "adaptive" and self._spooled(turn) > MOST_SPOOLED:
+            sketched = SketchedSums(
+                *(updates, start),
+                lambda u: scaling.counts_as(self.scaling, u.client, u.num_examples, places),
+                *(bound, turn.expected.seeds.torch("sketch", turn.round)),
+            )
+            counts = sketched.num_examples
+            sketched.finish(scaling.normalisation(self.scaling, counts))
+            weights = scaling.fixed(self.scaling, sketched.clients, counts, places)
+            return sketched, weights, {"sketch_error": sketched.missed}
+        stacks = Stacks(updates)
         if self.scaling == "adaptive":
-            return scaling.adaptive(Sums(stacks, start, stacks.shares()).gram(), stacks.shares())
-        index = {client.name: client.index for client in turn.clients}
-        return scaling.fixed(self.scaling, stacks.clients, stacks.num_examples, index)
+            shares = stacks.shares()
+            weights = scaling.adaptive(StackedSums(stacks, start, shares).gram(), shares)
+        else:
+            weights = scaling.fixed(self.scaling, stacks.clients, stacks.num_examples, places)
+        return StackedSums(stacks, start, weights), weights, {}
+
+    def _spooled(self, turn: ServerTurn) -> int:
+        """The bytes of all clients' factors."""
+        rows = sum(self.rank(client) for client in turn.clients)
+        return 4 * rows * sum(sum(shape) for shape in turn.expected.shapes.values())
 
     def _lacking(
         self,

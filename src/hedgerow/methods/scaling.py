@@ -38,13 +38,26 @@ def fixed(
         num_examples: n_k of each.
         places: which of the experiment's clients they are, for a list of factors.
     """
+    pairs = zip(clients, num_examples, strict=True)
+    relative = [counts_as(scaling, client, count, places) for client, count in pairs]
+    factor = normalisation(scaling, num_examples)
+    return [weight * factor for weight in relative]
+
+
+def counts_as(scaling: Scaling, client: str, num_examples: int, places: Mapping[str, int]) -> float:
+    """What one client counts beside the others, before it is known who they are."""
     if isinstance(scaling, list):
-        return [scaling[places[client]] for client in clients]
+        return scaling[places[client]]
     if isinstance(scaling, float):
-        return [scaling] * len(clients)
-    if scaling == "uniform":
-        return [1 / len(clients)] * len(clients)
-    return [count / sum(num_examples) for count in num_examples]
+        return scaling
+    return 1.0 if scaling == "uniform" else float(num_examples)
+
+
+def normalisation(scaling: Scaling, num_examples: Sequence[int]) -> float:
+    """What makes p_k of `counts_as`."""
+    if isinstance(scaling, list | float):
+        return 1.0
+    return 1 / (len(num_examples) if scaling == "uniform" else sum(num_examples))
 
 
 def adaptive(gram: Tensor, shares: Sequence[float]) -> list[float]:
