@@ -290,12 +290,14 @@ class FLoRA(ResidualAdapter):
             weights = scaling.fixed(self.scaling, sketched.clients, counts, places)
             return sketched, weights, {"sketch_error": sketched.missed}
         stacks = Stacks(updates)
+        metrics: dict[str, float] = {}
         if self.scaling == "adaptive":
             shares = stacks.shares()
             weights = scaling.adaptive(StackedSums(stacks, start, shares).gram(), shares)
+            metrics["step_size"] = sum(weights)
         else:
             weights = scaling.fixed(self.scaling, stacks.clients, stacks.num_examples, places)
-        return StackedSums(stacks, start, weights), weights, {}
+        return StackedSums(stacks, start, weights), weights, metrics
 
     def _spooled(self, turn: ServerTurn) -> int:
         """The bytes of all clients' factors."""
