@@ -21,9 +21,11 @@ WARM, FLORIST = ["method.name=flora"], ["method.name=florist"]
 ROWS = {
     "FLoRA": WARM,
     "FLoRA, compress: true": [*WARM, "method.compress=true"],
-    "FLoRA, compress: {bits: 8}": [*WARM, "method.compress={bits: 8}"],
-    "FLoRA, compress: {bits: 8, rank: 8}": [*WARM, "method.compress={bits: 8, rank: 8}"],
-    "FLoRA, compress: {energy: 0.99}": [*WARM, "method.compress={energy: 0.99}"],
+    "FLoRA, compress: {bits: 16}": [*WARM, "method.compress={bits: 16}"],
+    "FLoRA, compress: {rank: 8}": [*WARM, "method.compress={rank: 8}"],
+    "FLoRA, compress: {energy: 0.99, bits: 16}": [
+        *(*WARM, "method.compress={energy: 0.99, bits: 16}")
+    ],
     **{f"FLoRIST {t}": [*FLORIST, f"method.threshold={t}"] for t in (0.8, 0.9, 0.95, 0.99)},
 }
 

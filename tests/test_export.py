@@ -21,7 +21,7 @@ def logits(model):
 
 def run_and_export(hedgerow, experiment, tmp_path, *changes, exports=(("merged",), ("adapter",))):
     run = tmp_path / "run"
-    path = experiment(training={"steps": 5})
+    path = experiment(training={"steps": 8})
     result = hedgerow("run", path, *changes, "--out", run)
     assert result.code == 0, result.err
     for to, *options in exports:

@@ -26,8 +26,8 @@ class Compress(BaseModel):
     """The share of the squared singular values of a round's step that is kept."""
     rank: int | None = Field(None, ge=1)
     """The rank that a matrix of the broadcast has at most, on average over matrices by size."""
-    bits: Bits = 16
-    """Of each number of the broadcast."""
+    bits: Bits = 8
+    """Of each number of the broadcast; more components in fewer bits lose less for their bytes."""
     carry: bool = True
     """What was cut or rounded away is added to the next round's aggregate."""
 
