@@ -21,7 +21,8 @@ WARM, FLORIST = ["method.name=flora"], ["method.name=florist"]
 ROWS = {
     "FLoRA": WARM,
     "FLoRA, compress: true": [*WARM, "method.compress=true"],
-    "FLoRA, compress: {bits: 16}": [*WARM, "method.compress={bits: 16}"],
+    "FLoRA, compress: {rank: 24}": [*WARM, "method.compress={rank: 24}"],
+    "FLoRA, compress: {bits: 16, rank: 12}": [*WARM, "method.compress={bits: 16, rank: 12}"],
     "FLoRA, compress: {rank: 8}": [*WARM, "method.compress={rank: 8}"],
     "FLoRA, compress: {energy: 0.99, bits: 16}": [
         *(*WARM, "method.compress={energy: 0.99, bits: 16}")

@@ -263,8 +263,8 @@ def test_the_smallest_for_their_size_are_left_out(values, spare, numbers):
 
 
 def test_a_default_cut_is_as_large_as_the_largest_client():
-    assert Compress().largest(8) == 24
-    assert Compress(bits=16).largest(8) == 12
+    assert Compress().largest(8) == 20
+    assert Compress(bits=16).largest(8) == 10
     assert Compress(energy=0.9).largest(8) is None
     assert Compress(rank=5).largest(8) == 5
     assert FLoRA(compress=True).compress == Compress()

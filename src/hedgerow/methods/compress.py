@@ -34,11 +34,11 @@ class Compress(BaseModel):
     def largest(self, rank: int) -> int | None:
         """The rank that bounds the broadcast where `rank` is that of the largest client.
 
-        By default three quarters of the bytes that the client's factors have in float32: with
+        By default five eighths of the bytes that the client's factors have in float32: with
         headers and participants a broadcast is then about as large as an update.
         """
         if self.rank is None and self.energy is None:
-            return max(rank, rank * 24 // self.bits)
+            return max(rank, rank * 20 // self.bits)
         return self.rank
 
 
