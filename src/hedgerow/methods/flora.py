@@ -79,7 +79,6 @@ FEW_STEPS = 8
 """With fewer local steps a round than that, `warm` is `shared`, else `own`; `bench/README.md` says
 what it was chosen by."""
 
-
 MOST_SPOOLED = 8 << 30
 """Bytes of updates that wait on disk for an exact sum; of more, where the broadcast is cut anyway,
 sketches are added up."""
@@ -199,7 +198,8 @@ class FLoRA(ResidualAdapter):
             metrics["upload_error"] = sum(rounding) / len(rounding)
         if not start and self.compress is None:
             stack = {module: sums.exact(module).float() for module in sums}
-            metrics["aggregation_error"], _, _ = _errors(sums, [stack])
+            missed, size, _ = _errors(sums, [stack])
+            metrics["aggregation_error"] = _relative(missed, size)
             return Aggregate(adapter_tensors(stack), finite(metrics), weights)
 
         bits = self.compress.bits if self.compress else 32
@@ -210,9 +210,10 @@ class FLoRA(ResidualAdapter):
         lacking = self._lacking(sums, next_start, owed, turn.expected.shapes)
         residual = encode(adapter_tensors(lacking), bits)
         sent = [next_start, dict(adapter_pairs(decode(residual)))]
-        metrics["aggregation_error"], of_step, left = _errors(sums, sent, owed)
+        missed, size, left = _errors(sums, sent, owed)
+        metrics["aggregation_error"] = _relative(missed, size)
         if self.compress:
-            metrics["compression_error"] = of_step
+            metrics["compression_error"] = _relative(missed, _squared_step(sums))
             if self.compress.carry:
                 most = 2 * self.largest_rank
                 kept = {m: lowrank.truncate(pair, rank=most).float() for m, pair in left.items()}
@@ -314,7 +315,6 @@ class FLoRA(ResidualAdapter):
         """What `start` lacks of the exact sums and of what is owed, as far as it is sent."""
         spectra: dict[str, Tensor] = {}
         leading: dict[str, Factors] = {}
-        step = 0.0
         for module in sums:
             exact = sums.exact(module)
             rest = lowrank.stack([exact, owed[module].double()]) if module in owed else exact
@@ -324,13 +324,13 @@ class FLoRA(ResidualAdapter):
             numeric = decomposed.rank(beside=lowrank.norm(exact))
             spectra[module] = decomposed.values[:numeric]
             leading[module] = decomposed.factors(max(numeric, 1)).float()
-            step += lowrank.norm(sums.step(module)) ** 2
         if self.compress is None:
             return leading
         every = float(sum(sum(shapes[module]) for module in leading))
         bound = self.compress.largest(self.largest_rank)
         room = every * (bound - self.largest_rank * bool(start)) if bound else math.inf
-        spare = (1 - (self.compress.energy or 1.0)) * step
+        energy = self.compress.energy
+        spare = 0.0 if energy is None else (1 - energy) * _squared_step(sums)
         ranks = ranks_to_keep(spectra, shapes, room, spare)
         return {m: pair.leading(max(ranks[m], 1)) for m, pair in leading.items()}
 
@@ -347,10 +347,10 @@ def _errors(
     """How far what is sent is from the exact sums and what is owed.
 
     Returns:
-        Its Frobenius norm beside that of the exact sums, and beside that of the round's step; and
-        the difference itself by module, in float64.
+        Its squared Frobenius norm over all modules, that of the exact sums, and the difference
+        itself by module, in float64.
     """
-    left, missed, size, step = {}, 0.0, 0.0, 0.0
+    left, missed, size = {}, 0.0, 0.0
     for module in sums:
         exact = sums.exact(module)
         due = [exact, owed[module].double()] if owed and module in owed else [exact]
@@ -358,6 +358,14 @@ def _errors(
         left[module] = lowrank.difference(lowrank.stack(due), applied)
         missed += lowrank.norm(left[module]) ** 2
         size += lowrank.norm(exact) ** 2
-        step += lowrank.norm(sums.step(module)) ** 2
-    of_size, of_step = ((missed / norm) ** 0.5 if norm else math.inf for norm in (size, step))
-    return of_size, of_step, left
+    return missed, size, left
+
+
+def _squared_step(sums: Sums) -> float:
+    """The squared Frobenius norm of what the round adds to the global function."""
+    return sum(lowrank.norm(sums.step(module)) ** 2 for module in sums)
+
+
+def _relative(missed: float, size: float) -> float:
+    """A norm beside another, from their squares."""
+    return (missed / size) ** 0.5 if size else math.inf

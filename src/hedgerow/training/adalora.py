@@ -10,8 +10,7 @@ from peft.tuners.adalora.layer import RankAllocator
 from torch import Tensor, nn
 
 from hedgerow.training import first_order
-from hedgerow.training.job import Job, check_finite
-from hedgerow.training.loss import batch_loss
+from hedgerow.training.job import Job
 
 
 def train(
@@ -55,7 +54,7 @@ def train(
         ),
         "default",
     )
-    optimizer = first_order._optimizer(trainable, settings, job.learning_rate)
+    optimizer = first_order.make_optimizer(trainable, settings, job.learning_rate)
     vectors = {name: p for name, p in parameters.items() if not name.endswith("lora_E")}
     survivors = None
     total_loss, total_tokens = 0.0, 0
@@ -64,12 +63,7 @@ def train(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(job.dropout_seed)
         for step, (collated, step_tokens) in enumerate(job.steps(), start=1):
-            loss_sum = 0.0
-            for batch in collated:
-                loss, _ = batch_loss(network, batch)
-                torch.autograd.backward(loss / max(step_tokens, 1))
-                loss_sum += float(loss.detach())
-            check_finite(loss_sum, step)
+            loss_sum = first_order.backward(network, collated, step_tokens, step)
             torch.autograd.backward(orthogonality * non_orthogonality(vectors))
             if settings.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)

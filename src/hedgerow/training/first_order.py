@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def continue_training(
     """
     network, settings, trainable = job.network, job.settings, list(parameters.values())
     in_backward = _can_step_in_backward(settings)
-    optimizer = None if in_backward else _optimizer(trainable, settings, job.learning_rate)
+    optimizer = None if in_backward else make_optimizer(trainable, settings, job.learning_rate)
     if optimizer is not None:
         _restore(optimizer, parameters, state)
     total_loss, total_tokens = 0.0, 0
@@ -59,13 +60,7 @@ def continue_training(
     ):
         torch.manual_seed(job.dropout_seed)
         for step, (collated, step_tokens) in enumerate(job.steps(), start=1):
-            loss_sum = 0.0
-            for batch in collated:
-                loss, _ = batch_loss(network, batch)
-                # All tokens of a step weigh the same, in whichever of its forward passes they are.
-                torch.autograd.backward(loss / max(step_tokens, 1))
-                loss_sum += float(loss.detach())
-            check_finite(loss_sum, step)
+            loss_sum = backward(network, collated, step_tokens, step)
             if optimizer is not None:
                 if settings.max_grad_norm is not None:
                     nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
@@ -74,6 +69,28 @@ def continue_training(
             total_loss, total_tokens = total_loss + loss_sum, total_tokens + step_tokens
     network.eval()
     return total_loss / max(total_tokens, 1), _state(optimizer, parameters)
+
+
+def backward(
+    network: Any, collated: Sequence[Mapping[str, Tensor]], step_tokens: int, step: int
+) -> float:
+    """Add up the gradients of one step's batches; returns their summed loss.
+
+    Args:
+        step_tokens: how many tokens the batches have labels for.
+        step: which one it is, for messages.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
+    loss_sum = 0.0
+    for batch in collated:
+        loss, _ = batch_loss(network, batch)
+        # All tokens of a step weigh the same, in whichever of its forward passes they are.
+        torch.autograd.backward(loss / max(step_tokens, 1))
+        loss_sum += float(loss.detach())
+    check_finite(loss_sum, step)
+    return loss_sum
 
 
 def _state(
@@ -138,9 +155,10 @@ def _stepping_in_backward(
             handle.remove()
 
 
-def _optimizer(
+def make_optimizer(
     parameters: list[nn.Parameter], settings: TrainingSettings, learning_rate: float
 ) -> torch.optim.Optimizer:
+    """The optimiser that the experiment names."""
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,
