@@ -29,6 +29,16 @@ def test_the_stack_is_the_sum_of_the_products(ranks, seed):
     torch.testing.assert_close(stacked.product().double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@given(ranks, st.integers(0, 1000), st.booleans())
+def test_a_total_is_never_larger_than_the_matrix_needs(ranks, seed, wide):
+    m, n = (5, 7) if wide else (7, 5)
+    pairs = [random_factors(seed + i, rank, m, n).double() for i, rank in enumerate(ranks)]
+    exact = sum(pair.product() for pair in pairs)
+    found = lowrank.total(iter(pairs))
+    torch.testing.assert_close(found.product(), exact)
+    assert found.rank == (ranks[0] if len(ranks) == 1 and ranks[0] <= 5 else 5)
+
+
 @given(st.integers(1, 12), st.integers(0, 1000))
 def test_norm_and_distance_are_those_of_the_matrices(rank, seed):
     first, second = random_factors(seed, rank), random_factors(seed + 1, 2)

@@ -63,6 +63,30 @@ def difference(first: Factors, second: Factors) -> Factors:
     return stack([first.double(), minus._replace(B=-minus.B)])
 
 
+def total(pairs: Iterable[Factors]) -> Factors:
+    """The sum of products as one pair of at most the matrix's rank.
+
+    The only pair as it is, if it is not larger; else their matrix, with an identity beside it.
+
+    Args:
+        pairs: at least one.
+    """
+    first, matrix = None, None
+    for pair in pairs:
+        if first is None:
+            first = pair
+            continue
+        matrix = first.product() if matrix is None else matrix
+        matrix.addmm_(pair.B, pair.A)
+    assert first is not None, "a sum has at least one pair"
+    m, n = first.B.shape[0], first.A.shape[1]
+    if matrix is None and first.rank <= min(m, n):
+        return first
+    matrix = first.product() if matrix is None else matrix
+    identity = torch.eye(min(m, n), dtype=matrix.dtype)
+    return Factors(matrix, identity) if m <= n else Factors(identity, matrix)
+
+
 class SpooledStack:
     """A stack whose pairs arrive one by one and wait on disk until all of it is asked for.
 
@@ -85,13 +109,20 @@ class SpooledStack:
             while unwritten:
                 unwritten = unwritten[self._file.write(unwritten) :]
 
-    def factors(self) -> Factors:
-        """The stack, read into memory."""
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the matrix."""
         assert self._like is not None, "a stack has at least one pair"
-        total = sum(rank for _, rank in self._places)
+        return self._like.B.shape[1], self._like.A.shape[1]
+
+    def factors(self, first: int = 0, last: int | None = None) -> Factors:
+        """The stack, or that of the pairs from `first` to before `last`, read into memory."""
+        assert self._like is not None, "a stack has at least one pair"
+        places = self._places[first:last]
+        total = sum(rank for _, rank in places)
         A, B = (like.new_empty(total, like.shape[1]) for like in self._like)
         end = 0
-        for place, rank in self._places:
+        for place, rank in places:
             self._file.seek(place)
             for rows in (A, B):
                 unread = memoryview(_bytes(rows[end : end + rank]))

@@ -8,13 +8,25 @@ cut and rounded away can be carried to the next round's aggregate instead of bei
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from hedgerow.methods.encoding import Bits
+from hedgerow import lowrank
+from hedgerow.lowrank import Factors
+from hedgerow.methods.encoding import Bits, decode, encode
+from hedgerow.methods.residual import START
+from hedgerow.model import adapter_pairs, adapter_tensors
+
+if TYPE_CHECKING:
+    from hedgerow.methods.sums import Sum
+
+UNEVEN = 2
+"""How many times the average rank a matrix of a bounded broadcast may have at most."""
 
 
 class Compress(BaseModel):
@@ -40,6 +52,84 @@ class Compress(BaseModel):
         if self.rank is None and self.energy is None:
             return max(rank, rank * 20 // self.bits)
         return self.rank
+
+
+def cut(
+    compress: Compress,
+    sums: Iterable[tuple[str, Sum]],
+    owed: Mapping[str, Tensor],
+    shapes: Mapping[str, Sequence[int]],
+    largest_rank: int,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+    """What is broadcast of a round's sums and of what is owed, as far as `compress` allows.
+
+    A few clients' factors are in memory at a time: of each module those components that may be
+    kept, once its sum has been read.
+
+    Args:
+        compress: says how far to cut.
+        sums: of each module.
+        owed: factors that the rounds before left out, by PEFT's keys.
+        shapes: (m, n) of the adapted matrices, by module.
+        largest_rank: that of the largest client.
+
+    Returns:
+        An entry's tensors: the averages that clients go on from, if they do, and the residual; what
+        they leave out, by PEFT's keys; and `aggregation_error`, how far they are from the exact
+        sums and what is owed, relative to the exact sums, with `compression_error`, the same
+        relative to what the round adds to the global function.
+    """
+    past = dict(adapter_pairs(owed))
+    bound = compress.largest(largest_rank)
+    tensors: dict[str, Tensor] = {}
+    spectra: dict[str, Tensor] = {}
+    leading: dict[str, Factors] = {}
+    size = step = beyond = room = 0.0
+    for module, each in sums:
+        exact, average = each.exact(), each.average()
+        due = lowrank.stack([exact, past[module].double()]) if module in past else exact
+        if average is not None:
+            start = _encoded(module, average, compress.bits)
+            tensors |= {START + name: tensor for name, tensor in start.items()}
+            due = lowrank.difference(due, _decoded(module, start))
+            room -= largest_rank * sum(shapes[module])
+        room += (bound or math.inf) * sum(shapes[module])
+        decomposed = lowrank.svd(due)
+        norm = float(decomposed.values.norm()) if due is exact else lowrank.norm(exact)
+        size += norm**2
+        step += norm**2 if each.start is None else lowrank.norm(each.step()) ** 2
+        numeric = max(decomposed.rank(beside=norm), 1)
+        most = min(numeric, UNEVEN * bound) if bound else numeric
+        spectra[module] = decomposed.values[:most].clone()
+        leading[module] = decomposed.factors(most).float()
+        beyond += float(decomposed.values[most:].square().sum())
+    spare = 0.0 if compress.energy is None else (1 - compress.energy) * step - beyond
+    ranks = ranks_to_keep(spectra, shapes, room, spare)
+    missed, left = beyond, {}
+    for module in list(leading):
+        pair, rank = leading.pop(module), max(ranks[module], 1)
+        kept = pair.leading(rank)
+        encoded = _encoded(module, kept, compress.bits)
+        tensors |= encoded
+        sent = _decoded(module, encoded)
+        # What is left out is orthogonal to what is kept, and so to its rounding.
+        missed += float(spectra[module][rank:].square().sum()) + lowrank.distance(kept, sent) ** 2
+        if compress.carry:
+            rest = lowrank.difference(pair, sent)
+            left[module] = lowrank.truncate(rest, rank=2 * largest_rank).float()
+    errors = {"aggregation_error": size, "compression_error": step}
+    metrics = {name: (missed / of) ** 0.5 if of else math.inf for name, of in errors.items()}
+    return tensors, adapter_tensors(left), metrics
+
+
+def _encoded(module: str, pair: Factors, bits: Bits) -> dict[str, Tensor]:
+    """A module's factors as they are broadcast."""
+    return encode(adapter_tensors({module: pair.float()}), bits)
+
+
+def _decoded(module: str, tensors: Mapping[str, Tensor]) -> Factors:
+    """What participants make of them."""
+    return dict(adapter_pairs(decode(tensors)))[module]
 
 
 def ranks_to_keep(

@@ -15,13 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hedgerow import lowrank
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, ServerTurn
 from hedgerow.methods.fedit import average
-from hedgerow.methods.lora import Stacks, check_factors, check_pairs, exact_sum, finite
-from hedgerow.methods.residual import START, ResidualAdapter, split
-from hedgerow.model import adapter_tensors
+from hedgerow.methods.lora import Stacks, check_factors, check_pairs, exact_sum
+from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
 from hedgerow.wire import kinds
 
 if TYPE_CHECKING:
@@ -47,20 +45,11 @@ class FedExLoRA(ResidualAdapter):
         """The averages of A and B apart, and what they lack of Σ p_k s_k B_k A_k."""
         stacks = Stacks(updates)
         shares = stacks.shares()
-        start: dict[str, Factors] = {}
-        residual: dict[str, Factors] = {}
 
-        def applied_and_exact() -> Iterator[tuple[Factors, Factors]]:
+        def sums() -> Iterator[tuple[str, Factors, Factors]]:
             for module in stacks:
-                stacked, parts = stacks.factors(module), stacks.parts(module, shares)
+                stacked, parts = stacks.stack(module, shares)
                 exact = exact_sum(stacked, parts)
-                start[module] = average(stacked, parts)
-                lacking = lowrank.svd(lowrank.difference(exact, start[module]))
-                rank = lacking.rank(beside=lowrank.norm(exact))
-                residual[module] = lacking.factors(max(rank, 1)).float()
-                yield lowrank.stack([start[module], residual[module]]), exact
+                yield module, average(stacked, parts), exact
 
-        error = lowrank.relative_error(applied_and_exact())
-        tensors = {START + key: factor for key, factor in adapter_tensors(start).items()}
-        metrics = finite({"aggregation_error": error})
-        return Aggregate(tensors | adapter_tensors(residual), metrics)
+        return with_residuals(sums())

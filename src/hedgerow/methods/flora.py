@@ -28,7 +28,6 @@ merged as the stack is:
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -50,7 +49,7 @@ from hedgerow.methods.base import (
     Trained,
     Turn,
 )
-from hedgerow.methods.compress import Compress, ranks_to_keep
+from hedgerow.methods.compress import Compress, cut
 from hedgerow.methods.encoding import Bits, check_steps, decode, decoded, encode, encoded_kinds
 from hedgerow.methods.lora import (
     Stacks,
@@ -63,9 +62,9 @@ from hedgerow.methods.lora import (
     init_factors,
     update_scale,
 )
-from hedgerow.methods.residual import START, ResidualAdapter, split
+from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
 from hedgerow.methods.scaling import Scaling
-from hedgerow.methods.sums import SketchedSums, StackedSums, Sums
+from hedgerow.methods.sums import SketchedSums, StackedSums
 from hedgerow.model import adapter_pairs, adapter_tensors
 from hedgerow.wire import LARGEST_BROADCAST, LARGEST_SENT, check_kinds, kinds
 
@@ -194,31 +193,20 @@ class FLoRA(ResidualAdapter):
                 yield decoded(update)
 
         sums, weights, metrics = self._sums(arriving(), start, turn)
+        if self.compress is None:
+            whole = with_residuals((m, each.average(), each.exact()) for m, each in sums)
+            tensors = whole.tensors
+            metrics |= whole.metrics
+        else:
+            owed, shapes = turn.memory.load(), turn.expected.shapes
+            tensors, left, errors = cut(self.compress, sums, owed, shapes, self.largest_rank)
+            metrics |= errors
+            if self.compress.carry:
+                turn.memory.save(left)
         if self.upload_bits < 32:
             metrics["upload_error"] = sum(rounding) / len(rounding)
-        if not start and self.compress is None:
-            stack = {module: sums.exact(module).float() for module in sums}
-            missed, size, _ = _errors(sums, [stack])
-            metrics["aggregation_error"] = _relative(missed, size)
-            return Aggregate(adapter_tensors(stack), finite(metrics), weights)
-
-        bits = self.compress.bits if self.compress else 32
-        owed = dict(adapter_pairs(turn.memory.load()))
-        pairs = {module: sums.average(module).float() for module in start}
-        averages = encode(adapter_tensors(pairs), bits)
-        next_start = dict(adapter_pairs(decode(averages)))
-        lacking = self._lacking(sums, next_start, owed, turn.expected.shapes)
-        residual = encode(adapter_tensors(lacking), bits)
-        sent = [next_start, dict(adapter_pairs(decode(residual)))]
-        missed, size, left = _errors(sums, sent, owed)
-        metrics["aggregation_error"] = _relative(missed, size)
-        if self.compress:
-            metrics["compression_error"] = _relative(missed, _squared_step(sums))
-            if self.compress.carry:
-                most = 2 * self.largest_rank
-                kept = {m: lowrank.truncate(pair, rank=most).float() for m, pair in left.items()}
-                turn.memory.save(adapter_tensors(kept))
-        tensors = {START + name: tensor for name, tensor in averages.items()} | residual
+        if isinstance(sums, SketchedSums):
+            metrics["sketch_error"] = sums.missed
         return Aggregate(tensors, finite(metrics), weights)
 
     def kept(self, update: Update, turn: ServerTurn) -> Update:
@@ -249,11 +237,19 @@ class FLoRA(ResidualAdapter):
                 raise InvalidMessage("it has an adapter to start from, and clients have their own")
             check_kinds(start, encoded_kinds(factor_kinds(shapes, self.largest_rank), bits))
         ranks = self.possible_ranks(count)
-        if not start and self.compress is None:
-            # More is known only where all clients take part, or all have one rank.
-            check_factors(residual, shapes, range(sum(ranks[:count]), sum(ranks[-count:]) + 1))
+        # More is known only where all clients take part, or all have one rank.
+        fewest, most = sum(ranks[:count]), sum(ranks[-count:])
+        if self.restart == "zero" and self.compress is None:
+            check_factors(residual, shapes, range(fewest, most + 1))
             return
-        check_pairs(residual, shapes, {m: min(shape) for m, shape in shapes.items()}, bits)
+        if start or self.compress:
+            check_pairs(residual, shapes, {m: min(shape) for m, shape in shapes.items()}, bits)
+        else:
+            least, largest = (
+                {module: min(rank, *shape) for module, shape in shapes.items()}
+                for rank in (fewest, most)
+            )
+            check_pairs(residual, shapes, largest, least=least)
         check_steps(entry.tensors, bits, LARGEST_BROADCAST)
 
     # --- details --------------------------------------------------------------------------------
@@ -276,8 +272,8 @@ class FLoRA(ResidualAdapter):
 
     def _sums(
         self, updates: Iterable[Update], start: Mapping[str, Factors], turn: ServerTurn
-    ) -> tuple[Sums, list[float], dict[str, float]]:
-        """The round's sums, p_k of each update, and what is known of the sums' own error."""
+    ) -> tuple[StackedSums | SketchedSums, list[float], dict[str, float]]:
+        """The round's sums, p_k of each update, and the adaptive step's size."""
         places = {client.name: client.index for client in turn.clients}
         bound = self.compress.largest(self.largest_rank) if self.compress else None
         if bound and self.scaling != "adaptive" and self._spooled(turn) > MOST_SPOOLED:
@@ -287,9 +283,8 @@ class FLoRA(ResidualAdapter):
                 *(bound, turn.expected.seeds.torch("sketch", turn.round)),
             )
             counts = sketched.num_examples
-            sketched.finish(scaling.normalisation(self.scaling, counts))
-            weights = scaling.fixed(self.scaling, sketched.clients, counts, places)
-            return sketched, weights, {"sketch_error": sketched.missed}
+            sketched.normalise(scaling.normalisation(self.scaling, counts))
+            return sketched, scaling.fixed(self.scaling, sketched.clients, counts, places), {}
         stacks = Stacks(updates)
         metrics: dict[str, float] = {}
         if self.scaling == "adaptive":
@@ -298,74 +293,16 @@ class FLoRA(ResidualAdapter):
             metrics["step_size"] = sum(weights)
         else:
             weights = scaling.fixed(self.scaling, stacks.clients, stacks.num_examples, places)
-        return StackedSums(stacks, start, weights), weights, metrics
+        as_sent = self.restart == "zero" and self.compress is None
+        return StackedSums(stacks, start, weights, whole=as_sent), weights, metrics
 
     def _spooled(self, turn: ServerTurn) -> int:
         """The bytes of all clients' factors."""
         rows = sum(self.rank(client) for client in turn.clients)
         return 4 * rows * sum(sum(shape) for shape in turn.expected.shapes.values())
 
-    def _lacking(
-        self,
-        sums: Sums,
-        start: Mapping[str, Factors],
-        owed: Mapping[str, Factors],
-        shapes: Mapping[str, Sequence[int]],
-    ) -> dict[str, Factors]:
-        """What `start` lacks of the exact sums and of what is owed, as far as it is sent."""
-        spectra: dict[str, Tensor] = {}
-        leading: dict[str, Factors] = {}
-        for module in sums:
-            exact = sums.exact(module)
-            rest = lowrank.stack([exact, owed[module].double()]) if module in owed else exact
-            if module in start:
-                rest = lowrank.difference(rest, start[module])
-            decomposed = lowrank.svd(rest)
-            numeric = decomposed.rank(beside=lowrank.norm(exact))
-            spectra[module] = decomposed.values[:numeric]
-            leading[module] = decomposed.factors(max(numeric, 1)).float()
-        if self.compress is None:
-            return leading
-        every = float(sum(sum(shapes[module]) for module in leading))
-        bound = self.compress.largest(self.largest_rank)
-        room = every * (bound - self.largest_rank * bool(start)) if bound else math.inf
-        energy = self.compress.energy
-        spare = 0.0 if energy is None else (1 - energy) * _squared_step(sums)
-        ranks = ranks_to_keep(spectra, shapes, room, spare)
-        return {m: pair.leading(max(ranks[m], 1)) for m, pair in leading.items()}
-
 
 def _beyond(factors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """The rows of A and columns of B from `rank` on; nothing where there are none."""
     pairs = {m: Factors(A[rank:], B[:, rank:]) for m, (A, B) in adapter_pairs(factors)}
     return adapter_tensors({m: pair for m, pair in pairs.items() if pair.rank})
-
-
-def _errors(
-    sums: Sums, sent: Sequence[Mapping[str, Factors]], owed: Mapping[str, Factors] | None = None
-) -> tuple[float, float, dict[str, Factors]]:
-    """How far what is sent is from the exact sums and what is owed.
-
-    Returns:
-        Its squared Frobenius norm over all modules, that of the exact sums, and the difference
-        itself by module, in float64.
-    """
-    left, missed, size = {}, 0.0, 0.0
-    for module in sums:
-        exact = sums.exact(module)
-        due = [exact, owed[module].double()] if owed and module in owed else [exact]
-        applied = lowrank.stack([pairs[module] for pairs in sent if module in pairs])
-        left[module] = lowrank.difference(lowrank.stack(due), applied)
-        missed += lowrank.norm(left[module]) ** 2
-        size += lowrank.norm(exact) ** 2
-    return missed, size, left
-
-
-def _squared_step(sums: Sums) -> float:
-    """The squared Frobenius norm of what the round adds to the global function."""
-    return sum(lowrank.norm(sums.step(module)) ** 2 for module in sums)
-
-
-def _relative(missed: float, size: float) -> float:
-    """A norm beside another, from their squares."""
-    return (missed / size) ** 0.5 if size else math.inf

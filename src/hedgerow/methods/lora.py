@@ -7,12 +7,12 @@ scale is already in the factors, exactly once, so ΔW = B·A.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 import peft
@@ -205,6 +205,7 @@ def check_pairs(
     shapes: Mapping[str, Sequence[int]],
     most: Mapping[str, int],
     bits: Bits = 32,
+    least: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Raise `InvalidMessage` unless these are factors, each module's of its own rank.
 
@@ -213,6 +214,7 @@ def check_pairs(
         shapes: (m, n) of the adapted matrices, by module.
         most: the largest rank that each module may have.
         bits: of each number, as `encoding.encode` has them.
+        least: the smallest rank that each module may have; 1 if not given.
 
     Returns:
         The rank of each module.
@@ -226,6 +228,9 @@ def check_pairs(
             raise InvalidMessage(f"{module} has rank {ranks[module]}, above {most[module]}")
         expected |= factor_kinds({module: shape}, ranks[module])
     check_kinds(given, encoded_kinds(expected, bits))
+    for module, rank in (least or {}).items():
+        if ranks[module] < rank:
+            raise InvalidMessage(f"{module} has rank {ranks[module]}, below {rank}")
     return ranks
 
 
@@ -325,20 +330,42 @@ class Stacks:
         """The modules, in a fixed order."""
         return iter(sorted(self._stacks))
 
-    def factors(self, module: str) -> Factors:
-        """A of shape (Σ r_k, n) and B of shape (m, Σ r_k), as the clients sent them."""
-        return self._stacks[module].factors()
+    def shape(self, module: str) -> tuple[int, int]:
+        """(m, n) of the adapted matrix."""
+        return self._stacks[module].shape
 
     def shares(self) -> list[float]:
         """p_k = n_k / Σ n."""
         total = sum(self.num_examples)
         return [count / total for count in self.num_examples]
 
-    def parts(self, module: str, weights: Sequence[float]) -> list[Part]:
-        """Whose rows are whose in a module's stack, where the clients count `weights`."""
+    def stack(self, module: str, weights: Sequence[float]) -> tuple[Factors, list[Part]]:
+        """A of shape (Σ r_k, n) and B of shape (m, Σ r_k), as sent, and whose rows are whose.
+
+        The clients count `weights`.
+        """
+        ((stacked, parts),) = self.pieces(module, weights)
+        return stacked, parts
+
+    def pieces(
+        self, module: str, weights: Sequence[float], most: float = math.inf
+    ) -> Iterator[tuple[Factors, list[Part]]]:
+        """The stack of a module in pieces of `most` rows (or of one client that has more).
+
+        The parts' rows are those of their piece.
+        """
         ranks = self._ranks[module]
-        given = zip(itertools.accumulate(ranks), ranks, weights, self._scales, strict=True)
-        return [Part(slice(end - rank, end), weight, s) for end, rank, weight, s in given]
+        first = 0
+        while first < len(ranks):
+            fitting = takewhile(lambda end: end <= most, accumulate(ranks[first:]))
+            last = first + max(len(list(fitting)), 1)
+            own = slice(first, last)
+            given = zip(
+                *(accumulate(ranks[own]), ranks[own], weights[own], self._scales[own]), strict=True
+            )
+            parts = [Part(slice(end - rank, end), weight, s) for end, rank, weight, s in given]
+            yield self._stacks[module].factors(first, last), parts
+            first = last
 
 
 def exact_sum(stacked: Factors, parts: Sequence[Part]) -> Factors:
@@ -369,7 +396,7 @@ def aggregate_adapters(
 
     def applied_and_exact() -> Iterator[tuple[Factors, Factors]]:
         for module in stacks:
-            stacked, parts = stacks.factors(module), stacks.parts(module, shares)
+            stacked, parts = stacks.stack(module, shares)
             exact = exact_sum(stacked, parts)
             combined[module] = combine(stacked, parts)
             yield combined[module], exact

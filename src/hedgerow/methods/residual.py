@@ -8,7 +8,7 @@ global model is the base with all residuals merged, and the last start adapter b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from torch import Tensor
@@ -16,8 +16,10 @@ from torch import Tensor
 from hedgerow import lowrank
 from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors
+from hedgerow.methods.base import Aggregate
 from hedgerow.methods.encoding import decode
 from hedgerow.methods.fedit import AveragedAdapter
+from hedgerow.methods.lora import finite
 from hedgerow.model import adapter_pairs, adapter_tensors
 
 if TYPE_CHECKING:
@@ -53,6 +55,36 @@ class ResidualAdapter(AveragedAdapter):
         if start:
             rounds.append(dict(adapter_pairs(start)))
         return adapter_tensors({m: lowrank.stack([r[m] for r in rounds]) for m in rounds[0]})
+
+
+def with_residuals(sums: Iterable[tuple[str, Factors | None, Factors]]) -> Aggregate:
+    """What is broadcast where nothing is lost, module by module.
+
+    Args:
+        sums: of each module the adapter that clients go on from, if any, and the exact sum.
+
+    Returns:
+        The former, and what it lacks of the exact sum (by SVD, at its numeric rank), or the sum as
+        it is; and `aggregation_error`, as `aggregate_adapters` has it.
+    """
+    starts: dict[str, Factors] = {}
+    residuals: dict[str, Factors] = {}
+
+    def applied_and_exact() -> Iterator[tuple[Factors, Factors]]:
+        for module, start, exact in sums:
+            if start is None:
+                residuals[module] = exact.float()
+                yield residuals[module], exact
+                continue
+            starts[module] = start.float()
+            lacking = lowrank.svd(lowrank.difference(exact, starts[module]))
+            rank = lacking.rank(beside=lowrank.norm(exact))
+            residuals[module] = lacking.factors(max(rank, 1)).float()
+            yield lowrank.stack([starts[module], residuals[module]]), exact
+
+    error = lowrank.relative_error(applied_and_exact())
+    tensors = {START + key: factor for key, factor in adapter_tensors(starts).items()}
+    return Aggregate(tensors | adapter_tensors(residuals), finite({"aggregation_error": error}))
 
 
 _T = TypeVar("_T")

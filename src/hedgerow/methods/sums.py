@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,86 +18,93 @@ if TYPE_CHECKING:
     from hedgerow.wire import Update
 
 
-class Sums(ABC):
-    """A round's sums over clients that went on from a global adapter, or from none.
+class Sum(NamedTuple):
+    """A round's sum for one matrix, in float64, and the averages that may stand for a part of it.
 
     A client of rank r_k goes on from the first r_k rows of the global adapter and leaves the others
     as they are, so for every sum its adapter is [A_k; A_0[r_k:]], [B_k B_0[:, r_k:]].
     """
 
-    def __init__(self, start: Mapping[str, Factors]) -> None:
-        """With the global adapter (A_0, B_0) by module, its scale in it; maybe nothing."""
-        self._start = start
+    trained: Factors
+    """Σ p_k s_k B_k A_k."""
+    start: Factors | None = None
+    """The global adapter (A_0, B_0) that clients went on from, its scale in it."""
+    averages: Factors | None = None
+    """Σ p_k A_k and Σ p_k s_k B_k apart, of the start's rank; zeros where r_k ends."""
+    shares: Tensor | None = None
+    """Σ p_k over the clients that train a row of the start, for each row."""
 
-    @abstractmethod
-    def __iter__(self) -> Iterator[str]:
-        """The modules, in a fixed order."""
+    def exact(self) -> Factors:
+        """What the global adapter becomes: B_0 A_0 + Σ p_k (s_k B_k A_k - B_0 A_0)."""
+        if self.start is None or self.shares is None:
+            return self.trained
+        untouched = self.start.A * (1 - self.shares)[:, None]
+        return lowrank.stack([self.trained, Factors(untouched, self.start.B)])
 
-    @abstractmethod
-    def trained(self, module: str) -> Factors:
-        """Σ p_k s_k B_k A_k, float64."""
+    def average(self) -> Factors | None:
+        """The averages of A and of B that stand for `exact`, of the start's rank."""
+        if self.start is None or self.averages is None or self.shares is None:
+            return None
+        A, B = self.averages
+        untouched = 1 - self.shares
+        return Factors(A + self.start.A * untouched[:, None], B + self.start.B * untouched)
 
-    @abstractmethod
-    def averages(self, module: str) -> Factors:
-        """Σ p_k A_k and Σ p_k s_k B_k apart, float64, of the start's rank; zeros where r_k ends."""
-
-    @abstractmethod
-    def shares(self, module: str) -> Tensor:
-        """Σ p_k over the clients that train a row of the start, for each row, float64."""
-
-    def exact(self, module: str) -> Factors:
-        """What the global adapter becomes: B_0 A_0 + Σ p_k (s_k B_k A_k - B_0 A_0), float64."""
-        if module not in self._start:
-            return self.trained(module)
-        start = self._start[module].double()
-        kept = Factors(start.A * (1 - self.shares(module))[:, None], start.B)
-        return lowrank.stack([self.trained(module), kept])
-
-    def average(self, module: str) -> Factors:
-        """The averages of A and of B that stand for `exact`, float64; of the start's rank."""
-        start, averages = self._start[module].double(), self.averages(module)
-        untouched = 1 - self.shares(module)
-        return Factors(averages.A + start.A * untouched[:, None], averages.B + start.B * untouched)
-
-    def step(self, module: str) -> Factors:
+    def step(self) -> Factors:
         """What the round adds to the global function: `exact` - B_0 A_0."""
-        exact = self.exact(module)
-        if module not in self._start:
-            return exact
-        return lowrank.difference(exact, self._start[module])
+        exact = self.exact()
+        return exact if self.start is None else lowrank.difference(exact, self.start)
 
 
-class StackedSums(Sums):
-    """Exact sums, from stacks that wait on disk."""
+class StackedSums:
+    """Exact sums, from stacks that wait on disk and are read a part at a time.
+
+    Iterating gives each module and its sum, in a fixed order.
+    """
 
     def __init__(
-        self, stacks: Stacks, start: Mapping[str, Factors], weights: Sequence[float]
+        self,
+        stacks: Stacks,
+        start: Mapping[str, Factors],
+        weights: Sequence[float],
+        *,
+        whole: bool = False,
     ) -> None:
-        """Read `stacks` as it is asked for; `weights` are p_k."""
-        super().__init__(start)
-        self._stacks, self._weights = stacks, weights
+        """Read `stacks` as they are asked for.
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stacks)
+        Args:
+            stacks: the clients' factors.
+            start: the global adapter that they went on from, by module; maybe nothing.
+            weights: p_k.
+            whole: give the sums as the clients' stacks even where these are larger than a pair of
+                the matrix's own rank.
+        """
+        self._stacks, self._start, self._weights = stacks, start, weights
+        self._whole = whole
 
-    def trained(self, module: str) -> Factors:
-        parts = self._stacks.parts(module, self._weights)
-        return exact_sum(self._stacks.factors(module), parts)
+    def __iter__(self) -> Iterator[tuple[str, Sum]]:
+        for module in self._stacks:
+            yield module, self._sum(module)
 
-    def averages(self, module: str) -> Factors:
-        stacked = self._stacks.factors(module).double()
-        A, B = (torch.zeros_like(factor) for factor in self._start[module].double())
-        for part in self._stacks.parts(module, self._weights):
-            rank = part.rows.stop - part.rows.start
-            A[:rank] += part.weight * stacked.A[part.rows]
-            B[:, :rank] += part.weight * part.scale * stacked.B[:, part.rows]
-        return Factors(A, B)
+    def _sum(self, module: str) -> Sum:
+        """The sum of the stack's pieces, which is a stack, or a product where that is smaller."""
+        start = self._start[module].double() if module in self._start else None
+        averages = start and Factors(torch.zeros_like(start.A), torch.zeros_like(start.B))
+        shares = None if start is None else torch.zeros(start.rank, dtype=torch.float64)
 
-    def shares(self, module: str) -> Tensor:
-        shares = torch.zeros(self._start[module].rank, dtype=torch.float64)
-        for part in self._stacks.parts(module, self._weights):
-            shares[: part.rows.stop - part.rows.start] += part.weight
-        return shares
+        def pieces() -> Iterator[Factors]:
+            most = math.inf if self._whole else min(self._stacks.shape(module))
+            for stacked, parts in self._stacks.pieces(module, self._weights, most):
+                piece = stacked.double()
+                if averages is not None and shares is not None:
+                    for part in parts:
+                        rank = part.rows.stop - part.rows.start
+                        averages.A[:rank] += part.weight * piece.A[part.rows]
+                        averages.B[:, :rank] += part.weight * part.scale * piece.B[:, part.rows]
+                        shares[:rank] += part.weight
+                yield exact_sum(piece, parts)
+
+        trained = next(pieces()) if self._whole else lowrank.total(pieces())
+        return Sum(trained, start, averages, shares)
 
     def gram(self) -> Tensor:
         """⟨Δ_i, Δ_j⟩ of what clients add, Δ_k = s_k B_k A_k - (B_0 A_0)[r_k], over all modules.
@@ -106,14 +113,15 @@ class StackedSums(Sums):
             Shape (N, N), float64.
         """
         total = torch.zeros(len(self._weights), len(self._weights), dtype=torch.float64)
-        for module in self:
-            parts, pairs = self._stacks.parts(module, self._weights), [self._stacks.factors(module)]
+        for module in self._stacks:
+            stacked, parts = self._stacks.stack(module, self._weights)
+            pairs = [stacked]
             if module in self._start:
                 pairs.append(self._start[module])
             A, B = lowrank.stack([pair.double() for pair in pairs])
             # Each Δ_k as coefficients of the rank-one terms of everybody's factors.
             terms = torch.zeros(len(parts), len(A), dtype=torch.float64)
-            trained = parts[-1].rows.stop
+            trained = stacked.rank
             for client, part in enumerate(parts):
                 rank = part.rows.stop - part.rows.start
                 terms[client, part.rows] = part.scale
@@ -122,14 +130,14 @@ class StackedSums(Sums):
         return total
 
 
-class SketchedSums(Sums):
+class SketchedSums:
     """Sums in the memory of a few clients, however many there are; their products are sketches.
+
+    Iterating gives each module and its sum, in a fixed order, once.
 
     Attributes:
         clients: who sent updates, in their order.
         num_examples: |D_k| of each.
-        missed: an estimate of ‖Σ p_k s_k B_k A_k - what is given for it‖ / ‖Σ p_k s_k B_k A_k‖ in
-            Frobenius norm over all modules.
     """
 
     def __init__(
@@ -145,11 +153,11 @@ class SketchedSums(Sums):
         Args:
             updates: with PEFT's keys, `r` and `lora_alpha`.
             start: the global adapter.
-            weigh: what an update counts, relative to the others (`finish` makes p_k of it).
+            weigh: what an update counts, relative to the others (`normalise` makes p_k of it).
             rank: how many components of a sum the sketches are made for.
             generator: draws what they multiply with.
         """
-        super().__init__(start)
+        self._start = start
         self.clients: list[str] = []
         self.num_examples: list[int] = []
         self._sketches: dict[str, SumSketch] = {}
@@ -177,29 +185,31 @@ class SketchedSums(Sums):
                     self._averages[module].A[: pair.rank] += weight * pair.A
                     self._averages[module].B[:, : pair.rank] += weight * scale * pair.B
         self._factor = 1.0
-        self._found: dict[str, Factors] = {}
-        self.missed = 0.0
+        self._missed = self._size = 0.0
 
-    def finish(self, factor: float) -> None:
-        """Decompose the sketches; p_k is `factor` times what `weigh` said."""
+    def normalise(self, factor: float) -> None:
+        """Say that p_k is `factor` times what `weigh` said."""
         self._factor = factor
-        missed = size = 0.0
+
+    @property
+    def missed(self) -> float:
+        """An estimate of how far the sums that were given are from Σ p_k s_k B_k A_k.
+
+        Relative to it, in Frobenius norm over all modules.
+        """
+        return (self._missed / self._size) ** 0.5 if self._size else 0.0
+
+    def __iter__(self) -> Iterator[tuple[str, Sum]]:
         for module in sorted(self._sketches):
+            # A sketch is as large as several clients' factors, and goes when it has been used.
             found, off, norm = self._sketches.pop(module).svd()
-            self._found[module] = found.factors().float()
-            missed, size = missed + off, size + norm
-        self.missed = (missed / size) ** 0.5 if size else 0.0
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
-
-    def trained(self, module: str) -> Factors:
-        A, B = self._found[module].double()
-        return Factors(A * self._factor, B)
-
-    def averages(self, module: str) -> Factors:
-        A, B = self._averages[module].double()
-        return Factors(A * self._factor, B * self._factor)
-
-    def shares(self, module: str) -> Tensor:
-        return self._shares[module] * self._factor
+            self._missed, self._size = self._missed + off, self._size + norm
+            trained = found.factors()
+            trained = trained._replace(A=trained.A * self._factor)
+            if module not in self._start:
+                yield module, Sum(trained)
+                continue
+            A, B = self._averages.pop(module).double()
+            averages = Factors(A * self._factor, B * self._factor)
+            shares = self._shares.pop(module) * self._factor
+            yield module, Sum(trained, self._start[module].double(), averages, shares)
