@@ -10,6 +10,7 @@ re-factorisation by small SVDs.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, BinaryIO, NamedTuple
@@ -66,7 +67,8 @@ def difference(first: Factors, second: Factors) -> Factors:
 def total(pairs: Iterable[Factors]) -> Factors:
     """The sum of products as one pair of at most the matrix's rank.
 
-    The only pair as it is, if it is not larger; else their matrix, with an identity beside it.
+    The only pair as it is, if it is not larger; else their matrix, with an identity beside it, both
+    scaled so that neither needs a wider range of numbers than the pairs.
 
     Args:
         pairs: at least one.
@@ -83,7 +85,10 @@ def total(pairs: Iterable[Factors]) -> Factors:
     if matrix is None and first.rank <= min(m, n):
         return first
     matrix = first.product() if matrix is None else matrix
-    identity = torch.eye(min(m, n), dtype=matrix.dtype)
+    # A power of two, so that nothing is rounded.
+    scale = 2.0 ** (math.frexp(float(matrix.abs().max()))[1] // 2)
+    identity = scale * torch.eye(min(m, n), dtype=matrix.dtype)
+    matrix = matrix / scale
     return Factors(matrix, identity) if m <= n else Factors(identity, matrix)
 
 
@@ -212,23 +217,24 @@ class Projections(NamedTuple):
     right: Tensor
     """Ω and the probes beside it, shape (n, l + 8)."""
     left: Tensor
-    """Ψ, shape (2l, m)."""
+    """Ψ, shape (3l, m)."""
 
     @staticmethod
     def draw(m: int, n: int, rank: int, generator: torch.Generator) -> Projections:
         """For sums of shape (m, n) that `rank` components should stand for; l is twice that."""
         width = min(2 * rank + 1, m, n)
         right = torch.randn(n, width + _PROBES, generator=generator)
-        return Projections(right, torch.randn(min(2 * width + 1, m), m, generator=generator))
+        return Projections(right, torch.randn(min(3 * width + 1, m), m, generator=generator))
 
 
 class SumSketch:
     """A sum of many low-rank products in the memory of one, folded in as they come.
 
-    A sketch of a sum is the sum of sketches: with random Ω (n, l) and Ψ (2l, m), Y = Σ B(AΩ) and
+    A sketch of a sum is the sum of sketches: with random Ω (n, l) and Ψ (3l, m), Y = Σ B(AΩ) and
     Z = Σ (ΨB)A tell the sum's leading directions and how they are combined, in one pass (Tropp et
     al., "Practical Sketching Algorithms for Low-Rank Matrix Approximation", arXiv 1609.00048,
-    algorithm 4). No product of the matrix's own size is made.
+    algorithm 4). No product of the matrix's own size is made. What the sketch is too narrow for
+    disturbs what it finds, which is shortened against that, so that it is better than nothing.
     """
 
     def __init__(self, tests: Projections) -> None:
@@ -256,10 +262,14 @@ class SumSketch:
             triangle, core.T @ self._corange.double(), upper=True
         )
         u, s, v = torch.linalg.svd(combined, full_matrices=False)
-        found = Svd(basis @ u, s, v)
-        probes = self._tests.right[:, width:].double()
-        missed = probed - found.left @ (s[:, None] * (v @ probes))
-        return found, float(missed.square().sum()) / _PROBES, float(probed.square().sum()) / _PROBES
+        left = basis @ u
+        seen = left @ (s[:, None] * (v @ self._tests.right[:, width:].double()))
+        size = float(seen.square().sum())
+        # The length along what was found that is nearest to the sum, as far as the probes can tell.
+        length = min(max(float((seen * probed).sum()) / size, 0.0), 1.0) if size else 1.0
+        missed, norm = probed - length * seen, float(probed.square().sum())
+        found = Svd(left, length * s, v)
+        return found, float(missed.square().sum()) / _PROBES, norm / _PROBES
 
 
 _PROBES = 8

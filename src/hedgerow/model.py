@@ -369,6 +369,12 @@ def adapter_pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Factors]
                 yield module, Factors(tensors[key], tensors[other])
 
 
+def adapter_pair(tensors: Mapping[str, Tensor], module: str) -> Factors | None:
+    """The factors of one module, from tensors with PEFT's key names; None where it has none."""
+    A, B = (f"{_PREFIX}{module}.lora_{factor}.weight" for factor in "AB")
+    return Factors(tensors[A], tensors[B]) if A in tensors and B in tensors else None
+
+
 def adapter_tensors(pairs: Mapping[str, Factors]) -> dict[str, Tensor]:
     """The inverse of `adapter_pairs`."""
     tensors = {}

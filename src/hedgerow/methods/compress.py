@@ -3,13 +3,14 @@
 The server re-factorises the aggregate by small SVDs (as FLoRIST does, arXiv 2506.09199), which is
 lossless at its numeric rank. Beyond that, what is cut goes first where it is small for the numbers
 that it takes: over all matrices together, since some need a much higher rank than others. What was
-cut and rounded away can be carried to the next round's aggregate instead of being lost.
+cut and rounded away can be carried to the next round's aggregate instead of being lost, as far as
+that has a bounded rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,10 +21,10 @@ from hedgerow import lowrank
 from hedgerow.lowrank import Factors
 from hedgerow.methods.encoding import Bits, decode, encode
 from hedgerow.methods.residual import START
-from hedgerow.model import adapter_pairs, adapter_tensors
+from hedgerow.model import adapter_pair, adapter_tensors
 
 if TYPE_CHECKING:
-    from hedgerow.methods.sums import Sum
+    from hedgerow.methods.sums import SketchedSums, StackedSums
 
 UNEVEN = 2
 """How many times the average rank a matrix of a bounded broadcast may have at most."""
@@ -41,13 +42,15 @@ class Compress(BaseModel):
     bits: Bits = 8
     """Of each number of the broadcast; more components in fewer bits lose less for their bytes."""
     carry: bool = True
-    """What was cut or rounded away is added to the next round's aggregate."""
+    """What was cut or rounded away is added to the next round's aggregate, as far as it can be
+    carried: at most `UNEVEN` times the components that are broadcast."""
 
     def largest(self, rank: int) -> int | None:
         """The rank that bounds the broadcast where `rank` is that of the largest client.
 
-        By default five eighths of the bytes that the client's factors have in float32: with
-        headers and participants a broadcast is then about as large as an update.
+        By default five eighths of the bytes that the client's factors have in float32, in 8 or 16
+        bits: with headers and participants a broadcast is then about as large as an update. In
+        float32 as many as the factors have themselves.
         """
         if self.rank is None and self.energy is None:
             return max(rank, rank * 20 // self.bits)
@@ -56,7 +59,7 @@ class Compress(BaseModel):
 
 def cut(
     compress: Compress,
-    sums: Iterable[tuple[str, Sum]],
+    sums: StackedSums | SketchedSums,
     owed: Mapping[str, Tensor],
     shapes: Mapping[str, Sequence[int]],
     largest_rank: int,
@@ -75,11 +78,12 @@ def cut(
 
     Returns:
         An entry's tensors: the averages that clients go on from, if they do, and the residual; what
-        they leave out, by PEFT's keys; and `aggregation_error`, how far they are from the exact
-        sums and what is owed, relative to the exact sums, with `compression_error`, the same
-        relative to what the round adds to the global function.
+        they leave out and `carry` keeps, by PEFT's keys; and `aggregation_error`, how far they are
+        from the exact sums and what is owed, relative to the exact sums, with
+        `compression_error`, the same relative to what the round adds to the global function, and
+        `dropped_error`, as much of that as is not carried. What sketched sums have missed is in all
+        of them, as if it were orthogonal to the rest: then they are estimates, rather too large.
     """
-    past = dict(adapter_pairs(owed))
     bound = compress.largest(largest_rank)
     tensors: dict[str, Tensor] = {}
     spectra: dict[str, Tensor] = {}
@@ -87,7 +91,8 @@ def cut(
     size = step = beyond = room = 0.0
     for module, each in sums:
         exact, average = each.exact(), each.average()
-        due = lowrank.stack([exact, past[module].double()]) if module in past else exact
+        past = adapter_pair(owed, module)
+        due = exact if past is None else lowrank.stack([exact, past.double()])
         if average is not None:
             start = _encoded(module, average, compress.bits)
             tensors |= {START + name: tensor for name, tensor in start.items()}
@@ -105,9 +110,10 @@ def cut(
         beyond += float(decomposed.values[most:].square().sum())
     spare = 0.0 if compress.energy is None else (1 - compress.energy) * step - beyond
     ranks = ranks_to_keep(spectra, shapes, room, spare)
-    missed, left = beyond, {}
+    missed = dropped = beyond + sums.missed
+    left: dict[str, Factors] = {}
     for module in list(leading):
-        pair, rank = leading.pop(module), max(ranks[module], 1)
+        pair, rank = leading.pop(module), ranks[module]
         kept = pair.leading(rank)
         encoded = _encoded(module, kept, compress.bits)
         tensors |= encoded
@@ -115,10 +121,14 @@ def cut(
         # What is left out is orthogonal to what is kept, and so to its rounding.
         missed += float(spectra[module][rank:].square().sum()) + lowrank.distance(kept, sent) ** 2
         if compress.carry:
-            rest = lowrank.difference(pair, sent)
-            left[module] = lowrank.truncate(rest, rank=2 * largest_rank).float()
-    errors = {"aggregation_error": size, "compression_error": step}
-    metrics = {name: (missed / of) ** 0.5 if of else math.inf for name, of in errors.items()}
+            rest = lowrank.svd(lowrank.difference(pair, sent))
+            most = UNEVEN * bound if bound else len(rest.values)
+            left[module] = rest.factors(most).float()
+            dropped += float(rest.values[most:].square().sum())
+    errors = {"aggregation_error": (missed, size), "compression_error": (missed, step)}
+    if compress.carry:
+        errors["dropped_error"] = dropped, step
+    metrics = {name: (x / of) ** 0.5 if of else math.inf for name, (x, of) in errors.items()}
     return tensors, adapter_tensors(left), metrics
 
 
@@ -129,7 +139,9 @@ def _encoded(module: str, pair: Factors, bits: Bits) -> dict[str, Tensor]:
 
 def _decoded(module: str, tensors: Mapping[str, Tensor]) -> Factors:
     """What participants make of them."""
-    return dict(adapter_pairs(decode(tensors)))[module]
+    pair = adapter_pair(decode(tensors), module)
+    assert pair is not None
+    return pair
 
 
 def ranks_to_keep(
@@ -147,17 +159,18 @@ def ranks_to_keep(
         energy: how much may be left out, in squares of singular values, once there is room.
 
     Returns:
-        Those that are left out are the smallest for what they take, matrices apart.
+        At least one of each; those that are left out are the smallest for what they take.
     """
     modules = list(spectra)
     sizes = [len(spectra[module]) for module in modules]
     owner = torch.repeat_interleave(torch.arange(len(modules)), torch.tensor(sizes))
     cost = torch.tensor([float(sum(shapes[module])) for module in modules])[owner].double()
     squares = torch.cat([spectra[module].double().square() for module in modules])
-    order = torch.argsort(squares / cost, descending=True, stable=True)
-    fits = cost[order].cumsum(0) <= numbers
+    first = torch.cat([torch.arange(size) == 0 for size in sizes])
+    order = torch.argsort((squares / cost).where(~first, torch.inf), descending=True, stable=True)
+    fits = first[order] | (cost[order].cumsum(0) <= numbers)
     # What would be left out if a component and all that are smaller were.
     tail = squares[order].flip(0).cumsum(0).flip(0)
-    kept = order[fits & (tail > energy)]
+    kept = order[fits & (first[order] | (tail > energy))]
     counts = torch.bincount(owner[kept], minlength=len(modules))
     return dict(zip(modules, counts.tolist(), strict=True))

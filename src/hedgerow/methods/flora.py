@@ -8,7 +8,7 @@ not ask that all clients have one rank.
     every round:
       client k:  attach an adapter of its own rank r_k that changes nothing (B_k = 0), and train it
       server:    A = [p_1 s_1 A_1; …; p_N s_N A_N],  B = [B_1 … B_N],  so B·A = Σ p_k s_k B_k A_k,
-                 re-factorised by small SVDs, and cut if `compress` says so
+                 or their product where that is smaller; with `compress` cut by small SVDs
       everybody: W <- W + B·A
 
 What a client's adapter starts from is `restart`. In the paper it is a new random A_k (`zero`). Warm
@@ -21,7 +21,7 @@ merged as the stack is:
       client k:  go on from the first r_k rows of the global adapter (A, B); its other rows take
                  part and are not trained
       server:    A, B = averages of the factors, where rows that a client has not are as they were;
-                 B'·A' = the exact sum - B·A, re-factorised as above
+                 B'·A' = the exact sum - B·A, by small SVDs
       everybody: W <- W + B'·A', and the global adapter is (A, B)
 """
 
@@ -106,7 +106,8 @@ class FLoRA(ResidualAdapter):
     """What clients count: `size`, `uniform`, a number, a list of numbers, or `adaptive`."""
     compress: Annotated[Compress | None, BeforeValidator(_as_compress)] = None
     """How far the broadcast is cut (`energy`, `rank`, `bits`, `carry`); `true`: to the size of the
-    largest client's update. By default it is exact."""
+    largest client's update. By default it is exact. Of updates of more than `MOST_SPOOLED` bytes
+    sketches are added up, if `compress` bounds the broadcast."""
     upload_bits: Bits = 32
     """Of each number of an update."""
 
@@ -118,12 +119,12 @@ class FLoRA(ResidualAdapter):
                 f"method.scaling has {len(self.scaling)} factors for {num_clients} clients: "
                 "give one for each, or one number for all"
             )
-        bound = self.compress and self.compress.rank
-        if bound and self.restart in ("warm", "shared") and bound < self.largest_rank:
+        bound = self.compress and self.compress.largest(self.largest_rank)
+        if bound and self.restart in ("warm", "shared") and bound <= self.largest_rank:
             raise UserError(
-                f"method.compress.rank: {bound} is below the largest client's rank, "
-                f"{self.largest_rank}, which a shared start broadcasts: give at least that, or "
-                "restart: own"
+                f"method.compress: a broadcast of rank {bound} has no room beside the adapter of "
+                f"rank {self.largest_rank} that a shared start broadcasts: give a larger `rank`, "
+                "or restart: own"
             )
 
     # --- at a client ----------------------------------------------------------------------------
@@ -206,7 +207,7 @@ class FLoRA(ResidualAdapter):
         if self.upload_bits < 32:
             metrics["upload_error"] = sum(rounding) / len(rounding)
         if isinstance(sums, SketchedSums):
-            metrics["sketch_error"] = sums.missed
+            metrics["sketch_error"] = sums.relative_error
         return Aggregate(tensors, finite(metrics), weights)
 
     def kept(self, update: Update, turn: ServerTurn) -> Update:
@@ -232,6 +233,8 @@ class FLoRA(ResidualAdapter):
         """A pair for each module, and for a shared start another, of the largest rank."""
         start, residual = split(kinds(entry.tensors))
         count, bits = len(entry.participants), self.compress.bits if self.compress else 32
+        if not start and self.restart == "shared":
+            raise InvalidMessage("it has no adapter for clients to start from")
         if start:
             if self.restart in ("zero", "own"):
                 raise InvalidMessage("it has an adapter to start from, and clients have their own")

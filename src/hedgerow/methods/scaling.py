@@ -63,11 +63,11 @@ def normalisation(scaling: Scaling, num_examples: Sequence[int]) -> float:
 def adaptive(gram: Tensor, shares: Sequence[float]) -> list[float]:
     """Weights and a global step size from how long the updates are and how much they agree.
 
-    An update that is longer than most is scaled down to the median length, so that one client (a
-    higher rank, a harder task) does not lead the others. The step along their mean is as long as
-    FedExP's (Jhunjhunwala et al., arXiv 2301.09604, eq. 6), η = Σ p_k ‖Δ_k‖² / (2 ‖Σ p_k Δ_k‖²):
-    updates that point apart overshoot less when they are averaged than one that all agree on. It is
-    at least 1 and at most `LONGEST`.
+    An update that is longer than most is scaled down to the median length of those that are not
+    zero, so that one client (a higher rank, a harder task) does not lead the others. The step along
+    their mean is as long as FedExP's (Jhunjhunwala et al., arXiv 2301.09604, eq. 6),
+    η = Σ p_k ‖Δ_k‖² / (2 ‖Σ p_k Δ_k‖²): updates that point apart overshoot less when they are
+    averaged than one that all agree on. It is at least 1 and at most `LONGEST`.
 
     Args:
         gram: shape (N, N), float64: ⟨Δ_i, Δ_j⟩ of all matrices together.
@@ -77,7 +77,8 @@ def adaptive(gram: Tensor, shares: Sequence[float]) -> list[float]:
         η p_k for each client.
     """
     lengths = gram.diagonal().clamp(min=0).sqrt()
-    median = lengths.median()
+    moved = lengths[lengths > 0]
+    median = moved.quantile(0.5) if len(moved) else lengths.new_zeros(())
     clipped = (median / lengths).clamp(max=1).nan_to_num(1.0)
     weights = torch.tensor(shares, dtype=torch.float64) * clipped
     mean = float(weights @ gram @ weights)

@@ -61,6 +61,8 @@ class StackedSums:
     Iterating gives each module and its sum, in a fixed order.
     """
 
+    missed = 0.0
+
     def __init__(
         self,
         stacks: Stacks,
@@ -193,10 +195,12 @@ class SketchedSums:
 
     @property
     def missed(self) -> float:
-        """An estimate of how far the sums that were given are from Σ p_k s_k B_k A_k.
+        """An estimate of ‖Σ p_k s_k B_k A_k - what was given for it‖_F² over all modules so far."""
+        return self._missed * self._factor**2
 
-        Relative to it, in Frobenius norm over all modules.
-        """
+    @property
+    def relative_error(self) -> float:
+        """The root of `missed` beside ‖Σ p_k s_k B_k A_k‖_F."""
         return (self._missed / self._size) ** 0.5 if self._size else 0.0
 
     def __iter__(self) -> Iterator[tuple[str, Sum]]:
