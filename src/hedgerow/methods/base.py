@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from hedgerow.errors import InvalidMessage, UserError
+from hedgerow.wire import LARGEST_SENT, check_numbers
 
 if TYPE_CHECKING:
     from hedgerow.experiment import TrainingSettings
@@ -53,6 +54,15 @@ class Turn:
     """The run's."""
     training: TrainingSettings
     memory: Memory
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors for the client's next round, which begins anew where they are absurd."""
+        try:
+            check_numbers(tensors, LARGEST_SENT)
+        except InvalidMessage:
+            # What is made of them is refused, in this round and, were they kept, in every other.
+            tensors = {}
+        self.memory.save(tensors)
 
 
 @dataclass(frozen=True)

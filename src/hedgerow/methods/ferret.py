@@ -198,7 +198,7 @@ class Ferret(AveragedAdapter):
         if self.error_feedback:
             sent = self._decoded(tensors, self.bits, up=True)
             rebuilt = self._rebuilt([sent], blocks, model.device)
-            turn.memory.save(
+            turn.keep(
                 {
                     name: change.sub_(estimate).cpu()
                     for (name, change), (_, estimate) in zip(delta(), rebuilt, strict=True)

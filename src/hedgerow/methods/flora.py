@@ -154,7 +154,7 @@ class FLoRA(ResidualAdapter):
         loss, state = first_order.continue_training(job, parameters, turn.memory.load())
         if not self._is_shared(turn.training):
             state |= {n: p.detach().cpu() for n, p in parameters.items() if ".lora_A." in n}
-        turn.memory.save(state)
+        turn.keep(state)
         return Trained(parameters, loss)
 
     def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
