@@ -211,14 +211,14 @@ class FLoRA(ResidualAdapter):
 
     def kept(self, update: Update, turn: ServerTurn) -> Update:
         """The client's change as one adapter, ΔW_k = s_k·(B_k·A_k - B_0·A_0), decoded."""
-        start = self._start(turn)
-        if turn.previous is None or not start:
+        if turn.previous is None or not self._is_shared(turn.expected.training):
             return decoded(update)  # B_0 = 0
-        update = decoded(update)
         s, rank = update_scale(update), int(update.about["r"])
+        start = decode(split(turn.previous.tensors)[0])
+        pairs = zip(adapter_pairs(decode(update.tensors)), adapter_pairs(start), strict=True)
         change = {}
-        for module, pair in adapter_pairs(update.tensors):
-            before = start[module].leading(rank)
+        for (module, pair), (_, whole) in pairs:
+            before = whole.leading(rank)
             change[module] = lowrank.stack([pair, before._replace(B=-before.B / s)])
         alpha = s * ((2 * rank) ** 0.5 if self.rslora else 2 * rank)
         about = self._about(2 * rank, alpha)
