@@ -1,5 +1,7 @@
 """What clients and the server keep from round to round: where it is absurd, damaged or missing."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import ledger_bytes, rows_of
@@ -47,3 +49,58 @@ def test_a_client_whose_update_was_absurd_begins_anew(
     arguments = [path, method, "federation.rounds=3", "--out", tmp_path / "part", "--resume"]
     assert hedgerow("run", *arguments).code == 0
     assert ledger_bytes(tmp_path / "whole") == ledger_bytes(tmp_path / "part")
+
+
+DAMAGE = {
+    "a server's, cut short": ("server/0002.safetensors", lambda data: data[:-7]),
+    "a server's, of nothing": ("server/0002.safetensors", lambda data: b""),
+    "a server's, missing": ("server/0002.safetensors", None),
+    "a client's, cut short": ("clients/client-000/0002.safetensors", lambda data: data[:100]),
+    "a client's, missing": ("clients/client-000/0002.safetensors", None),
+    "all of the server's": ("server", None),
+    "all of the clients'": ("clients", None),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_memory_that_is_damaged_or_missing_is_one_sentence(hedgerow, experiment, tmp_path, what):
+    run, method = tmp_path / "run", "method.compress=true"
+    assert hedgerow("run", experiment(), method, "--out", run).code == 0
+    name, damage = DAMAGE[what]
+    if damage:
+        (run / name).write_bytes(damage((run / name).read_bytes()))
+    elif (run / name).is_dir():
+        shutil.rmtree(run / name)
+    else:
+        (run / name).unlink()
+    before = files(run)
+    more = ["federation.rounds=3", "--out", run, "--resume"]
+    result = hedgerow("run", experiment(), method, *more)
+    assert result.code == 2
+    assert str(run / (name if damage else name.rpartition("/")[0] or name)) in result.err
+    assert "restore it from a copy" in result.err
+    assert "Traceback" not in result.err
+    assert files(run) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["method.restart=zero"],
+        ["method.compress.carry=false"],
+        ["training.optimizer=sgd"],
+        ["method.name=fedit", "method.ranks=2"],
+        ["federation.clients_per_round=1"],
+    ],
+    ids=" ".join,
+)
+def test_a_memory_that_nobody_needs_need_not_be_there(hedgerow, experiment, tmp_path, changes):
+    run = tmp_path / "run"
+    assert hedgerow("run", experiment(), *changes, "--out", run).code == 0
+    more = ["federation.rounds=3", "--out", run, "--resume"]
+    result = hedgerow("run", experiment(), *changes, *more)
+    assert result.code == 0, result.err
+
+
+def files(run):
+    return {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}

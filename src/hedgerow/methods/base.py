@@ -141,6 +141,16 @@ class Method(BaseModel, ABC):
     entries_accumulate: ClassVar[bool] = True
     """Whether a client that was away needs every entry that it missed, or only the last."""
 
+    @property
+    def clients_remember(self) -> bool:
+        """Whether a client whose update is accepted has kept something for its next round."""
+        return False
+
+    @property
+    def server_remembers(self) -> bool:
+        """Whether the server keeps something for the next round in each."""
+        return False
+
     def check(self, model: Model, num_clients: int) -> None:
         """Raise a `UserError` where the options do not fit the model or the clients."""
 

@@ -148,6 +148,11 @@ class Ferret(AveragedAdapter):
             names += ["ranks", "alpha", "rslora", "targets"]
         return self.model_dump(mode="json", include=set(names))
 
+    @property
+    def clients_remember(self) -> bool:
+        """What their sketches have lost, with error feedback."""
+        return self.error_feedback
+
     def check(self, model: Model, num_clients: int) -> None:
         """The budget fits the blocks (and the adapter the model)."""
         if self.over == "lora":

@@ -110,6 +110,16 @@ class FLoRA(ResidualAdapter):
     upload_bits: Bits = 32
     """Of each number of an update."""
 
+    @property
+    def clients_remember(self) -> bool:
+        """Where they start warm."""
+        return self.restart != "zero"
+
+    @property
+    def server_remembers(self) -> bool:
+        """What it owes, where it carries that."""
+        return self.compress is not None and self.compress.carry
+
     def check(self, model: Model, num_clients: int) -> None:
         """As for every adapter; the scaling factors and the bound on ranks fit the clients."""
         super().check(model, num_clients)
