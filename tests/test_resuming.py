@@ -5,7 +5,10 @@ import shutil
 import pytest
 import torch
 from conftest import ledger_bytes, rows_of
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+from hedgerow.ledger import Ledger
 from hedgerow.training import first_order
 
 FERRET = 'method={"name": "ferret", "compression": 64, "error_feedback": true}'
@@ -104,3 +107,52 @@ def test_a_memory_that_nobody_needs_need_not_be_there(hedgerow, experiment, tmp_
 
 def files(run):
     return {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+CODED = {
+    "cut": ["method.compress=true", "method.restart=own"],
+    "cut with a shared start": ["method.compress=true", "method.restart=shared"],
+    "coded updates": ["method.upload_bits=8"],
+    "adaptive": ["method.scaling=adaptive"],
+}
+
+
+@pytest.mark.parametrize("case", CODED)
+def test_a_run_that_was_stopped_or_killed_ends_as_the_whole(
+    hedgerow, experiment, tmp_path, monkeypatch, case
+):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    path, append = experiment(federation={"rounds": 3}), Ledger.append
+    assert hedgerow("run", path, *CODED[case], "--out", whole).code == 0
+
+    def killed(ledger, entry):
+        if entry.round == 2:
+            raise SystemExit(9)  # clients and the server have kept what is theirs of this round
+        return append(ledger, entry)
+
+    first = ["federation.rounds=2", "--out", run]
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "append", killed)
+        assert hedgerow("run", path, *CODED[case], *first).code == 9
+    assert hedgerow("run", path, *CODED[case], *first, "--resume").code == 0
+    assert hedgerow("run", path, *CODED[case], "--out", run, "--resume").code == 0
+    assert ledger_bytes(run) == ledger_bytes(whole)
+
+
+@pytest.mark.parametrize("case", CODED)
+def test_a_coded_run_s_adapter_and_merged_weights_are_one_function(
+    hedgerow, experiment, tmp_path, tiny_model, case
+):
+    run = tmp_path / "run"
+    assert hedgerow("run", experiment(), *CODED[case], "--out", run).code == 0
+    for to in ("merged", "adapter"):
+        assert hedgerow("export", run, tmp_path / to, "--to", to).code == 0
+    ids = torch.arange(3, 60)[None]
+    base, merged = (
+        AutoModelForCausalLM.from_pretrained(p) for p in (tiny_model, tmp_path / "merged")
+    )
+    with torch.inference_mode():
+        before, after = base(ids).logits, merged(ids).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(ids).logits
+    torch.testing.assert_close(adapted, after, rtol=0, atol=1e-5)
+    assert (after - before).abs().max() > 1e-3
