@@ -43,7 +43,7 @@ class AveragedAdapter(LoraMethod):
 
     def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
         """Average A and B apart."""
-        return aggregate_adapters(updates, average)
+        return aggregate_adapters(updates, lambda stacked, parts, _: average(stacked, parts))
 
     def apply(self, model: Model, entry: Entry) -> None:
         """The global adapter is the entry's."""
