@@ -268,13 +268,6 @@ def draw_adapter(
     return factors
 
 
-def held_adapter(model: Model) -> dict[str, Tensor]:
-    """The global adapter that a model holds, for methods whose entries are not all of it."""
-    if model.factors is None:
-        raise UserError("round 0 is the base model: there is no adapter to export yet")
-    return dict(model.factors)
-
-
 def copy_factors(
     parameters: Mapping[str, nn.Parameter], factors: Mapping[str, Tensor], scale: float
 ) -> None:
