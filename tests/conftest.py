@@ -148,3 +148,8 @@ class Forgetful:
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def ledger_bytes(run: Path) -> dict[str, bytes]:
+    """The files of a run's ledger."""
+    return {path.name: path.read_bytes() for path in sorted((run / "ledger").iterdir())}

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from hedgerow.errors import InvalidMessage
 from hedgerow.experiment import TrainingSettings
+from hedgerow.lowrank import Factors
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import Client, Expected, ServerTurn
 from hedgerow.methods.fedavg import FedAvg
 from hedgerow.methods.fedit import FedIT
 from hedgerow.methods.flora import FLoRA
+from hedgerow.methods.lora import Part, exact_sum
 from hedgerow.methods.zero_padding import ZeroPadding
 from hedgerow.model import adapter_pairs
 from hedgerow.seeds import Seeds
@@ -165,3 +167,15 @@ def test_every_method_says_what_it_is():
         assert method().name == name
         assert method.summary
         assert "arXiv" in method.reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_exact_sum_leaves_the_stack_as_it_is(dtype):
+    generator = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(s, generator=generator, dtype=dtype) for s in ((5, 4), (3, 5)))
+    parts = [Part(slice(0, 2), 0.25, 2.0), Part(slice(2, 5), 0.75, 0.5)]
+    before = A.clone()
+    summed = exact_sum(Factors(A, B), parts)
+    assert torch.equal(A, before)
+    expected = sum(p.weight * p.scale * B.double()[:, p.rows] @ A.double()[p.rows] for p in parts)
+    torch.testing.assert_close(summed.product(), expected, rtol=1e-12, atol=0)

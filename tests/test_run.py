@@ -6,7 +6,7 @@ import re
 import pytest
 import safetensors
 import torch
-from conftest import rows_of
+from conftest import ledger_bytes, rows_of
 from transformers import AutoModelForCausalLM
 
 from hedgerow.errors import Diverged
@@ -128,10 +128,6 @@ def test_averaging_shows_its_noise(hedgerow, experiment, tmp_path):
         arguments = [f"method.name={method}", f"method.ranks={ranks}", "--out", tmp_path / method]
         assert hedgerow("run", experiment(), *arguments).code == 0
         assert all(row["aggregation_error"] > 1e-3 for row in rows_of(tmp_path / method)[1:])
-
-
-def ledger_bytes(run):
-    return {path.name: path.read_bytes() for path in sorted((run / "ledger").iterdir())}
 
 
 @pytest.mark.parametrize("method", ["flora", "zero_padding", "standalone"])

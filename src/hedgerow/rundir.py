@@ -6,17 +6,20 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from torch import Tensor
 
-from hedgerow.errors import UserError
+from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.experiment import Experiment, load
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger
 from hedgerow.wire import FileTensors, Update, to_safetensors
+
+if TYPE_CHECKING:
+    from hedgerow.methods.base import Method
 
 EXPERIMENT = "experiment.yaml"
 METRICS = "metrics.jsonl"
@@ -116,7 +119,8 @@ class RunDirectory:
         """A run to go on with; metrics of rounds that the ledger has not are dropped.
 
         Raises:
-            UserError: the base or a client's data are not those that the run began with.
+            UserError: the base or a client's data are not those that the run began with; or what
+                the server or a client has kept is missing or damaged.
         """
         lock = _locked(path)
         ledger = Ledger.open(path / "ledger")
@@ -132,12 +136,14 @@ class RunDirectory:
         ledger.check_base(base, f"model.path {experiment.model.path}")
         if ledger.trained != {name: list(shape) for name, shape in trained.items()}:
             raise UserError(f"{path / 'ledger' / INDEX} was altered: restore it from a copy")
+        rows = [row for row in read_rows(path) if row["round"] <= len(ledger)]
+        directory = RunDirectory(path, ledger, lock)
+        directory._check_memories(experiment.method, data, rows)
         with replacing(path / EXPERIMENT) as file:
             file.write(experiment.dump().encode())
-        rows = [row for row in read_rows(path) if row["round"] <= len(ledger)]
         with replacing(path / METRICS) as file:
             file.writelines(_line(row) for row in rows)
-        return RunDirectory(path, ledger, lock)
+        return directory
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
@@ -158,6 +164,23 @@ class RunDirectory:
         """What a client of this engine keeps for itself."""
         return RoundMemory(self.path / "clients" / client, round)
 
+    def _check_memories(
+        self, method: Method, clients: Iterable[str], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Raise a `UserError` unless everybody has what it kept.
+
+        Args:
+            clients: those that keep it in this directory.
+            rows: which say who took part in which round.
+        """
+        round = len(self.ledger) + 1
+        if method.server_remembers:
+            self.server_memory(round).check(since=round - 1)
+        if method.clients_remember:
+            last = {name: row["round"] for row in rows for name in row["participants"]}
+            for client in clients:
+                self.memory(client, round).check(since=last.get(client, 0))
+
     def keep_update(self, update: Update) -> None:
         """Keep a client's update, where the experiment asks for it."""
         folder = self.path / "updates" / f"round-{update.round:04d}"
@@ -176,9 +199,28 @@ class RoundMemory:
         self._folder, self._round = folder, round
 
     def load(self) -> Mapping[str, Tensor]:
-        """What was kept in the last round before this one."""
-        earlier = [path for path in self._files() if int(path.stem) < self._round]
-        return FileTensors(earlier[-1]) if earlier else {}
+        """What was kept in the last round before this one.
+
+        Raises:
+            UserError: its file is damaged.
+        """
+        latest = self._latest()
+        if latest is None:
+            return {}
+        try:
+            return FileTensors(latest)
+        except (InvalidMessage, OSError) as error:
+            raise UserError(f"{latest} is damaged ({error}): restore it from a copy") from None
+
+    def check(self, since: int) -> None:
+        """Raise a `UserError` unless there is what was kept in round `since` (0: none) or later."""
+        latest = self._latest()
+        if since and (latest is None or int(latest.stem) < since):
+            raise UserError(
+                f"{self._folder} lacks what was kept in round {since}, without which the run would "
+                "go on as another: restore it from a copy, or begin anew with another --out"
+            )
+        self.load()
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors of this round."""
@@ -191,6 +233,11 @@ class RoundMemory:
                 path.unlink()
         for path in self._files()[:-2]:
             path.unlink()
+
+    def _latest(self) -> Path | None:
+        """The file of the last round before this one."""
+        earlier = [path for path in self._files() if int(path.stem) < self._round]
+        return earlier[-1] if earlier else None
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("*.safetensors"), key=lambda path: int(path.stem))

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from hedgerow.errors import InvalidMessage, UserError
+from hedgerow.wire import LARGEST_SENT, check_numbers
 
 if TYPE_CHECKING:
     from hedgerow.experiment import TrainingSettings
@@ -53,6 +54,15 @@ class Turn:
     """The run's."""
     training: TrainingSettings
     memory: Memory
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors for the client's next round, which begins anew where they are absurd."""
+        try:
+            check_numbers(tensors, LARGEST_SENT)
+        except InvalidMessage:
+            # What is made of them is refused, in this round and, were they kept, in every other.
+            tensors = {}
+        self.memory.save(tensors)
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,16 @@ class Method(BaseModel, ABC):
     """Whether clients end with one model; else there is one for each, and `--client` names it."""
     entries_accumulate: ClassVar[bool] = True
     """Whether a client that was away needs every entry that it missed, or only the last."""
+
+    @property
+    def clients_remember(self) -> bool:
+        """Whether a client whose update is accepted has kept something for its next round."""
+        return False
+
+    @property
+    def server_remembers(self) -> bool:
+        """Whether the server keeps something for the next round in each."""
+        return False
 
     def check(self, model: Model, num_clients: int) -> None:
         """Raise a `UserError` where the options do not fit the model or the clients."""

@@ -7,7 +7,7 @@ rounded to integers, so that a factor's relative error is about 1e-5 in 16 bits 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -43,20 +43,38 @@ def encode(tensors: Mapping[str, Tensor], bits: Bits) -> dict[str, Tensor]:
     return encoded
 
 
-def decode(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `encode`, in float32, whatever the bits."""
-    return {
-        name: tensors[name]
-        if _step_name(name) not in tensors
-        else tensors[name] * tensors[_step_name(name)].unsqueeze(_across(name))
-        for name in tensors
-        if name.endswith(".weight")
-    }
+class _Decoded(Mapping[str, Tensor]):
+    """Factors, each read and decoded when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self:
+            raise KeyError(name)
+        factor, step = self._tensors[name], _step_name(name)
+        if step not in self._tensors:
+            return factor
+        return factor * self._tensors[step].unsqueeze(_across(name))
+
+    def __contains__(self, name: object) -> bool:
+        return str(name).endswith(".weight") and name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._tensors if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def decode(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The inverse of `encode`, in float32, whatever the bits; factors are read one by one."""
+    return _Decoded(tensors)
 
 
 def decoded(update: Update) -> Update:
     """An update whose tensors are read and decoded."""
-    return dataclasses.replace(update, tensors=decode(update.tensors))
+    return dataclasses.replace(update, tensors=dict(decode(update.tensors)))
 
 
 def encoded_kinds(kinds: Mapping[str, Kind], bits: Bits) -> dict[str, Kind]:

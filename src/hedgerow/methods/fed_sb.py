@@ -19,18 +19,18 @@ unless two singular values of a weight are so close that their vectors are hardl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hedgerow import lowrank
 from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, Client, Expected, ServerTurn, Turn
-from hedgerow.methods.fedit import AveragedAdapter
-from hedgerow.methods.lora import factor_kinds, finite, held_adapter
+from hedgerow.methods.fedit import HeldAdapter
+from hedgerow.methods.lora import factor_kinds, finite
 from hedgerow.methods.one_factor import average_factor
 from hedgerow.model import adapter_tensors
 from hedgerow.wire import Kind, check_kinds, kinds
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from hedgerow.wire import Entry, Update
 
 
-class FedSB(AveragedAdapter):
+class FedSB(HeldAdapter):
     """Adapters of one rank, of which the core between two fixed bases is trained."""
 
     name: Literal["fed_sb"] = "fed_sb"
@@ -101,12 +101,6 @@ class FedSB(AveragedAdapter):
         for module, (A, B) in self._bases(model).items():
             pairs[module] = Factors(A, B @ cores[_core_name(module)])
         model.factors = adapter_tensors(pairs) | cores
-
-    def adapter(
-        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
-    ) -> dict[str, Tensor]:
-        """The global adapter, which takes the model's weights to know."""
-        return held_adapter(load_model())
 
     def _bases(self, model: Model) -> dict[str, Factors]:
         modules = self.trained_shapes(model)

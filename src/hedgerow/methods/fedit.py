@@ -11,12 +11,13 @@ FedAvg applied to A and B apart. The baseline whose noise FLoRA removes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, ServerTurn, Turn
 from hedgerow.methods.lora import LoraMethod, Part, aggregate_adapters, copy_factors, init_factors
@@ -43,7 +44,7 @@ class AveragedAdapter(LoraMethod):
 
     def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
         """Average A and B apart."""
-        return aggregate_adapters(updates, average)
+        return aggregate_adapters(updates, lambda stacked, parts, _: average(stacked, parts))
 
     def apply(self, model: Model, entry: Entry) -> None:
         """The global adapter is the entry's."""
@@ -61,6 +62,19 @@ class AveragedAdapter(LoraMethod):
         """W + B·A."""
         for module, factors in adapter_pairs(model.factors or {}):
             model.merge(module, factors)
+
+
+class HeldAdapter(AveragedAdapter):
+    """A global adapter of which entries hold a part, and the model the rest."""
+
+    def adapter(
+        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
+    ) -> dict[str, Tensor]:
+        """What the model holds after the entries."""
+        factors = load_model().factors
+        if factors is None:
+            raise UserError("round 0 is the base model: there is no adapter to export yet")
+        return dict(factors)
 
 
 class FedIT(AveragedAdapter):

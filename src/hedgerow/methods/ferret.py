@@ -38,7 +38,7 @@ from hedgerow.methods.base import (
     Turn,
     weight_shapes,
 )
-from hedgerow.methods.fedit import AveragedAdapter
+from hedgerow.methods.fedit import HeldAdapter
 from hedgerow.methods.lora import LoraMethod, init_factors
 from hedgerow.sketch import Basis
 from hedgerow.sketch.blocks import (
@@ -74,7 +74,7 @@ the 7.8·10³ numbers, up and down, of the paper's table on communication. Their
 `training.optimizer: sgd` with `max_grad_norm: null`."""
 
 
-class Ferret(AveragedAdapter):
+class Ferret(HeldAdapter):
     """First-order steps, sent as coordinates on shared random bases."""
 
     name: Literal["ferret"] = "ferret"
@@ -148,6 +148,11 @@ class Ferret(AveragedAdapter):
             names += ["ranks", "alpha", "rslora", "targets"]
         return self.model_dump(mode="json", include=set(names))
 
+    @property
+    def clients_remember(self) -> bool:
+        """What their sketches have lost, with error feedback."""
+        return self.error_feedback
+
     def check(self, model: Model, num_clients: int) -> None:
         """The budget fits the blocks (and the adapter the model)."""
         if self.over == "lora":
@@ -198,7 +203,7 @@ class Ferret(AveragedAdapter):
         if self.error_feedback:
             sent = self._decoded(tensors, self.bits, up=True)
             rebuilt = self._rebuilt([sent], blocks, model.device)
-            turn.memory.save(
+            turn.keep(
                 {
                     name: change.sub_(estimate).cpu()
                     for (name, change), (_, estimate) in zip(delta(), rebuilt, strict=True)
@@ -297,10 +302,7 @@ class Ferret(AveragedAdapter):
         """The global adapter, which takes the model's shapes to rebuild."""
         if self.over == "full":
             return Method.adapter(self, entries, client, load_model)
-        factors = load_model().factors
-        if factors is None:
-            raise UserError("round 0 is the base model: there is no adapter to export yet")
-        return dict(factors)
+        return super().adapter(entries, client, load_model)
 
     # --- details --------------------------------------------------------------------------------
 

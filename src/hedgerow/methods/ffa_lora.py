@@ -14,7 +14,7 @@ An entry holds B, and the seed of A, so that one entry is all that a newcomer ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from hedgerow.errors import InvalidMessage
 from hedgerow.methods.base import Aggregate, ServerTurn
-from hedgerow.methods.lora import draw_adapter, held_adapter
+from hedgerow.methods.fedit import HeldAdapter
+from hedgerow.methods.lora import draw_adapter
 from hedgerow.methods.one_factor import OneFactor, only
 from hedgerow.model import adapter_pairs, adapter_tensors
 from hedgerow.wire import Kind, check_kinds, kinds
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _SEED = Kind(torch.int64, (1,))
 
 
-class FFALoRA(OneFactor):
+class FFALoRA(HeldAdapter, OneFactor):
     """Adapters of different ranks on one frozen A."""
 
     name: Literal["ffa_lora"] = "ffa_lora"
@@ -74,12 +75,6 @@ class FFALoRA(OneFactor):
         model.factors = adapter_tensors(
             {module: pair._replace(A=pair.A[: pair.B.shape[1]]) for module, pair in pairs.items()}
         )
-
-    def adapter(
-        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
-    ) -> dict[str, Tensor]:
-        """The global adapter, which takes the model's shapes to draw."""
-        return held_adapter(load_model())
 
     def _drawn(self, shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
         return draw_adapter(shapes, torch.Generator().manual_seed(seed), self.largest_rank)

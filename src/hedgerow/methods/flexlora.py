@@ -19,7 +19,7 @@ from hedgerow import lowrank
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, ServerTurn
 from hedgerow.methods.fedit import AveragedAdapter
-from hedgerow.methods.lora import Part, aggregate_adapters, exact_sum
+from hedgerow.methods.lora import Part, aggregate_adapters
 
 if TYPE_CHECKING:
     from hedgerow.wire import Update
@@ -37,11 +37,11 @@ class FlexLoRA(AveragedAdapter):
         return aggregate_adapters(updates, cut)
 
 
-def cut(stacked: Factors, parts: Sequence[Part]) -> Factors:
+def cut(stacked: Factors, parts: Sequence[Part], exact: Factors) -> Factors:
     """The leading components of Σ p_k s_k B_k A_k, in descending order, of the largest rank.
 
     A matrix that has not so many is filled with zeros, which no training could make more of: its
     own rank is used up.
     """
     rank = max(part.rows.stop - part.rows.start for part in parts)
-    return lowrank.truncate(exact_sum(stacked, parts), rank=rank).padded(rank).float()
+    return lowrank.truncate(exact, rank=rank).padded(rank).float()

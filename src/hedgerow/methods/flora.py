@@ -111,6 +111,16 @@ class FLoRA(ResidualAdapter):
     upload_bits: Bits = 32
     """Of each number of an update."""
 
+    @property
+    def clients_remember(self) -> bool:
+        """Where they start warm."""
+        return self.restart != "zero"
+
+    @property
+    def server_remembers(self) -> bool:
+        """What it owes, where it carries that."""
+        return self.compress is not None and self.compress.carry
+
     def check(self, model: Model, num_clients: int) -> None:
         """As for every adapter; the scaling factors and the bound on ranks fit the clients."""
         super().check(model, num_clients)
@@ -155,7 +165,7 @@ class FLoRA(ResidualAdapter):
         loss, state = first_order.continue_training(job, parameters, turn.memory.load())
         if not self._is_shared(turn.training):
             state |= {n: p.detach().cpu() for n, p in parameters.items() if ".lora_A." in n}
-        turn.memory.save(state)
+        turn.keep(state)
         return Trained(parameters, loss)
 
     def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
@@ -212,14 +222,14 @@ class FLoRA(ResidualAdapter):
 
     def kept(self, update: Update, turn: ServerTurn) -> Update:
         """The client's change as one adapter, ΔW_k = s_k·(B_k·A_k - B_0·A_0), decoded."""
-        start = self._start(turn)
-        if turn.previous is None or not start:
+        if turn.previous is None or not self._is_shared(turn.expected.training):
             return decoded(update)  # B_0 = 0
-        update = decoded(update)
         s, rank = update_scale(update), int(update.about["r"])
+        start = decode(split(turn.previous.tensors)[0])
+        pairs = zip(adapter_pairs(decode(update.tensors)), adapter_pairs(start), strict=True)
         change = {}
-        for module, pair in adapter_pairs(update.tensors):
-            before = start[module].leading(rank)
+        for (module, pair), (_, whole) in pairs:
+            before = whole.leading(rank)
             change[module] = lowrank.stack([pair, before._replace(B=-before.B / s)])
         alpha = s * ((2 * rank) ** 0.5 if self.rslora else 2 * rank)
         about = self._about(2 * rank, alpha)

@@ -25,7 +25,7 @@ from torch import nn
 from hedgerow.errors import InvalidMessage
 from hedgerow.methods.base import Aggregate, Client, Expected, Payload, ServerTurn, Trained, Turn
 from hedgerow.methods.lora import aggregate_adapters, check_pairs
-from hedgerow.methods.stacked import StackedAdapter, stack
+from hedgerow.methods.stacked import StackedAdapter
 from hedgerow.wire import Kind, kinds
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class FLoRAAdaLoRA(StackedAdapter):
 
     def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
         """Stack the factors, as many of each matrix as the clients have."""
-        return aggregate_adapters(updates, stack)
+        return aggregate_adapters(updates, lambda stacked, parts, exact: exact.float())
 
     def _check_within_budget(
         self, given: Mapping[str, Kind], shapes: Mapping[str, Sequence[int]], ranks: Sequence[int]

@@ -22,7 +22,7 @@ from pydantic import Field
 from hedgerow import lowrank
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, ServerTurn
-from hedgerow.methods.lora import Part, aggregate_adapters, check_pairs, exact_sum
+from hedgerow.methods.lora import Part, aggregate_adapters, check_pairs
 from hedgerow.methods.stacked import StackedAdapter
 from hedgerow.wire import kinds
 
@@ -49,7 +49,7 @@ class FLoRIST(StackedAdapter):
     def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
         """The leading components of the sum; `aggregation_error` is what was cut."""
 
-        def cut(stacked: Factors, parts: Sequence[Part]) -> Factors:
-            return lowrank.truncate(exact_sum(stacked, parts), energy=self.threshold).float()
+        def cut(stacked: Factors, parts: Sequence[Part], exact: Factors) -> Factors:
+            return lowrank.truncate(exact, energy=self.threshold).float()
 
         return aggregate_adapters(updates, cut)

@@ -268,13 +268,6 @@ def draw_adapter(
     return factors
 
 
-def held_adapter(model: Model) -> dict[str, Tensor]:
-    """The global adapter that a model holds, for methods whose entries are not all of it."""
-    if model.factors is None:
-        raise UserError("round 0 is the base model: there is no adapter to export yet")
-    return dict(model.factors)
-
-
 def copy_factors(
     parameters: Mapping[str, nn.Parameter], factors: Mapping[str, Tensor], scale: float
 ) -> None:
@@ -369,22 +362,27 @@ class Stacks:
 
 
 def exact_sum(stacked: Factors, parts: Sequence[Part]) -> Factors:
-    """Σ p_k s_k B_k A_k as one pair, in float64: A = [p_1 s_1 A_1; …], B = [B_1 …]."""
-    exact = stacked.double()
-    for part in parts:
-        exact.A[part.rows] *= part.weight * part.scale
-    return exact
+    """Σ p_k s_k B_k A_k as one pair, in float64: A = [p_1 s_1 A_1; …], B = [B_1 …].
+
+    Args:
+        stacked: A of shape (Σ r_k, n) and B of shape (m, Σ r_k), which stay as they are.
+        parts: of each client in turn.
+    """
+    counts = torch.tensor([part.weight * part.scale for part in parts], dtype=torch.float64)
+    ranks = torch.tensor([part.rows.stop - part.rows.start for part in parts])
+    A = stacked.A.double() * counts.repeat_interleave(ranks)[:, None]
+    return Factors(A, stacked.B.double())
 
 
 def aggregate_adapters(
-    updates: Iterable[Update], combine: Callable[[Factors, Sequence[Part]], Factors]
+    updates: Iterable[Update], combine: Callable[[Factors, Sequence[Part], Factors], Factors]
 ) -> Aggregate:
     """Combine the clients' factors module by module, and measure the noise that this makes.
 
     Args:
         updates: each with PEFT's keys, `r` and `lora_alpha`.
-        combine: from the stacked factors of one module, and whose rows are whose, to the factors
-            that are broadcast; it may change the stack in place.
+        combine: from the stacked factors of one module, whose rows are whose, and their exact
+            sum, to the factors that are broadcast.
 
     Returns:
         The factors, and `aggregation_error`: how far their products are from Σ p_k s_k B_k A_k,
@@ -398,7 +396,7 @@ def aggregate_adapters(
         for module in stacks:
             stacked, parts = stacks.stack(module, shares)
             exact = exact_sum(stacked, parts)
-            combined[module] = combine(stacked, parts)
+            combined[module] = combine(stacked, parts, exact)
             yield combined[module], exact
 
     error = lowrank.relative_error(applied_and_exact())

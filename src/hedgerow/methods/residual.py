@@ -35,26 +35,30 @@ class ResidualAdapter(AveragedAdapter):
     entries_accumulate: ClassVar[bool] = True
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """W <- W + the residual; the global adapter is the entry's."""
+        """W <- W + the residual, module by module; the global adapter is the entry's."""
         start, residual = map(decode, split(entry.tensors))
         for module, factors in adapter_pairs(residual):
             model.merge(module, factors)
-        model.factors = start or None
+        model.factors = dict(start) or None
 
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
         """The stack of all residuals and the last start adapter."""
-        start: dict[str, Tensor] = {}
-        rounds: list[dict[str, Factors]] = []
+        parts: list[Mapping[str, Tensor]] = []
+        start: Mapping[str, Tensor] = {}
         for entry in entries:
             start, residual = map(decode, split(entry.tensors))
-            rounds.append(dict(adapter_pairs(residual)))
-        if not rounds:
+            parts.append(residual)
+        if not parts:
             raise UserError("round 0 is the base model: there is no adapter to export yet")
         if start:
-            rounds.append(dict(adapter_pairs(start)))
-        return adapter_tensors({m: lowrank.stack([r[m] for r in rounds]) for m in rounds[0]})
+            parts.append(start)
+        stacks = {}
+        for pairs in zip(*map(adapter_pairs, parts), strict=True):
+            module, _ = pairs[0]
+            stacks[module] = lowrank.stack([pair for _, pair in pairs])
+        return adapter_tensors(stacks)
 
 
 def with_residuals(sums: Iterable[tuple[str, Factors | None, Factors]]) -> Aggregate:
@@ -90,7 +94,27 @@ def with_residuals(sums: Iterable[tuple[str, Factors | None, Factors]]) -> Aggre
 _T = TypeVar("_T")
 
 
-def split(tensors: Mapping[str, _T]) -> tuple[dict[str, _T], dict[str, _T]]:
-    """The start adapter, by PEFT's keys, and the residual."""
-    start = {k.removeprefix(START): tensors[k] for k in tensors if k.startswith(START)}
-    return start, {k: tensors[k] for k in tensors if not k.startswith(START)}
+class _Part(Mapping[str, _T]):
+    """Some of the tensors of an entry, by other names; each is read when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, _T], keys: Mapping[str, str]) -> None:
+        self._tensors, self._keys = tensors, keys
+
+    def __getitem__(self, name: str) -> _T:
+        return self._tensors[self._keys[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def split(tensors: Mapping[str, _T]) -> tuple[Mapping[str, _T], Mapping[str, _T]]:
+    """The start adapter, by PEFT's keys, and the residual, neither of which is read for it."""
+    start = {key.removeprefix(START): key for key in tensors if key.startswith(START)}
+    residual = {key: key for key in tensors if not key.startswith(START)}
+    return _Part(tensors, start), _Part(tensors, residual)

@@ -1,0 +1,158 @@
+"""What clients and the server keep from round to round: where it is absurd, damaged or missing."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import ledger_bytes, rows_of
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from hedgerow.ledger import Ledger
+from hedgerow.training import first_order
+
+FERRET = 'method={"name": "ferret", "compression": 64, "error_feedback": true}'
+
+
+@pytest.mark.parametrize("what", ["inf gradients", "a step of 1e12"])
+@pytest.mark.parametrize("method", ["method.restart=own", "method.restart=shared", FERRET])
+def test_a_client_whose_update_was_absurd_begins_anew(
+    hedgerow, experiment, tmp_path, monkeypatch, method, what
+):
+    """One bad step in round 1 costs client 1 that round alone, in a resumed run as well."""
+    steps = {"backward": first_order.backward, "make_optimizer": first_order.make_optimizer}
+    calls = dict.fromkeys(steps, 0)
+    count = 1 if method == FERRET else 2
+
+    def backward(*arguments):
+        loss = steps["backward"](*arguments)
+        calls["backward"] += 1
+        if calls["backward"] == 2 * count and what == "inf gradients":  # client 1's last
+            for parameter in arguments[0].parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(torch.inf)
+        return loss
+
+    def make_optimizer(trainable, settings, rate):
+        calls["make_optimizer"] += 1
+        bad = calls["make_optimizer"] == 2 and what == "a step of 1e12"
+        return steps["make_optimizer"](trainable, settings, 1e12 if bad else rate)
+
+    monkeypatch.setattr(first_order, "backward", backward)
+    monkeypatch.setattr(first_order, "make_optimizer", make_optimizer)
+    path = experiment(training={"max_grad_norm": None, "steps": count})
+    for name, rounds in (("whole", 3), ("part", 1)):
+        calls.update(dict.fromkeys(calls, 0))
+        out = ["--out", tmp_path / name]
+        result = hedgerow("run", path, method, f"federation.rounds={rounds}", *out)
+        assert result.code == 0, result.err
+    first, *later = rows_of(tmp_path / "whole")[1:]
+    assert first["failures"].keys() == {"client-001"}
+    assert [row["failures"] for row in later] == [{}, {}]
+    arguments = [path, method, "federation.rounds=3", "--out", tmp_path / "part", "--resume"]
+    assert hedgerow("run", *arguments).code == 0
+    assert ledger_bytes(tmp_path / "whole") == ledger_bytes(tmp_path / "part")
+
+
+DAMAGE = {
+    "a server's, cut short": ("server/0002.safetensors", lambda data: data[:-7]),
+    "a server's, of nothing": ("server/0002.safetensors", lambda data: b""),
+    "a server's, missing": ("server/0002.safetensors", None),
+    "a client's, cut short": ("clients/client-000/0002.safetensors", lambda data: data[:100]),
+    "a client's, missing": ("clients/client-000/0002.safetensors", None),
+    "all of the server's": ("server", None),
+    "all of the clients'": ("clients", None),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_memory_that_is_damaged_or_missing_is_one_sentence(hedgerow, experiment, tmp_path, what):
+    run, method = tmp_path / "run", "method.compress=true"
+    assert hedgerow("run", experiment(), method, "--out", run).code == 0
+    name, damage = DAMAGE[what]
+    if damage:
+        (run / name).write_bytes(damage((run / name).read_bytes()))
+    elif (run / name).is_dir():
+        shutil.rmtree(run / name)
+    else:
+        (run / name).unlink()
+    before = files(run)
+    more = ["federation.rounds=3", "--out", run, "--resume"]
+    result = hedgerow("run", experiment(), method, *more)
+    assert result.code == 2
+    assert str(run / (name if damage else name.rpartition("/")[0] or name)) in result.err
+    assert "restore it from a copy" in result.err
+    assert "Traceback" not in result.err
+    assert files(run) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["method.restart=zero"],
+        ["method.compress.carry=false"],
+        ["training.optimizer=sgd"],
+        ["method.name=fedit", "method.ranks=2"],
+        ["federation.clients_per_round=1"],
+    ],
+    ids=" ".join,
+)
+def test_a_memory_that_nobody_needs_need_not_be_there(hedgerow, experiment, tmp_path, changes):
+    run = tmp_path / "run"
+    assert hedgerow("run", experiment(), *changes, "--out", run).code == 0
+    more = ["federation.rounds=3", "--out", run, "--resume"]
+    result = hedgerow("run", experiment(), *changes, *more)
+    assert result.code == 0, result.err
+
+
+def files(run):
+    return {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+CODED = {
+    "cut": ["method.compress=true", "method.restart=own"],
+    "cut with a shared start": ["method.compress=true", "method.restart=shared"],
+    "coded updates": ["method.upload_bits=8"],
+    "adaptive": ["method.scaling=adaptive"],
+}
+
+
+@pytest.mark.parametrize("case", CODED)
+def test_a_run_that_was_stopped_or_killed_ends_as_the_whole(
+    hedgerow, experiment, tmp_path, monkeypatch, case
+):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    path, append = experiment(federation={"rounds": 3}), Ledger.append
+    assert hedgerow("run", path, *CODED[case], "--out", whole).code == 0
+
+    def killed(ledger, entry):
+        if entry.round == 2:
+            raise SystemExit(9)  # clients and the server have kept what is theirs of this round
+        return append(ledger, entry)
+
+    first = ["federation.rounds=2", "--out", run]
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "append", killed)
+        assert hedgerow("run", path, *CODED[case], *first).code == 9
+    assert hedgerow("run", path, *CODED[case], *first, "--resume").code == 0
+    assert hedgerow("run", path, *CODED[case], "--out", run, "--resume").code == 0
+    assert ledger_bytes(run) == ledger_bytes(whole)
+
+
+@pytest.mark.parametrize("case", CODED)
+def test_a_coded_run_s_adapter_and_merged_weights_are_one_function(
+    hedgerow, experiment, tmp_path, tiny_model, case
+):
+    run = tmp_path / "run"
+    assert hedgerow("run", experiment(), *CODED[case], "--out", run).code == 0
+    for to in ("merged", "adapter"):
+        assert hedgerow("export", run, tmp_path / to, "--to", to).code == 0
+    ids = torch.arange(3, 60)[None]
+    base, merged = (
+        AutoModelForCausalLM.from_pretrained(p) for p in (tiny_model, tmp_path / "merged")
+    )
+    with torch.inference_mode():
+        before, after = base(ids).logits, merged(ids).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(ids).logits
+    torch.testing.assert_close(adapted, after, rtol=0, atol=1e-5)
+    assert (after - before).abs().max() > 1e-3
