@@ -819,6 +819,7 @@ def test_an_update_of_another_client_round_or_model_is_named(case):
         ({"name": "flora", "ranks": 4}, 3, {12}),
         ({"name": "flora", "ranks": [4, 2, 1]}, 3, {7}),
         ({"name": "flora", "ranks": [4, 2, 1]}, 2, {3, 4, 5, 6}),
+        ({"name": "flora", "ranks": [4, 2, 1], "restart": "zero"}, 2, {3, 4, 5, 6}),
         ({"name": "fedit", "ranks": 4}, 3, {4}),
         ({"name": "zero_padding", "ranks": [4, 2, 1]}, 3, {4}),
         ({"name": "zero_padding", "ranks": [4, 2, 1]}, 2, {2, 4}),
@@ -827,7 +828,7 @@ def test_an_update_of_another_client_round_or_model_is_named(case):
     ],
 )
 def test_the_rank_of_an_entry_is_its_participants(method, participants, possible):
-    shapes = {"model.q": (6, 5), "model.v": (3, 5)}
+    shapes = {"model.q": (60, 50), "model.v": (30, 50)}
     method = METHODS[method["name"]].model_validate(method)
     everybody = [Participant(f"c{i}", 1, 1 / participants) for i in range(participants)]
     accepted = set()
