@@ -134,6 +134,11 @@ def experiment(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
     return write
 
 
+def no_past(round: int) -> Any:
+    """The earlier entries of a turn in which nobody reads them."""
+    raise AssertionError("nobody reads an earlier entry")
+
+
 class Forgetful:
     """The memory of a client, or a server, that keeps nothing."""
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import safetensors.torch
 import torch
-from conftest import Forgetful, rows_of
+from conftest import Forgetful, no_past, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -77,7 +77,7 @@ def test_the_global_model_is_the_average_of_the_clients_models(model, name):
         average = {module: torch.zeros(shape) for module, shape in shapes.items()}
         sent = []
         for client in present:
-            turn = Turn(client, round, Seeds(7), TrainingSettings(), Forgetful())
+            turn = Turn(client, round, Seeds(7), TrainingSettings(), Forgetful(), no_past)
             parameters = method.start(model, turn)
             if method.rank(client) == method.largest_rank:
                 for module, weight in effective(model, shapes).items():
@@ -111,7 +111,7 @@ def test_the_global_model_is_the_average_of_the_clients_models(model, name):
 @pytest.mark.parametrize("name", ["ffa_lora", "rolora", "fedsvd", "fed_sb"])
 def test_what_a_method_freezes_the_next_can_train(model, name):
     method = METHODS[name].model_validate({"ranks": 2})
-    turn = Turn(Client(0, "c", 5), 1, Seeds(0), TrainingSettings(), Forgetful())
+    turn = Turn(Client(0, "c", 5), 1, Seeds(0), TrainingSettings(), Forgetful(), no_past)
     for _ in range(2):
         parameters = method.start(model, turn)
         sent = "lora_R" if name == "fed_sb" else "lora_B"
@@ -235,7 +235,8 @@ def test_rolora_trains_the_factors_in_turns(model):
     method = METHODS["rolora"].model_validate({"ranks": 2})
     for round, factor in ((1, "lora_B"), (2, "lora_A"), (3, "lora_B")):
         parameters = method.start(
-            model, Turn(Client(0, "c", 5), round, Seeds(0), TrainingSettings(), Forgetful())
+            model,
+            Turn(Client(0, "c", 5), round, Seeds(0), TrainingSettings(), Forgetful(), no_past),
         )
         assert all(f".{factor}." in key for key in parameters)
         model.release()
@@ -265,7 +266,7 @@ def test_the_bases_are_the_weights_leading_singular_vectors(model):
 def test_adalora_prunes_to_the_budget_and_sends_what_it_trained(experiment, steps, initial):
     method = METHODS["flora_adalora"].model_validate({"ranks": 3, "initial": initial})
     client, seeds = Client(0, "c", 8), Seeds(0)
-    turn = Turn(client, 1, seeds, TrainingSettings(), Forgetful())
+    turn = Turn(client, 1, seeds, TrainingSettings(), Forgetful(), no_past)
     prepared = prepare(load(experiment(method={"name": "flora", "ranks": 3})))
     model, data = prepared.model, prepared.shards["client-002"]
     training = TrainingSettings(steps=steps, batch_size=4)

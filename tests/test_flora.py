@@ -1,24 +1,29 @@
 """FLoRA's warm starts, cut broadcasts and scaling factors, against plain matrices."""
 
-from dataclasses import dataclass, field
+import contextlib
+import copy
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from conftest import rows_of
+from conftest import no_past, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hedgerow.experiment import TrainingSettings
+from hedgerow.errors import InvalidMessage
+from hedgerow.experiment import TrainingSettings, load
+from hedgerow.ledger import Ledger
 from hedgerow.lowrank import Factors, Projections, SumSketch
 from hedgerow.methods import flora
 from hedgerow.methods.base import Client, Expected, ServerTurn, Trained, Turn
 from hedgerow.methods.compress import Compress, ranks_to_keep
 from hedgerow.methods.encoding import decode, encode
 from hedgerow.methods.flora import FLoRA
-from hedgerow.methods.scaling import LONGEST, adaptive
-from hedgerow.model import adapter_pairs, adapter_tensors
+from hedgerow.methods.scaling import LENGTHS, LONGEST, SHORTEST, adaptive
+from hedgerow.model import Model, adapter_pairs, adapter_tensors
 from hedgerow.seeds import Seeds
+from hedgerow.training import line_search
 from hedgerow.wire import (
     LARGEST_BROADCAST,
     LARGEST_SENT,
@@ -94,7 +99,7 @@ def play(method, sizes, rounds, check, absent=lambda round, client: False, moves
         before = model.function()
         updates, changes = [], []
         for client in present:
-            turn = Turn(client, round, SEEDS, training, memories[client.name])
+            turn = Turn(client, round, SEEDS, training, memories[client.name], no_past)
             parameters = method.start(model, turn)
             rank = method.rank(client)
             start = model.function_with(parameters, method.scale(rank))
@@ -107,7 +112,8 @@ def play(method, sizes, rounds, check, absent=lambda round, client: False, moves
                     parameter.add_(length * torch.randn(parameter.shape, generator=generator))
             changed = model.function_with(parameters, method.scale(rank))
             changes.append({m: changed[m] - start[m] for m in SHAPES})
-            tensors, about = method.update(model, turn, Trained(parameters, 1.0))
+            along = (1.2, 1.0, 0.9) if method.scaling == "adaptive" and round > 1 else ()
+            tensors, about = method.update(model, turn, Trained(parameters, 1.0, along=along))
             update = Update(
                 *(method.name, round, client.name, "p", client.num_examples, 1.0),
                 *(tensors, about),
@@ -125,7 +131,10 @@ def play(method, sizes, rounds, check, absent=lambda round, client: False, moves
                 error = float((s * pair.B.double() @ pair.A.double() - change[m]).norm())
                 allowed = 1e-5 if method.upload_bits == 32 else 5e-2
                 assert error < allowed * float(change[m].norm()) + 1e-12
-        previous = Entry(method.name, round, "p", [], {}, aggregate.tensors)
+        counted = zip(present, weights, strict=True)
+        parts = [Participant(c.name, c.num_examples, weight) for c, weight in counted]
+        method.check_weights(parts)
+        previous = Entry(method.name, round, "p", parts, {}, aggregate.tensors)
         method.apply(model, previous)
         check(round, model.function(), before, exact, aggregate, begun)
 
@@ -342,23 +351,75 @@ def test_a_default_cut_is_as_large_as_the_largest_client():
     assert FLoRA(compress=False).compress is None
 
 
-def test_adaptive_steps_are_longer_where_updates_point_apart():
-    shares = [0.25] * 4
-    together, apart = torch.ones(4, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
-    assert sum(adaptive(together, shares)) == pytest.approx(1)
-    assert sum(adaptive(apart, shares)) == pytest.approx(LONGEST)
-    lengths = torch.tensor([1.0, 1.0, 1.0, 100.0], dtype=torch.float64)
-    weights = adaptive(together * lengths * lengths[:, None], shares)
-    assert weights[3] == pytest.approx(weights[0] / 100)
-    assert adaptive(torch.zeros(2, 2, dtype=torch.float64), [0.5, 0.5]) == [0.5, 0.5]
+@given(st.floats(-3, 3), st.floats(0.3, 3))
+def test_adaptive_steps_go_to_the_minimum_of_the_loss_along_the_last(best, last):
+    losses = [(length - best) ** 2 + 5 for length in LENGTHS]
+    assert adaptive(last, losses) == pytest.approx(last * min(max(best, 1 / 1.5), 1.5), rel=1e-6)
 
 
-def test_a_client_that_has_not_moved_stops_nobody():
-    moved = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    assert adaptive(moved * moved[:, None], [0.5, 0.5])[0] >= 0.5
-    lengths = torch.tensor([1.0, 2.0, 0.0, 0.0], dtype=torch.float64)
-    weights = adaptive(lengths * lengths[:, None], [0.25] * 4)
-    assert weights[1] == pytest.approx(0.75 * weights[0])  # the median is between the two
+def test_adaptive_steps_where_there_is_no_minimum_go_downhill_within_bounds():
+    assert adaptive(1.0, [3.0, 2.5, 1.0]) == 1.5
+    assert adaptive(1.0, [1.0, 2.5, 3.0]) == pytest.approx(1 / 1.5)
+    assert adaptive(LONGEST, [3.0, 2.0, 1.0]) == LONGEST
+    assert adaptive(SHORTEST, [1.0, 2.0, 3.0]) == SHORTEST
+
+
+@pytest.mark.parametrize("steps", [3, 10])
+def test_losses_along_a_step_are_those_of_the_models_on_its_ends(
+    hedgerow, experiment, tmp_path, monkeypatch, steps
+):
+    """Whether clients go on from averages or from their own A."""
+    seen = []
+    measured = line_search.losses_along
+
+    def watched(job, step, lengths, order):
+        step = list(step)
+        ends = measured(job, step, [0.0, 1.0], copy.deepcopy(order))
+        seen.append((job, copy.deepcopy(order), ends))
+        return measured(job, step, lengths, order)
+
+    monkeypatch.setattr(line_search, "losses_along", watched)
+    changes = ["method.scaling=adaptive", f"training.steps={steps}", "federation.rounds=3"]
+    assert hedgerow("run", experiment(), *changes, "--out", tmp_path / "run").code == 0
+    loaded = load(tmp_path / "run" / "experiment.yaml")
+    model, ledger = Model.load(loaded.model), Ledger.open(tmp_path / "run" / "ledger")
+    losses = []
+    for round in range(3):
+        ledger.replay(loaded.method, model, round, after=max(round - 1, 0))
+        held = model.with_factors(model.factors) if model.factors else contextlib.nullcontext()
+        with held:
+            losses.append(
+                [
+                    measured(replace(job, network=model.network), [], [1.0], copy.deepcopy(order))
+                    for job, order, _ in seen
+                ]
+            )
+    for client, (_, _, (before, after)) in enumerate(seen):
+        round = 1 + client // 3
+        assert before == pytest.approx(losses[round - 1][client][0], rel=1e-5)
+        assert after == pytest.approx(losses[round][client][0], rel=1e-5)
+    assert len(seen) == 6
+    sizes = [row["step_size"] for row in rows_of(tmp_path / "run")[1:]]
+    assert sizes[0] == 1.0
+    assert sizes[1] != 1.0
+
+
+@pytest.mark.parametrize(
+    "said", ["1 2", "1 2 nan", "1 2 3 4", "1 2 -3", "1 2 1e11", "", None, "1  2 3", "1 2 3e999"]
+)
+def test_losses_along_a_step_that_are_no_losses_are_refused(said):
+    method, client = FLoRA(ranks=1, scaling="adaptive"), Client(0, "c0", 5)
+    pairs = {m: Factors(torch.ones(1, n), torch.ones(o, 1)) for m, (o, n) in SHAPES.items()}
+    about = {"r": "1", "lora_alpha": "2"}
+    update = Update("flora", 2, "c0", "p", 5, 1.0, adapter_tensors(pairs), about)
+    expected = Expected(SEEDS, SHAPES, TrainingSettings())
+    good = {"losses_along": "1 2.25 3e-05"}
+    method.check_update(client, replace(update, about=about | good), expected)
+    wrong = {} if said is None else {"losses_along": said}
+    with pytest.raises(InvalidMessage):
+        method.check_update(client, replace(update, about=about | wrong), expected)
+    with pytest.raises(InvalidMessage):  # there is no last step yet
+        method.check_update(client, replace(update, round=1, about=about | good), expected)
 
 
 def test_a_client_goes_on_with_its_moments_and_its_a(hedgerow, experiment, tmp_path):

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import Forgetful
+from conftest import Forgetful, no_past
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -154,7 +154,7 @@ class Case:
         self.entry = self._entry(list(map(Update.decode, self.updates)))
 
     def _update(self, client: Client) -> bytes:
-        turn = Turn(client, ROUND, SEEDS, TrainingSettings(), Forgetful())
+        turn = Turn(client, ROUND, SEEDS, TrainingSettings(), Forgetful(), no_past)
         parameters = self.method.start(self.model, turn)
         generator = torch.Generator().manual_seed(client.index)
         with torch.no_grad():

@@ -89,7 +89,8 @@ class LocalFleet:
         """Train one client after another; each borrows the model and gives it back."""
         for client in clients:
             memory = self._directory.memory(client.name, round)
-            turn = Turn(client, round, self._seeds, self._experiment.training, memory)
+            past = self._directory.ledger.read
+            turn = Turn(client, round, self._seeds, self._experiment.training, memory, past)
             examples = self._prepared.shards[client.name]
             try:
                 yield self._trained(turn, examples, parent, clock)

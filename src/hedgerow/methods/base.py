@@ -54,6 +54,8 @@ class Turn:
     """The run's."""
     training: TrainingSettings
     memory: Memory
+    past: Callable[[int], Entry]
+    """Reads the entry of an earlier round."""
 
     def keep(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors for the client's next round, which begins anew where they are absurd."""
@@ -99,6 +101,8 @@ class Trained:
     """The mean training loss."""
     steps: Mapping[int, float] = field(default_factory=dict)
     """How far it went along each direction, by the direction's seed (zeroth-order)."""
+    along: Sequence[float] = ()
+    """The loss along the last round's step, before training, at `scaling.LENGTHS`."""
 
 
 class Payload(NamedTuple):

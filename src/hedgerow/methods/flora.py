@@ -65,7 +65,7 @@ from hedgerow.methods.lora import (
 from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
 from hedgerow.methods.scaling import Scaling
 from hedgerow.methods.sums import SketchedSums, StackedSums
-from hedgerow.model import adapter_pairs, adapter_tensors
+from hedgerow.model import adapter_pair, adapter_pairs, adapter_tensors
 from hedgerow.wire import LARGEST_BROADCAST, LARGEST_SENT, check_kinds, kinds
 
 if TYPE_CHECKING:
@@ -84,6 +84,11 @@ sketches are added up."""
 
 _ROUNDING = "rounding_error"
 """What an update in fewer bits says of itself: ‖ΔW sent - ΔW‖ / ‖ΔW‖."""
+_ALONG = "losses_along"
+"""The loss along the last round's step, at `scaling.LENGTHS`."""
+_LOSSES = re.compile(
+    " ".join([r"[0-9]{1,11}(\.[0-9]{1,12})?(e[+-][0-9]{2})?"] * len(scaling.LENGTHS))
+)
 _SHARE = re.compile(r"0|1|1\.0|0\.[0-9]{1,10}|[0-9](\.[0-9]{1,3})?e-[0-9]{2}")
 
 
@@ -159,18 +164,24 @@ class FLoRA(ResidualAdapter):
     def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
         """Local steps; those of a warm start go on with the client's optimiser."""
         if self.restart == "zero":
-            return super().train(job, turn, parameters)
+            along = self._along(job, turn)
+            return dataclasses.replace(super().train(job, turn, parameters), along=along)
         from hedgerow.training import first_order  # as in Method.train
 
+        along = self._along(job, turn)
         loss, state = first_order.continue_training(job, parameters, turn.memory.load())
         if not self._is_shared(turn.training):
             state |= {n: p.detach().cpu() for n, p in parameters.items() if ".lora_A." in n}
         turn.keep(state)
-        return Trained(parameters, loss)
+        return Trained(parameters, loss, along=along)
 
     def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
-        """The client's factors, in so many bits, and how far their product is then off."""
+        """The client's factors, in so many bits, and what it knows of rounding and step sizes."""
         tensors, about = super().update(model, turn, trained)
+        if trained.along:
+            about[_ALONG] = " ".join(
+                f"{loss if loss <= LARGEST_SENT else LARGEST_SENT:.9g}" for loss in trained.along
+            )
         if self.upload_bits == 32:
             return Payload(tensors, about)
         encoded = encode(tensors, self.upload_bits)
@@ -185,10 +196,18 @@ class FLoRA(ResidualAdapter):
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """The rank and scale are the client's, and there is a pair of that rank for each module."""
         rank = self.rank(client)
-        rounding = {_ROUNDING: update.about.get(_ROUNDING, "")} if self.upload_bits < 32 else {}
-        update.check_about(self._about(rank) | rounding)
-        if any(not _SHARE.fullmatch(said) for said in rounding.values()):
-            raise InvalidMessage(f"its {_ROUNDING} is not a number from 0 to 1")
+        said = {
+            _ROUNDING: _SHARE if self.upload_bits < 32 else None,
+            _ALONG: _LOSSES if self.scaling == "adaptive" and update.round > 1 else None,
+        }
+        own = {name: update.about.get(name, "") for name, form in said.items() if form}
+        update.check_about(self._about(rank) | own)
+        for name, text in own.items():
+            form = said[name]
+            if form and not form.fullmatch(text):
+                raise InvalidMessage(f"its {name} is {text!r:.60}")
+        if any(float(loss) > LARGEST_SENT for loss in own.get(_ALONG, "").split()):
+            raise InvalidMessage(f"its {_ALONG} has numbers above {LARGEST_SENT:g}")
         pair = factor_kinds(expected.shapes, rank)
         check_kinds(kinds(update.tensors), encoded_kinds(pair, self.upload_bits))
         check_steps(update.tensors, self.upload_bits, LARGEST_SENT)
@@ -196,14 +215,14 @@ class FLoRA(ResidualAdapter):
     def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
         """The stack; or the averages and what they lack of it, re-factorised and maybe cut."""
         start = self._start(turn)
-        rounding: list[float] = []
+        said: list[tuple[int, Mapping[str, str]]] = []
 
         def arriving() -> Iterator[Update]:
             for update in updates:
-                rounding.append(float(update.about.get(_ROUNDING, 0)))
+                said.append((update.num_examples, update.about))
                 yield decoded(update)
 
-        sums, weights, metrics = self._sums(arriving(), start, turn)
+        sums, weights, metrics = self._sums(arriving(), said, start, turn)
         if self.compress is None:
             whole = with_residuals((m, each.average(), each.exact()) for m, each in sums)
             tensors = whole.tensors
@@ -215,7 +234,7 @@ class FLoRA(ResidualAdapter):
             if self.compress.carry:
                 turn.memory.save(left)
         if self.upload_bits < 32:
-            metrics["upload_error"] = sum(rounding) / len(rounding)
+            metrics["upload_error"] = sum(float(x[_ROUNDING]) for _, x in said) / len(said)
         if isinstance(sums, SketchedSums):
             metrics["sketch_error"] = sums.relative_error
         return Aggregate(tensors, finite(metrics), weights)
@@ -283,31 +302,68 @@ class FLoRA(ResidualAdapter):
         drawn = expected.seeds.torch("adapter")
         return dict(adapter_pairs(draw_adapter(expected.shapes, drawn, self.largest_rank)))
 
+    def _along(self, job: Job, turn: Turn) -> tuple[float, ...]:
+        """The global model's loss along the last round's step, where that is asked for."""
+        if self.scaling != "adaptive" or turn.round == 1:
+            return ()
+        from hedgerow.training.line_search import losses_along  # as in Method.train
+
+        start, residual = map(decode, split(turn.past(turn.round - 1).tensors))
+        earlier = turn.past(turn.round - 2).tensors if start and turn.round > 2 else {}
+        before = decode(split(earlier)[0])
+
+        def step() -> Iterator[tuple[str, Factors]]:
+            for module, pair in adapter_pairs(residual):
+                new, old = adapter_pair(start, module), adapter_pair(before, module)
+                gone = old and old._replace(B=-old.B)
+                yield module, lowrank.stack([p for p in (pair, new, gone) if p is not None])
+
+        order = turn.seeds.numpy("line search", turn.round, turn.client.name)
+        return losses_along(job, step(), scaling.LENGTHS, order)
+
     def _sums(
-        self, updates: Iterable[Update], start: Mapping[str, Factors], turn: ServerTurn
+        self,
+        updates: Iterable[Update],
+        said: Sequence[tuple[int, Mapping[str, str]]],
+        start: Mapping[str, Factors],
+        turn: ServerTurn,
     ) -> tuple[StackedSums | SketchedSums, list[float], dict[str, float]]:
-        """The round's sums, p_k of each update, and the adaptive step's size."""
+        """The round's sums, p_k of each update, and the adaptive step's size.
+
+        Args:
+            said: |D_k| of the updates that have been read, and what they say of themselves.
+        """
         places = {client.name: client.index for client in turn.clients}
         bound = self.compress.largest(self.largest_rank) if self.compress else None
-        if bound and self.scaling != "adaptive" and self._spooled(turn) > MOST_SPOOLED:
-            sketched = SketchedSums(
+        arrived: Stacks | SketchedSums
+        if bound and self._spooled(turn) > MOST_SPOOLED:
+            arrived = SketchedSums(
                 *(updates, start),
                 lambda u: scaling.counts_as(self.scaling, u.client, u.num_examples, places),
                 *(bound, turn.expected.seeds.torch("sketch", turn.round)),
             )
-            counts = sketched.num_examples
-            sketched.normalise(scaling.normalisation(self.scaling, counts))
-            return sketched, scaling.fixed(self.scaling, sketched.clients, counts, places), {}
-        stacks = Stacks(updates)
-        metrics: dict[str, float] = {}
-        if self.scaling == "adaptive":
-            shares = stacks.shares()
-            weights = scaling.adaptive(StackedSums(stacks, start, shares).gram(), shares)
-            metrics["step_size"] = sum(weights)
         else:
-            weights = scaling.fixed(self.scaling, stacks.clients, stacks.num_examples, places)
+            arrived = Stacks(updates)
+        counts, size = arrived.num_examples, self._step_size(said, turn)
+        weights = [size * p for p in scaling.fixed(self.scaling, arrived.clients, counts, places)]
+        metrics = {"step_size": size} if self.scaling == "adaptive" else {}
+        if isinstance(arrived, SketchedSums):
+            arrived.normalise(size * scaling.normalisation(self.scaling, counts))
+            return arrived, weights, metrics
         as_sent = self.restart == "zero" and self.compress is None
-        return StackedSums(stacks, start, weights, whole=as_sent), weights, metrics
+        return StackedSums(arrived, start, weights, whole=as_sent), weights, metrics
+
+    def _step_size(self, said: Sequence[tuple[int, Mapping[str, str]]], turn: ServerTurn) -> float:
+        """What the updates' scaling factors are multiplied with."""
+        if self.scaling != "adaptive" or turn.previous is None:
+            return 1.0
+        last = sum(participant.weight for participant in turn.previous.participants)
+        total = sum(count for count, _ in said)
+        losses = [
+            sum(count * float(about[_ALONG].split()[i]) for count, about in said) / total
+            for i in range(len(scaling.LENGTHS))
+        ]
+        return scaling.adaptive(last, losses)
 
     def _spooled(self, turn: ServerTurn) -> int:
         """The bytes of all clients' factors."""

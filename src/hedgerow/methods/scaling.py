@@ -10,9 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from hedgerow.errors import InvalidMessage
 from hedgerow.wire import LARGEST_WEIGHT, Participant
@@ -24,8 +22,14 @@ Scaling = (
 """`size`: p_k = n_k / Σ n. `uniform`: 1 / N. A number: that for each client, as in the paper's
 study. A list: one number for each client. `adaptive`: see `adaptive`."""
 
-LONGEST = 1.5
-"""The largest global step size of `adaptive`, in units of the mean update."""
+LENGTHS = (0.5, 1.0, 1.5)
+"""Where clients measure the loss for `adaptive`, in units of the last round's step."""
+
+SHORTEST, LONGEST = 1 / 8, 8.0
+"""The global step sizes of `adaptive`, in units of the mean update."""
+
+_FASTEST = 1.5
+"""By what factor they change from round to round at most."""
 
 
 def fixed(
@@ -60,45 +64,44 @@ def normalisation(scaling: Scaling, num_examples: Sequence[int]) -> float:
     return 1 / (len(num_examples) if scaling == "uniform" else sum(num_examples))
 
 
-def adaptive(gram: Tensor, shares: Sequence[float]) -> list[float]:
-    """Weights and a global step size from how long the updates are and how much they agree.
+def adaptive(last: float, losses: Sequence[float]) -> float:
+    """The global step size η of a round, by a line search along the last one's step.
 
-    An update that is longer than most is scaled down to the median length of those that are not
-    zero, so that one client (a higher rank, a harder task) does not lead the others. The step along
-    their mean is as long as FedExP's (Jhunjhunwala et al., arXiv 2301.09604, eq. 6),
-    η = Σ p_k ‖Δ_k‖² / (2 ‖Σ p_k Δ_k‖²): updates that point apart overshoot less when they are
-    averaged than one that all agree on. It is at least 1 and at most `LONGEST`.
+    Clients have the model after that step, and report their loss before they train, where the step
+    had been shorter and longer. The parabola through the means has its minimum at the length that
+    would have been best, and which this round takes: one round late, but for no more messages.
 
     Args:
-        gram: shape (N, N), float64: ⟨Δ_i, Δ_j⟩ of all matrices together.
-        shares: n_k / Σ n of each client.
+        last: η of the last round.
+        losses: at `LENGTHS`, the mean of what clients report.
 
     Returns:
-        η p_k for each client.
+        η, so that p_k = η n_k / Σ n.
     """
-    lengths = gram.diagonal().clamp(min=0).sqrt()
-    moved = lengths[lengths > 0]
-    median = moved.quantile(0.5) if len(moved) else lengths.new_zeros(())
-    clipped = (median / lengths).clamp(max=1).nan_to_num(1.0)
-    weights = torch.tensor(shares, dtype=torch.float64) * clipped
-    mean = float(weights @ gram @ weights)
-    spread = float((torch.tensor(shares, dtype=torch.float64) * (lengths * clipped) ** 2).sum())
-    eta = min(max(spread / (2 * mean), 1.0), LONGEST) if mean > 0 else 1.0
-    return [float(weight) for weight in eta * weights]
+    shorter, same, longer = losses
+    bend = shorter - 2 * same + longer
+    factor = (
+        1 + (shorter - longer) / (4 * bend)
+        if bend > 0
+        else math.copysign(math.inf, shorter - longer)
+    )
+    factor = min(max(factor, 1 / _FASTEST), _FASTEST)
+    return min(max(last * factor, SHORTEST), LONGEST)
 
 
 def check(scaling: Scaling, participants: Sequence[Participant]) -> None:
     """Raise `InvalidMessage` unless an entry's weights may be those of such factors."""
-    if scaling == "adaptive":
-        total = sum(p.weight for p in participants)
-        if not total <= LONGEST * (1 + 1e-9):
-            raise InvalidMessage(f"its weights sum to {total}, above {LONGEST}")
-    elif isinstance(scaling, list):
+    if isinstance(scaling, list):
         if strangers := [p for p in participants if p.weight not in scaling]:
             raise InvalidMessage(f"the weight of {strangers[0].client} is {strangers[0].weight}")
     else:
         clients = [p.client for p in participants]
         weights = fixed(scaling, clients, [p.num_examples for p in participants], {})
+        if scaling == "adaptive":
+            total = sum(p.weight for p in participants)
+            if not SHORTEST * (1 - 1e-9) <= total <= LONGEST * (1 + 1e-9):
+                raise InvalidMessage(f"its weights sum to {total}, not {SHORTEST} to {LONGEST}")
+            weights = [total * weight for weight in weights]
         for p, weight in zip(participants, weights, strict=True):
             if not math.isclose(p.weight, weight, rel_tol=1e-9):
                 raise InvalidMessage(f"the weight of {p.client} is {p.weight}, not {weight}")

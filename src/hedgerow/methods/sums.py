@@ -108,29 +108,6 @@ class StackedSums:
         trained = next(pieces()) if self._whole else lowrank.total(pieces())
         return Sum(trained, start, averages, shares)
 
-    def gram(self) -> Tensor:
-        """⟨Δ_i, Δ_j⟩ of what clients add, Δ_k = s_k B_k A_k - (B_0 A_0)[r_k], over all modules.
-
-        Returns:
-            Shape (N, N), float64.
-        """
-        total = torch.zeros(len(self._weights), len(self._weights), dtype=torch.float64)
-        for module in self._stacks:
-            stacked, parts = self._stacks.stack(module, self._weights)
-            pairs = [stacked]
-            if module in self._start:
-                pairs.append(self._start[module])
-            A, B = lowrank.stack([pair.double() for pair in pairs])
-            # Each Δ_k as coefficients of the rank-one terms of everybody's factors.
-            terms = torch.zeros(len(parts), len(A), dtype=torch.float64)
-            trained = stacked.rank
-            for client, part in enumerate(parts):
-                rank = part.rows.stop - part.rows.start
-                terms[client, part.rows] = part.scale
-                terms[client, trained : trained + rank] = -1.0
-            total += terms @ ((B.T @ B) * (A @ A.T)) @ terms.T
-        return total
-
 
 class SketchedSums:
     """Sums in the memory of a few clients, however many there are; their products are sketches.

@@ -256,7 +256,7 @@ class Site:
         model = self._advanced(ledger)
         client = Client(self._app.clients.index(name), name, len(examples))
         memory = RoundMemory((self._memory or self._place / "clients") / name, round)
-        turn = Turn(client, round, self._seeds, self._experiment.training, memory)
+        turn = Turn(client, round, self._seeds, self._experiment.training, memory, ledger.read)
         update = train_client(self._experiment, model, examples, turn, parent, Clock())
         before = sorted(folder.glob("*.safetensors"), key=lambda old: old.stat().st_mtime_ns)
         with replacing(path) as file:

@@ -1,0 +1,67 @@
+"""The loss along the last round's step: whether global steps should be longer or shorter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hedgerow.data import collate
+from hedgerow.lowrank import Factors
+from hedgerow.training.job import Job
+from hedgerow.training.loss import batch_loss
+
+
+def losses_along(
+    job: Job,
+    step: Iterable[tuple[str, Factors]],
+    lengths: Sequence[float],
+    order: np.random.Generator,
+) -> tuple[float, ...]:
+    """The loss where the step that has led here had been so long, on the same batch for all.
+
+    Args:
+        job: with the network after the step; it is as it was afterwards.
+        step: the last round's, ΔW = B·A of each module that it changed.
+        lengths: in units of the step; 1 is where the network is.
+        order: draws the batch, as large as a training step's.
+
+    Returns:
+        The mean loss per answer token at each length.
+    """
+    size = min(job.settings.batch_size * job.settings.gradient_accumulation, len(job.data))
+    drawn = order.choice(len(job.data), size, replace=False)
+    batch = collate([job.data[int(index)] for index in drawn], job.pad_id)
+    changes = dict(step)
+    job.network.eval()
+    found = []
+    with torch.inference_mode():
+        for length in lengths:
+            with _changed(job.network, changes, length - 1):
+                loss, tokens = batch_loss(job.network, batch)
+            found.append(float(loss) / tokens)
+    return tuple(found)
+
+
+@contextmanager
+def _changed(network: Any, changes: dict[str, Factors], length: float) -> Iterator[None]:
+    """The network with `length`·B·A beside the layers' weights, whatever is attached to these."""
+
+    def hook(pair: Factors) -> Any:
+        def add(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            A, B = (factor.to(output) for factor in pair)
+            return output + length * ((inputs[0] @ A.T) @ B.T)
+
+        return add
+
+    layers = [(network.get_submodule(module), pair) for module, pair in changes.items()]
+    handles = [layer.register_forward_hook(hook(pair)) for layer, pair in layers] if length else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
