@@ -17,7 +17,7 @@ from hedgerow.engines import local
 from hedgerow.experiment import load
 from hedgerow.rundir import read_rows
 
-STEPS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+STEPS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 """N·p."""
 
 

@@ -65,7 +65,7 @@ def global_weights(method, model, modules):
 @pytest.mark.parametrize("name", EXACT)
 def test_the_global_model_is_the_average_of_the_clients_models(model, name):
     method = METHODS[name].model_validate(EXACT[name])
-    method.check(model, len(SIZES))
+    method.check(model, len(SIZES), TrainingSettings())
     shapes = method.trained_shapes(model)
     expected = Expected(Seeds(7), shapes, TrainingSettings())
     everybody = [Client(i, f"c{i}", n) for i, n in enumerate(SIZES)]

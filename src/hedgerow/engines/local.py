@@ -52,7 +52,7 @@ def prepare(experiment: Experiment, model: Model | None = None) -> Prepared:
     check_max_length(model, experiment.data.max_length)
     data = ClientData(experiment.data, model.tokenizer, Seeds(experiment.federation.seed))
     shards = {name: data.encode(name) for name in data.names}
-    experiment.method.check(model, len(shards))
+    experiment.method.check(model, len(shards), experiment.training)
     if experiment.method.pools_data:
         shards = {"pooled": Encoded.concatenate(list(shards.values()))}
     clients = [

@@ -155,8 +155,8 @@ class Method(BaseModel, ABC):
         """Whether the server keeps something for the next round in each."""
         return False
 
-    def check(self, model: Model, num_clients: int) -> None:
-        """Raise a `UserError` where the options do not fit the model or the clients."""
+    def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
+        """Raise a `UserError` where the options do not fit the model, the clients or training."""
 
     @abstractmethod
     def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:

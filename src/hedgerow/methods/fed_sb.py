@@ -36,6 +36,7 @@ from hedgerow.model import adapter_tensors
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
+    from hedgerow.experiment import TrainingSettings
     from hedgerow.model import Model
     from hedgerow.wire import Entry, Update
 
@@ -48,9 +49,9 @@ class FedSB(HeldAdapter):
     reference: ClassVar[str] = "Fed-SB, arXiv 2502.15436, with LoRA-XS's bases (2405.17604)"
     same_rank: ClassVar[bool] = True
 
-    def check(self, model: Model, num_clients: int) -> None:
+    def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
         """Every matrix has so many singular vectors."""
-        super().check(model, num_clients)
+        super().check(model, num_clients, training)
         module, shape = min(self.trained_shapes(model).items(), key=lambda item: min(item[1]))
         if self.largest_rank > min(shape):
             raise UserError(

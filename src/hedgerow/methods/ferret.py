@@ -54,6 +54,7 @@ from hedgerow.sketch.layout import MAX_SIZE, SECOND_MOMENT
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
+    from hedgerow.experiment import TrainingSettings
     from hedgerow.model import Model
     from hedgerow.seeds import Seeds
     from hedgerow.wire import Entry, Update
@@ -153,10 +154,10 @@ class Ferret(HeldAdapter):
         """What their sketches have lost, with error feedback."""
         return self.error_feedback
 
-    def check(self, model: Model, num_clients: int) -> None:
+    def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
         """The budget fits the blocks (and the adapter the model)."""
         if self.over == "lora":
-            LoraMethod.check(self, model, num_clients)
+            LoraMethod.check(self, model, num_clients, training)
         blocks = group(self.trained_shapes(model))
         if max(block.size for block in blocks) > MAX_SIZE:
             raise UserError(f"{model.name} has a weight of more than {MAX_SIZE} entries")

@@ -108,7 +108,9 @@ class FLoRA(ResidualAdapter):
     and moments; `shared` the average of all adapters, and own moments; `warm` the latter two,
     whichever fits the number of local steps."""
     scaling: Scaling = "size"
-    """What clients count: `size`, `uniform`, a number, a list of numbers, or `adaptive`."""
+    """What clients count: `size`, `uniform`, a number, a list of numbers, or `adaptive`: by size,
+    in steps as long as clients' losses along the last step advise (three more forward passes of one
+    batch for each client in a round)."""
     compress: Annotated[Compress | None, BeforeValidator(_as_compress)] = None
     """How far the broadcast is cut (`energy`, `rank`, `bits`, `carry`); `true`: to the size of the
     largest client's update. By default it is exact. Of updates of more than `MOST_SPOOLED` bytes
@@ -126,20 +128,20 @@ class FLoRA(ResidualAdapter):
         """What it owes, where it carries that."""
         return self.compress is not None and self.compress.carry
 
-    def check(self, model: Model, num_clients: int) -> None:
+    def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
         """As for every adapter; the scaling factors and the bound on ranks fit the clients."""
-        super().check(model, num_clients)
+        super().check(model, num_clients, training)
         if isinstance(self.scaling, list) and len(self.scaling) != num_clients:
             raise UserError(
                 f"method.scaling has {len(self.scaling)} factors for {num_clients} clients: "
                 "give one for each, or one number for all"
             )
         bound = self.compress and self.compress.largest(self.largest_rank)
-        if bound and self.restart in ("warm", "shared") and bound <= self.largest_rank:
+        if bound and self._is_shared(training) and bound <= self.largest_rank:
             raise UserError(
                 f"method.compress: a broadcast of rank {bound} has no room beside the adapter of "
                 f"rank {self.largest_rank} that a shared start broadcasts: give a larger `rank`, "
-                "or restart: own"
+                "or method.restart: own"
             )
 
     # --- at a client ----------------------------------------------------------------------------

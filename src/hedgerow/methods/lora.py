@@ -29,6 +29,7 @@ from hedgerow.model import adapter_pairs, adapter_tensors
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
+    from hedgerow.experiment import TrainingSettings
     from hedgerow.model import Model
     from hedgerow.wire import Entry, Update
 
@@ -86,7 +87,7 @@ class LoraMethod(Method):
             init_lora_weights=False,
         )
 
-    def check(self, model: Model, num_clients: int) -> None:
+    def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
         """The list of ranks fits the clients, the ranks fit the matrices, the modules are there."""
         ranks = [self.ranks] if isinstance(self.ranks, int) else self.ranks
         if not isinstance(self.ranks, int) and not self.pools_data and len(ranks) != num_clients:

@@ -30,6 +30,7 @@ from hedgerow.methods.base import (
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
+    from hedgerow.experiment import TrainingSettings
     from hedgerow.model import Model
     from hedgerow.training.job import Job
     from hedgerow.wire import Entry, Update
@@ -64,7 +65,7 @@ class ZerothOrderMethod(Method):
         """Each direction's seed, and how far the client went along it."""
         return Payload(_tensors(trained.steps), {})
 
-    def check(self, model: Model, num_clients: int) -> None:
+    def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
         """The weights resolve small steps."""
         if model.network.dtype != torch.float32:
             raise UserError(

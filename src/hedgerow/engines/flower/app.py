@@ -106,7 +106,7 @@ def init(experiment: Experiment, folder: Path, name: str) -> App:
         )
     model = Model.load(experiment.model)
     check_max_length(model, experiment.data.max_length)
-    experiment.method.check(model, len(clients))
+    experiment.method.check(model, len(clients), experiment.training)
     shapes = experiment.method.trained_shapes(model)
     file = _BaseFile(
         base=Base.of(model), trained={name: list(shape) for name, shape in shapes.items()}

@@ -173,7 +173,7 @@ class Site:
                     f"it has another base model: {difference}", f"{settings.path}: {difference}"
                 )
             check_max_length(model, self._experiment.data.max_length)
-            self._experiment.method.check(model, len(self._app.clients))
+            self._experiment.method.check(model, len(self._app.clients), self._experiment.training)
             self._shapes = self._experiment.method.trained_shapes(model)
             self._model, self._applied = model, []
 
