@@ -87,6 +87,48 @@ def run(
 
 
 @app.command()
+def compare(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
+    overrides: Overrides = None,
+    methods: Annotated[
+        str, typer.Option(help="With commas; each maybe with options: 'flora,ferret over=lora'.")
+    ] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="Where the runs and the tables go.")] = ...,  # type: ignore[assignment]
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY.PATH=A,B", help="Values to try; may be given more than once."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds each.")] = 1,
+    target: Annotated[
+        float | None, typer.Option(help="Count bytes and rounds to this loss.")
+    ] = None,
+) -> None:
+    """Run several methods on one experiment, and put them beside each other.
+
+    Given again, it does only what is missing.
+
+    Example: hedgerow compare experiment.yaml --methods flora,fedit --seeds 3 --out comparison
+    """
+    from hedgerow import comparison, console
+    from hedgerow.report import tables
+
+    names = comparison.split_at(methods, ",")
+    cells = comparison.plan(experiment, overrides or [], names, sweep or [], seeds, out)
+    outcomes = comparison.run(cells, console.ProgressWatcher)
+    table = tables.summarise(outcomes, target)
+    people = tables.shown(table, tables.swept_keys(cells))
+    tables.write(table, people, out)
+    console.table("", people.columns, people.values.tolist())
+    failed = [outcome for outcome in outcomes if outcome.failure is not None]
+    for outcome in failed:
+        console.out.print(f"{comparison.title(outcome.cell)}: {outcome.failure}", soft_wrap=True)
+    files = ", ".join(f".{kind}" for kind in tables.FORMATS)
+    console.out.print(f"the same in {out / 'comparison'}{files}; each run is in {out / 'runs'}")
+    if failed:
+        raise RunFailed(f"{len(failed)} of {len(outcomes)} runs failed; given again, they go on")
+
+
+@app.command()
 def evaluate(
     target: Annotated[Path, typer.Argument(metavar="DIR|MODEL", help="A run, or a model folder.")],
     overrides: Overrides = None,

@@ -136,6 +136,18 @@ class Model:
         digest.update(json.dumps(_tokenization(self.tokenizer), sort_keys=True).encode())
         return digest.hexdigest()
 
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the weights in host memory, for `reset`."""
+        return {n: w.detach().to("cpu", copy=True) for n, w in self.network.named_parameters()}
+
+    def reset(self, state: Mapping[str, Tensor]) -> None:
+        """Make the model what it was when `state` was taken, before any entry."""
+        with torch.no_grad():
+            for name, weight in self.network.named_parameters():
+                weight.copy_(state[name])
+        self.momentum, self.factors, self._remainders = {}, None, {}
+        self._singular.clear()
+
     # --- what a client trains -------------------------------------------------------------------
 
     def attach(

@@ -1,0 +1,173 @@
+"""Several methods, and several values of any key, on one experiment: a grid of runs.
+
+Each cell of the grid is a run of its own under `runs/`, as `hedgerow run` would make it. What is
+done is not done again, so a comparison that was interrupted goes on where it was, and grows by
+naming more methods, values or seeds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hedgerow.errors import RunFailed, UserError
+from hedgerow.experiment import Experiment, load
+from hedgerow.rundir import RunDirectory, read_rows
+
+if TYPE_CHECKING:
+    from hedgerow.experiment import ModelSettings
+    from hedgerow.federation import Watcher
+    from hedgerow.model import Model
+
+
+class Cell(NamedTuple):
+    """One run of a comparison."""
+
+    method: str
+    """As it was named, with its options."""
+    sweep: dict[str, str]
+    """The values of the keys that are swept."""
+    seed: int
+    experiment: Experiment
+    folder: Path
+    """Of the run."""
+
+
+class Outcome(NamedTuple):
+    """What a cell came to."""
+
+    cell: Cell
+    rows: list[dict[str, Any]]
+    """Its metrics, as far as it got."""
+    failure: str | None = None
+    """Why it did not get to its end."""
+
+
+def plan(
+    experiment: Path,
+    overrides: Sequence[str],
+    methods: Sequence[str],
+    sweeps: Sequence[str],
+    seeds: int,
+    out: Path,
+) -> list[Cell]:
+    """The cells, each with its experiment, before anything runs.
+
+    Args:
+        experiment: the file that all cells share.
+        overrides: `key.path=value` for all of them.
+        methods: a method's name each, maybe with options: `ferret over=lora`.
+        sweeps: a key and its values each: `training.learning_rate=1e-3,3e-3`.
+        seeds: how many; they count up from the experiment's.
+
+    Raises:
+        UserError: naming the method, option or key that is wrong; two cells are the same.
+    """
+    swept = [_values(sweep) for sweep in sweeps]
+    cells: list[Cell] = []
+    for method in methods:
+        name, *options = split_at(method, " ")
+        chosen = [f"method.name={name}", *(f"method.{option}" for option in options)]
+        for values in itertools.product(*swept):
+            changes = [*overrides, *chosen, *(f"{key}={value}" for key, value in values)]
+            loaded = load(experiment, changes)
+            for seed in range(loaded.federation.seed, loaded.federation.seed + seeds):
+                parts = [" ".join([name, *options]), *(f"{k}={v}" for k, v in values)]
+                folder = out / "runs" / _file_name(*parts, f"seed={seed}")
+                seeded = load(experiment, [*changes, f"federation.seed={seed}"])
+                cells.append(Cell(parts[0], dict(values), seed, seeded, folder))
+    folders = [cell.folder for cell in cells]
+    if twice := {folder.name for folder in folders if folders.count(folder) > 1}:
+        raise UserError(f"{min(twice)} is there twice: name each method, value and key once")
+    return cells
+
+
+def run(
+    cells: Sequence[Cell], watch: Callable[[str], AbstractContextManager[Watcher]]
+) -> list[Outcome]:
+    """Run what is missing, one cell after another, on one model that is loaded once.
+
+    A cell that fails doesn't stop the others.
+
+    Args:
+        watch: makes the watcher of a cell's run, with this title.
+
+    Raises:
+        UserError: a cell's folder holds another experiment's run; nothing has been run.
+    """
+    missing = [cell for cell in cells if not _is_done(cell)]
+    lender, failures = _Lender(), {}
+    for count, cell in enumerate(missing, start=1):
+        with watch(f"[{count}/{len(missing)}] {title(cell)}:") as watcher:
+            try:
+                lender.run(cell, watcher)
+            except (UserError, RunFailed) as error:
+                failures[cell.folder] = str(error)
+    return [Outcome(cell, read_rows(cell.folder), failures.get(cell.folder)) for cell in cells]
+
+
+def title(cell: Cell) -> str:
+    """A cell in words."""
+    values = [f"{key.rpartition('.')[2]}={value}" for key, value in cell.sweep.items()]
+    return ", ".join([cell.method, *values, f"seed {cell.seed}"])
+
+
+class _Lender:
+    """Lends one model to run after run, each time as it was loaded."""
+
+    def __init__(self) -> None:
+        self._settings: ModelSettings | None = None
+        self._model: Model | None = None
+        self._state: dict[str, Any] = {}
+
+    def run(self, cell: Cell, watcher: Watcher) -> None:
+        """Run a cell, or go on with it."""
+        # Not at the top: torch and peft take seconds to import, and a mistake should not.
+        from hedgerow.engines import local
+        from hedgerow.model import Model
+
+        settings = cell.experiment.model
+        if self._model is None or settings != self._settings:
+            self._model, self._state = None, {}  # before the next one is in memory
+            self._model, self._settings = Model.load(settings), settings
+            self._state = self._model.state()
+        else:
+            self._model.reset(self._state)
+        local.run(cell.experiment, cell.folder, watcher, resume=True, model=self._model)
+
+
+def _is_done(cell: Cell) -> bool:
+    """Whether a cell's run is there to its end."""
+    if not RunDirectory.check_resumable(cell.folder, cell.experiment):
+        return False
+    rows = read_rows(cell.folder)
+    return bool(rows) and rows[-1]["round"] == cell.experiment.federation.rounds
+
+
+def _values(sweep: str) -> list[tuple[str, str]]:
+    """A key with each of its values."""
+    key, equals, values = sweep.partition("=")
+    if not equals or not key or not values:
+        raise UserError(f"--sweep {sweep}: give a key and its values, as key.path=1,2,3")
+    return [(key, value) for value in split_at(values, ",")]
+
+
+def split_at(text: str, separator: str) -> list[str]:
+    """The parts between separators that are in no bracket, without what is empty."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{(") - (character in ")}]")
+        if character == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _file_name(*parts: str) -> str:
+    """A folder's name that says what is in it."""
+    return re.sub(r"[^A-Za-z0-9.,_=+-]+", "-", ",".join(parts)).strip("-")
