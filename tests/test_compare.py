@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import rows_of
 
-from hedgerow.comparison import split_at
-from hedgerow.report.tables import default_target
+from hedgerow.comparison import Cell, Outcome, plan, split_at
+from hedgerow.report.tables import default_target, summarise
 
 METHODS = "flora,flora restart=zero,ferret over=lora ranks=2 budget=400,fedavg,standalone"
 
@@ -117,12 +118,43 @@ def test_a_cell_that_fails_does_not_stop_the_others(hedgerow, experiment, tmp_pa
     assert hedgerow("compare", experiment(), *mended).code == 0
 
 
+def test_a_cell_that_breaks_off_leaves_the_next_one_the_model_as_it_was(
+    hedgerow, experiment, tmp_path
+):
+    """peft wraps some layers of this one's before it comes to one that it cannot."""
+    out = tmp_path / "out"
+    methods = "flora targets=[q_proj,input_layernorm],flora,fedavg"
+    result = hedgerow("compare", experiment(), "--methods", methods, "--out", out)
+    assert result.code == 1
+    assert "1 of 3 runs failed" in result.err
+    assert "its linear layers are down_proj, gate_proj" in result.out
+    hedgerow("run", experiment(), "method.name=fedavg", "--out", tmp_path / "alone")
+    entry = "ledger/0002.safetensors"
+    alone, shared = (tmp_path / "alone" / entry, out / "runs" / "fedavg,seed=0" / entry)
+    assert alone.read_bytes() == shared.read_bytes()
+
+
+def test_a_comparison_of_which_all_fails_says_why(hedgerow, experiment, tmp_path):
+    result = hedgerow("compare", experiment(), "--methods", "fedit", "--out", tmp_path / "out")
+    assert result.code == 1
+    assert "fedit averages adapters of one rank" in result.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--methods", "flora,flroa"], "flroa"),
         (["--methods", "flora rank=3"], "method.rank"),
-        (["--methods", "flora,flora"], "flora,seed=0 is there twice"),
+        (["--methods", "flora,flora"], "are the same"),
+        (["--methods", "flora,flora restart=warm"], "flora restart=warm, seed 0 are the same"),
+        (["--methods", "flora name=fedavg"], "give one name"),
+        (["--methods", ","], "--methods: name at least one method"),
+        (["--methods", "flora", "--sweep", "training.steps=,"], "give a key and its values"),
+        (["--methods", "flora", "--sweep", "federation.seed=1,2"], "give --seeds instead"),
+        (
+            ["--methods", "flora", "--sweep", "training.steps=1", "--sweep", "training.steps=2"],
+            "name all of its values at once",
+        ),
         (["--methods", "flora", "--sweep", "training.learning_rate"], "give a key and its values"),
         (["--methods", "flora", "--sweep", "training.rate=1,2"], "training.rate"),
     ],
@@ -142,5 +174,36 @@ def test_values_with_brackets_are_one_value():
     ]
 
 
-def test_there_is_no_target_where_no_loss_is_known():
+def outcome(method, losses, failure=None):
+    rows = [
+        {"round": r, "eval_loss": loss, "bytes_up": 10, "bytes_down": 20, "seconds": None}
+        for r, loss in enumerate(losses)
+    ]
+    return Outcome(Cell(method, {}, 0, None, Path()), rows, failure)
+
+
+def test_the_target_is_a_loss_that_all_who_learn_have_reached():
     assert default_target([]) is None
+    outcomes = [
+        outcome("good", [5.0, 4.5, 4.0]),
+        outcome("slow", [5.0, 4.9, 4.8]),
+        outcome("worse", [5.0, 6.0, 7.0]),
+        outcome("broken", [5.0, 4.9], "why"),
+        outcome("blind", [5.0, None, None]),
+    ]
+    assert default_target(outcomes) == 4.8
+    table = {row["method"]: row for row in summarise(outcomes)}
+    assert (table["good"]["rounds_to_target"], table["good"]["bytes_to_target"]) == (1, 60)
+    assert (table["slow"]["rounds_to_target"], table["slow"]["bytes_to_target"]) == (2, 90)
+    assert table["worse"]["rounds_to_target"] is None
+    assert (table["broken"]["failed"], table["broken"]["eval_loss"]) == (1, None)
+    assert table["blind"]["eval_loss"] is None
+    assert summarise(outcomes, 4.0)[1]["rounds_to_target"] is None
+
+
+def test_long_and_odd_options_have_folders_of_their_own(experiment, tmp_path):
+    targets = [f"layers.{i}.self_attn.q_proj" for i in range(40)]
+    methods = [f"flora targets={json.dumps(targets)}", "flora targets=[q]", "flora targets=(q)"]
+    folders = [cell.folder.name for cell in plan(experiment(), [], methods, [], 1, tmp_path)]
+    assert len(set(folders)) == 3
+    assert max(map(len, folders)) < 200

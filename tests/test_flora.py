@@ -354,14 +354,23 @@ def test_a_default_cut_is_as_large_as_the_largest_client():
 @given(st.floats(-3, 3), st.floats(0.3, 3))
 def test_adaptive_steps_go_to_the_minimum_of_the_loss_along_the_last(best, last):
     losses = [(length - best) ** 2 + 5 for length in LENGTHS]
-    assert adaptive(last, losses) == pytest.approx(last * min(max(best, 1 / 1.5), 1.5), rel=1e-6)
+    expected = last * min(max(best, 1 / 1.5), 1.5)
+    assert adaptive(last, [losses] * 3, [5, 1, 2]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_adaptive_steps_where_there_is_no_minimum_go_downhill_within_bounds():
-    assert adaptive(1.0, [3.0, 2.5, 1.0]) == 1.5
-    assert adaptive(1.0, [1.0, 2.5, 3.0]) == pytest.approx(1 / 1.5)
-    assert adaptive(LONGEST, [3.0, 2.0, 1.0]) == LONGEST
-    assert adaptive(SHORTEST, [1.0, 2.0, 3.0]) == SHORTEST
+    assert adaptive(1.0, [[3.0, 2.5, 1.0]], [1]) == 1.5
+    assert adaptive(1.0, [[1.0, 2.5, 3.0]], [1]) == pytest.approx(1 / 1.5)
+    assert adaptive(LONGEST, [[3.0, 2.0, 1.0]], [1]) == LONGEST
+    assert adaptive(SHORTEST, [[1.0, 2.0, 3.0]], [1]) == SHORTEST
+    assert adaptive(0.7, [[3.0, 3.0, 3.0]], [1]) == 0.7
+    assert adaptive(0.7, [[LARGEST_SENT] * 3], [1]) == 0.7
+
+
+def test_nobody_decides_an_adaptive_step_alone():
+    honest = [[2.0, 2.1, 2.5]] * 20
+    for liar in ([LARGEST_SENT, LARGEST_SENT / 2, 0.0], [0.0, LARGEST_SENT / 2, LARGEST_SENT]):
+        assert adaptive(1.0, [*honest, liar], [1] * 21) == adaptive(1.0, honest, [1] * 20)
 
 
 @pytest.mark.parametrize("steps", [3, 10])
@@ -402,6 +411,25 @@ def test_losses_along_a_step_are_those_of_the_models_on_its_ends(
     sizes = [row["step_size"] for row in rows_of(tmp_path / "run")[1:]]
     assert sizes[0] == 1.0
     assert sizes[1] != 1.0
+
+
+def test_losses_along_a_step_take_no_more_memory_than_training(
+    hedgerow, experiment, tmp_path, monkeypatch
+):
+    shapes, whole = set(), line_search.batch_loss
+
+    def watched(network, batch):
+        shapes.add(len(batch["input_ids"]))
+        return whole(network, batch)
+
+    monkeypatch.setattr(line_search, "batch_loss", watched)
+    changes = [
+        "method.scaling=adaptive",
+        "training.batch_size=2",
+        "training.gradient_accumulation=3",
+    ]
+    assert hedgerow("run", experiment(), *changes, "--out", tmp_path / "run").code == 0
+    assert shapes == {1, 2}  # of five examples a client has, and of six that it may have
 
 
 @pytest.mark.parametrize(

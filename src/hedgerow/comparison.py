@@ -7,6 +7,7 @@ naming more methods, values or seeds.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from hedgerow.experiment import ModelSettings
     from hedgerow.federation import Watcher
     from hedgerow.model import Model
+
+
+_OWN = {"federation.seed": "--seeds", "method": "--methods", "method.name": "--methods"}
+"""Keys that have an option of their own."""
+
+_LONGEST = 120
+"""Of a folder's name."""
 
 
 class Cell(NamedTuple):
@@ -67,10 +75,20 @@ def plan(
     Raises:
         UserError: naming the method, option or key that is wrong; two cells are the same.
     """
+    if not methods:
+        raise UserError("--methods: name at least one method")
     swept = [_values(sweep) for sweep in sweeps]
+    keys = [values[0][0] for values in swept]
+    for key in keys:
+        if key in _OWN:
+            raise UserError(f"--sweep {key}: give {_OWN[key]} instead")
+        if keys.count(key) > 1:
+            raise UserError(f"--sweep {key}: name all of its values at once")
     cells: list[Cell] = []
     for method in methods:
         name, *options = split_at(method, " ")
+        if any(option.partition("=")[0] == "name" for option in options):
+            raise UserError(f"--methods {method}: give one name")
         chosen = [f"method.name={name}", *(f"method.{option}" for option in options)]
         for values in itertools.product(*swept):
             changes = [*overrides, *chosen, *(f"{key}={value}" for key, value in values)]
@@ -80,9 +98,11 @@ def plan(
                 folder = out / "runs" / _file_name(*parts, f"seed={seed}")
                 seeded = load(experiment, [*changes, f"federation.seed={seed}"])
                 cells.append(Cell(parts[0], dict(values), seed, seeded, folder))
-    folders = [cell.folder for cell in cells]
-    if twice := {folder.name for folder in folders if folders.count(folder) > 1}:
-        raise UserError(f"{min(twice)} is there twice: name each method, value and key once")
+    same: dict[str, Cell] = {}
+    for cell in cells:
+        other = same.setdefault(cell.experiment.dump(), cell)
+        if other is not cell:
+            raise UserError(f"{title(other)} and {title(cell)} are the same: leave one out")
     return cells
 
 
@@ -150,10 +170,11 @@ def _is_done(cell: Cell) -> bool:
 
 def _values(sweep: str) -> list[tuple[str, str]]:
     """A key with each of its values."""
-    key, equals, values = sweep.partition("=")
-    if not equals or not key or not values:
+    key, _, values = sweep.partition("=")
+    found = [(key, value) for value in split_at(values, ",")]
+    if not key or not found:
         raise UserError(f"--sweep {sweep}: give a key and its values, as key.path=1,2,3")
-    return [(key, value) for value in split_at(values, ",")]
+    return found
 
 
 def split_at(text: str, separator: str) -> list[str]:
@@ -169,5 +190,9 @@ def split_at(text: str, separator: str) -> list[str]:
 
 
 def _file_name(*parts: str) -> str:
-    """A folder's name that says what is in it."""
-    return re.sub(r"[^A-Za-z0-9.,_=+-]+", "-", ",".join(parts)).strip("-")
+    """A folder's name that says what is in it, and is another for other parts."""
+    whole = ",".join(parts)
+    name = re.sub(r"[^A-Za-z0-9.,_=+-]", "-", whole.replace(" ", "-"))
+    if len(name) <= _LONGEST and name == whole.replace(" ", "-"):
+        return name
+    return f"{name[:_LONGEST]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"

@@ -25,7 +25,7 @@ class ProgressWatcher:
     def __init__(self, title: str = "round") -> None:
         self._title = title
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -137,16 +137,15 @@ class Model:
         return digest.hexdigest()
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of the weights in host memory, for `reset`."""
-        return {n: w.detach().to("cpu", copy=True) for n, w in self.network.named_parameters()}
+        """A copy of weights and buffers in host memory, for `reset`."""
+        return {n: w.to("cpu", copy=True) for n, w in self.network.state_dict().items()}
 
     def reset(self, state: Mapping[str, Tensor]) -> None:
         """Make the model what it was when `state` was taken, before any entry."""
-        with torch.no_grad():
-            for name, weight in self.network.named_parameters():
-                weight.copy_(state[name])
+        self.network.load_state_dict(state)
         self.momentum, self.factors, self._remainders = {}, None, {}
         self._singular.clear()
+        self._wrapped.clear()  # another run may attach other adapters
 
     # --- what a client trains -------------------------------------------------------------------
 
@@ -177,11 +176,16 @@ class Model:
         if key not in self._wrapped:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what is said in our own words, or is moot
-                adapted = peft.get_peft_model(self.network, config, _TRAINED)
-                if beside is not None:
-                    adapted.add_adapter(_FROZEN, beside)
-            modules = self.network.named_modules()
-            self._wrapped[key] = {n: m for n, m in modules if isinstance(m, LoraLayer)}
+                try:
+                    adapted = peft.get_peft_model(self.network, config, _TRAINED)
+                    if beside is not None:
+                        adapted.add_adapter(_FROZEN, beside)
+                except Exception:
+                    # peft may have wrapped some layers before it came to one that it cannot.
+                    for name, layer in self._lora_layers().items():
+                        self.network.set_submodule(name, layer.get_base_layer())
+                    raise
+            self._wrapped[key] = self._lora_layers()
             adapted.unload()
             for layer in self._wrapped[key].values() if core else ():
                 _insert_core(layer)
@@ -199,6 +203,10 @@ class Model:
                     parameter.requires_grad_(False).copy_(frozen[name])
         self.network.eval()
         return parameters
+
+    def _lora_layers(self) -> dict[str, Any]:
+        """The layers that peft has wrapped, by name."""
+        return {n: m for n, m in self.network.named_modules() if isinstance(m, LoraLayer)}
 
     def _parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter that is attached, by PEFT's key names."""

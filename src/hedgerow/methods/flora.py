@@ -165,12 +165,11 @@ class FLoRA(ResidualAdapter):
 
     def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
         """Local steps; those of a warm start go on with the client's optimiser."""
+        along = self._along(job, turn)
         if self.restart == "zero":
-            along = self._along(job, turn)
             return dataclasses.replace(super().train(job, turn, parameters), along=along)
         from hedgerow.training import first_order  # as in Method.train
 
-        along = self._along(job, turn)
         loss, state = first_order.continue_training(job, parameters, turn.memory.load())
         if not self._is_shared(turn.training):
             state |= {n: p.detach().cpu() for n, p in parameters.items() if ".lora_A." in n}
@@ -360,12 +359,8 @@ class FLoRA(ResidualAdapter):
         if self.scaling != "adaptive" or turn.previous is None:
             return 1.0
         last = sum(participant.weight for participant in turn.previous.participants)
-        total = sum(count for count, _ in said)
-        losses = [
-            sum(count * float(about[_ALONG].split()[i]) for count, about in said) / total
-            for i in range(len(scaling.LENGTHS))
-        ]
-        return scaling.adaptive(last, losses)
+        losses = [[float(loss) for loss in about[_ALONG].split()] for _, about in said]
+        return scaling.adaptive(last, losses, [count for count, _ in said])
 
     def _spooled(self, turn: ServerTurn) -> int:
         """The bytes of all clients' factors."""

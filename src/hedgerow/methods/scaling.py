@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -64,29 +65,40 @@ def normalisation(scaling: Scaling, num_examples: Sequence[int]) -> float:
     return 1 / (len(num_examples) if scaling == "uniform" else sum(num_examples))
 
 
-def adaptive(last: float, losses: Sequence[float]) -> float:
+def adaptive(last: float, losses: Sequence[Sequence[float]], num_examples: Sequence[int]) -> float:
     """The global step size η of a round, by a line search along the last one's step.
 
     Clients have the model after that step, and report their loss before they train, where the step
     had been shorter and longer. The parabola through the means has its minimum at the length that
     would have been best, and which this round takes: one round late, but for no more messages.
+    A client's losses count as differences from its own middle one, which are bounded by the
+    clients' median, so that nobody decides alone.
 
     Args:
         last: η of the last round.
-        losses: at `LENGTHS`, the mean of what clients report.
+        losses: of each client, at `LENGTHS`.
+        num_examples: n_k of each.
 
     Returns:
         η, so that p_k = η n_k / Σ n.
     """
-    shorter, same, longer = losses
-    bend = shorter - 2 * same + longer
-    factor = (
-        1 + (shorter - longer) / (4 * bend)
-        if bend > 0
-        else math.copysign(math.inf, shorter - longer)
+    shorter, longer = (
+        _mean_of_bounded([each[end] - each[1] for each in losses], num_examples) for end in (0, 2)
     )
+    bend = shorter + longer
+    if bend > 0:
+        factor = 1 + (shorter - longer) / (4 * bend)
+    else:
+        factor = {1: _FASTEST, 0: 1.0, -1: 1 / _FASTEST}[(shorter > longer) - (shorter < longer)]
     factor = min(max(factor, 1 / _FASTEST), _FASTEST)
     return min(max(last * factor, SHORTEST), LONGEST)
+
+
+def _mean_of_bounded(values: Sequence[float], num_examples: Sequence[int]) -> float:
+    """The weighted mean of values, none of which counts as more than thrice the median size."""
+    most = 3 * median(map(abs, values))
+    pairs = zip(values, num_examples, strict=True)
+    return sum(min(max(value, -most), most) * n for value, n in pairs) / sum(num_examples)
 
 
 def check(scaling: Scaling, participants: Sequence[Participant]) -> None:

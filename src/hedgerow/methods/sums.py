@@ -1,4 +1,4 @@
-"""What a server makes of a round's adapters, module by module: exact sums, averages, geometry."""
+"""What a server makes of a round's adapters, module by module: exact sums and averages."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def summarise(outcomes: Sequence[Outcome], target: float | None = None) -> list[
     Args:
         outcomes: of all cells, with the seeds of one method and values after one another.
         target: the loss that `bytes_to_target` and `rounds_to_target` are about; if not given,
-            the largest of the methods' last losses, which all of them have reached.
+            the largest last loss of the runs that have learnt anything.
 
     Returns:
         `method`, the swept keys, `seeds` (how many got to the end), `failed`, and means over seeds,
@@ -102,6 +102,7 @@ def shown(table: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
 
 def write(table: Sequence[dict[str, Any]], people: pd.DataFrame, out: Path) -> None:
     """Write `comparison.csv` and `.json` with all numbers, `.md` and `.tex` for people."""
+    out.mkdir(parents=True, exist_ok=True)
     numbers = pd.DataFrame(table)
     texts = {
         "csv": numbers.to_csv(index=False),

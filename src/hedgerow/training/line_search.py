@@ -22,28 +22,34 @@ def losses_along(
     lengths: Sequence[float],
     order: np.random.Generator,
 ) -> tuple[float, ...]:
-    """The loss where the step that has led here had been so long, on the same batch for all.
+    """The loss where the step that has led here had been so long, on the same examples for all.
 
     Args:
         job: with the network after the step; it is as it was afterwards.
         step: the last round's, ΔW = B·A of each module that it changed.
         lengths: in units of the step; 1 is where the network is.
-        order: draws the batch, as large as a training step's.
+        order: draws the examples, as many as a training step has.
 
     Returns:
         The mean loss per answer token at each length.
     """
     size = min(job.settings.batch_size * job.settings.gradient_accumulation, len(job.data))
     drawn = order.choice(len(job.data), size, replace=False)
-    batch = collate([job.data[int(index)] for index in drawn], job.pad_id)
+    each = range(0, size, job.settings.batch_size)
+    batches = [
+        collate(
+            [job.data[int(i)] for i in drawn[first : first + job.settings.batch_size]], job.pad_id
+        )
+        for first in each
+    ]
     changes = dict(step)
     job.network.eval()
     found = []
     with torch.inference_mode():
         for length in lengths:
             with _changed(job.network, changes, length - 1):
-                loss, tokens = batch_loss(job.network, batch)
-            found.append(float(loss) / tokens)
+                parts = [batch_loss(job.network, batch) for batch in batches]
+            found.append(sum(float(loss) for loss, _ in parts) / sum(n for _, n in parts))
     return tuple(found)
 
 
