@@ -9,13 +9,11 @@ another, each into OUT, and go on where they were interrupted.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+import rows
 
 from hedgerow import console
 from hedgerow.engines import local
 from hedgerow.experiment import load
-from hedgerow.rundir import read_rows
 
 STEPS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 """N·p."""
@@ -23,27 +21,17 @@ STEPS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 
 def main() -> None:
     """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
-    clients = len(local.prepare(load(arguments.experiment, arguments.overrides)).clients)
+    given = rows.arguments(__doc__.splitlines()[0])
+    clients = len(local.prepare(load(given.experiment, given.overrides)).clients)
     scalings = {f"{step:g}/N": str(step / clients) for step in STEPS} | {"adaptive": "adaptive"}
-    losses, weights = {}, {}
-    for name, scaling in scalings.items():
-        changes = [*arguments.overrides, "method.name=flora", f"method.scaling={scaling}"]
-        directory = arguments.out / name.replace("/", "-")
-        experiment = load(arguments.experiment, changes)
-        with console.ProgressWatcher(name) as watcher:
-            local.run(experiment, directory, watcher, resume=True)
-        rows = read_rows(directory)
-        losses[name] = rows[-1]["eval_loss"]
-        weights[name] = [f"{row['step_size']:.2f}" for row in rows[1:] if "step_size" in row]
+    runs = rows.run(given, [f"flora scaling={scaling}" for scaling in scalings.values()])
+    metrics = dict(zip(scalings, runs, strict=True))
+    losses = {name: each[-1]["eval_loss"] for name, each in metrics.items()}
     best = min(loss for name, loss in losses.items() if name != "adaptive")
     table = [(name, f"{loss:.4f}", f"{loss / best - 1:+.2%}") for name, loss in losses.items()]
     console.table("", ["scaling factor", "loss", "beside the best fixed one"], table)
-    print("global step sizes that adaptive took:", ", ".join(weights["adaptive"]))
+    sizes = [f"{row['step_size']:.2f}" for row in metrics["adaptive"][1:]]
+    print("global step sizes that adaptive took:", ", ".join(sizes))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def compare(
     cells = comparison.plan(experiment, overrides or [], names, sweep or [], seeds, out)
     outcomes = comparison.run(cells, console.ProgressWatcher)
     table = tables.summarise(outcomes, target)
-    people = tables.shown(table, tables.swept_keys(cells))
+    people = tables.shown(table, list(cells[0].sweep))
     tables.write(table, people, out)
     console.table("", people.columns, people.values.tolist())
     failed = [outcome for outcome in outcomes if outcome.failure is not None]

@@ -93,10 +93,11 @@ def plan(
         for values in itertools.product(*swept):
             changes = [*overrides, *chosen, *(f"{key}={value}" for key, value in values)]
             loaded = load(experiment, changes)
+            parts = [" ".join([name, *options]), *(f"{k}={v}" for k, v in values)]
             for seed in range(loaded.federation.seed, loaded.federation.seed + seeds):
-                parts = [" ".join([name, *options]), *(f"{k}={v}" for k, v in values)]
+                federation = loaded.federation.model_copy(update={"seed": seed})
+                seeded = loaded.model_copy(update={"federation": federation})
                 folder = out / "runs" / _file_name(*parts, f"seed={seed}")
-                seeded = load(experiment, [*changes, f"federation.seed={seed}"])
                 cells.append(Cell(parts[0], dict(values), seed, seeded, folder))
     same: dict[str, Cell] = {}
     for cell in cells:

@@ -16,6 +16,20 @@ if not out.is_terminal:
     out.width = 160  # a file has no edge at which a table would have to be folded
 
 
+SCORES = {
+    "train_loss": "train loss",
+    "eval_loss": "loss",
+    "eval_perplexity": "perplexity",
+    "rouge_l": "ROUGE-L",
+    "exact_match": "exact match",
+    "accuracy": "accuracy",
+    "accuracy_norm": "accuracy (normalised)",
+    "accuracy_chance": "chance",
+    "aggregation_error": "aggregation error",
+}
+"""What the scores in a row of metrics are called."""
+
+
 class ProgressWatcher:
     """Watches a run: bars in a terminal, and a line for each round everywhere.
 
@@ -91,18 +105,7 @@ class ProgressWatcher:
 
 def main_scores(row: dict[str, Any]) -> dict[str, float]:
     """The scores in a row of metrics that are one number each, with readable names."""
-    names = {
-        "train_loss": "train loss",
-        "eval_loss": "loss",
-        "eval_perplexity": "perplexity",
-        "rouge_l": "ROUGE-L",
-        "exact_match": "exact match",
-        "accuracy": "accuracy",
-        "accuracy_norm": "accuracy (normalised)",
-        "accuracy_chance": "chance",
-        "aggregation_error": "aggregation error",
-    }
-    return {label: row[key] for key, label in names.items() if row.get(key) is not None}
+    return {label: row[key] for key, label in SCORES.items() if row.get(key) is not None}
 
 
 def score(value: float) -> str:

@@ -10,6 +10,7 @@ re-factorisation by small SVDs.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -73,18 +74,14 @@ def total(pairs: Iterable[Factors]) -> Factors:
     Args:
         pairs: at least one.
     """
-    first, matrix = None, None
-    for pair in pairs:
-        if first is None:
-            first = pair
-            continue
-        matrix = first.product() if matrix is None else matrix
-        matrix.addmm_(pair.B, pair.A)
-    assert first is not None, "a sum has at least one pair"
+    remaining = iter(pairs)
+    first, second = next(remaining), next(remaining, None)
     m, n = first.B.shape[0], first.A.shape[1]
-    if matrix is None and first.rank <= min(m, n):
+    if second is None and first.rank <= min(m, n):
         return first
-    matrix = first.product() if matrix is None else matrix
+    matrix = first.product()
+    for pair in itertools.chain([second] if second else [], remaining):
+        matrix.addmm_(pair.B, pair.A)
     # A power of two, so that nothing is rounded.
     scale = 2.0 ** (math.frexp(float(matrix.abs().max()))[1] // 2)
     identity = scale * torch.eye(min(m, n), dtype=matrix.dtype)

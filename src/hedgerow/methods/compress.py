@@ -102,7 +102,7 @@ def cut(
         decomposed = lowrank.svd(due)
         norm = float(decomposed.values.norm()) if due is exact else lowrank.norm(exact)
         size += norm**2
-        step += norm**2 if each.start is None else lowrank.norm(each.step()) ** 2
+        step += norm**2 if each.continued is None else lowrank.norm(each.step()) ** 2
         numeric = max(decomposed.rank(beside=norm), 1)
         most = min(numeric, UNEVEN * bound) if bound else numeric
         spectra[module] = decomposed.values[:most].clone()

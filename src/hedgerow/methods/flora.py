@@ -197,16 +197,14 @@ class FLoRA(ResidualAdapter):
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """The rank and scale are the client's, and there is a pair of that rank for each module."""
         rank = self.rank(client)
-        said = {
-            _ROUNDING: _SHARE if self.upload_bits < 32 else None,
-            _ALONG: _LOSSES if self.scaling == "adaptive" and update.round > 1 else None,
-        }
-        own = {name: update.about.get(name, "") for name, form in said.items() if form}
+        forms = {_ROUNDING: _SHARE} if self.upload_bits < 32 else {}
+        if self.scaling == "adaptive" and update.round > 1:
+            forms[_ALONG] = _LOSSES
+        own = {name: update.about.get(name, "") for name in forms}
         update.check_about(self._about(rank) | own)
-        for name, text in own.items():
-            form = said[name]
-            if form and not form.fullmatch(text):
-                raise InvalidMessage(f"its {name} is {text!r:.60}")
+        for name, form in forms.items():
+            if not form.fullmatch(own[name]):
+                raise InvalidMessage(f"its {name} is {own[name]!r:.60}")
         if any(float(loss) > LARGEST_SENT for loss in own.get(_ALONG, "").split()):
             raise InvalidMessage(f"its {_ALONG} has numbers above {LARGEST_SENT:g}")
         pair = factor_kinds(expected.shapes, rank)

@@ -11,48 +11,66 @@ from torch import Tensor
 
 from hedgerow import lowrank
 from hedgerow.lowrank import Factors, Projections, SumSketch
-from hedgerow.methods.lora import Stacks, exact_sum, update_scale
+from hedgerow.methods.lora import Part, Stacks, exact_sum, update_scale
 from hedgerow.model import adapter_pairs
 
 if TYPE_CHECKING:
     from hedgerow.wire import Update
 
 
-class Sum(NamedTuple):
-    """A round's sum for one matrix, in float64, and the averages that may stand for a part of it.
+class Continued(NamedTuple):
+    """A global adapter of one matrix that clients went on from, and what they made of it.
 
-    A client of rank r_k goes on from the first r_k rows of the global adapter and leaves the others
-    as they are, so for every sum its adapter is [A_k; A_0[r_k:]], [B_k B_0[:, r_k:]].
+    A client of rank r_k goes on from the first r_k rows of it and leaves the others as they are, so
+    for every sum its adapter is [A_k; A_0[r_k:]], [B_k B_0[:, r_k:]].
     """
+
+    start: Factors
+    """(A_0, B_0), its scale in it."""
+    averages: Factors
+    """Σ p_k A_k and Σ p_k s_k B_k apart, of the start's rank; zeros where r_k ends."""
+    shares: Tensor
+    """Σ p_k over the clients that train a row of the start, for each row."""
+
+    def add(self, stacked: Factors, parts: Sequence[Part]) -> None:
+        """Count clients in, whose factors these are."""
+        for part in parts:
+            rank = part.rows.stop - part.rows.start
+            self.averages.A[:rank] += part.weight * stacked.A[part.rows]
+            self.averages.B[:, :rank] += part.weight * part.scale * stacked.B[:, part.rows]
+            self.shares[:rank] += part.weight
+
+
+class Sum(NamedTuple):
+    """A round's sum for one matrix, in float64, and the averages that may stand for part of it."""
 
     trained: Factors
     """Σ p_k s_k B_k A_k."""
-    start: Factors | None = None
-    """The global adapter (A_0, B_0) that clients went on from, its scale in it."""
-    averages: Factors | None = None
-    """Σ p_k A_k and Σ p_k s_k B_k apart, of the start's rank; zeros where r_k ends."""
-    shares: Tensor | None = None
-    """Σ p_k over the clients that train a row of the start, for each row."""
+    continued: Continued | None = None
+    """What clients went on from, unless each began at zero."""
 
     def exact(self) -> Factors:
         """What the global adapter becomes: B_0 A_0 + Σ p_k (s_k B_k A_k - B_0 A_0)."""
-        if self.start is None or self.shares is None:
+        if self.continued is None:
             return self.trained
-        untouched = self.start.A * (1 - self.shares)[:, None]
-        return lowrank.stack([self.trained, Factors(untouched, self.start.B)])
+        start, _, shares = self.continued
+        untouched = start.A * (1 - shares)[:, None]
+        return lowrank.stack([self.trained, Factors(untouched, start.B)])
 
     def average(self) -> Factors | None:
         """The averages of A and of B that stand for `exact`, of the start's rank."""
-        if self.start is None or self.averages is None or self.shares is None:
+        if self.continued is None:
             return None
-        A, B = self.averages
-        untouched = 1 - self.shares
-        return Factors(A + self.start.A * untouched[:, None], B + self.start.B * untouched)
+        start, (A, B), shares = self.continued
+        untouched = 1 - shares
+        return Factors(A + start.A * untouched[:, None], B + start.B * untouched)
 
     def step(self) -> Factors:
         """What the round adds to the global function: `exact` - B_0 A_0."""
         exact = self.exact()
-        return exact if self.start is None else lowrank.difference(exact, self.start)
+        if self.continued is None:
+            return exact
+        return lowrank.difference(exact, self.continued.start)
 
 
 class StackedSums:
@@ -89,24 +107,22 @@ class StackedSums:
 
     def _sum(self, module: str) -> Sum:
         """The sum of the stack's pieces, which is a stack, or a product where that is smaller."""
-        start = self._start[module].double() if module in self._start else None
-        averages = start and Factors(torch.zeros_like(start.A), torch.zeros_like(start.B))
-        shares = None if start is None else torch.zeros(start.rank, dtype=torch.float64)
+        continued: Continued | None = None
+        if module in self._start:
+            start = self._start[module].double()
+            averages = Factors(torch.zeros_like(start.A), torch.zeros_like(start.B))
+            continued = Continued(start, averages, torch.zeros_like(start.A[:, 0]))
 
         def pieces() -> Iterator[Factors]:
             most = math.inf if self._whole else min(self._stacks.shape(module))
             for stacked, parts in self._stacks.pieces(module, self._weights, most):
                 piece = stacked.double()
-                if averages is not None and shares is not None:
-                    for part in parts:
-                        rank = part.rows.stop - part.rows.start
-                        averages.A[:rank] += part.weight * piece.A[part.rows]
-                        averages.B[:, :rank] += part.weight * part.scale * piece.B[:, part.rows]
-                        shares[:rank] += part.weight
+                if continued is not None:
+                    continued.add(piece, parts)
                 yield exact_sum(piece, parts)
 
         trained = next(pieces()) if self._whole else lowrank.total(pieces())
-        return Sum(trained, start, averages, shares)
+        return Sum(trained, continued)
 
 
 class SketchedSums:
@@ -193,4 +209,5 @@ class SketchedSums:
             A, B = self._averages.pop(module).double()
             averages = Factors(A * self._factor, B * self._factor)
             shares = self._shares.pop(module) * self._factor
-            yield module, Sum(trained, self._start[module].double(), averages, shares)
+            start = self._start[module].double()
+            yield module, Sum(trained, Continued(start, averages, shares))

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from hedgerow import console
-from hedgerow.comparison import Cell, Outcome
+from hedgerow.comparison import Outcome
 from hedgerow.files import replacing
 
 SCORES = ("eval_loss", "rouge_l", "exact_match", "accuracy", "accuracy_norm")
@@ -74,16 +74,8 @@ def shown(table: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
         table: as `summarise` gives it.
         keys: those that were swept.
     """
-    names = {
-        "eval_loss": "loss",
-        "rouge_l": "ROUGE-L",
-        "exact_match": "exact match",
-        "accuracy": "accuracy",
-        "accuracy_norm": "accuracy (normalised)",
-        "bytes_up": "up",
-        "bytes_down": "down",
-        "seconds": "seconds",
-    }
+    names = {score: console.SCORES[score] for score in SCORES}
+    names |= {"bytes_up": "up", "bytes_down": "down", "seconds": "seconds"}
     target = next((row["target"] for row in table if "target" in row), None)
     if target is not None:
         names["rounds_to_target"] = f"rounds to {target:.4g}"
@@ -92,8 +84,8 @@ def shown(table: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
     for row in table:
         line = {"method": row["method"], **{key: row[key] for key in keys}}
         for key, name in names.items():
-            if any(key in each for each in table):
-                line[name] = _shown(key, row.get(key), row.get(f"{key}_spread"))
+            if key in row:
+                line[name] = _shown(key, row[key], row.get(f"{key}_spread"))
         if any(each["failed"] for each in table):
             line["failed"] = str(row["failed"] or "")
         lines.append(line)
@@ -113,11 +105,6 @@ def write(table: Sequence[dict[str, Any]], people: pd.DataFrame, out: Path) -> N
     for kind in FORMATS:
         with replacing(out / f"comparison.{kind}") as file:
             file.write(texts[kind].encode())
-
-
-def swept_keys(cells: Iterable[Cell]) -> list[str]:
-    """The keys that a comparison sweeps, in their order."""
-    return list(dict.fromkeys(key for cell in cells for key in cell.sweep))
 
 
 def _over_seeds(key: str, values: Sequence[float | None]) -> dict[str, float | None]:
