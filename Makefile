@@ -1,12 +1,13 @@
 # make demo   install, then run the main job on the built-in model and data
 # make test   install, then lint, check types and run the tests
+# make browser   install Chromium where root can, for the tests that are skipped without one
 # An existing .venv is used as it is; what is missing is installed into it.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.hedgerow-installed
 
-.PHONY: install demo test test-slow lint format clean
+.PHONY: install demo test test-slow browser lint format clean
 
 install: $(INSTALLED)
 
@@ -25,6 +26,11 @@ test: install lint
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name && exit; done; \
+	{ test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
+	echo "Chromium is not here: the tests of pages in a browser will be skipped" >&2
 
 lint: install
 	$(BIN)/ruff check .

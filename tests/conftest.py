@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -103,35 +104,36 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def experiment(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
     """Write an experiment file on three clients of different sizes; keywords change sections."""
+    return functools.partial(write_experiment, tmp_path, tiny_model)
+
+
+def write_experiment(folder: Path, base: Path, /, **sections: Any) -> Path:
+    """As the fixture `experiment`, into any folder."""
     for client, size in enumerate([5, 9, 14]):
         rows = [
             {"instruction": f"Say {'abc'[client]}{i}", "output": f"{'abc'[client] * 3}{i}"}
             for i in range(size)
         ]
-        (tmp_path / f"client_{client}.json").write_text(json.dumps(rows))
+        (folder / f"client_{client}.json").write_text(json.dumps(rows))
     rows = [{"instruction": f"Say b{i}", "output": f"bbb{i}"} for i in range(4)]
-    (tmp_path / "test.json").write_text(json.dumps(rows))
-
-    def write(**sections: Any) -> Path:
-        content: dict[str, Any] = {
-            "model": {"path": str(tiny_model)},
-            "data": {
-                "clients": "client_{}.json",
-                "test": "test.json",
-                "prompt": "plain",
-                "max_length": 64,
-            },
-            "method": {"name": "flora", "ranks": [4, 2, 1]},
-            "training": {"steps": 2, "batch_size": 4, "learning_rate": 0.01},
-            "federation": {"rounds": 2},
-        }
-        for name, section in sections.items():
-            content[name] = {**content.get(name, {}), **section}
-        path = tmp_path / "experiment.yaml"
-        path.write_text(yaml.safe_dump(content))
-        return path
-
-    return write
+    (folder / "test.json").write_text(json.dumps(rows))
+    content: dict[str, Any] = {
+        "model": {"path": str(base)},
+        "data": {
+            "clients": "client_{}.json",
+            "test": "test.json",
+            "prompt": "plain",
+            "max_length": 64,
+        },
+        "method": {"name": "flora", "ranks": [4, 2, 1]},
+        "training": {"steps": 2, "batch_size": 4, "learning_rate": 0.01},
+        "federation": {"rounds": 2},
+    }
+    for name, section in sections.items():
+        content[name] = {**content.get(name, {}), **section}
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
 
 
 def no_past(round: int) -> Any:

@@ -215,6 +215,7 @@ def test_a_client_that_fails_is_named_and_the_round_goes_on(
     assert "client-001 failed: its loss was nan" in result.out
     for row in rows_of(tmp_path / "run")[1:]:
         assert (row["clients"], row["failed"]) == (2, 1)
+        assert list(row["train_loss_by_client"]) == row["participants"]
         assert row["participants"] == ["client-000", "client-002"]
         assert "nan" in row["failures"]["client-001"]
     entry = next(Ledger.open(tmp_path / "run" / "ledger").entries())

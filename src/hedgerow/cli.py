@@ -129,6 +129,31 @@ def compare(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Runs, or comparisons.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = ...,  # type: ignore[assignment]
+    answers: Annotated[
+        int, typer.Option(min=0, help="Questions to ask before and after; 0 asks none.")
+    ] = 5,
+    target: Annotated[
+        float | None, typer.Option(help="Count bytes and rounds to this loss.")
+    ] = None,
+) -> None:
+    """Make one page of charts, tables and answers about runs, which opens without a network.
+
+    Example: hedgerow report comparison --out page.html
+    """
+    from hedgerow import console
+    from hedgerow.report import page
+
+    with console.ProgressWatcher("models") as watcher:
+        notes = page.write(folders, out, answers, target, watcher.evaluated)
+    for note in notes:
+        console.out.print(f"not shown: {note}", soft_wrap=True)
+    console.out.print(f"{out}: {console.size(out.stat().st_size)}")
+
+
+@app.command()
 def evaluate(
     target: Annotated[Path, typer.Argument(metavar="DIR|MODEL", help="A run, or a model folder.")],
     overrides: Overrides = None,

@@ -20,9 +20,7 @@ from hedgerow.experiment import Experiment, load
 from hedgerow.rundir import RunDirectory, read_rows
 
 if TYPE_CHECKING:
-    from hedgerow.experiment import ModelSettings
     from hedgerow.federation import Watcher
-    from hedgerow.model import Model
 
 
 _OWN = {"federation.seed": "--seeds", "method": "--methods", "method.name": "--methods"}
@@ -120,12 +118,17 @@ def run(
     Raises:
         UserError: a cell's folder holds another experiment's run; nothing has been run.
     """
+    # Not at the top: torch and peft take seconds to import, and a mistake should not.
+    from hedgerow.engines import local
+    from hedgerow.runs import Lender
+
     missing = [cell for cell in cells if not _is_done(cell)]
-    lender, failures = _Lender(), {}
+    lender, failures = Lender(), {}
     for count, cell in enumerate(missing, start=1):
         with watch(f"[{count}/{len(missing)}] {title(cell)}:") as watcher:
             try:
-                lender.run(cell, watcher)
+                model = lender.lend(cell.experiment.model)
+                local.run(cell.experiment, cell.folder, watcher, resume=True, model=model)
             except (UserError, RunFailed) as error:
                 failures[cell.folder] = str(error)
     return [Outcome(cell, read_rows(cell.folder), failures.get(cell.folder)) for cell in cells]
@@ -135,30 +138,6 @@ def title(cell: Cell) -> str:
     """A cell in words."""
     values = [f"{key.rpartition('.')[2]}={value}" for key, value in cell.sweep.items()]
     return ", ".join([cell.method, *values, f"seed {cell.seed}"])
-
-
-class _Lender:
-    """Lends one model to run after run, each time as it was loaded."""
-
-    def __init__(self) -> None:
-        self._settings: ModelSettings | None = None
-        self._model: Model | None = None
-        self._state: dict[str, Any] = {}
-
-    def run(self, cell: Cell, watcher: Watcher) -> None:
-        """Run a cell, or go on with it."""
-        # Not at the top: torch and peft take seconds to import, and a mistake should not.
-        from hedgerow.engines import local
-        from hedgerow.model import Model
-
-        settings = cell.experiment.model
-        if self._model is None or settings != self._settings:
-            self._model, self._state = None, {}  # before the next one is in memory
-            self._model, self._settings = Model.load(settings), settings
-            self._state = self._model.state()
-        else:
-            self._model.reset(self._state)
-        local.run(cell.experiment, cell.folder, watcher, resume=True, model=self._model)
 
 
 def _is_done(cell: Cell) -> bool:

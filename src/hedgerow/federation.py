@@ -134,7 +134,8 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
 
         parts = {f"{part}_seconds": seconds for part, seconds in clock.seconds.items()}
         seconds = {"seconds": time.perf_counter() - began, **parts}
-        finish(row_of(entry, traffic, answers.failures) | scored | seconds)
+        row = row_of(entry, traffic, answers.failures)
+        finish(row | scored | {"train_loss_by_client": answers.losses} | seconds)
 
 
 def draw(clients: Sequence[Client], count: int | None, seeds: Seeds, round: int) -> list[Client]:
@@ -205,9 +206,16 @@ class Answers:
         for client in waiting:
             yield from self._hand_on(client.name)
 
+    @property
+    def losses(self) -> dict[str, float]:
+        """The training loss that each client reports, in the clients' order."""
+        names = (client.name for client in self.clients)
+        return {name: self._losses[name] for name in names if name in self._losses}
+
     def entry(self, aggregate: Aggregate) -> Entry:
         """The round's entry; who answered weighs p_k = n_k / Σ n, or what the aggregate says."""
-        present = [client for client in self.clients if client.name in self._losses]
+        losses = self.losses
+        present = [client for client in self.clients if client.name in losses]
         total = sum(client.num_examples for client in present)
         shares = [client.num_examples / total for client in present]
         weights = shares if aggregate.weights is None else aggregate.weights
@@ -215,8 +223,7 @@ class Answers:
             Participant(client.name, client.num_examples, weight)
             for client, weight in zip(present, weights, strict=True)
         ]
-        losses = (self._losses[client.name] for client in present)
-        train_loss = sum(share * loss for share, loss in zip(shares, losses, strict=True))
+        train_loss = sum(p * loss for p, loss in zip(shares, losses.values(), strict=True))
         metrics = {"train_loss": train_loss, "bytes_up": self._bytes, **aggregate.metrics}
         return Entry(
             *(self._method.name, self._round, self._ledger.head, participants, metrics),

@@ -66,8 +66,8 @@ class RunDirectory:
         if not (path / EXPERIMENT).exists():
             RunDirectory.check_free(path)
             return False
-        before = _flat(load(path / EXPERIMENT).model_dump(mode="json"))
-        now = _flat(experiment.model_dump(mode="json"))
+        before = flat(load(path / EXPERIMENT).model_dump(mode="json"))
+        now = flat(experiment.model_dump(mode="json"))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key) and key not in FREE:
                 raise UserError(
@@ -287,10 +287,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _flat(content: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+def flat(content: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Nested mappings as one, whose keys are the ways to the values."""
     if not isinstance(content, dict):
         return {key: content}
-    flat: dict[tuple[str, ...], Any] = {}
+    found: dict[tuple[str, ...], Any] = {}
     for name, value in content.items():
-        flat |= _flat(value, (*key, str(name)))
-    return flat
+        found |= flat(value, (*key, str(name)))
+    return found

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 from hedgerow.errors import UserError
-from hedgerow.experiment import Experiment, load
+from hedgerow.experiment import Experiment, ModelSettings, load
 from hedgerow.ledger import Base, Ledger, unpack
 from hedgerow.model import Model
 from hedgerow.rundir import EXPERIMENT
@@ -39,6 +41,30 @@ def model_at(experiment: Experiment, ledger: Ledger, round: int) -> Model:
     ledger.check_base(Base.of(model), f"model.path {experiment.model.path}")
     ledger.replay(experiment.method, model, round)
     return model
+
+
+class Lender:
+    """Lends one model again and again, each time as it was loaded."""
+
+    def __init__(self) -> None:
+        self._settings: ModelSettings | None = None
+        self._model: Model | None = None
+        self.state: dict[str, Tensor] = {}
+        """Its weights and buffers as they were loaded, in host memory."""
+
+    def lend(self, settings: ModelSettings) -> Model:
+        """The model, for the caller to change until it is lent again.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        if self._model is None or settings != self._settings:
+            self._model, self.state = None, {}  # before the next one is in memory
+            self._model, self._settings = Model.load(settings), settings
+            self.state = self._model.state()
+        else:
+            self._model.reset(self.state)
+        return self._model
 
 
 def check_client(experiment: Experiment, ledger: Ledger, client: str | None) -> list[str]:

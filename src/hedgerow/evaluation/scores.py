@@ -180,9 +180,9 @@ def evaluate(
     if "loss" in metrics:
         scores["eval_loss"] = _loss(model, test, settings.batch_size, tick)
     if generating:
-        answers, cut = _answers(model, test, settings, tick)
+        said, cut = answers(model, test, settings, tick)
         counts["answer_prompts_cut"] = cut
-        pairs = list(zip(test.references, answers, strict=True))
+        pairs = list(zip(test.references, said, strict=True))
         if "rouge_l" in metrics:
             scores["rouge_l"] = _percent([rouge_l(*pair) for pair in pairs])
         if "exact_match" in metrics:
@@ -217,9 +217,10 @@ def _loss(model: Model, test: TestSet, batch_size: int, tick: Tick) -> _Score:
     return _Score(test.scored, *losses(model.network, lengths, read, batch_size, tick))
 
 
-def _answers(
+def answers(
     model: Model, test: TestSet, settings: EvaluationSettings, tick: Tick
 ) -> tuple[list[str], int]:
+    """The model's greedy answer to each row, and how many prompts had to be cut."""
     examples = (test.examples[index] for index in range(len(test)))
     prompts = [example.tokens[: example.prompt_length] for example in examples]
     return generate(model, prompts, settings.max_new_tokens, settings.batch_size, tick)

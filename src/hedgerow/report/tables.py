@@ -74,22 +74,27 @@ def shown(table: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
         table: as `summarise` gives it.
         keys: those that were swept.
     """
+    names = columns(table)
+    lines = []
+    for row in table:
+        line = {"method": row["method"], **{key: row[key] for key in keys}}
+        for key, name in names.items():
+            line[name] = _shown(key, row[key], row.get(f"{key}_spread"))
+        if any(each["failed"] for each in table):
+            line["failed"] = str(row["failed"] or "")
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def columns(table: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The numbers that people are shown, by their keys in the table, with their names."""
     names = {score: console.SCORES[score] for score in SCORES}
     names |= {"bytes_up": "up", "bytes_down": "down", "seconds": "seconds"}
     target = next((row["target"] for row in table if "target" in row), None)
     if target is not None:
         names["rounds_to_target"] = f"rounds to {target:.4g}"
         names["bytes_to_target"] = f"bytes to {target:.4g}"
-    lines = []
-    for row in table:
-        line = {"method": row["method"], **{key: row[key] for key in keys}}
-        for key, name in names.items():
-            if key in row:
-                line[name] = _shown(key, row[key], row.get(f"{key}_spread"))
-        if any(each["failed"] for each in table):
-            line["failed"] = str(row["failed"] or "")
-        lines.append(line)
-    return pd.DataFrame(lines)
+    return {key: name for key, name in names.items() if all(key in row for row in table)}
 
 
 def write(table: Sequence[dict[str, Any]], people: pd.DataFrame, out: Path) -> None:

@@ -1,0 +1,122 @@
+"""The runs that a page is about, found in folders and put together by what they differ in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hedgerow.comparison import Cell, Outcome
+from hedgerow.errors import UserError
+from hedgerow.experiment import Experiment, load
+from hedgerow.rundir import EXPERIMENT, METRICS, flat, read_rows
+
+_Key = tuple[str, ...]
+_SEED: _Key = ("federation", "seed")
+
+
+class Series(NamedTuple):
+    """The runs of one method with one choice of options; they differ in their seeds."""
+
+    label: str
+    """The method's name, and the options in which it differs from others of that name."""
+    outcomes: list[Outcome]
+
+    @property
+    def first(self) -> Outcome:
+        """The run that stands for all where one has to: of the first seed that has most rounds."""
+        return max(self.outcomes, key=lambda outcome: outcome.rows[-1]["round"])
+
+
+def gather(folders: Iterable[Path]) -> list[Series]:
+    """The series in `folders`, the lowest last loss first.
+
+    Args:
+        folders: run directories, or folders of them, as `hedgerow compare` makes.
+
+    Raises:
+        UserError: a folder has no run, or a run has not measured anything yet.
+    """
+    found = list(dict.fromkeys(run for folder in folders for run in _runs_in(folder)))
+    experiments = {run: load(run / EXPERIMENT) for run in found}
+    together: dict[str, list[Path]] = {}
+    for run, label in zip(found, labels(list(experiments.values())), strict=True):
+        together.setdefault(label, []).append(run)
+    series = []
+    for label, runs in together.items():
+        seeds = [experiments[run].federation.seed for run in runs]
+        if len(set(seeds)) == len(seeds):
+            runs.sort(key=lambda run: experiments[run].federation.seed)
+            series.append(Series(label, [_outcome(label, run, experiments[run]) for run in runs]))
+        else:  # the same experiment, run several times: before and after a change of the code, say
+            series += [
+                Series(name, [_outcome(name, run, experiments[run])])
+                for run in runs
+                for name in [f"{label} in {run}"]
+            ]
+    return sorted(series, key=_last_loss)
+
+
+def labels(experiments: Sequence[Experiment]) -> list[str]:
+    """Each experiment's method, with as few options as tell it from others of its name.
+
+    Seeds are no options.
+    """
+    flats = [flat(experiment.model_dump(mode="json")) for experiment in experiments]
+    names = [str(mine["method", "name"]) for mine in flats]
+    words = []
+    for name, mine in zip(names, flats, strict=True):
+        others = [other for other, its in zip(flats, names, strict=True) if its == name]
+        telling = _telling(others)
+        words.append(", ".join([name, *(f"{key[-1]}={_short(mine.get(key))}" for key in telling)]))
+    return words
+
+
+def _telling(flats: Sequence[Mapping[_Key, Any]]) -> list[_Key]:
+    """The fewest keys that tell apart whatever differs (one after another, the most telling)."""
+    keys = [key for key in dict.fromkeys(key for each in flats for key in each) if key != _SEED]
+    chosen: list[_Key] = []
+
+    def apart(keys: Sequence[_Key]) -> int:
+        return len({tuple(repr(each.get(key)) for key in keys) for each in flats})
+
+    def words(key: _Key) -> int:
+        return sum(len(repr(each.get(key))) for each in flats)
+
+    while apart(chosen) < apart(keys):
+        chosen.append(max(keys, key=lambda key: (apart([*chosen, key]), -words(key))))
+    return chosen
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if (folder / METRICS).is_file() and (folder / EXPERIMENT).is_file():
+        return [folder]
+    # A comparison keeps its runs one level further down.
+    found = [
+        path.parent for pattern in ("*", "runs/*") for path in folder.glob(f"{pattern}/{METRICS}")
+    ]
+    if not found:
+        raise UserError(
+            f"{folder} has no run in it: give a run's directory, or a folder that hedgerow compare "
+            "has made"
+        )
+    return sorted(found)
+
+
+def _outcome(label: str, run: Path, experiment: Experiment) -> Outcome:
+    rows = read_rows(run)
+    if not rows:
+        raise UserError(f"{run} has measured nothing yet: wait for its first round")
+    last, planned = rows[-1]["round"], experiment.federation.rounds
+    failure = None if last == planned else f"stopped after round {last} of {planned}"
+    cell = Cell(label, {}, experiment.federation.seed, experiment, run)
+    return Outcome(cell, rows, failure)
+
+
+def _last_loss(series: Series) -> float:
+    losses = [outcome.rows[-1].get("eval_loss") for outcome in series.outcomes]
+    return min((loss for loss in losses if loss is not None), default=float("inf"))
+
+
+def _short(value: Any) -> str:
+    return Path(value).name if isinstance(value, str) and "/" in value else str(value)

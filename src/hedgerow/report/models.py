@@ -1,0 +1,164 @@
+"""What only the models themselves can tell: their answers, and what training has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hedgerow.data import load_template, read
+from hedgerow.errors import UserError
+from hedgerow.evaluation.answers import check_positions
+from hedgerow.evaluation.scores import TestSet, answers
+from hedgerow.experiment import Experiment
+from hedgerow.ledger import Base, Ledger
+from hedgerow.model import Model
+from hedgerow.report.gather import Series
+from hedgerow.runs import Lender
+from hedgerow.seeds import Seeds
+
+LEADING = 64
+"""How many singular values of a matrix are looked at."""
+
+
+class Question(NamedTuple):
+    """A row of the test data, and what models say to it."""
+
+    prompt: str
+    """Instruction and input, as they stand in the row."""
+    reference: str
+    before: str
+    """The base model's answer."""
+    after: dict[str, str]
+    """The answer after the last round, by the series' label."""
+
+
+class Look(NamedTuple):
+    """What was found in the models of some series."""
+
+    questions: list[Question]
+    spectra: dict[str, dict[str, list[float]]]
+    """The singular values of what training has added, descending, by series and matrix."""
+    notes: list[str]
+    """Why something could not be looked at: a base model that is not there, say."""
+
+
+def look(
+    series: Sequence[Series], count: int, progress: Callable[[int, int], None] | None = None
+) -> Look:
+    """Answers to `count` rows of each test set, and spectra; of one run of each series.
+
+    Where a method has no global model, the first client's stands for it.
+
+    Args:
+        progress: told how many models are looked at, of how many.
+    """
+    looker = _Looker(count)
+    notes: dict[str, None] = {}
+    for done, each in enumerate(series):
+        if progress is not None:
+            progress(done, len(series))
+        try:
+            looker.look_at(each)
+        except UserError as error:
+            notes[str(error)] = None
+    if progress is not None:
+        progress(len(series), len(series))
+    return Look(looker.questions, looker.spectra, list(notes))
+
+
+class _Looker:
+    """Looks at one series after another, on one base model."""
+
+    def __init__(self, count: int) -> None:
+        self.spectra: dict[str, dict[str, list[float]]] = {}
+        self._count = count
+        self._lender = Lender()
+        self._asked: dict[str, _Exam] = {}
+
+    @property
+    def questions(self) -> list[Question]:
+        """All that was asked."""
+        return [question for exam in self._asked.values() for question in exam.questions]
+
+    def look_at(self, series: Series) -> None:
+        """Ask the run that stands for a series, and take its spectra.
+
+        Raises:
+            UserError: the base model or the test data are not what they were, or have no answers;
+                or the ledger is damaged.
+        """
+        cell = series.first.cell
+        experiment, method = cell.experiment, cell.experiment.method
+        model, ledger = self._lender.lend(experiment.model), Ledger.open(cell.folder / "ledger")
+        ledger.check_base(Base.of(model), f"model.path {experiment.model.path}")
+        exam = self._exam(experiment, model)
+        ledger.replay(method, model)
+        client = None if method.has_global_model else ledger.clients()[0]
+        if exam is not None:
+            for _ in method.models(model, [] if client is None else [client]):
+                exam.ask(series.label, model)
+        method.merge(model, client)
+        self.spectra[series.label] = dict(_spectra(model, self._lender.state))
+
+    def _exam(self, experiment: Experiment, model: Model) -> _Exam | None:
+        """The questions for runs on this model and data, which it has answered as the base."""
+        if not self._count or experiment.data.test is None:
+            return None
+        key = experiment.dump(include={"model", "evaluation"}) + experiment.data.model_dump_json()
+        if key not in self._asked:
+            self._asked[key] = _Exam(experiment, model, self._count)
+        return self._asked[key]
+
+
+class _Exam:
+    """Rows spread evenly over the test data, and the base model's answers to them."""
+
+    def __init__(self, experiment: Experiment, base: Model, count: int) -> None:
+        data = experiment.data
+        assert data.test is not None, "there is nothing to ask otherwise"
+        rows = read(data.test, data.test_split)
+        places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+        chosen = [rows[place] for place in places]
+        self._settings = experiment.evaluation.model_copy(
+            update={"metrics": ["rouge_l"], "by": None}
+        )
+        check_positions(base, self._settings)
+        self._test = TestSet.prepare(chosen, data, self._settings, base.tokenizer)
+        words = load_template("plain", base.tokenizer, data.fields)
+        prompts = [words.prompt(row).strip() for row in chosen]
+        texts = zip(prompts, self._test.references, self._answers(base), strict=True)
+        self.questions = [Question(*each, {}) for each in texts]
+
+    def ask(self, label: str, model: Model) -> None:
+        """Ask a model, whose answers stand under `label`."""
+        for question, answer in zip(self.questions, self._answers(model), strict=True):
+            question.after[label] = answer
+
+    def _answers(self, model: Model) -> list[str]:
+        found, _ = answers(model, self._test, self._settings, lambda count: None)
+        return [answer.strip() for answer in found]
+
+
+def _spectra(model: Model, base: dict[str, Tensor]) -> Iterator[tuple[str, list[float]]]:
+    """The leading singular values of each matrix's change, where there is one."""
+    for name, weight in model.network.named_parameters():
+        if weight.ndim == 2:
+            change = weight.detach().float().cpu() - base[name].float()
+            if change.any():
+                yield name, _singular_values(change, name)
+
+
+def _singular_values(matrix: Tensor, name: str) -> list[float]:
+    """Descending; of a large matrix the leading ones, by subspace iteration (arXiv 0909.4061)."""
+    if min(matrix.shape) > 4 * LEADING:
+        generator = Seeds(0).torch("spectrum", name)
+        basis = torch.randn(matrix.shape[1], 2 * LEADING, generator=generator)
+        for _ in range(2):
+            basis = torch.linalg.qr(matrix.T @ torch.linalg.qr(matrix @ basis).Q).Q
+        matrix = matrix @ basis
+    values: list[float] = torch.linalg.svdvals(matrix)[:LEADING].tolist()
+    return values

@@ -1,0 +1,181 @@
+"""The page: what runs came to, in one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import yaml
+
+from hedgerow import __version__, console
+from hedgerow.errors import UserError
+from hedgerow.experiment import Experiment, without_folders
+from hedgerow.files import replacing
+from hedgerow.report import charts, models, tables
+from hedgerow.report.gather import Series, gather
+from hedgerow.report.sections import LINES, NOISE, rounds_of, sections
+from hedgerow.rundir import flat
+
+
+def write(
+    folders: Sequence[Path],
+    out: Path,
+    answers: int,
+    target: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Write the page about the runs in `folders`.
+
+    Args:
+        folders: run directories, or folders of them, as `hedgerow compare` makes.
+        out: the HTML file.
+        answers: how many test questions to ask the models before and after.
+        target: as in `tables.summarise`.
+        progress: told how many models were asked, of how many.
+
+    Returns:
+        What could not be shown, and why.
+
+    Raises:
+        UserError: a folder has no run; or `out` cannot be written to.
+    """
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: name a file in a folder that is there, as page.html")
+    series = gather(folders)
+    look = models.look(series, answers, progress)
+    page = render(series, look, target)
+    with replacing(out) as file:
+        file.write(page.encode())
+    return look.notes
+
+
+def render(series: Sequence[Series], look: models.Look, target: float | None = None) -> str:
+    """The page as HTML."""
+    rounds = rounds_of(series)
+    outcomes = [outcome for each in series for outcome in each.outcomes]
+    table = tables.summarise(outcomes, target)
+    shown = tables.shown(table, [])
+    keys = ["method", *tables.columns(table)]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hedgerow.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(
+        version=__version__,
+        title=_title(series),
+        series=[
+            {"label": each.label, "summary": each.first.cell.experiment.method.summary}
+            for each in series
+        ],
+        dashes=[charts.dash(index) for index in range(len(series))],
+        headline=_headline(table),
+        header=list(shown.columns),
+        rows=[
+            [{"text": text, "value": row.get(key)} for key, text in zip(keys, texts, strict=False)]
+            for row, texts in zip(table, shown.values.tolist(), strict=True)
+        ],
+        stopped=[
+            f"{outcome.cell.method}, seed {outcome.cell.seed}: {outcome.failure}"
+            for outcome in outcomes
+            if outcome.failure
+        ],
+        sections=sections(series, look, rounds),
+        numbers=_numbers(rounds),
+        look=look,
+        shared=_shared(series),
+        own=_own(series),
+    )
+
+
+def _title(series: Sequence[Series]) -> str:
+    outcomes = [outcome for each in series for outcome in each.outcomes]
+    base = Path(outcomes[0].cell.experiment.model.path).name
+    clients = max(len({*row["participants"], *row["failures"]}) for o in outcomes for row in o.rows)
+    seeds = len({outcome.cell.seed for outcome in outcomes})
+    what = f"{len(series)} methods" if len(series) > 1 else series[0].label
+    return ", ".join(
+        [f"{what} on {base}", f"{clients} clients", *([f"{seeds} seeds"] if seeds > 1 else [])]
+    )
+
+
+def _headline(table: Sequence[dict[str, Any]]) -> list[str]:
+    """What the table says, in a sentence or two."""
+    said = []
+    losses = [row for row in table if row.get("eval_loss") is not None]
+    if losses:
+        best = min(losses, key=lambda row: float(row["eval_loss"]))
+        said.append(f"The lowest loss is {best['method']}'s, {console.score(best['eval_loss'])}.")
+    frugal = [row for row in table if row.get("bytes_to_target")]
+    if frugal:
+        best = min(frugal, key=lambda row: float(row["bytes_to_target"]))
+        said.append(
+            f"The fewest bytes to a loss of {console.score(best['target'])} are "
+            f"{best['method']}'s, {console.size(round(best['bytes_to_target']))} up and down."
+        )
+    return said
+
+
+def _numbers(rounds: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """What is drawn by round, as a table: its header, and its rows."""
+    keys = [key for key in (*LINES, *NOISE) if rounds[key].notna().any()]
+    means = rounds.groupby(["series", "round"], sort=False)[["bytes", "seconds", *keys]].mean()
+    rows = [
+        [name, str(round), console.size(int(row["bytes"])), f"{row['seconds']:.1f}"]
+        + ["" if pd.isna(row[key]) else console.score(row[key]) for key in keys]
+        for (name, round), row in means.iterrows()
+    ]
+    names = [(LINES | NOISE)[key] for key in keys]
+    return ["run", "round", "bytes up and down", "seconds", *names], rows
+
+
+def _shared(series: Sequence[Series]) -> str:
+    """What all experiments have in common, as YAML."""
+    return _yaml(
+        {key: value for key, value in _experiments(series)[0].items() if key in _common(series)}
+    )
+
+
+def _own(series: Sequence[Series]) -> dict[str, str]:
+    """What each series' experiment has for itself, as YAML."""
+    common = _common(series)
+    each = zip(series, _experiments(series), strict=True)
+    return {
+        one.label: _yaml({key: value for key, value in keys.items() if key not in common})
+        for one, keys in each
+    }
+
+
+def _common(series: Sequence[Series]) -> set[tuple[str, ...]]:
+    first, *others = _experiments(series)
+    return {key for key in first if all(key in o and o[key] == first[key] for o in others)}
+
+
+def _experiments(series: Sequence[Series]) -> list[dict[tuple[str, ...], Any]]:
+    """The experiment of each series, of the run that stands for it, as flat keys."""
+    return [flat(_portable(each.first.cell.experiment).model_dump(mode="json")) for each in series]
+
+
+def _portable(experiment: Experiment) -> Experiment:
+    """The experiment without the folders of the machine that it ran on."""
+    experiment = without_folders(experiment)
+    path = Path(experiment.model.path)
+    model = experiment.model.model_copy(
+        update={"path": path.name if path.is_absolute() else str(path)}
+    )
+    return experiment.model_copy(update={"model": model})
+
+
+def _yaml(keys: dict[tuple[str, ...], Any]) -> str:
+    nested: dict[str, Any] = {}
+    for way, value in keys.items():
+        inner = nested
+        for part in way[:-1]:
+            inner = inner.setdefault(part, {})
+        inner[way[-1]] = value
+    return yaml.safe_dump(nested, sort_keys=False, allow_unicode=True) if nested else ""

@@ -1,0 +1,293 @@
+"""The sections of a page: which numbers of the runs are drawn, and in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from hedgerow import console
+from hedgerow.report import charts, models
+from hedgerow.report.gather import Series
+
+LINES = {
+    "eval_loss": "loss on the test data",
+    "rouge_l": "ROUGE-L",
+    "exact_match": "exact match, %",
+    "accuracy": "accuracy, %",
+    "train_loss": "training loss",
+}
+"""What is drawn by round, where it was measured."""
+
+NOISE = {
+    "aggregation_error": "aggregation error",
+    "compression_error": "compression error",
+    "dropped_error": "dropped error",
+    "sketch_error": "sketch error",
+    "upload_error": "upload error",
+}
+"""The relative errors of an aggregate, by their keys in metrics.jsonl."""
+
+_MOST_CELLS = 1500
+"""Of one chart of clients by rounds; beyond, they are counted by round."""
+_MOST_NAMES = 60
+"""Of clients or categories in one chart."""
+_LEAST = 1e-9
+"""Errors below it are drawn there: a logarithmic axis has no zero."""
+_ROUNDING = 1e-6
+"""Singular values below this share of the largest are what float32 has rounded."""
+
+
+class Chart(NamedTuple):
+    """A chart and its words."""
+
+    title: str
+    svg: str
+    words: str
+    """What the chart shows, for those who cannot see it."""
+
+
+class Section(NamedTuple):
+    """Charts about one thing."""
+
+    title: str
+    about: str
+    charts: list[Chart]
+
+
+def sections(series: Sequence[Series], look: models.Look, rounds: pd.DataFrame) -> list[Section]:
+    """All sections that have something to show.
+
+    Args:
+        rounds: as `rounds_of` gives them.
+    """
+    names = [each.label for each in series]
+    found = [
+        _losses(rounds, names),
+        _scores(rounds, names),
+        _by_category(series, names),
+        _by_client(series, names),
+        _noise(rounds, names),
+        _spectra(look, names),
+        _participation(series),
+    ]
+    return [section for section in found if section.charts]
+
+
+def rounds_of(series: Sequence[Series]) -> pd.DataFrame:
+    """A row for each series, seed and round: the metrics, with bytes and seconds up to then."""
+    found = []
+    for each in series:
+        for outcome in each.outcomes:
+            spent, seconds = 0, 0.0
+            for row in outcome.rows:
+                spent += row["bytes_up"] + row["bytes_down"]
+                seconds += row["seconds"] or 0
+                own = {key: row.get(key) for key in (*LINES, *NOISE)}
+                found.append(
+                    {"series": each.label, "seed": outcome.cell.seed, "round": row["round"]}
+                    | {"bytes": spent, "seconds": seconds}
+                    | own
+                )
+    numbers = pd.DataFrame(found)
+    return numbers.astype(dict.fromkeys((*LINES, *NOISE), "float64"))
+
+
+def _over_seeds(rounds: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """What `charts.lines` takes: means over seeds by round, from their lowest to their highest."""
+    known = rounds.dropna(subset=[y])
+    by_round = known.groupby(["series", "round"], sort=False)
+    grouped = by_round.agg(low=(y, "min"), high=(y, "max"), value=(y, "mean"), place=(x, "mean"))
+    grouped = grouped.rename(columns={"value": "y", "place": "x"})
+    return grouped.reset_index(level="series").reset_index(drop=True)
+
+
+def _losses(rounds: pd.DataFrame, names: list[str]) -> Section:
+    y, title = "eval_loss", LINES["eval_loss"]
+    if not rounds[y].notna().any():
+        y, title = "train_loss", LINES["train_loss"]
+    drawn = []
+    for x, words in (("round", "round"), ("bytes", "bytes up and down"), ("seconds", "seconds")):
+        frame = _over_seeds(rounds, x, y)
+        if x == "bytes":
+            frame = frame[frame["x"] > 0]  # a logarithmic axis has no zero
+        if len(frame):
+            svg = charts.lines(
+                frame, names, x=words, y="loss", log_x=x == "bytes", in_bytes=x == "bytes"
+            )
+            drawn.append(
+                Chart(f"{title} by {words}", svg, _ends(frame, f"{title} by {words}", words))
+            )
+    silent = [name for name in names if not (rounds[rounds["series"] == name]["bytes"] > 0).any()]
+    about = "Means over seeds; bands reach from the best seed to the worst."
+    if silent:
+        about += f" Nothing is sent by {_listed(silent)}."
+    return Section("Loss", about, drawn)
+
+
+def _scores(rounds: pd.DataFrame, names: list[str]) -> Section:
+    drawn = []
+    for key, title in LINES.items():
+        frame = _over_seeds(rounds, "round", key)
+        if key != "eval_loss" and len(frame):
+            svg = charts.lines(frame, names, x="round", y=title)
+            drawn.append(
+                Chart(f"{title} by round", svg, _ends(frame, f"{title} by round", "round"))
+            )
+    about = "Higher is better, but for the training loss, which is of the clients' own data."
+    return Section("Scores by round", about, drawn)
+
+
+def _by_category(series: Sequence[Series], names: list[str]) -> Section:
+    drawn = []
+    for key in ("eval_loss", "rouge_l", "exact_match", "accuracy"):
+        found = [
+            {"series": each.label, "name": name, "x": fmean(values)}
+            for each in series
+            for name, values in _last(each, f"{key}_by").items()
+        ]
+        if found and len({each["name"] for each in found}) <= _MOST_NAMES:
+            svg = charts.dots(pd.DataFrame(found), names, x=LINES[key])
+            title = f"{LINES[key]} by category"
+            drawn.append(Chart(title, svg, _dotted(title, found)))
+    return Section("Scores by category", "After the last round; means over seeds.", drawn)
+
+
+def _by_client(series: Sequence[Series], names: list[str]) -> Section:
+    drawn = []
+    trained = [
+        {"series": each.label, "name": name, "x": fmean(values)}
+        for each in series
+        for name, values in _last(each, "train_loss_by_client").items()
+    ]
+    tested = [
+        {"series": each.label, "name": name, "x": fmean(s["eval_loss"] for s in scores)}
+        for each in series
+        for name, scores in _last(each, "by_client").items()
+        if all("eval_loss" in s for s in scores)
+    ]
+    for found, title in (
+        (trained, "training loss of each client"),
+        (tested, "loss on the test data of each client's own model"),
+    ):
+        if found and len({each["name"] for each in found}) <= _MOST_NAMES:
+            svg = charts.dots(pd.DataFrame(found), names, x="loss")
+            drawn.append(Chart(title, svg, _dotted(title, found)))
+    about = "In the last round; means over seeds."
+    return Section("Scores by client", about, drawn)
+
+
+def _noise(rounds: pd.DataFrame, names: list[str]) -> Section:
+    drawn = []
+    for key, title in NOISE.items():
+        frame = _over_seeds(rounds, "round", key)
+        if len(frame):
+            limited = frame.assign(**{c: frame[c].clip(lower=_LEAST) for c in ("y", "low", "high")})
+            svg = charts.lines(limited, names, x="round", y=title, log_y=True)
+            drawn.append(
+                Chart(f"{title} by round", svg, _ends(frame, f"{title} by round", "round"))
+            )
+    about = (
+        "How far what was applied is from the weighted sum of the clients' updates, beside that "
+        "sum, and what of it was left out on purpose, to save bytes."
+    )
+    return Section("Noise of the aggregate", about, drawn)
+
+
+def _spectra(look: models.Look, names: list[str]) -> Section:
+    frames, words = [], []
+    for name, by_matrix in look.spectra.items():
+        columns = [pd.Series(v) / v[0] for v in by_matrix.values() if v[0] > 0]
+        if not columns:
+            continue
+        together = pd.concat(columns, axis=1).fillna(0)
+        quantiles = together.quantile([0.25, 0.5, 0.75], axis=1).T.set_axis(
+            ["low", "y", "high"], axis=1
+        )
+        there = quantiles[quantiles["y"] > _ROUNDING].clip(lower=_ROUNDING)
+        frames.append(there.assign(series=name, x=there.index + 1))
+        ranks = (together.pow(2).cumsum() < 0.9 * together.pow(2).sum()).sum() + 1
+        words.append(f"{name} {ranks.median():.0f}")
+    if not frames:
+        return Section("", "", [])
+    title = "singular values of what was added"
+    svg = charts.lines(
+        pd.concat(frames), names, x="component", y="beside the largest", log_x=True, log_y=True
+    )
+    about = (
+        "Of the sum of all rounds, for each matrix beside its largest; the median over the "
+        "matrices, and their quartiles (one seed). Components that hold 90% of the energy of the "
+        f"leading {models.LEADING}, in the median: {_listed(words)}."
+    )
+    return Section("Singular values", about, [Chart(title, svg, f"{title}. {about}")])
+
+
+def _participation(series: Sequence[Series]) -> Section:
+    frames = {each.label: _attendance(each) for each in series}
+    losses = pd.concat(frames.values())["loss"].dropna()
+    domain = (float(losses.min()), float(losses.max())) if len(losses) else (0.0, 1.0)
+    drawn: list[Chart] = []
+    for name, frame in frames.items():
+        if frame.empty:
+            continue
+        failed = int((frame["state"] != "took part").sum())
+        words = (
+            f"{name}: {frame['client'].nunique()} clients, {frame['round'].nunique()} rounds; "
+            f"{len(frame) - failed} updates arrived, {failed} failed"
+        )
+        if len(frame) <= _MOST_CELLS and frame["client"].nunique() <= _MOST_NAMES:
+            svg = charts.taking_part(frame, domain, legend=not drawn)
+        else:
+            states = frame["state"].where(frame["state"] == "took part", "failed")
+            counted = frame.assign(state=states).groupby(["round", "state"]).size()
+            svg = charts.counts(counted.rename("count").reset_index())
+        drawn.append(Chart(name, svg, words))
+    about = "Who took part (coloured by training loss) and who failed (✕), of one seed each."
+    return Section("Clients", about, drawn)
+
+
+def _attendance(series: Series) -> pd.DataFrame:
+    found = []
+    for row in series.first.rows[1:]:
+        losses = row.get("train_loss_by_client", {})
+        states = {**dict.fromkeys(row["participants"], "took part"), **row["failures"]}
+        found += [
+            {"client": name, "round": row["round"], "loss": losses.get(name), "state": state}
+            for name, state in states.items()
+        ]
+    frame = pd.DataFrame(found, columns=["client", "round", "loss", "state"])
+    return frame.astype({"loss": "float64"}).sort_values(["client", "round"])
+
+
+def _last(series: Series, key: str) -> dict[str, list[Any]]:
+    """The values under `key` in the last rows of a series' runs, by name."""
+    found: dict[str, list[Any]] = {}
+    for outcome in series.outcomes:
+        for name, value in (outcome.rows[-1].get(key) or {}).items():
+            if value is not None:
+                found.setdefault(name, []).append(value)
+    return found
+
+
+def _ends(frame: pd.DataFrame, title: str, x: str) -> str:
+    """In words, where each line of a chart ends."""
+    last = frame.groupby("series", sort=False).tail(1)
+    value = console.size if x.startswith("bytes") else console.score
+    ends = [
+        f"{end.series} ends at {console.score(end.y)} ({x} {value(end.x)})"
+        for end in last.itertuples()
+    ]
+    return f"Lines: {title}. {'; '.join(ends)}."
+
+
+def _dotted(title: str, found: Iterable[dict[str, Any]]) -> str:
+    """In words, what the dots of a chart say."""
+    values = [f"{each['name']} {each['series']} {console.score(each['x'])}" for each in found]
+    return f"Dots: {title}. {'; '.join(values)}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,0 +1,264 @@
+"""The page about runs: what it says, and how it behaves in a real browser."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import write_experiment
+from playwright.sync_api import Page, sync_playwright
+
+from hedgerow import cli
+from hedgerow.experiment import load
+from hedgerow.report.gather import gather, labels
+from hedgerow.report.sections import rounds_of
+
+METHODS = "flora,flora restart=zero,fedavg,standalone"
+LABELS = ["flora, restart=warm", "flora, restart=zero", "fedavg", "standalone"]
+NASTY = "<script>alert(1)</script> & \"quotes\" 'and' </pre>"
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory, tiny_model) -> Path:
+    """Four methods and two seeds on test rows that try to be HTML; one client fails once."""
+    folder = tmp_path_factory.mktemp("compared")
+    metrics = {"metrics": ["loss", "rouge_l"], "by": "kind", "max_new_tokens": 4}
+    experiment = write_experiment(folder, tiny_model, evaluation=metrics)
+    rows = json.loads((folder / "test.json").read_text())
+    rows[0] |= {"instruction": NASTY, "output": NASTY}
+    rows = [row | {"kind": f"<b>{index % 2}</b>"} for index, row in enumerate(rows)]
+    (folder / "test.json").write_text(json.dumps(rows))
+    arguments = ["--methods", METHODS, "--seeds", "2", "--out", str(folder / "out")]
+    cli.app(["compare", str(experiment), *arguments], standalone_mode=False)
+    run = folder / "out/runs/fedavg,seed=0/metrics.jsonl"
+    first, second, last = map(json.loads, run.read_text().splitlines())
+    second["participants"].remove("client-001")
+    del second["train_loss_by_client"]["client-001"]
+    second |= {"clients": 2, "failed": 1, "failures": {"client-001": NASTY}}
+    run.write_text("".join(json.dumps(row) + "\n" for row in (first, second, last)))
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def html(comparison) -> Path:
+    """The page about the comparison."""
+    path = comparison / "page.html"
+    cli.app(["report", str(comparison), "--out", str(path)], standalone_mode=False)
+    return path
+
+
+def test_the_page_says_what_the_runs_came_to(comparison, html):
+    page = html.read_text()
+    assert len(page) < 5_000_000
+    assert "<script>alert(1)" not in page
+    for label in LABELS:
+        assert label in page
+    for title in ("Loss", "Scores by category", "Noise of the aggregate", "Singular values"):
+        assert f">{title}</h2>" in page
+    table = json.loads((comparison / "comparison.json").read_text())
+    values = set(re.findall(r'data-value="([^"]*)"', page))
+    assert {str(row["eval_loss"]) for row in table} <= values
+    assert {str(row["bytes_up"]) for row in table} <= values
+    # Nothing is fetched.
+    assert set(re.findall(r"""(?:src|href)=["'](.)""", page)) <= {"#", "d"}  # data:
+    assert str(comparison.parent) not in page  # where the data lay is nobody's business
+
+
+def test_the_lines_are_the_rows(comparison):
+    series = gather([comparison])
+    rounds = rounds_of(series)
+    run = comparison / "runs/flora,seed=1"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    mine = rounds[(rounds["series"] == "flora, restart=warm") & (rounds["seed"] == 1)]
+    assert mine["eval_loss"].tolist() == [row["eval_loss"] for row in rows]
+    assert mine["bytes"].iloc[-1] == sum(row["bytes_up"] + row["bytes_down"] for row in rows)
+    losses = [min(o.rows[-1]["eval_loss"] for o in each.outcomes) for each in series]
+    assert losses == sorted(losses)
+
+
+def test_labels_are_as_short_as_they_can_be(experiment):
+    changes = {
+        "flora, rslora=False": [],
+        "flora, rslora=True": ["method.rslora=true"],
+        "fedit, learning_rate=0.1": ["method=fedit", "training.learning_rate=0.1"],
+        "fedit, learning_rate=0.2": [
+            "method=fedit",
+            "training.learning_rate=0.2",
+            "federation.seed=3",
+        ],
+        "standalone": ["method=standalone"],
+    }
+    experiments = [load(experiment(), each) for each in changes.values()]
+    assert labels(experiments) == list(changes)
+
+
+def test_answers_and_spectra_need_the_base_and_nothing_else_does(
+    hedgerow, experiment, tmp_path, tiny_model
+):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    assert hedgerow("run", experiment(model={"path": str(model)}), "--out", run).code == 0
+    result = hedgerow("report", run, "--out", page, "--answers", 2)
+    assert result.code == 0, result.err
+    assert page.read_text().count('class="question"') == 2
+    shutil.rmtree(model)
+    result = hedgerow("report", run, "--out", page)
+    assert result.code == 0, result.err
+    assert "not shown" in result.out
+    assert "does not exist" in result.out
+    text = page.read_text()
+    assert "Singular values" not in text
+    assert 'class="question"' not in text
+    assert "loss on the test data by round" in text
+
+
+def test_a_run_that_was_stopped_is_shown_as_far_as_it_got(hedgerow, experiment, tmp_path):
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    assert hedgerow("run", experiment(), "--out", run).code == 0
+    metrics = run / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    assert hedgerow("report", run, "--out", page, "--answers", 0).code == 0
+    assert "stopped after round 1 of 2" in page.read_text()
+
+
+def test_mistakes_are_one_sentence_and_leave_no_page(hedgerow, experiment, tmp_path):
+    page = tmp_path / "page.html"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    result = hedgerow("report", empty, "--out", page)
+    assert (result.code, page.exists()) == (2, False)
+    assert "has no run in it" in result.err
+    result = hedgerow("report", tmp_path / "nowhere", "--out", page)
+    assert (result.code, page.exists()) == (2, False)
+    run = tmp_path / "run"
+    hedgerow("run", experiment(), "--out", run)
+    result = hedgerow("report", run, "--out", tmp_path)
+    assert result.code == 2
+    assert "name a file" in result.err
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless Chromium."""
+    with sync_playwright() as playwright:
+        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # which root cannot have
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+
+
+@pytest.fixture
+def opened(chromium, html):
+    """Open the page, in a window that records what it does."""
+    contexts = []
+
+    def open_(width: int = 1280, scheme: str = "light") -> tuple[Page, list[str]]:
+        context = chromium.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=scheme
+        )
+        contexts.append(context)
+        page, events = context.new_page(), []
+        page.on("console", lambda message: events.append(message.text))
+        page.on("pageerror", lambda error: events.append(str(error)))
+        page.on("dialog", lambda dialog: events.append(dialog.message))
+        page.on("request", lambda request: events.append(request.url))
+        page.goto(html.as_uri())
+        assert events.pop(0) == html.as_uri()
+        return page, events
+
+    yield open_
+    for context in contexts:
+        context.close()
+
+
+@browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 360])
+def test_the_page_renders_everywhere_and_asks_for_nothing(opened, width, scheme):
+    page, events = opened(width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    figures = page.locator("figure").all()
+    assert len(figures) > 8
+    for figure in figures:
+        box = figure.locator("svg").bounding_box()
+        assert box is not None
+        assert 0 < box["width"] <= width
+        assert figure.locator('[role="graphics-symbol"][aria-label]').count() > 2
+    assert events == []
+
+
+@browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_accessible(opened, scheme):
+    """By axe: names, roles, contrast of text. The contrast of lines is measured here."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page, _ = opened(scheme=scheme)
+    results = Axe().run(page)
+    assert results.violations_count == 0, results.generate_report()
+    ratios = page.evaluate(CONTRASTS)
+    assert len(ratios) == len(LABELS)
+    assert min(ratios) >= 3
+
+
+CONTRASTS = """() => {
+  const light = (colour) => {
+    const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3)
+      .map((c) => c / 255).map((c) => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const paper = light(getComputedStyle(document.body).backgroundColor);
+  return [...document.querySelectorAll("#legend line")].map((line) => {
+    const ink = light(getComputedStyle(line).stroke);
+    return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+  });
+}"""
+
+
+@browser
+def test_the_table_sorts_with_the_mouse_and_with_keys(opened):
+    page, events = opened()
+    column = "tbody td[data-value]:nth-child(2)"
+
+    def losses() -> list[float]:
+        cells = page.locator(f"table.sortable {column}").all()
+        return [float(cell.get_attribute("data-value") or "nan") for cell in cells]
+
+    heading = page.locator("table.sortable th button").nth(1)
+    heading.click()
+    assert losses() == sorted(losses())
+    heading.press("Enter")
+    assert losses() == sorted(losses(), reverse=True)
+    assert page.locator('th[aria-sort="descending"]').count() == 1
+    page.locator("table.sortable th button").first.click()
+    names = page.locator("table.sortable tbody th").all_inner_texts()
+    assert names == sorted(LABELS)
+    assert events == []
+
+
+@browser
+def test_runs_can_be_hidden_and_marks_say_what_they_are(opened):
+    page, events = opened()
+    box = page.get_by_role("checkbox", name="fedavg")
+    index = box.get_attribute("id").removeprefix("show-")
+    mine = page.locator(f'figure [stroke="var(--series-{index})"]').first
+    assert mine.is_visible()
+    box.focus()
+    page.keyboard.press("Space")
+    assert not mine.is_visible()
+    page.keyboard.press("Space")
+    page.locator('figure [aria-roledescription="circle"]').last.hover()
+    assert page.locator("#tip").inner_text().split(":")[0] in LABELS
+    failed = page.locator("figure text", has_text="✕")
+    assert failed.count() == 1
+    assert NASTY in failed.get_attribute("aria-label")
+    assert events == []
