@@ -79,7 +79,7 @@ def run(
 
             local.run(loaded, out, watcher, resume=resume, on_prepared=_say_prepared)
         else:
-            _check_flower()
+            _check_installed("flwr", "Flower", "flower")
             from hedgerow.engines.flower import simulation
 
             simulation.run(loaded, out, watcher, resume=resume, on_prepared=_say_prepared)
@@ -139,6 +139,18 @@ def evaluate(
     by: Annotated[str | None, typer.Option(help="Also score each value of this column.")] = None,
     round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
     client: Annotated[str | None, typer.Option(help="Whose model, of a standalone run.")] = None,
+    harness: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="Of lm-eval instead; with commas.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder with your own lm-eval tasks.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in the prompts of lm-eval's tasks.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Questions of each lm-eval task; below 1, a share.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a run's model, or any causal language model in a folder, on test data.
@@ -146,9 +158,32 @@ def evaluate(
     Example: hedgerow evaluate runs/first --data mmlu.jsonl --metrics multiple_choice --by class
     """
     from hedgerow import console
-    from hedgerow.evaluation.targets import score_target
 
     changes = list(overrides or [])
+    if harness is not None:
+        if (data, metrics, by) != (None, None, None):
+            raise UserError("--harness brings data and metrics: leave out --data, --metrics, --by")
+        names = [name.strip() for name in harness.split(",") if name.strip()]
+        if not names or limit == 0:
+            raise UserError("--harness needs a task, as --harness mmlu, and --limit a question")
+        _check_installed("lm_eval", "lm-eval", "harness")
+        from hedgerow.evaluation import harness as lm_eval
+
+        found = lm_eval.score_target(
+            *(target, changes, round, client, names),
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+        )
+        if as_json:
+            print(json.dumps(found))
+        else:
+            _say_harness(str(target), found)
+        return
+    if (include_path, num_fewshot, limit) != (None, None, None):
+        raise UserError("--include-path, --num-fewshot and --limit belong to --harness")
+    from hedgerow.evaluation.targets import score_target
+
     for key, value in (("data.test", data), ("evaluation.by", by)):
         changes += [f"{key}={json.dumps(value)}"] if value is not None else []
     if metrics is not None:
@@ -267,7 +302,7 @@ def flower_init(
     from hedgerow import console
     from hedgerow import experiment as experiments
 
-    _check_flower()
+    _check_installed("flwr", "Flower", "flower")
     from hedgerow.engines.flower import app as apps
 
     loaded = experiments.load(experiment, overrides or [])
@@ -343,10 +378,10 @@ _MENDABLE = dict.fromkeys(
 _MENDABLE[errno.EFBIG] = "raise the limit on file sizes (a run goes on with --resume)"
 
 
-def _check_flower() -> None:
-    """Raise a `UserError` where the optional part that knows Flower is not installed."""
-    if importlib.util.find_spec("flwr") is None:
-        raise UserError("Flower is not installed: pip install 'hedgerow[flower]'")
+def _check_installed(module: str, name: str, extra: str) -> None:
+    """Raise a `UserError` where an optional part is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{name} is not installed: pip install 'hedgerow[{extra}]'")
 
 
 def _stop(sentence: str, code: int) -> None:
@@ -370,6 +405,20 @@ def _say_prepared(prepared: Any) -> None:
             if shard.dropped > len(shard):
                 notes += f"\n{name} keeps {len(shard):,} of {len(shard) + shard.dropped:,} examples"
     console.out.print(notes, soft_wrap=True)
+
+
+def _say_harness(title: str, scores: dict[str, Any]) -> None:
+    from hedgerow import console
+    from hedgerow.evaluation.harness import table
+
+    for name, part in {title: scores, **scores.get("by_client", {})}.items():
+        rows = [
+            (task, metric, console.score(value), "" if error is None else console.score(error))
+            for task, metric, value, error in table(part)
+        ]
+        console.table(name, ["task", "metric", "value", "± stderr"], rows)
+        if part.get("prompts_cut"):
+            console.out.print(f"{part['prompts_cut']} prompts cut on the left to fit the model")
 
 
 def _summarise(out: Path) -> None:
