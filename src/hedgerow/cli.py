@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -35,6 +36,12 @@ flower_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(flower_app, name="flower")
+mt_bench_app = typer.Typer(
+    help="MT-bench: answer questions of two turns, and have the answers judged.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(mt_bench_app, name="mt-bench")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the experiment.")
@@ -79,7 +86,7 @@ def run(
 
             local.run(loaded, out, watcher, resume=resume, on_prepared=_say_prepared)
         else:
-            _check_flower()
+            _check_installed("flwr", "Flower", "flower")
             from hedgerow.engines.flower import simulation
 
             simulation.run(loaded, out, watcher, resume=resume, on_prepared=_say_prepared)
@@ -164,6 +171,18 @@ def evaluate(
     by: Annotated[str | None, typer.Option(help="Also score each value of this column.")] = None,
     round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
     client: Annotated[str | None, typer.Option(help="Whose model, of a standalone run.")] = None,
+    harness: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="Of lm-eval instead; with commas.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder with your own lm-eval tasks.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in the prompts of lm-eval's tasks.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Questions of each lm-eval task; below 1, a share.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a run's model, or any causal language model in a folder, on test data.
@@ -171,9 +190,32 @@ def evaluate(
     Example: hedgerow evaluate runs/first --data mmlu.jsonl --metrics multiple_choice --by class
     """
     from hedgerow import console
-    from hedgerow.evaluation.targets import score_target
 
     changes = list(overrides or [])
+    if harness is not None:
+        if (data, metrics, by) != (None, None, None):
+            raise UserError("--harness brings data and metrics: leave out --data, --metrics, --by")
+        names = [name.strip() for name in harness.split(",") if name.strip()]
+        if not names or limit == 0:
+            raise UserError("--harness needs a task, as --harness mmlu, and --limit a question")
+        _check_installed("lm_eval", "lm-eval", "harness")
+        from hedgerow.evaluation import harness as lm_eval
+
+        found = lm_eval.score_target(
+            *(target, changes, round, client, names),
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+        )
+        if as_json:
+            print(json.dumps(found))
+        else:
+            _say_harness(str(target), found)
+        return
+    if (include_path, num_fewshot, limit) != (None, None, None):
+        raise UserError("--include-path, --num-fewshot and --limit belong to --harness")
+    from hedgerow.evaluation.targets import score_target
+
     for key, value in (("data.test", data), ("evaluation.by", by)):
         changes += [f"{key}={json.dumps(value)}"] if value is not None else []
     if metrics is not None:
@@ -236,6 +278,112 @@ def export(
         console.out.print(f"{out}: {console.size(out.stat().st_size)}")
 
 
+@mt_bench_app.command("answer")
+def mt_bench_answer(
+    target: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder.")],
+    overrides: Overrides = None,
+    questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl.")] = ...,  # type: ignore[assignment]
+    out: Annotated[
+        Path, typer.Option(help="The answers; gone on with where they are there.")
+    ] = ...,  # type: ignore[assignment]
+    round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
+    client: Annotated[str | None, typer.Option(help="Whose model, of a standalone run.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Of an answer; at most half of the model's positions.")
+    ] = 1024,
+    model_id: Annotated[
+        str | None, typer.Option(help="The model's name in the answers, instead of the run's.")
+    ] = None,
+) -> None:
+    """Answer MT-bench's questions, each of two turns.
+
+    Given again, it goes on where it was.
+
+    Example: hedgerow mt-bench answer runs/first --questions question.jsonl --out answers.jsonl
+    """
+    from hedgerow import console
+    from hedgerow.evaluation import mt_bench
+
+    with console.ProgressWatcher("answers") as watcher:
+        done = mt_bench.answer(
+            *(target, overrides or [], round, client, questions, out),
+            max_new_tokens=max_new_tokens,
+            model_id=model_id,
+            progress=watcher.evaluated,
+        )
+    console.out.print(
+        f"{out}: {done.answers} answers of {done.model_id} ({done.resumed} were there), prompt "
+        f"{done.prompt}, at most {done.max_new_tokens} tokens a turn",
+        soft_wrap=True,
+    )
+    if done.cut:
+        console.out.print(f"{done.cut} prompts cut on the left to fit the model")
+
+
+@mt_bench_app.command("judge")
+def mt_bench_judge(
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS.jsonl")],
+    questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl.")] = ...,  # type: ignore[assignment]
+    endpoint: Annotated[
+        str, typer.Option(metavar="URL", help="OpenAI-compatible, as http://localhost:8000/v1.")
+    ] = ...,  # type: ignore[assignment]
+    model: Annotated[str, typer.Option(help="The judge, as the endpoint calls it.")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="The judgments; none is asked for twice.")] = ...,  # type: ignore[assignment]
+    against: Annotated[
+        Path | None, typer.Option(help="Compare with these answers, instead of rating.")
+    ] = None,
+    references: Annotated[
+        Path | None, typer.Option(help="Right answers, before those in the questions.")
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 4,
+    key_variable: Annotated[
+        str, typer.Option(help="The environment variable with the endpoint's key, if it needs one.")
+    ] = "OPENAI_API_KEY",
+) -> None:
+    """Have answers rated from 1 to 10, or compared with another model's, by a model.
+
+    Given again, it asks only for what is missing.
+
+    Example: hedgerow mt-bench judge answers.jsonl --questions question.jsonl
+    --endpoint https://api.openai.com/v1 --model gpt-4 --out judgments.jsonl
+    """
+    from hedgerow import console
+
+    _check_installed("openai", "openai", "judge")
+    from hedgerow.evaluation import judging
+
+    judge = judging.Judge(endpoint, model, os.environ.get(key_variable), key_variable)
+    with console.ProgressWatcher("judgments") as watcher:
+        report = judging.judge(
+            *(answers, questions, out, judge),
+            against=against,
+            references=references,
+            parallel=parallel,
+            progress=watcher.evaluated,
+        )
+    if report.total > len(report.failures):
+        rows = [
+            (title, *("" if value is None else console.score(value) for value in values))
+            for title, values in report.rows
+        ]
+        console.table(str(answers), ["category", *report.header], rows)
+    if report.without_reference:
+        ids = ", ".join(map(str, report.without_reference))
+        console.out.print(f"judged without a right answer, as there is none: {ids}", soft_wrap=True)
+    if report.unread:
+        console.out.print(f"{report.unread} judgments could not be understood and do not count")
+    console.out.print(
+        f"{out}: {report.total - len(report.failures)} judgments, "
+        f"{report.cached} of them were there",
+        soft_wrap=True,
+    )
+    if report.failures:
+        raise RunFailed(
+            f"{len(report.failures)} of {report.total} judgments failed (as {report.failures[0]}); "
+            "given again, they go on"
+        )
+
+
 @ledger_app.command("show")
 def ledger_show(run: RunPath) -> None:
     """Print the base and every entry: round, parent, participants, size.
@@ -292,7 +440,7 @@ def flower_init(
     from hedgerow import console
     from hedgerow import experiment as experiments
 
-    _check_flower()
+    _check_installed("flwr", "Flower", "flower")
     from hedgerow.engines.flower import app as apps
 
     loaded = experiments.load(experiment, overrides or [])
@@ -368,10 +516,10 @@ _MENDABLE = dict.fromkeys(
 _MENDABLE[errno.EFBIG] = "raise the limit on file sizes (a run goes on with --resume)"
 
 
-def _check_flower() -> None:
-    """Raise a `UserError` where the optional part that knows Flower is not installed."""
-    if importlib.util.find_spec("flwr") is None:
-        raise UserError("Flower is not installed: pip install 'hedgerow[flower]'")
+def _check_installed(module: str, name: str, extra: str) -> None:
+    """Raise a `UserError` where an optional part is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{name} is not installed: pip install 'hedgerow[{extra}]'")
 
 
 def _stop(sentence: str, code: int) -> None:
@@ -395,6 +543,20 @@ def _say_prepared(prepared: Any) -> None:
             if shard.dropped > len(shard):
                 notes += f"\n{name} keeps {len(shard):,} of {len(shard) + shard.dropped:,} examples"
     console.out.print(notes, soft_wrap=True)
+
+
+def _say_harness(title: str, scores: dict[str, Any]) -> None:
+    from hedgerow import console
+    from hedgerow.evaluation.harness import table
+
+    for name, part in {title: scores, **scores.get("by_client", {})}.items():
+        rows = [
+            (task, metric, console.score(value), "" if error is None else console.score(error))
+            for task, metric, value, error in table(part)
+        ]
+        console.table(name, ["task", "metric", "value", "± stderr"], rows)
+        if part.get("prompts_cut"):
+            console.out.print(f"{part['prompts_cut']} prompts cut on the left to fit the model")
 
 
 def _summarise(out: Path) -> None:

@@ -1,12 +1,19 @@
-"""Files that are there whole, or not at all."""
+"""Files that are there whole, or not at all; and files of JSON lines, which grow line by line."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from hedgerow.errors import UserError
+
+_Line = TypeVar("_Line", bound=BaseModel)
 
 
 @contextmanager
@@ -29,3 +36,65 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)  # or the new name could be lost with the power
     finally:
         os.close(folder)
+
+
+def read_json_lines(path: Path, kind: type[_Line]) -> list[_Line]:
+    """What a file holds, one JSON object of a kind on each line; empty lines do not count.
+
+    Raises:
+        UserError: it cannot be read, or a line is something else.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return _parsed(path, lines, kind)
+
+
+@contextmanager
+def appending_json_lines(
+    path: Path, kind: type[_Line]
+) -> Iterator[tuple[list[_Line], Callable[[_Line], None]]]:
+    """What a file holds already, and a function that appends a line to it.
+
+    The file is made by its first line. A last line that a kill has cut short is dropped. No other
+    process can open the file in this way meanwhile.
+
+    Raises:
+        UserError: a line is not of the kind, or another process has the file open.
+    """
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path} is being written to by another hedgerow process") from None
+        file.seek(0)
+        whole, newline, _ = file.read().rpartition(b"\n")
+        lines = _parsed(path, whole.splitlines(), kind)
+        file.truncate(len(whole + newline))
+
+        def append(line: _Line) -> None:
+            file.write(line.model_dump_json().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+        try:
+            yield lines, append
+        finally:
+            if not file.seek(0, os.SEEK_END):
+                path.unlink()
+
+
+def _parsed(path: Path, lines: Sequence[bytes], kind: type[_Line]) -> list[_Line]:
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            parsed.append(kind.model_validate_json(line, strict=True))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            where = f"`{key}`: {first['msg']}" if key else first["msg"]
+            raise UserError(f"{path} line {number}: {where}") from None
+    return parsed

@@ -2,7 +2,7 @@
 
 from hedgerow.data.batches import batches, collate, epoch
 from hedgerow.data.clients import ClientData
-from hedgerow.data.encoding import Encoded, Example, Spool
+from hedgerow.data.encoding import Encoded, Example, Spool, encode_prompts
 from hedgerow.data.partition import partition
 from hedgerow.data.prompts import Template
 from hedgerow.data.prompts import load as load_template
@@ -19,6 +19,7 @@ __all__ = [
     "check_columns",
     "client_files",
     "collate",
+    "encode_prompts",
     "epoch",
     "load_template",
     "partition",

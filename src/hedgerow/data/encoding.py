@@ -215,23 +215,32 @@ def _tokenize(
     answer follows, as in generation, where nothing does.
     """
     eos = tokenizer.eos_token_id
-    own_tokens = not template.has_special_tokens
-    prompts = _ids(tokenizer, [template.prompt(row) for row in rows], own_tokens)
+    prompts = encode_prompts([template.prompt(row) for row in rows], template, tokenizer)
     answers = _ids(tokenizer, [template.answer(row) for row in rows], False)
     for prompt, answer in zip(prompts, answers, strict=True):
-        # Some tokenizers end whatever they are given with EOS.
-        if own_tokens and prompt[-1:] == [eos]:
-            prompt.pop()
         if answer[-1:] != [eos]:
             answer.append(eos)
         yield prompt, answer
 
 
+def encode_prompts(
+    texts: Sequence[str], template: Template, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """The tokens of prompts that `template` has made, for an answer to follow."""
+    own_tokens = not template.has_special_tokens
+    prompts = _ids(tokenizer, texts, own_tokens)
+    for prompt in prompts:
+        # Some tokenizers end whatever they are given with EOS.
+        if own_tokens and prompt[-1:] == [tokenizer.eos_token_id]:
+            prompt.pop()
+    return prompts
+
+
 def _ids(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool
 ) -> list[list[int]]:
     encoded = tokenizer(
-        texts,
+        list(texts),
         add_special_tokens=add_special_tokens,
         padding=False,
         truncation=False,

@@ -7,6 +7,7 @@ A template is a text with `{instruction}` and `{input}`; what stands between `{?
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,6 +50,12 @@ class Template(Protocol):
 
     def answer(self, row: Row) -> str:
         """The text that should follow the prompt."""
+
+    def conversation(self, texts: Sequence[str]) -> str:
+        """The prompt of a later turn, after the texts of user, assistant, user … up to the user's.
+
+        Of one text, it is the prompt of a row with this instruction and no input.
+        """
 
 
 def load(name: str, tokenizer: PreTrainedTokenizerBase, fields: Fields) -> Template:
@@ -120,6 +127,22 @@ class TextTemplate:
     def answer(self, row: Row) -> str:
         return _text(row, self.fields.output)
 
+    def conversation(self, texts: Sequence[str]) -> str:
+        """As `Template.conversation`, for a template that knows of one turn only.
+
+        What comes before the instruction's own paragraph, as alpaca's introduction, stands once;
+        what follows it is repeated for each turn. An empty line ends each answer.
+        """
+        before = self.without_input.partition("{instruction}")[0]
+        introduction = before[: before.rfind("\n\n") + 2] if "\n\n" in before else ""
+        turn = self.without_input.removeprefix(introduction)
+
+        def asked(text: str) -> str:
+            return _FIELD.sub(lambda f: {"instruction": text, "input": ""}[f[1]], turn)
+
+        parts = [f"{text}\n\n" if n % 2 else asked(text) for n, text in enumerate(texts)]
+        return _FIELD.sub("", introduction) + "".join(parts)
+
 
 class ChatTemplate:
     """The tokenizer's own template: a user's message, which the assistant answers.
@@ -157,6 +180,11 @@ class ChatTemplate:
         eos = self.tokenizer.eos_token
         # Many templates add a newline after EOS, where generation has long stopped.
         return answer.rstrip() if eos and answer.rstrip().endswith(eos) else answer
+
+    def conversation(self, texts: Sequence[str]) -> str:
+        roles = ("user", "assistant")
+        messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+        return self._render(messages, add_generation_prompt=True)
 
     def _user(self, row: Row) -> list[dict[str, str]]:
         return [{"role": "user", "content": self.message.prompt(row)}]

@@ -1,9 +1,10 @@
-"""What a model answers by itself: greedy generation, ROUGE-L and exact match."""
+"""What a model answers by itself: greedy or drawn at random; ROUGE-L and exact match."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
 from hedgerow.errors import UserError
 from hedgerow.evaluation.likelihood import Tick, batches, max_positions
@@ -33,15 +34,31 @@ def check_positions(model: Model, settings: EvaluationSettings) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Draw:
+    """An answer whose tokens are drawn at random, from softmax(logits / temperature)."""
+
+    temperature: float
+    """Above 0."""
+    generator: torch.Generator
+    """On the CPU, and this answer's own: what it draws depends on no other answer."""
+
+
 def generate(
-    model: Model, prompts: Sequence[Int32], max_new_tokens: int, batch_size: int, tick: Tick
+    model: Model,
+    prompts: Sequence[Int32],
+    max_new_tokens: int,
+    batch_size: int,
+    tick: Tick,
+    draws: Sequence[Draw | None] | None = None,
 ) -> tuple[list[str], int]:
-    """The model's greedy answer to each prompt, without special tokens.
+    """The model's answer to each prompt, without special tokens.
 
     Prompts are cut on the left where prompt and answer would not fit the model's positions.
 
     Args:
         prompts: token ids, at least one in each.
+        draws: how each answer is drawn; None, for one or all, is the greedy answer.
 
     Returns:
         The answers, and how many prompts were cut.
@@ -54,7 +71,10 @@ def generate(
         for batch in batches(np.minimum(lengths, room), batch_size):
             inputs = _pad_left([prompts[i][-room:] for i in batch], config.pad_token_id)
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            tokens = model.network.generate(**inputs, generation_config=config)
+            drawn = _Drawn([draws[i] for i in batch]) if draws else None
+            tokens = model.network.generate(
+                **inputs, generation_config=config, logits_processor=[drawn] if drawn else None
+            )
             texts = model.tokenizer.batch_decode(
                 tokens[:, inputs["input_ids"].shape[1] :],
                 skip_special_tokens=True,
@@ -80,6 +100,21 @@ def exact_match(reference: str, answer: str) -> bool:
 @cache
 def _scorer() -> RougeScorer:
     return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+class _Drawn(LogitsProcessor):  # type: ignore[misc]
+    """Logits whose argmax is a draw: softmax(x) is the law of argmax(x + Gumbel noise)."""
+
+    def __init__(self, draws: Sequence[Draw | None]) -> None:
+        self.draws = draws
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        for row, draw in enumerate(self.draws):
+            if draw is not None:
+                noise = -torch.empty(scores.shape[1]).exponential_(generator=draw.generator).log()
+                scores[row] = scores[row] / draw.temperature + noise.to(scores.device)
+        return scores
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +80,13 @@ def score_method(
     Args:
         clients: whose models count where there is no global one.
     """
-    scores = {
-        name: evaluate(model, test, settings, progress) for name in method.models(model, clients)
-    }
+    return by_model(
+        {name: evaluate(model, test, settings, progress) for name in method.models(model, clients)}
+    )
+
+
+def by_model(scores: dict[str | None, dict[str, Any]]) -> dict[str, Any]:
+    """The global model's scores (under None), or those of each client with their mean."""
     if None in scores:
         return scores[None]
     average = mean(list(scores.values()))
@@ -89,14 +95,36 @@ def score_method(
     return average | {"by_client": scores}
 
 
-def score_target(
-    target: Path,
-    overrides: list[str],
-    round: int | None,
-    client: str | None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Scores of a run's model after a round, or of a model folder.
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A run's model after a round, or a model from a folder, and the settings to score it with."""
+
+    model: Model
+    data: TextSettings
+    evaluation: EvaluationSettings
+    name: str
+    """The folder's or the run's name, and the round."""
+    entry: str | None
+    """The hash of the run's last entry that is in the model, or of its base; None of a folder."""
+    seed: int
+    """Of the run, for what is drawn at random."""
+    method: Method | None
+    clients: Sequence[str]
+    """Whose models are meant, where a run has no global one."""
+
+    def models(self) -> Iterator[str | None]:
+        """Put what is to be scored into `model`, as `Method.models` does."""
+        if self.method is None:
+            yield None
+        else:
+            yield from self.method.models(self.model, self.clients)
+
+
+@contextmanager
+def loaded(
+    target: Path, overrides: list[str], round: int | None, client: str | None
+) -> Iterator[Target]:
+    """Load a run's model after a round, or a model folder.
 
     Args:
         target: a run directory, a packed ledger, or a model (or adapter) folder.
@@ -111,15 +139,49 @@ def score_target(
         content: dict[str, Any] = {"model": {"path": str(target.absolute())}, "data": {}}
         asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(target), Evaluation)
         model = Model.load(asked.model)
-        test = load_test(asked.data, asked.evaluation, model)
-        return evaluate(model, test, asked.evaluation, progress) | counts(test)
+        yield Target(
+            model=model,
+            data=asked.data,
+            evaluation=asked.evaluation,
+            name=model.name,
+            entry=None,
+            seed=0,
+            method=None,
+            clients=(),
+        )
+        return
     with opened(target, overrides) as (experiment, ledger):
         clients = check_client(experiment, ledger, client)
-        settings = experiment.evaluation
-        model = model_at(experiment, ledger, check_round(ledger, round))
-        test = load_test(experiment.data, settings, model)
-        scores = score_method(experiment.method, model, clients, test, settings, progress)
-        return scores | counts(test)
+        round = check_round(ledger, round)
+        model = model_at(experiment, ledger, round)
+        yield Target(
+            model=model,
+            data=experiment.data,
+            evaluation=experiment.evaluation,
+            name=f"{target.absolute().name}-round-{round}",
+            entry=ledger.parent(round + 1),
+            seed=experiment.federation.seed,
+            method=experiment.method,
+            clients=clients,
+        )
+
+
+def score_target(
+    target: Path,
+    overrides: list[str],
+    round: int | None,
+    client: str | None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Scores of a run's model after a round, or of a model folder; the arguments are `loaded`'s.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    with loaded(target, overrides, round, client) as it:
+        test = load_test(it.data, it.evaluation, it.model)
+        scored = {name: evaluate(it.model, test, it.evaluation, progress) for name in it.models()}
+        return by_model(scored) | counts(test)
 
 
 def counts(test: TestSet) -> dict[str, int]:
