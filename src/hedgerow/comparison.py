@@ -20,6 +20,7 @@ from hedgerow.experiment import Experiment, load
 from hedgerow.rundir import RunDirectory, read_rows
 
 if TYPE_CHECKING:
+    from hedgerow.experiment import TrackingSettings
     from hedgerow.federation import Watcher
 
 
@@ -91,6 +92,7 @@ def plan(
         for values in itertools.product(*swept):
             changes = [*overrides, *chosen, *(f"{key}={value}" for key, value in values)]
             loaded = load(experiment, changes)
+            _check_tracking(loaded.tracking)
             parts = [" ".join([name, *options]), *(f"{k}={v}" for k, v in values)]
             for seed in range(loaded.federation.seed, loaded.federation.seed + seeds):
                 federation = loaded.federation.model_copy(update={"seed": seed})
@@ -138,6 +140,18 @@ def title(cell: Cell) -> str:
     """A cell in words."""
     values = [f"{key.rpartition('.')[2]}={value}" for key, value in cell.sweep.items()]
     return ", ".join([cell.method, *values, f"seed {cell.seed}"])
+
+
+def _check_tracking(settings: TrackingSettings) -> None:
+    """Raise a `UserError` where the cells cannot be tracked."""
+    if settings.name is not None:
+        raise UserError(
+            "tracking.name: leave it out: a run of a comparison is called as its folder"
+        )
+    if settings.to:
+        from hedgerow import tracking  # not at the top, as it imports torch
+
+        tracking.check(settings)
 
 
 def _is_done(cell: Cell) -> bool:

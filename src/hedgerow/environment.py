@@ -11,10 +11,15 @@ def quieten() -> None:
     for name, value in {
         "FLWR_TELEMETRY_ENABLED": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or Ray warns at every start
         "RAY_USAGE_STATS_ENABLED": "0",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
+        "WANDB_CONSOLE": "off",  # or it wraps what this process prints
+        "WANDB_ERROR_REPORTING": "false",
+        "WANDB_SILENT": "true",
     }.items():
         os.environ.setdefault(name, value)
     if not sys.stderr.isatty():

@@ -33,6 +33,7 @@ from hedgerow.methods.base import Method
 from hedgerow.names import NAME
 
 Metric = Literal["loss", "rouge_l", "exact_match", "multiple_choice"]
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 class Section(BaseModel):
@@ -226,6 +227,41 @@ class EvaluationSettings(Section):
     """Of a greedy answer, for `rouge_l` and `exact_match`."""
 
 
+class TrackingSettings(Section):
+    """Which trackers are told each round's numbers, beside metrics.jsonl."""
+
+    to: list[str] = []
+    """`tensorboard`, `wandb`, `mlflow` or `trackio`, or several of them."""
+    project: str = "hedgerow"
+    """What runs are grouped under: W&B's and trackio's project, MLflow's experiment."""
+    name: str | None = None
+    """Of the run; None is the name of its directory."""
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _known(cls, to: Any) -> Any:
+        names = [to] if isinstance(to, str) else to
+        if not isinstance(names, list):
+            raise ValueError(f"must be a tracker or a list of them (known: {', '.join(TRACKERS)})")
+        for name in names:
+            if name not in TRACKERS:
+                close = did_you_mean(str(name), TRACKERS)
+                raise ValueError(f"there is no {name!r}{close} (known: {', '.join(TRACKERS)})")
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} stands twice: name it once")
+        return names
+
+    @field_validator("project")
+    @classmethod
+    def _everywhere_a_project(cls, project: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", project):
+            raise ValueError(
+                "must be up to 128 letters, digits, `.`, `_` or `-`, and begin with a letter or "
+                "digit"
+            )
+        return project
+
+
 class Experiment(Section):
     """A whole experiment."""
 
@@ -235,6 +271,7 @@ class Experiment(Section):
     training: TrainingSettings = TrainingSettings()
     federation: FederationSettings = FederationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
     def _evaluation_has_data(self) -> Experiment:
@@ -318,7 +355,10 @@ def _drop_options_of_another_method(options: Any, name: Any) -> None:
 
 
 def without_folders(experiment: Experiment) -> Experiment:
-    """The experiment with the data files' names alone: where they lie is their owner's business."""
+    """The experiment for others: with the data files' names alone, and without its trackers.
+
+    Where the data lie and the run is followed is their owner's business.
+    """
 
     def name(path: str | None) -> str | None:
         return path and Path(path).name
@@ -334,7 +374,8 @@ def without_folders(experiment: Experiment) -> Experiment:
             for c in clients
         ]
     update = {"clients": clients, "source": name(data.source), "test": name(data.test)}
-    return experiment.model_copy(update={"data": data.model_copy(update=update)})
+    changes = {"data": data.model_copy(update=update), "tracking": TrackingSettings()}
+    return experiment.model_copy(update=changes)
 
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
@@ -468,7 +509,8 @@ def _sentence(error: ValidationError, kind: type[BaseModel], prefix: tuple[str, 
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     given = first["input"]
-    shown = f", not {given!r}" if isinstance(given, str | int | float) else ""
+    is_shown = isinstance(given, str | int | float) and repr(given) not in message
+    shown = f", not {given!r}" if is_shown else ""
     return f"`{key}`: {message}{shown}" if key else message + shown
 
 

@@ -64,6 +64,9 @@ class Fleet(Protocol):
 class Watcher(Protocol):
     """Whoever wants to see a run while it works."""
 
+    def say(self, sentence: str) -> None:
+        """Something that a person should know."""
+
     def round_begins(self, round: int, rounds: int, clients: int) -> None:
         """A round begins, with so many clients."""
 

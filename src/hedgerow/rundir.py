@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from torch import Tensor
 
 from hedgerow.errors import InvalidMessage, UserError
-from hedgerow.experiment import Experiment, load
+from hedgerow.experiment import Experiment, TrackingSettings, load
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger
 from hedgerow.wire import FileTensors, Update, to_safetensors
@@ -27,7 +27,7 @@ DATA = "data.json"
 """Digests of the clients' tokens, so that a run is only resumed on the data that it began with."""
 LOCK = ".lock"
 FREE = {("federation", key) for key in ("rounds", "min_clients", "deadline", "attempts", "backoff")}
-FREE |= {("evaluation", "every")}
+FREE |= {("evaluation", "every"), *(("tracking", key) for key in TrackingSettings.model_fields)}
 """What a resumed run may change, as no entry depends on it (only a schedule, on the rounds)."""
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hedgerow import federation
+from hedgerow import federation, tracking
 from hedgerow.clock import Clock
 from hedgerow.data import ClientData, Encoded
 from hedgerow.errors import ClientFailed, UserError
@@ -131,6 +131,7 @@ def run(
         UserError: something in the experiment or in `out` is wrong; nothing has been written.
         RunFailed: the run cannot go on; what it wrote so far is valid.
     """
+    tracking.check(experiment.tracking)
     if resume:
         resume = RunDirectory.check_resumable(out, experiment)
     else:
@@ -142,4 +143,6 @@ def run(
     trained = experiment.method.trained_shapes(prepared.model)
     with opener(out, experiment, prepared.base, data, trained) as directory:
         directory.ledger.replay(experiment.method, prepared.model)
-        federation.run(experiment, LocalFleet(experiment, prepared, directory), directory, watcher)
+        with tracking.tracked(experiment, directory, watcher) as tracked:
+            fleet = LocalFleet(experiment, prepared, directory)
+            federation.run(experiment, fleet, directory, tracked)

@@ -17,7 +17,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from pydantic import BaseModel, ConfigDict
 
-from hedgerow import federation
+from hedgerow import federation, tracking
 from hedgerow.console import ProgressWatcher
 from hedgerow.engines.flower import app_folder
 from hedgerow.engines.flower.app import App, check_method, without_test
@@ -92,6 +92,7 @@ def serve(
     """
     experiment = loaded.experiment
     check_method(experiment)
+    tracking.check(experiment.tracking)
     resume = RunDirectory.check_resumable(out, experiment)
     opener = RunDirectory.resume if resume else RunDirectory.create
     with opener(out, experiment, loaded.base, dict(data or {}), loaded.trained) as directory:
@@ -107,7 +108,8 @@ def serve(
                 *(grid, experiment, loaded.clients, directory.ledger),
                 *(_run_name(directory), arrived, scorer, watcher.say),
             )
-            federation.run(experiment, fleet, directory, watcher)
+            with tracking.tracked(experiment, directory, watcher) as tracked:
+                federation.run(experiment, fleet, directory, tracked)
             fleet.finish()
         finally:
             shutil.rmtree(arrived)

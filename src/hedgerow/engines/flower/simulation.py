@@ -19,6 +19,7 @@ from flwr.server.superlink.fleet.vce.backend.backend import BackendConfig
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
+from hedgerow import tracking
 from hedgerow.console import ProgressWatcher
 from hedgerow.engines.flower.app import App, check_method
 from hedgerow.engines.flower.messages import Action, Parcel, Request, pack
@@ -50,6 +51,7 @@ def run(
         RunFailed: the run cannot go on; what it wrote so far is valid.
     """
     check_method(experiment)
+    tracking.check(experiment.tracking)
     if resume:
         RunDirectory.check_resumable(out, experiment)  # before everything is loaded
     else:
