@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -160,3 +161,12 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 def ledger_bytes(run: Path) -> dict[str, bytes]:
     """The files of a run's ledger."""
     return {path.name: path.read_bytes() for path in sorted((run / "ledger").iterdir())}
+
+
+def tensorboard_of(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """The (step, value) pairs of each scalar in a run's event files, as TensorBoard shows them."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }

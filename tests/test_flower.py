@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import rows_of
+from conftest import rows_of, tensorboard_of
 from flower_network import Network
 
 SITES = ["north", "east", "south", "west"]
@@ -98,7 +98,7 @@ def test_the_network_s_ledger_is_the_local_one_s(network, shared, tmp_path, meth
 
 
 def test_the_simulation_s_ledger_is_the_local_one_s(experiment, tmp_path):
-    """One divided source, on Ray's actors; the second half after a stop."""
+    """One divided source, on Ray's actors; the second half after a stop, and tracked."""
     rows = [{"instruction": f"Say {i}", "output": f"{i % 3}" * 3} for i in range(40)]
     (tmp_path / "all.json").write_text(json.dumps(rows))
     source = [
@@ -111,7 +111,8 @@ def test_the_simulation_s_ledger_is_the_local_one_s(experiment, tmp_path):
     first = [path, *source, "federation.rounds=2"]
     run_hedgerow("run", path, *source, "--out", tmp_path / "local")
     run_hedgerow("run", *first, "--engine", "flower", "--out", tmp_path / "flower")
-    more = ["--engine", "flower", "--resume", "--out", tmp_path / "flower"]
+    tracked = ["tracking.to=tensorboard", "--engine", "flower"]
+    more = [*tracked, "--resume", "--out", tmp_path / "flower"]
     run_hedgerow("run", path, *source, *more)
     assert len(entries(tmp_path / "local")) == 4
     assert entries(tmp_path / "flower") == entries(tmp_path / "local")
@@ -119,6 +120,9 @@ def test_the_simulation_s_ledger_is_the_local_one_s(experiment, tmp_path):
     assert [[row[key] for key in keys] for row in rows_of(tmp_path / "flower")] == [
         [row[key] for key in keys] for row in rows_of(tmp_path / "local")
     ]
+    told = tensorboard_of(tmp_path / "flower")["eval_loss"]
+    losses = [row["eval_loss"] for row in rows_of(tmp_path / "flower")]
+    assert told == [(round, pytest.approx(loss)) for round, loss in enumerate(losses)]
 
 
 def test_a_mistake_in_a_simulation_is_one_sentence(experiment, hedgerow, tmp_path):

@@ -12,7 +12,7 @@ def quieten() -> None:
         "FLWR_TELEMETRY_ENABLED": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_LOGGING_LEVEL": "CRITICAL",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or Ray warns at every start
         "RAY_USAGE_STATS_ENABLED": "0",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -17,6 +17,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,13 @@ def tracked(experiment: Experiment, directory: RunDirectory, watcher: Watcher) -
         "MLFLOW_TRACKING_URI": _mlflow_store(folder),
         "TRACKIO_DIR": str(folder.parent / "trackio"),
         "WANDB_FINISH_TIMEOUT": "60",  # wandb's own waits until the network is there
+        "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "0.1",  # wandb loses 15 s when it is killed
     }
     unset = {name: value for name, value in defaults.items() if name not in os.environ}
     with patch_environment(**unset):
         trackers = Trackers(experiment, directory, watcher)
         try:
+            trackers.start()
             yield trackers
         except BaseException:
             trackers.finish(failed=True)
@@ -97,6 +100,8 @@ class Mark(BaseModel):
 
 _Marks = TypeAdapter(dict[str, Mark])
 _Say = Callable[[str], None]
+_LOG_OPTIONS = {"wandb": {"commit": True}}
+"""Without this W&B keeps a round back until the next is told."""
 
 
 class Trackers:
@@ -108,8 +113,11 @@ class Trackers:
         self._marks = self._read()
         self._trackers: dict[str, Any] = {}
         self._totals = {"bytes_up": 0, "bytes_down": 0}
-        self._config = hyper_parameters(experiment)
-        settings, folder = experiment.tracking, directory.path.absolute()
+        self._experiment, self._directory = experiment, directory
+
+    def start(self) -> None:
+        """Open a run in each tracker, or go on with it, and tell what it has missed."""
+        settings, folder = self._experiment.tracking, self._directory.path.absolute()
         for name in settings.to:
             mark = self._marks.get(name)
             if mark is None or mark.project != settings.project:
@@ -117,7 +125,7 @@ class Trackers:
             mark.name = settings.name or mark.name
             self._attempt(name, self._start, name, mark, folder)
         self._write()
-        for row in directory.rows():
+        for row in self._directory.rows():
             self._tell(row)
 
     def say(self, sentence: str) -> None:
@@ -152,7 +160,8 @@ class Trackers:
 
     def _start(self, name: str, mark: Mark, folder: Path) -> None:
         PartialState()  # accelerate's loggers insist on it
-        self._trackers[name] = _STARTS[name](mark, self._config, folder, self._watcher.say)
+        config = hyper_parameters(self._experiment)
+        self._trackers[name] = _STARTS[name](mark, config, folder, self._watcher.say)
         self._marks[name] = mark
 
     def _tell(self, row: Mapping[str, Any]) -> None:
@@ -164,7 +173,8 @@ class Trackers:
         round, told = row["round"], False
         for name, tracker in list(self._trackers.items()):
             mark = self._marks[name]
-            if round > mark.round and self._attempt(name, tracker.log, values, round):
+            log = partial(tracker.log, values, round, **_LOG_OPTIONS.get(name, {}))
+            if round > mark.round and self._attempt(name, log):
                 mark.round, told = round, True
         if told:
             self._write()
@@ -174,8 +184,8 @@ class Trackers:
         try:
             action(*arguments)
         except Exception as error:  # whatever such a library may raise
-            lines = readable(str(error).strip().partition("\n")[0]) or type(error).__name__
-            self._watcher.say(f"{name} failed, and the run goes on without it: {lines}")
+            reason = readable(str(error).strip().partition("\n")[0]) or type(error).__name__
+            self._watcher.say(f"{name} failed, and the run goes on without it: {reason}")
             if tracker := self._trackers.pop(name, None):
                 # One that is left open would be in the way of the next run's.
                 with suppress(Exception):
