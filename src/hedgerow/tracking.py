@@ -100,6 +100,8 @@ class Mark(BaseModel):
 
 _Marks = TypeAdapter(dict[str, Mark])
 _Say = Callable[[str], None]
+_TOLD_ONCE = {"mlflow", "tensorboard"}
+"""Take an experiment's settings as a step of its own, and never again; the others at each start."""
 _LOG_OPTIONS = {"wandb": {"commit": True}}
 """Without this W&B keeps a round back until the next is told."""
 
@@ -161,8 +163,10 @@ class Trackers:
     def _start(self, name: str, mark: Mark, folder: Path) -> None:
         PartialState()  # accelerate's loggers insist on it
         config = hyper_parameters(self._experiment)
-        self._trackers[name] = _STARTS[name](mark, config, folder, self._watcher.say)
-        self._marks[name] = mark
+        tracker = _STARTS[name](mark, config, folder, self._watcher.say)
+        self._trackers[name], self._marks[name] = tracker, mark
+        if mark.round < 0 and name in _TOLD_ONCE:
+            tracker.store_init_configuration(config)
 
     def _tell(self, row: Mapping[str, Any]) -> None:
         """Tell the trackers a row that they do not have yet."""
@@ -252,8 +256,6 @@ def _tensorboard(mark: Mark, config: dict[str, Any], folder: Path, say: _Say) ->
     # What a killed run has written of later rounds than it has noted is not shown.
     tracker = TensorBoardTracker("tensorboard", folder, purge_step=mark.round + 1)
     tracker.start()
-    if mark.round < 0:
-        tracker.store_init_configuration(config)
     return tracker
 
 
@@ -303,8 +305,6 @@ def _mlflow(mark: Mark, config: dict[str, Any], folder: Path, say: _Say) -> Any:
     )
     tracker.start()
     mark.id = tracker.active_run.info.run_id
-    if mark.round < 0:
-        tracker.store_init_configuration(config)
     return tracker
 
 
