@@ -92,7 +92,7 @@ def of_metrics(run):
         up, down = up + row["bytes_up"], down + row["bytes_down"]
         values = {**row, "bytes_up_total": up, "bytes_down_total": down}
         for key, scores in row.items():
-            if key.endswith("_by"):
+            if key.endswith(("_by", "_by_client")):
                 values |= {f"{key}/{category}": score for category, score in scores.items()}
         for name, value in values.items():
             if isinstance(value, int | float) and name != "round":
