@@ -26,7 +26,7 @@ def run(given: argparse.Namespace, methods: Sequence[str]) -> list[list[dict[str
     Raises:
         RunFailed: one of them did not get to its end.
     """
-    cells = comparison.plan(given.experiment, given.overrides, methods, [], 1, given.out)
+    cells = comparison.plan(given.experiment, given.overrides, methods, {}, 1, given.out)
     outcomes = comparison.run(cells, console.ProgressWatcher)
     for outcome in outcomes:
         if outcome.failure is not None:

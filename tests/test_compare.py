@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from conftest import rows_of
 
-from hedgerow.comparison import Cell, Outcome, plan, split_at
+from hedgerow.comparison import Cell, Outcome, plan
+from hedgerow.experiment import split_at
 from hedgerow.report.tables import default_target, summarise
 
 METHODS = "flora,flora restart=zero,ferret over=lora ranks=2 budget=400,fedavg,standalone"
@@ -204,6 +205,6 @@ def test_the_target_is_a_loss_that_all_who_learn_have_reached():
 def test_long_and_odd_options_have_folders_of_their_own(experiment, tmp_path):
     targets = [f"layers.{i}.self_attn.q_proj" for i in range(40)]
     methods = [f"flora targets={json.dumps(targets)}", "flora targets=[q]", "flora targets=(q)"]
-    folders = [cell.folder.name for cell in plan(experiment(), [], methods, [], 1, tmp_path)]
+    folders = [cell.folder.name for cell in plan(experiment(), [], methods, {}, 1, tmp_path)]
     assert len(set(folders)) == 3
     assert max(map(len, folders)) < 200

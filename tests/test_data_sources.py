@@ -78,7 +78,7 @@ def test_missing_and_unreadable(tmp_path):
         read("gone.json", "train")
     with pytest.raises(UserError, match="does not exist"):
         read("/nowhere/at/all", "train")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="holds no data file that is known"):
         read(str(tmp_path), "train")
     (tmp_path / "latin.csv").write_bytes("a\né".encode("latin-1"))
     with pytest.raises(UserError, match="not text in UTF-8"):
@@ -90,7 +90,7 @@ def test_hub(monkeypatch):
 
     hub = {"someone/rows": datasets.Dataset.from_list(ROWS)}
 
-    def load_dataset(name, split):
+    def load_dataset(name, subset, split):
         if name == "someone/offline":
             raise ConnectionError("no network")
         if name not in hub:

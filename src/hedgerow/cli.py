@@ -46,6 +46,9 @@ app.add_typer(mt_bench_app, name="mt-bench")
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the experiment.")
 ]
+Smoke = Annotated[
+    bool, typer.Option("--smoke", help="The file's variant of itself that takes seconds.")
+]
 RunPath = Annotated[Path, typer.Argument(metavar="DIR", help="A run, or its packed ledger.")]
 
 
@@ -71,6 +74,7 @@ def run(
     out: Annotated[Path, typer.Option(help="The run's directory, made by this command.")] = ...,  # type: ignore[assignment]
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run in --out.")] = False,
     engine: Annotated[Engine, typer.Option(help="Where clients train.")] = Engine.local,
+    smoke: Smoke = False,
 ) -> None:
     """Run an experiment.
 
@@ -79,7 +83,7 @@ def run(
     from hedgerow import console
     from hedgerow import experiment as experiments
 
-    loaded = experiments.load(experiment, overrides or [])
+    loaded = experiments.load(experiment, overrides or [], smoke=smoke)
     with console.ProgressWatcher() as watcher:
         if engine is Engine.local:
             from hedgerow.engines import local
@@ -97,32 +101,40 @@ def run(
 def compare(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
     overrides: Overrides = None,
-    methods: Annotated[
-        str, typer.Option(help="With commas; each maybe with options: 'flora,ferret over=lora'.")
-    ] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help="Where the runs and the tables go.")] = ...,  # type: ignore[assignment]
+    methods: Annotated[
+        str | None,
+        typer.Option(help="With commas; each maybe with options: 'flora,ferret over=lora'."),
+    ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY.PATH=A,B", help="Values to try; may be given more than once."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds each.")] = 1,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds each.")] = None,
     target: Annotated[
         float | None, typer.Option(help="Count bytes and rounds to this loss.")
     ] = None,
+    smoke: Smoke = False,
 ) -> None:
     """Run several methods on one experiment, and put them beside each other.
 
-    Given again, it does only what is missing.
+    What the options don't say is as the file's `compare` says it. Given again, it does only what is
+    missing.
 
     Example: hedgerow compare experiment.yaml --methods flora,fedit --seeds 3 --out comparison
     """
     from hedgerow import comparison, console
+    from hedgerow import experiment as experiments
     from hedgerow.report import tables
 
-    names = comparison.split_at(methods, ",")
-    cells = comparison.plan(experiment, overrides or [], names, sweep or [], seeds, out)
+    changes = overrides or []
+    given = experiments.load_comparison(experiment, changes, smoke=smoke)
+    names = given.methods if methods is None else experiments.split_at(methods, ",")
+    sweeps = given.sweep if sweep is None else comparison.split_sweeps(sweep)
+    count = given.seeds if seeds is None else seeds
+    cells = comparison.plan(experiment, changes, names, sweeps, count, out, smoke=smoke)
     outcomes = comparison.run(cells, console.ProgressWatcher)
-    table = tables.summarise(outcomes, target)
+    table = tables.summarise(outcomes, given.target if target is None else target)
     people = tables.shown(table, list(cells[0].sweep))
     tables.write(table, people, out)
     console.table("", people.columns, people.values.tolist())
@@ -166,7 +178,10 @@ def evaluate(
     overrides: Overrides = None,
     data: Annotated[str | None, typer.Option(help="The test data, instead of the run's.")] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="loss, rouge_l, exact_match, multiple_choice; with commas.")
+        str | None,
+        typer.Option(
+            help="With commas: loss, rouge_l, exact_match, final_answer, multiple_choice."
+        ),
     ] = None,
     by: Annotated[str | None, typer.Option(help="Also score each value of this column.")] = None,
     round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,

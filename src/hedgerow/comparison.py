@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hedgerow.errors import RunFailed, UserError
-from hedgerow.experiment import Experiment, load
+from hedgerow.experiment import Experiment, load, method_changes, split_at
 from hedgerow.rundir import RunDirectory, read_rows
 
 if TYPE_CHECKING:
@@ -58,53 +58,71 @@ def plan(
     experiment: Path,
     overrides: Sequence[str],
     methods: Sequence[str],
-    sweeps: Sequence[str],
+    sweeps: Mapping[str, Sequence[str]],
     seeds: int,
     out: Path,
+    *,
+    smoke: bool = False,
 ) -> list[Cell]:
     """The cells, each with its experiment, before anything runs.
 
     Args:
         experiment: the file that all cells share.
         overrides: `key.path=value` for all of them.
-        methods: a method's name each, maybe with options: `ferret over=lora`.
-        sweeps: a key and its values each: `training.learning_rate=1e-3,3e-3`.
+        methods: a method's name each, maybe with options: `ferret over=lora`; those that name a key
+            of another section (`fedkseed training.learning_rate=3e-7`) are for this method's cells.
+        sweeps: the values of each key, as on the command line.
         seeds: how many; they count up from the experiment's.
+        smoke: of the variant that the file calls so.
 
     Raises:
         UserError: naming the method, option or key that is wrong; two cells are the same.
     """
     if not methods:
-        raise UserError("--methods: name at least one method")
-    swept = [_values(sweep) for sweep in sweeps]
-    keys = [values[0][0] for values in swept]
-    for key in keys:
+        raise UserError(
+            f"--methods: name at least one method, here or as `compare.methods` in {experiment}"
+        )
+    for key in sweeps:
         if key in _OWN:
-            raise UserError(f"--sweep {key}: give {_OWN[key]} instead")
-        if keys.count(key) > 1:
-            raise UserError(f"--sweep {key}: name all of its values at once")
+            raise UserError(f"a sweep of {key}: give {_OWN[key]} instead")
     cells: list[Cell] = []
     for method in methods:
-        name, *options = split_at(method, " ")
-        if any(option.partition("=")[0] == "name" for option in options):
-            raise UserError(f"--methods {method}: give one name")
-        chosen = [f"method.name={name}", *(f"method.{option}" for option in options)]
-        for values in itertools.product(*swept):
-            changes = [*overrides, *chosen, *(f"{key}={value}" for key, value in values)]
-            loaded = load(experiment, changes)
+        named = " ".join(split_at(method, " "))
+        chosen = method_changes(method)
+        for change in chosen:
+            key = change.partition("=")[0]
+            if key in sweeps or key == "federation.seed":
+                instead = "or leave its sweep out" if key in sweeps else "give --seeds instead"
+                raise UserError(f"the method {method!r} sets {key}: leave that out, {instead}")
+        for values in itertools.product(*sweeps.values()):
+            settings = dict(zip(sweeps, values, strict=True))
+            swept = [f"{key}={value}" for key, value in settings.items()]
+            loaded = load(experiment, [*overrides, *chosen, *swept], smoke=smoke)
             _check_tracking(loaded.tracking)
-            parts = [" ".join([name, *options]), *(f"{k}={v}" for k, v in values)]
             for seed in range(loaded.federation.seed, loaded.federation.seed + seeds):
                 federation = loaded.federation.model_copy(update={"seed": seed})
                 seeded = loaded.model_copy(update={"federation": federation})
-                folder = out / "runs" / _file_name(*parts, f"seed={seed}")
-                cells.append(Cell(parts[0], dict(values), seed, seeded, folder))
+                folder = out / "runs" / _file_name(named, *swept, f"seed={seed}")
+                cells.append(Cell(named, settings, seed, seeded, folder))
     same: dict[str, Cell] = {}
     for cell in cells:
         other = same.setdefault(cell.experiment.dump(), cell)
         if other is not cell:
             raise UserError(f"{title(other)} and {title(cell)} are the same: leave one out")
     return cells
+
+
+def split_sweeps(sweeps: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each key, from `key.path=a,b` each."""
+    found: dict[str, list[str]] = {}
+    for sweep in sweeps:
+        key, _, values = sweep.partition("=")
+        if key in found:
+            raise UserError(f"--sweep {key}: name all of its values at once")
+        found[key] = split_at(values, ",")
+        if not key or not found[key]:
+            raise UserError(f"--sweep {sweep}: give a key and its values, as key.path=1,2,3")
+    return found
 
 
 def run(
@@ -160,27 +178,6 @@ def _is_done(cell: Cell) -> bool:
         return False
     rows = read_rows(cell.folder)
     return bool(rows) and rows[-1]["round"] == cell.experiment.federation.rounds
-
-
-def _values(sweep: str) -> list[tuple[str, str]]:
-    """A key with each of its values."""
-    key, _, values = sweep.partition("=")
-    found = [(key, value) for value in split_at(values, ",")]
-    if not key or not found:
-        raise UserError(f"--sweep {sweep}: give a key and its values, as key.path=1,2,3")
-    return found
-
-
-def split_at(text: str, separator: str) -> list[str]:
-    """The parts between separators that are in no bracket, without what is empty."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "[{(") - (character in ")}]")
-        if character == separator and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts if part.strip()]
 
 
 def _file_name(*parts: str) -> str:

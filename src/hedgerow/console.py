@@ -22,6 +22,7 @@ SCORES = {
     "eval_perplexity": "perplexity",
     "rouge_l": "ROUGE-L",
     "exact_match": "exact match",
+    "final_answer": "final answer",
     "accuracy": "accuracy",
     "accuracy_norm": "accuracy (normalised)",
     "accuracy_chance": "chance",

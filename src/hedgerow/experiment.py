@@ -2,12 +2,17 @@
 
 `load` reads a YAML file, applies `key.path=value` overrides, makes paths absolute and returns an
 `Experiment`. Whatever is wrong with the file is one sentence that names the key (`UserError`).
+
+Beside the experiment, a file may say what to compare on it (`compare`, see `Comparison`), and how
+to try it in seconds: `smoke` holds `key.path: value` pairs that `--smoke` puts in, as
+`{model.path: demo, training.steps: 2, compare.seeds: 1}`. Neither is part of a run.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
+import json
 import math
 import os
 import re
@@ -32,7 +37,9 @@ from hedgerow.errors import UserError
 from hedgerow.methods.base import Method
 from hedgerow.names import NAME
 
-Metric = Literal["loss", "rouge_l", "exact_match", "multiple_choice"]
+Change = tuple[list[str], Any]
+"""The keys that lead to a value, and the value that it gets."""
+Metric = Literal["loss", "rouge_l", "exact_match", "final_answer", "multiple_choice"]
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -46,7 +53,8 @@ class ModelSettings(Section):
     """The base model, which stays where it is and is never changed on disk."""
 
     path: str
-    """A folder in Hugging Face format, or a model's name on the Hub."""
+    """A folder in Hugging Face format, a model's name on the Hub, or `demo`, the bundled tiny model
+    (where no folder of that name is beside the experiment file)."""
     revision: str | None = None
     """The Hub revision (branch, tag or commit); None is the default branch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -101,10 +109,16 @@ class TextSettings(Section):
     """How rows become text and tokens, and the rows to evaluate on."""
 
     test: str | None = None
-    """A file, or a Hub dataset's name, to evaluate on; None evaluates nothing."""
+    """What to evaluate on, as `source`; None evaluates nothing."""
+    test_subset: str | None = None
+    """The subset (configuration) to evaluate on where `test` is a Hub dataset that has some."""
     test_split: str = "test"
     """The split to evaluate on where `test` is a Hub dataset."""
+    test_share: float = Field(1.0, gt=0, le=1)
+    """The share of the rows of `test` that counts, drawn at random but the same in every run."""
     fields: Fields = Fields()
+    test_fields: Fields | None = None
+    """The columns of the test data, where they are not called as `fields` says."""
     prompt: str = "alpaca"
     """`alpaca`, `alpaca-short`, `plain`, `chat` (the tokenizer's own), or a template's file."""
     max_length: int = Field(512, ge=2)
@@ -118,9 +132,16 @@ class DataSettings(TextSettings):
     clients: str | dict[str, str] | list[ClientFile | str] | None = None
     """`train_{}.json` ({} = 0, 1, 2 …), a mapping name: file, or a list of {name, file}."""
     source: str | None = None
-    """Instead of `clients`: a JSON, JSONL, CSV or Parquet file, or a dataset's name on the Hub."""
+    """Instead of `clients`: a JSON, JSONL, CSV or Parquet file, a dataset's name on the Hub or a
+    folder that holds one, or `demo`, the built-in tasks (where no file of that name is beside the
+    experiment file)."""
+    subset: str | None = None
+    """The subset (configuration) to train on where `source` is a Hub dataset that has some."""
     split: str = "train"
     """The split to train on where `source` is a Hub dataset."""
+    share: float = Field(1.0, gt=0, le=1)
+    """The share of the rows of `source`, or of each client's file, that counts; drawn at random but
+    the same in every run."""
     partition: Partition | None = None
     """How `source` is divided."""
 
@@ -224,7 +245,7 @@ class EvaluationSettings(Section):
     """A column of the test data: scores are also given for each of its values."""
     batch_size: int = Field(16, ge=1)
     max_new_tokens: int = Field(64, ge=1)
-    """Of a greedy answer, for `rouge_l` and `exact_match`."""
+    """Of a greedy answer, for `rouge_l`, `exact_match` and `final_answer`."""
 
 
 class TrackingSettings(Section):
@@ -265,6 +286,8 @@ class TrackingSettings(Section):
 class Experiment(Section):
     """A whole experiment."""
 
+    about: str | None = None
+    """What it is for, in a sentence: which table of which paper, say."""
     model: ModelSettings
     data: DataSettings
     method: SerializeAsAny[Method]
@@ -285,6 +308,35 @@ class Experiment(Section):
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
+class Comparison(Section):
+    """What `hedgerow compare` runs on an experiment where its options do not say it."""
+
+    methods: list[str] = []
+    """A method's name each, maybe with options, as `--methods` takes them: "ferret over=lora". If
+    the file has no `method`, a run of its own is of the first."""
+    sweep: dict[str, list[str]] = {}
+    """The values of each key that are tried: `{training.learning_rate: [1e-3, 3e-3]}`."""
+    seeds: int = Field(1, ge=1)
+    """How many seeds each; they count up from `federation.seed`."""
+    target: float | None = None
+    """The loss to count bytes and rounds to."""
+
+    @field_validator("sweep", mode="before")
+    @classmethod
+    def _texts(cls, sweep: Any) -> Any:
+        """Each value as it would stand on the command line."""
+        if not isinstance(sweep, dict):
+            raise ValueError("must be a mapping, as {training.learning_rate: [1e-3, 3e-3]}")
+        for key, values in sweep.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"{key} needs a list of values, as [1, 2, 3]")
+
+        def text(value: Any) -> str:
+            return value if isinstance(value, str) else json.dumps(value, default=str)
+
+        return {key: [text(value) for value in values] for key, values in sweep.items()}
+
+
 class Evaluation(Section):
     """What `hedgerow evaluate` needs of a model that no experiment has made."""
 
@@ -293,18 +345,33 @@ class Evaluation(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
 
 
-def load(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
+def load(path: Path | str, overrides: Sequence[str] = (), *, smoke: bool = False) -> Experiment:
     """Read an experiment file.
 
     Args:
         path: a YAML file; relative paths in it are relative to its folder.
         overrides: `key.path=value`, each value in YAML; a relative path that exists from the
             working directory is taken from there, else from the file's folder.
+        smoke: put in what the file says under `smoke`, before the overrides.
 
     Raises:
         UserError: naming the file or the key that is wrong.
     """
-    path = Path(path)
+    content = _read(Path(path), overrides, smoke)
+    content.pop("compare", None)
+    return validate(content, str(path), Experiment)
+
+
+def load_comparison(
+    path: Path, overrides: Sequence[str] = (), *, smoke: bool = False
+) -> Comparison:
+    """What an experiment file says about `hedgerow compare`; for the arguments, see `load`."""
+    content = _read(path, overrides, smoke)
+    return _comparison(content, path)
+
+
+def _read(path: Path, overrides: Sequence[str], smoke: bool) -> dict[str, Any]:
+    """The content of an experiment file with all that changes it, and with a method."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -314,32 +381,102 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not a text file: give an experiment file in YAML") from None
     content = parse_yaml(text, str(path))
+    trial = content.pop("smoke", None)
     _make_paths_absolute(content, [path.parent])
-    content = apply_overrides(content, overrides, [Path.cwd(), path.parent])
-    return validate(content, str(path), Experiment)
+    if smoke:
+        content = _changed(content, _smoke_changes(trial, path), [path.parent])
+    compared = _comparison(content, path)
+    changes = [split_override(override) for override in overrides]
+    if not any(keys in (["method"], ["method", "name"]) for keys, _ in changes):
+        changes = [*_default_method(content, compared), *changes]
+    content = _changed(content, changes, [Path.cwd(), path.parent])
+    _comparison(content, path)  # an override may have changed it
+    return content
+
+
+def _comparison(content: Mapping[str, Any], path: Path) -> Comparison:
+    try:
+        return Comparison.model_validate(content.get("compare", {}))
+    except ValidationError as error:
+        raise UserError(f"{path}: {_sentence(error, Comparison, ('compare',))}") from None
+
+
+def _smoke_changes(trial: Any, path: Path) -> list[Change]:
+    if trial is None:
+        raise UserError(f"--smoke: {path} has no `smoke`, which would say how to try it in seconds")
+    if not isinstance(trial, dict) or not trial:
+        raise UserError(f"{path}: `smoke` must hold pairs as {{training.steps: 2}}")
+    for key in trial:
+        if not isinstance(key, str) or not all(key.split(".")):
+            raise UserError(f"{path}: `smoke`: {key!r} is no key, as training.steps is one")
+    return [(key.split("."), value) for key, value in trial.items()]
+
+
+def _default_method(content: Mapping[str, Any], compared: Comparison) -> list[Change]:
+    """Where a file has no `method`, the first of those that it compares."""
+    if "method" in content or not compared.methods:
+        return []
+    return [split_override(change) for change in method_changes(compared.methods[0])]
+
+
+def method_changes(method: str) -> list[str]:
+    """The overrides that a method with its options stands for.
+
+    An option is the method's own (`over=lora`), unless it names another section's key
+    (`training.learning_rate=3e-7`).
+
+    Raises:
+        UserError: it has no name, or two.
+    """
+    name, *options = split_at(method, " ") or [""]
+    if not name or "=" in name or any(option.partition("=")[0] == "name" for option in options):
+        raise UserError(f"the method {method!r}: give one name, then its options")
+    own = [o if o.partition(".")[0] in _OTHER_SECTIONS else f"method.{o}" for o in options]
+    return [f"method.name={name}", *own]
+
+
+_OTHER_SECTIONS = {"model", "data", "training", "federation", "evaluation"}
+
+
+def split_at(text: str, separator: str) -> list[str]:
+    """The parts between separators that are in no bracket, without what is empty."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{(") - (character in ")}]")
+        if character == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
 
 
 def apply_overrides(
     content: dict[str, Any], overrides: Sequence[str], folders: Sequence[Path]
 ) -> dict[str, Any]:
     """`content` with each `key.path=value` in it; relative paths are looked for in `folders`."""
+    return _changed(content, [split_override(override) for override in overrides], folders)
+
+
+def _changed(
+    content: dict[str, Any], changes: Iterable[Change], folders: Sequence[Path]
+) -> dict[str, Any]:
+    """`content` with each value where its keys say."""
     content = copy.deepcopy(content)
-    for override in overrides:
-        keys, value = split_override(override)
-        nested = {keys[-1]: value}
+    for keys, value in changes:
+        nested = {keys[-1]: copy.deepcopy(value)}
         for key in reversed(keys[:-1]):
             nested = {key: nested}
         _make_paths_absolute(nested, folders)
         if isinstance(content.get("method"), str):
             content["method"] = {"name": content["method"]}
         if keys == ["method", "name"]:
-            _drop_options_of_another_method(content["method"], value)
+            _drop_options_of_another_method(content.get("method"), value)
         section = content
         for key in keys[:-1]:
             nested = nested[key]
             section = section.setdefault(key, {})
             if not isinstance(section, dict):
-                raise UserError(f"{override!r}: `{key}` is a value, it has no keys of its own")
+                raise UserError(f"{'.'.join(keys)}: `{key}` is a value, it has no keys of its own")
         section[keys[-1]] = nested[keys[-1]]
     return content
 
@@ -361,7 +498,8 @@ def without_folders(experiment: Experiment) -> Experiment:
     """
 
     def name(path: str | None) -> str | None:
-        return path and Path(path).name
+        # What is not absolute is a name on the Hub, or a built-in one.
+        return Path(path).name if path and Path(path).is_absolute() else path
 
     data, clients = experiment.data, experiment.data.clients
     if isinstance(clients, str):
@@ -420,7 +558,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     return content
 
 
-def split_override(override: str) -> tuple[list[str], Any]:
+def split_override(override: str) -> Change:
     """`training.steps=5` as (["training", "steps"], 5)."""
     key, equals, text = override.partition("=")
     if not equals or not key or not all(key.split(".")):

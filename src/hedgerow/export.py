@@ -21,7 +21,7 @@ from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.ledger import Ledger
 from hedgerow.lowrank import Factors
-from hedgerow.model import adapter_pairs, adapter_tensors
+from hedgerow.model import adapter_pairs, adapter_tensors, location
 from hedgerow.rundir import read_rows
 from hedgerow.runs import check_client, check_round, model_at, opened
 
@@ -91,7 +91,7 @@ def _save_adapter(pairs: dict[str, Factors], experiment: Experiment, folder: Pat
     # The scale is in the factors, so every module's alpha is its rank.
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=experiment.model.path,
+        base_model_name_or_path=location(experiment.model.path),
         revision=experiment.model.revision,
         inference_mode=True,
         r=largest,

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors
+from hedgerow.names import DEMO
 
 if TYPE_CHECKING:
     from hedgerow.experiment import ModelSettings
@@ -33,6 +34,16 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."
 _TRAINED, _FROZEN = "default", "frozen"
 """peft's names of the adapter that a client trains, and of one beside it."""
+
+
+def location(path: str) -> str:
+    """Where transformers and peft find the model that `model.path` names."""
+    if path != DEMO:
+        return path
+    # Not at the top: the demo runs experiments, and so knows all of the package.
+    from hedgerow.demo import MODEL
+
+    return str(MODEL)
 
 
 class Model:
@@ -68,7 +79,8 @@ class Model:
                 weights (others are pickles), or the device is not there.
         """
         where = f"model.path: {settings.path}"
-        folder = Path(settings.path)
+        path = location(settings.path)
+        folder = Path(path)
         is_adapter = (folder / "adapter_config.json").is_file()
         if folder.is_absolute() and not (folder / "config.json").is_file() and not is_adapter:
             problem = "has no config.json"
@@ -76,7 +88,7 @@ class Model:
                 problem = "is not a folder" if folder.exists() else "does not exist"
             raise UserError(f"{where} {problem}: give a model folder in Hugging Face format")
         device = _device(settings.device)
-        words = settings.path
+        words = path
         try:
             options = {
                 "revision": settings.revision,
@@ -87,14 +99,12 @@ class Model:
             if is_adapter:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
-                    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(
-                        settings.path, **options
-                    )
+                    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(path, **options)
                 words = adapted.peft_config["default"].base_model_name_or_path
                 network, missing = adapted.merge_and_unload(), set()
             else:
                 network, info = transformers.AutoModelForCausalLM.from_pretrained(
-                    settings.path, output_loading_info=True, **options
+                    path, output_loading_info=True, **options
                 )
                 missing = info["missing_keys"]
             tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -114,7 +124,7 @@ class Model:
             raise UserError(f"{where} has no weights for {names}: give a complete checkpoint")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return cls(network.to(device), tokenizer, folder.name)
+        return cls(network.to(device), tokenizer, Path(settings.path).name)
 
     @property
     def device(self) -> torch.device:

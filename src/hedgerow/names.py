@@ -1,5 +1,9 @@
-"""What a client may be called: its name becomes a file name and a key prefix."""
+"""Names: what a client may be called, and what the built-in model and tasks are called."""
 
 import re
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+"""A client's name becomes a file name and a key prefix."""
+
+DEMO = "demo"
+"""`model.path`, `data.source` and `data.test` of what is built in."""

@@ -26,8 +26,10 @@ METRICS = "metrics.jsonl"
 DATA = "data.json"
 """Digests of the clients' tokens, so that a run is only resumed on the data that it began with."""
 LOCK = ".lock"
+FREE: set[tuple[str, ...]]
 FREE = {("federation", key) for key in ("rounds", "min_clients", "deadline", "attempts", "backoff")}
-FREE |= {("evaluation", "every"), *(("tracking", key) for key in TrackingSettings.model_fields)}
+FREE |= {("about",), ("evaluation", "every")}
+FREE |= {("tracking", key) for key in TrackingSettings.model_fields}
 """What a resumed run may change, as no entry depends on it (only a schedule, on the rounds)."""
 
 

@@ -62,6 +62,7 @@ class ClientData:
         )
 
     def _read(self, source: str) -> list[Row]:
-        rows = read(source, self._settings.split)
-        check_columns(rows, self._settings.fields, source)
+        settings = self._settings
+        rows = read(source, settings.split, settings.subset, settings.share)
+        check_columns(rows, settings.fields, source)
         return rows

@@ -1,4 +1,4 @@
-"""Where rows come from: files, one per client or one for all, and datasets on the Hub."""
+"""Where rows come from: files, one per client or one for all, datasets as on the Hub, the demo."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hedgerow.errors import UserError
-from hedgerow.names import NAME
+from hedgerow.names import DEMO, NAME
+from hedgerow.seeds import Seeds
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from hedgerow.experiment import ClientFile, Fields
 
 Row = dict[str, Any]
@@ -28,23 +31,39 @@ def may_be_on_hub(source: str) -> bool:
     return not source.endswith(SUFFIXES) and _HUB_NAME.fullmatch(source) is not None
 
 
-def read(source: str, split: str) -> list[Row]:
-    """All rows of a file, or of one split of a dataset on the Hugging Face Hub.
+def read(source: str, split: str, subset: str | None = None, share: float = 1.0) -> list[Row]:
+    """The rows of a file, of one split of a dataset as on the Hugging Face Hub, or of the demo.
 
     Args:
-        source: a JSON (array of objects), JSONL, CSV (with a header) or Parquet file; else the name
-            of a Hub dataset.
-        split: which split of a Hub dataset; files have none.
+        source: a JSON (array of objects), JSONL, CSV (with a header) or Parquet file; a folder that
+            holds a dataset as the Hub has it, or the name of one there; or `demo`.
+        split: which split of a dataset; files have none.
+        subset: which subset (configuration) of a dataset; files have none.
+        share: of the rows, drawn at random but always the same, in their order; at least one.
 
     Raises:
         UserError: the source is missing, unreadable, empty, or holds something else than rows.
     """
     path = Path(source)
-    on_hub = not path.exists() and may_be_on_hub(source)
-    rows = _read_hub(source, split) if on_hub else _read_file(path)
+    if source == DEMO:
+        rows = _read_demo(split)
+    elif path.is_dir() or (not path.exists() and may_be_on_hub(source)):
+        dataset = _load_dataset(source, split, subset)
+        # Before they become Python's objects, which take several times as much memory.
+        chosen = dataset if share == 1 else dataset.select(_drawn(len(dataset), share))
+        rows, share = chosen.to_list(), 1.0
+    else:
+        rows = _read_file(path)
     if not rows:
         raise UserError(f"{source}: holds no rows: give at least one example")
-    return rows
+    return rows if share == 1 else [rows[index] for index in _drawn(len(rows), share)]
+
+
+def _drawn(count: int, share: float) -> list[int]:
+    """So many of `count` rows, in their order."""
+    most = min(count, max(1, round(share * count)))
+    chosen: list[int] = Seeds(0).numpy("share").choice(count, most, replace=False).tolist()
+    return sorted(chosen)
 
 
 def client_files(clients: str | dict[str, str] | list[ClientFile | str]) -> dict[str, Path]:
@@ -151,8 +170,6 @@ def _numbered_files(pattern: str) -> dict[str, Path]:
 def _read_file(path: Path) -> list[Row]:
     if not path.exists():
         raise UserError(f"{path}: does not exist: give a file ({', '.join(SUFFIXES)})")
-    if not path.is_file():
-        raise UserError(f"{path}: is a folder: give a file ({', '.join(SUFFIXES)})")
     try:
         match path.suffix.lower():
             case ".json" | ".jsonl":
@@ -245,15 +262,30 @@ def _read_parquet(path: Path) -> list[Row]:
     return rows
 
 
-def _read_hub(name: str, split: str) -> list[Row]:
+def _read_demo(split: str) -> list[Row]:
+    # Not at the top: the demo runs experiments, and so knows all of the package.
+    from hedgerow.demo import tasks
+
+    if split == "train":
+        return [dict(row) for rows in tasks.clients().values() for row in rows]
+    if split == "test":
+        return [dict(row) for row in tasks.test_rows()]
+    raise UserError(f"{DEMO}: has no split {split!r}: give train or test")
+
+
+def _load_dataset(name: str, split: str, subset: str | None) -> Dataset:
     import datasets
 
     try:
-        rows: list[Row] = datasets.load_dataset(name, split=split).to_list()
+        return datasets.load_dataset(name, subset, split=split)
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(
             f"{name}: is neither a file nor a dataset that you can read on the Hugging Face Hub: "
             "check the name"
+        ) from None
+    except (datasets.exceptions.DataFilesNotFoundError, datasets.data_files.EmptyDatasetError):
+        raise UserError(
+            f"{name}: holds no data file that is known: give one ({', '.join(SUFFIXES)})"
         ) from None
     except OSError:
         raise UserError(
@@ -261,6 +293,6 @@ def _read_hub(name: str, split: str) -> list[Row]:
             "name: give a file, or connect to the network"
         ) from None
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{name}: the split {split!r} cannot be loaded ({reason})") from None
-    return rows
+        reason = " ".join(str(error).split()).partition(" Example of usage")[0]
+        part = f"the split {split!r}" + (f" of the subset {subset!r}" if subset else "")
+        raise UserError(f"{name}: {part} cannot be loaded ({reason})") from None

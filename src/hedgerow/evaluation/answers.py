@@ -1,10 +1,12 @@
-"""What a model answers by itself: greedy or drawn at random; ROUGE-L and exact match."""
+"""What a model answers by itself: greedy or drawn at random; ROUGE-L and matches."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,8 @@ Int32 = npt.NDArray[np.int32]
 def check_positions(model: Model, settings: EvaluationSettings) -> None:
     """Raise a `UserError` where an answer alone would fill the model's positions."""
     positions = max_positions(model.network)
-    if settings.max_new_tokens >= positions and {"rouge_l", "exact_match"} & set(settings.metrics):
+    generated = {"rouge_l", "exact_match", "final_answer"} & set(settings.metrics)
+    if settings.max_new_tokens >= positions and generated:
         raise UserError(
             f"`evaluation.max_new_tokens`: {settings.max_new_tokens} leaves no room for a prompt "
             f"in the model's {positions} positions: set at most {positions - 1}"
@@ -95,6 +98,26 @@ def rouge_l(reference: str, answer: str) -> float:
 def exact_match(reference: str, answer: str) -> bool:
     """Whether the texts are the same but for white space."""
     return reference.split() == answer.split()
+
+
+def final_answer_match(reference: str, answer: str) -> bool:
+    """Whether both come to the same number, as GSM8K is scored (arXiv 2110.14168).
+
+    It is the first number after "####", or the last one where there is no such mark.
+    """
+    right = _final_number(reference)
+    return right is not None and _final_number(answer) == right
+
+
+_NUMBER = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?", re.ASCII)
+
+
+def _final_number(text: str) -> Decimal | None:
+    before, mark, after = text.partition("####")
+    numbers = _NUMBER.findall(after if mark else before)
+    if not numbers:
+        return None
+    return Decimal((numbers[0] if mark else numbers[-1]).replace(",", ""))
 
 
 @cache

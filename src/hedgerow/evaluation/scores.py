@@ -14,7 +14,7 @@ import torch
 
 from hedgerow.data import Encoded, Example, Row, Spool, check_columns, load_template
 from hedgerow.errors import UserError
-from hedgerow.evaluation.answers import exact_match, generate, rouge_l
+from hedgerow.evaluation.answers import exact_match, final_answer_match, generate, rouge_l
 from hedgerow.evaluation.choices import Choices, log_likelihoods
 from hedgerow.evaluation.likelihood import Tick, losses
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hedgerow.model import Model
 
 Int64 = npt.NDArray[np.int64]
-_GENERATED = {"rouge_l", "exact_match"}
+_GENERATED = {"rouge_l", "exact_match", "final_answer"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class TestSet:
                 a prompt is empty where an answer is to follow it.
         """
         name = settings.test or "the test data"
-        fields, metrics = settings.fields, set(evaluation.metrics)
+        fields, metrics = settings.test_fields or settings.fields, set(evaluation.metrics)
         # Multiple choice alone needs no output: a question may name its answer otherwise.
         answered = (
             rows if metrics - {"multiple_choice"} else [{fields.output: ""} | r for r in rows]
@@ -143,8 +143,8 @@ def evaluate(
 
     - `loss`: `eval_loss`, the mean cross-entropy of a token of an answer (nats; its EOS included),
       each token weighing the same whichever row it is from; `eval_perplexity`, its exponential.
-    - `rouge_l`, `exact_match`: of greedy answers, in percent. `answer_prompts_cut` counts prompts
-      that had to be cut on the left to fit the model.
+    - `rouge_l`, `exact_match`, `final_answer`: of greedy answers, in percent. `answer_prompts_cut`
+      counts prompts that had to be cut on the left to fit the model.
     - `multiple_choice`: `accuracy` and `accuracy_norm`, how often the right option has the highest
       log-likelihood (or the highest per character), and `accuracy_chance`, what guessing would
       score; in percent. `choice_prompts_cut` counts as above.
@@ -187,6 +187,8 @@ def evaluate(
             scores["rouge_l"] = _percent([rouge_l(*pair) for pair in pairs])
         if "exact_match" in metrics:
             scores["exact_match"] = _percent([exact_match(*pair) for pair in pairs])
+        if "final_answer" in metrics:
+            scores["final_answer"] = _percent([final_answer_match(*pair) for pair in pairs])
     if choices:
         accuracies, cut = _accuracies(model, choices, settings.batch_size, tick)
         scores |= accuracies

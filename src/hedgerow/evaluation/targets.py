@@ -38,7 +38,8 @@ def load_test(text: TextSettings, settings: EvaluationSettings, model: Model) ->
     if text.test is None:
         raise UserError("`data.test` is missing: name the file to evaluate on")
     check_positions(model, settings)
-    return TestSet.prepare(read(text.test, text.test_split), text, settings, model.tokenizer)
+    rows = read(text.test, text.test_split, text.test_subset, text.test_share)
+    return TestSet.prepare(rows, text, settings, model.tokenizer)
 
 
 class Scorer:

@@ -16,7 +16,7 @@ from hedgerow import console
 from hedgerow.comparison import Outcome
 from hedgerow.files import replacing
 
-SCORES = ("eval_loss", "rouge_l", "exact_match", "accuracy", "accuracy_norm")
+SCORES = ("eval_loss", "rouge_l", "exact_match", "final_answer", "accuracy", "accuracy_norm")
 """What is compared where it was measured, after the last round."""
 
 FORMATS = ("csv", "json", "md", "tex")

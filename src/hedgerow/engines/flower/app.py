@@ -162,10 +162,11 @@ def _without_paths(experiment: Experiment, clients: list[str]) -> tuple[Experime
     settings, data = experiment.model, experiment.data
     if Path(settings.path).is_absolute():
         settings = settings.model_copy(update={"path": f"./{Path(settings.path).name}"})
+    is_name = data.test is None or not Path(data.test).is_absolute()
     template = Path(data.prompt) if Path(data.prompt).is_absolute() else None
     changes = {
         "clients": [ClientFile(name=name, file=f"{name}.json") for name in clients],
-        "test": data.test and f"./{Path(data.test).name}",
+        "test": data.test if is_name else f"./{Path(str(data.test)).name}",
         "prompt": data.prompt if template is None else f"./{PROMPT}",
     }
     update = {"model": settings, "data": data.model_copy(update=changes)}
