@@ -1,13 +1,14 @@
 # make demo   install, then run the main job on the built-in model and data
 # make test   install, then lint, check types and run the tests
 # make browser   install Chromium where root can, for the tests that are skipped without one
+# make experiments-smoke   install, then try the papers' experiments on the built-in model and data
 # An existing .venv is used as it is; what is missing is installed into it.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.hedgerow-installed
 
-.PHONY: install demo test test-slow browser lint format clean
+.PHONY: install demo experiments-smoke test test-slow browser lint format clean
 
 install: $(INSTALLED)
 
@@ -20,6 +21,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/hedgerow demo --out demo-run
+
+experiments-smoke: install
+	$(BIN)/python experiments/smoke.py
 
 test: install lint
 	$(BIN)/python -m pytest

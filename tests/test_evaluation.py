@@ -19,7 +19,7 @@ from transformers import (
 from hedgerow.data import collate, read
 from hedgerow.errors import UserError
 from hedgerow.evaluation import TestSet, evaluate
-from hedgerow.evaluation.answers import check_positions, generate
+from hedgerow.evaluation.answers import check_positions, final_answer_match, generate
 from hedgerow.evaluation.choices import log_likelihoods, read_question
 from hedgerow.evaluation.likelihood import max_positions
 from hedgerow.experiment import DataSettings, EvaluationSettings, Fields, ModelSettings
@@ -221,6 +221,30 @@ def test_a_model_that_knows_the_answers_is_right(taught):
     scores = score(taught, metrics=ALL, max_new_tokens=32)
     assert scores["exact_match"] == scores["rouge_l"] == scores["accuracy"] == 100
     assert scores["eval_loss"] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "right"),
+    [
+        ("4 + 5 = 9\n#### 9", "So it is 9.\n#### 9", True),
+        ("#### 1,000", "The answer is $1000.00.", True),
+        ("#### -3", "10 - 13 = -3", True),
+        ("#### 5", "10-5", True),
+        ("#### 9", "#### 9\n\nQuestion: what is 7?\n#### 7", True),
+        ("#### 9", "9 apples and 8 pears", False),
+        ("#### 9", "#### nine, and 9 before it is not after the mark", True),
+        ("#### 9", "nine", False),
+        ("nine", "nine", False),
+        ("", "", False),
+    ],
+)
+def test_a_final_answer_is_the_number_after_the_mark_or_the_last(reference, answer, right):
+    assert final_answer_match(reference, answer) is right
+
+
+def test_final_answers_are_scored(taught):
+    rows = [{"instruction": "sky?", "output": "#### 4"}]
+    assert score(taught, rows, metrics=["final_answer"], max_new_tokens=8)["final_answer"] == 0
 
 
 def test_exact_match_is_blind_to_white_space_only(taught):

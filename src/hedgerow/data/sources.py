@@ -295,4 +295,7 @@ def _load_dataset(name: str, split: str, subset: str | None) -> Dataset:
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()).partition(" Example of usage")[0]
         part = f"the split {split!r}" + (f" of the subset {subset!r}" if subset else "")
-        raise UserError(f"{name}: {part} cannot be loaded ({reason})") from None
+        raise UserError(
+            f"{name}: {part} cannot be loaded ({reason}): see `data.split` and `data.subset`, or "
+            "`data.test_split` and `data.test_subset`"
+        ) from None
