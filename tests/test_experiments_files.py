@@ -318,3 +318,8 @@ def test_mmlu_as_on_the_hub_is_scored_beside_other_training_data(hedgerow, mmlu,
     last = rows_of(tmp_path / "run")[-1]
     assert last["accuracy_chance"] == 25
     assert set(last["accuracy_by"]) == {"art", "law"}
+    # Of other data than the run's own, all rows count, and their columns are those of `fields`.
+    asked = ["--data", "demo", "--metrics", "loss", "--by", "kind", "--json"]
+    result = hedgerow("evaluate", tmp_path / "run", *asked)
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["rows"] == 200

@@ -206,7 +206,6 @@ def evaluate(
     """
     from hedgerow import console
 
-    changes = list(overrides or [])
     if harness is not None:
         if (data, metrics, by) != (None, None, None):
             raise UserError("--harness brings data and metrics: leave out --data, --metrics, --by")
@@ -217,7 +216,7 @@ def evaluate(
         from hedgerow.evaluation import harness as lm_eval
 
         found = lm_eval.score_target(
-            *(target, changes, round, client, names),
+            *(target, overrides or [], round, client, names),
             include_path=include_path,
             num_fewshot=num_fewshot,
             limit=limit,
@@ -231,6 +230,9 @@ def evaluate(
         raise UserError("--include-path, --num-fewshot and --limit belong to --harness")
     from hedgerow.evaluation.targets import score_target
 
+    # These say how the run's own test data are read, which are not those that are named here.
+    own = ["data.test_subset=null", "data.test_share=1", "data.test_fields=null"]
+    changes = [*(own if data is not None else []), *(overrides or [])]
     for key, value in (("data.test", data), ("evaluation.by", by)):
         changes += [f"{key}={json.dumps(value)}"] if value is not None else []
     if metrics is not None:
