@@ -125,6 +125,11 @@ class TextSettings(Section):
     """Tokens of prompt and answer together; what is longer is cut at the end, and counted."""
     loss_on: Literal["answer", "all"] = "answer"
 
+    @property
+    def fields_of_test(self) -> Fields:
+        """The columns of the test data."""
+        return self.test_fields or self.fields
+
 
 class DataSettings(TextSettings):
     """Who holds what: files per client, or one source and how to divide it."""

@@ -63,7 +63,7 @@ class TestSet:
                 a prompt is empty where an answer is to follow it.
         """
         name = settings.test or "the test data"
-        fields, metrics = settings.test_fields or settings.fields, set(evaluation.metrics)
+        fields, metrics = settings.fields_of_test, set(evaluation.metrics)
         # Multiple choice alone needs no output: a question may name its answer otherwise.
         answered = (
             rows if metrics - {"multiple_choice"} else [{fields.output: ""} | r for r in rows]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hedgerow.data import read
+from hedgerow.data import Row, read
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.scores import TestSet, evaluate, perplexity
@@ -35,11 +35,20 @@ def load_test(text: TextSettings, settings: EvaluationSettings, model: Model) ->
     Raises:
         UserError: there is none, or it cannot be scored as `settings` ask.
     """
+    rows = test_rows(text)
+    check_positions(model, settings)
+    return TestSet.prepare(rows, text, settings, model.tokenizer)
+
+
+def test_rows(text: TextSettings) -> list[Row]:
+    """The rows to evaluate on.
+
+    Raises:
+        UserError: there are none.
+    """
     if text.test is None:
         raise UserError("`data.test` is missing: name the file to evaluate on")
-    check_positions(model, settings)
-    rows = read(text.test, text.test_split, text.test_subset, text.test_share)
-    return TestSet.prepare(rows, text, settings, model.tokenizer)
+    return read(text.test, text.test_split, text.test_subset, text.test_share)
 
 
 class Scorer:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hedgerow.data import load_template, read
+from hedgerow.data import load_template
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.scores import TestSet, answers
+from hedgerow.evaluation.targets import test_rows
 from hedgerow.experiment import Experiment
 from hedgerow.ledger import Base, Ledger
 from hedgerow.model import Model
@@ -119,8 +120,7 @@ class _Exam:
 
     def __init__(self, experiment: Experiment, base: Model, count: int) -> None:
         data = experiment.data
-        assert data.test is not None, "there is nothing to ask otherwise"
-        rows = read(data.test, data.test_split)
+        rows = test_rows(data)
         places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
         chosen = [rows[place] for place in places]
         self._settings = experiment.evaluation.model_copy(
@@ -128,7 +128,7 @@ class _Exam:
         )
         check_positions(base, self._settings)
         self._test = TestSet.prepare(chosen, data, self._settings, base.tokenizer)
-        words = load_template("plain", base.tokenizer, data.fields)
+        words = load_template("plain", base.tokenizer, data.fields_of_test)
         prompts = [words.prompt(row).strip() for row in chosen]
         texts = zip(prompts, self._test.references, self._answers(base), strict=True)
         self.questions = [Question(*each, {}) for each in texts]

@@ -59,6 +59,7 @@ def render(series: Sequence[Series], look: models.Look, target: float | None = N
     table = tables.summarise(outcomes, target)
     shown = tables.shown(table, [])
     keys = ["method", *tables.columns(table)]
+    abouts = {each.first.cell.experiment.about for each in series}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hedgerow.report", "."),
         autoescape=True,
@@ -74,6 +75,7 @@ def render(series: Sequence[Series], look: models.Look, target: float | None = N
             for each in series
         ],
         dashes=[charts.dash(index) for index in range(len(series))],
+        about=abouts.pop() if len(abouts) == 1 else None,
         headline=_headline(table),
         header=list(shown.columns),
         rows=[

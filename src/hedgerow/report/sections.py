@@ -16,6 +16,7 @@ LINES = {
     "eval_loss": "loss on the test data",
     "rouge_l": "ROUGE-L",
     "exact_match": "exact match, %",
+    "final_answer": "final answer, %",
     "accuracy": "accuracy, %",
     "train_loss": "training loss",
 }
@@ -142,7 +143,7 @@ def _scores(rounds: pd.DataFrame, names: list[str]) -> Section:
 
 def _by_category(series: Sequence[Series], names: list[str]) -> Section:
     drawn = []
-    for key in ("eval_loss", "rouge_l", "exact_match", "accuracy"):
+    for key in LINES:
         found = [
             {"series": each.label, "name": name, "x": fmean(values)}
             for each in series
