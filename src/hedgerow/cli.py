@@ -142,7 +142,11 @@ def compare(
     for outcome in failed:
         console.out.print(f"{comparison.title(outcome.cell)}: {outcome.failure}", soft_wrap=True)
     files = ", ".join(f".{kind}" for kind in tables.FORMATS)
-    console.out.print(f"the same in {out / 'comparison'}{files}; each run is in {out / 'runs'}")
+    console.out.print(
+        f"the same in {out / 'comparison'}{files}; each run is in {out / 'runs'}\n"
+        f"a page to look at: hedgerow report {out} --out page.html",
+        soft_wrap=True,
+    )
     if failed:
         raise RunFailed(f"{len(failed)} of {len(outcomes)} runs failed; given again, they go on")
 

@@ -80,6 +80,7 @@ def run(out: Path) -> None:
     )
     console.out.print(
         f"the same again: hedgerow run {experiment} --out another-run\n"
+        f"a page to look at: hedgerow report {out} --out page.html\n"
         f"an adapter for peft: hedgerow export {out / 'flora'} adapter --to adapter"
     )
 
