@@ -307,6 +307,13 @@ class Model:
             weight.copy_(total)
             self._remainders[name] = total.sub_(weight).to(weight.dtype).cpu()
 
+    def change(self, name: str, before: Tensor) -> Tensor:
+        """What was added to the weight `name` since it was `before`, on the CPU, in float32."""
+        now: Tensor = self.network.get_parameter(name).detach().cpu().float()
+        if name in self._remainders:
+            now = now + self._remainders[name].float()
+        return now - before.float()
+
     def merge(self, module: str, factors: Factors) -> None:
         """Add B·A to the weight of the linear layer `module`."""
         layer = self.network.get_submodule(module)

@@ -14,7 +14,7 @@ from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.scores import TestSet, answers
 from hedgerow.evaluation.targets import test_rows
-from hedgerow.experiment import Experiment
+from hedgerow.experiment import Experiment, TextSettings
 from hedgerow.ledger import Base, Ledger
 from hedgerow.model import Model
 from hedgerow.report.gather import Series
@@ -63,7 +63,7 @@ def look(
         if progress is not None:
             progress(done, len(series))
         try:
-            looker.look_at(each)
+            notes |= dict.fromkeys(looker.look_at(each))
         except UserError as error:
             notes[str(error)] = None
     if progress is not None:
@@ -85,18 +85,26 @@ class _Looker:
         """All that was asked."""
         return [question for exam in self._asked.values() for question in exam.questions]
 
-    def look_at(self, series: Series) -> None:
+    def look_at(self, series: Series) -> list[str]:
         """Ask the run that stands for a series, and take its spectra.
 
+        Returns:
+            Why it cannot be asked: the test data are not there, say, or have no answers.
+
         Raises:
-            UserError: the base model or the test data are not what they were, or have no answers;
-                or the ledger is damaged.
+            UserError: the base model is not what it was, or the ledger is damaged.
         """
         cell = series.first.cell
         experiment, method = cell.experiment, cell.experiment.method
         model, ledger = self._lender.lend(experiment.model), Ledger.open(cell.folder / "ledger")
         ledger.check_base(Base.of(model), f"model.path {experiment.model.path}")
-        exam = self._exam(experiment, model)
+        if not len(ledger):
+            return []
+        exam, notes = None, []
+        try:
+            exam = self._exam(experiment, model)
+        except UserError as error:
+            notes.append(str(error))
         ledger.replay(method, model)
         client = None if method.has_global_model else ledger.clients()[0]
         if exam is not None:
@@ -104,12 +112,14 @@ class _Looker:
                 exam.ask(series.label, model)
         method.merge(model, client)
         self.spectra[series.label] = dict(_spectra(model, self._lender.state))
+        return notes
 
     def _exam(self, experiment: Experiment, model: Model) -> _Exam | None:
         """The questions for runs on this model and data, which it has answered as the base."""
         if not self._count or experiment.data.test is None:
             return None
-        key = experiment.dump(include={"model", "evaluation"}) + experiment.data.model_dump_json()
+        text = experiment.data.model_dump_json(include=set(TextSettings.model_fields))
+        key = f"{experiment.dump(include={'model'})}{text}{experiment.evaluation.max_new_tokens}"
         if key not in self._asked:
             self._asked[key] = _Exam(experiment, model, self._count)
         return self._asked[key]
@@ -147,7 +157,7 @@ def _spectra(model: Model, base: dict[str, Tensor]) -> Iterator[tuple[str, list[
     """The leading singular values of each matrix's change, where there is one."""
     for name, weight in model.network.named_parameters():
         if weight.ndim == 2:
-            change = weight.detach().float().cpu() - base[name].float()
+            change = model.change(name, base[name])
             if change.any():
                 yield name, _singular_values(change, name)
 
