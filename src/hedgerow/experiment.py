@@ -497,7 +497,7 @@ def _drop_options_of_another_method(options: Any, name: Any) -> None:
 
 
 def without_folders(experiment: Experiment) -> Experiment:
-    """The experiment for others: with the data files' names alone, and without its trackers.
+    """The experiment for others: with its files' names alone, and without its trackers.
 
     Where the data lie and the run is followed is their owner's business.
     """
@@ -516,7 +516,8 @@ def without_folders(experiment: Experiment) -> Experiment:
             Path(c).name if isinstance(c, str) else ClientFile(name=c.name, file=Path(c.file).name)
             for c in clients
         ]
-    update = {"clients": clients, "source": name(data.source), "test": name(data.test)}
+    files = {"source": data.source, "test": data.test, "prompt": data.prompt}
+    update = {"clients": clients, **{key: name(path) for key, path in files.items()}}
     changes = {"data": data.model_copy(update=update), "tracking": TrackingSettings()}
     return experiment.model_copy(update=changes)
 

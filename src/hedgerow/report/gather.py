@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ def gather(folders: Iterable[Path]) -> list[Series]:
     Raises:
         UserError: a folder has no run, or a run has not measured anything yet.
     """
-    found = list(dict.fromkeys(run for folder in folders for run in _runs_in(folder)))
+    found = list(dict.fromkeys(run.resolve() for folder in folders for run in _runs_in(folder)))
     experiments = {run: load(run / EXPERIMENT) for run in found}
     together: dict[str, list[Path]] = {}
     for run, label in zip(found, labels(list(experiments.values())), strict=True):
@@ -49,10 +50,11 @@ def gather(folders: Iterable[Path]) -> list[Series]:
             runs.sort(key=lambda run: experiments[run].federation.seed)
             series.append(Series(label, [_outcome(label, run, experiments[run]) for run in runs]))
         else:  # the same experiment, run several times: before and after a change of the code, say
+            above = os.path.commonpath(runs)
             series += [
                 Series(name, [_outcome(name, run, experiments[run])])
                 for run in runs
-                for name in [f"{label} in {run}"]
+                for name in [f"{label} in {run.relative_to(above)}"]
             ]
     return sorted(series, key=_last_loss)
 
@@ -60,15 +62,19 @@ def gather(folders: Iterable[Path]) -> list[Series]:
 def labels(experiments: Sequence[Experiment]) -> list[str]:
     """Each experiment's method, with as few options as tell it from others of its name.
 
-    Seeds are no options.
+    Seeds are no options, and neither is who is told of the run.
     """
-    flats = [flat(experiment.model_dump(mode="json")) for experiment in experiments]
+    flats = [
+        flat(experiment.model_dump(mode="json", exclude={"tracking"})) for experiment in experiments
+    ]
     names = [str(mine["method", "name"]) for mine in flats]
     words = []
     for name, mine in zip(names, flats, strict=True):
         others = [other for other, its in zip(flats, names, strict=True) if its == name]
         telling = _telling(others)
-        words.append(", ".join([name, *(f"{key[-1]}={_short(mine.get(key))}" for key in telling)]))
+        values = [_short(mine.get(key), [other.get(key) for other in others]) for key in telling]
+        options = (f"{key[-1]}={value}" for key, value in zip(telling, values, strict=True))
+        words.append(", ".join([name, *options]))
     return words
 
 
@@ -118,5 +124,14 @@ def _last_loss(series: Series) -> float:
     return min((loss for loss in losses if loss is not None), default=float("inf"))
 
 
-def _short(value: Any) -> str:
-    return Path(value).name if isinstance(value, str) and "/" in value else str(value)
+def _short(value: Any, others: Iterable[Any]) -> str:
+    """A value in words: of a path, as few of its last parts as tell it from the others."""
+    if not isinstance(value, str) or "/" not in value:
+        return str(value)
+    parts = value.split("/")
+    ends = ["/".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+    different = [other for other in others if isinstance(other, str) and other != value]
+    return next(
+        (end for end in ends if not any(f"/{other}".endswith(f"/{end}") for other in different)),
+        value,
+    )
