@@ -6,14 +6,18 @@ import re
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from conftest import write_experiment
+import torch
+from conftest import rows_of, write_experiment
 from playwright.sync_api import Page, sync_playwright
 
 from hedgerow import cli
 from hedgerow.experiment import load
+from hedgerow.model import Model
+from hedgerow.report import charts
 from hedgerow.report.gather import gather, labels
-from hedgerow.report.sections import rounds_of
+from hedgerow.report.sections import _dots, rounds_of
 
 METHODS = "flora,flora restart=zero,fedavg,standalone"
 LABELS = ["flora, restart=warm", "flora, restart=zero", "fedavg", "standalone"]
@@ -97,6 +101,45 @@ def test_labels_are_as_short_as_they_can_be(experiment):
     assert labels(experiments) == list(changes)
 
 
+def test_labels_tell_folders_apart_and_trackers_not(experiment):
+    changes = {
+        "flora, path=a/base": ["model.path=/of/a/base"],
+        "flora, path=b/base": ["model.path=/of/b/base", "federation.seed=1"],
+    }
+    experiments = [load(experiment(), each) for each in changes.values()]
+    assert labels(experiments) == list(changes)
+    tracked = load(experiment(), ["tracking.to=tensorboard", "tracking.name=a"])
+    assert labels([load(experiment()), tracked]) == ["flora", "flora"]
+
+
+def test_many_clients_are_the_worst_of_them():
+    found = [{"series": "flora", "name": f"client-{i:03}", "x": float(i)} for i in range(65)]
+    (chart,) = _dots(found, ["flora"], "loss", "training loss of each client")
+    assert chart.title == "training loss of each client, the worst 60 of 65"
+    assert "client-064 flora 64" in chart.words
+    assert "client-004" not in chart.words
+    (chart,) = _dots(found, ["flora"], "ROUGE-L", "ROUGE-L by category")
+    assert "client-064" not in chart.words
+
+
+def test_many_rounds_are_drawn():
+    frame = pd.DataFrame({"series": "flora", "x": range(5001), "y": 1.0, "low": 1.0, "high": 1.0})
+    assert 'stroke="var(--series-0)"' in charts.lines(frame, ["flora"], x="round", y="loss")
+
+
+def test_axes_have_marks_that_can_be_read():
+    frame = pd.DataFrame({"series": "flora", "x": [1.0, 2.0, 3.0], "y": [0.0, 1e-12, 1e-3]})
+    frame = frame.assign(low=frame["y"], high=frame["y"])
+    svg = charts.lines(frame, ["flora"], x="round", y="error", log_y=True)
+    assert "1.5" not in re.findall(">([^<]+)</text>", svg)
+    assert "flora: error 0, round 1" in svg  # though it is drawn at the axis' end
+    for sizes in ([4.2e6, 4.3e6, 4.9e6], [4.2e6, 8.4e6, 12.6e6], [4e6, 2e7, 8e8]):
+        svg = charts.lines(
+            frame.assign(x=sizes), ["flora"], x="bytes", y="loss", log_x=True, in_bytes=True
+        )
+        assert len(re.findall(r">[\d.]+[MG]B</text>", svg)) >= 2
+
+
 def test_answers_and_spectra_need_the_base_and_nothing_else_does(
     hedgerow, experiment, tmp_path, tiny_model
 ):
@@ -124,7 +167,84 @@ def test_a_run_that_was_stopped_is_shown_as_far_as_it_got(hedgerow, experiment, 
     metrics = run / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
     assert hedgerow("report", run, "--out", page, "--answers", 0).code == 0
-    assert "stopped after round 1 of 2" in page.read_text()
+    text = page.read_text()
+    assert "stopped after round 1 of 2" in text
+    assert '<td data-value="1">1</td></tr>' in text  # under "failed"
+
+
+def test_a_run_that_was_stopped_before_its_first_round_is_shown(hedgerow, experiment, tmp_path):
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    path = experiment(method={"name": "standalone"}, training={"learning_rate": 1e30})
+    assert hedgerow("run", path, "--out", run).code == 1
+    result = hedgerow("report", run, "--out", page)
+    assert result.code == 0, result.err
+    assert "stopped after round 0 of 2" in page.read_text()
+
+
+def test_a_run_that_diverged_is_shown_without_what_is_no_number(hedgerow, experiment, tmp_path):
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    path = experiment(method={"name": "standalone"})
+    assert hedgerow("run", path, "--out", run).code == 0
+    rows = rows_of(run)
+    rows[-1] |= {"eval_loss": None, "train_loss": None, "aggregation_error": None}
+    rows[-1]["train_loss_by_client"] = dict.fromkeys(rows[-1]["train_loss_by_client"])
+    rows[-1]["by_client"]["client-000"]["eval_loss"] = None
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = hedgerow("report", run, "--out", page, "--answers", 0)
+    assert result.code == 0, result.err
+    text = page.read_text()
+    assert "client-001 standalone" in text
+    assert "client-000 standalone" not in text
+
+
+def test_a_run_is_shown_once_and_what_is_run_again_beside_it(hedgerow, experiment, tmp_path):
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    assert hedgerow("run", experiment(), "--out", run).code == 0
+    (tmp_path / "link").symlink_to(run)
+    assert [each.label for each in gather([run, tmp_path / "link"])] == ["flora"]
+    shutil.copytree(run, tmp_path / "again")
+    result = hedgerow("report", run, tmp_path / "again", "--out", page, "--answers", 0)
+    assert result.code == 0, result.err
+    text = page.read_text()
+    assert "flora in again" in text
+    assert "2 settings of flora on" in text
+    assert str(tmp_path) not in text
+
+
+def test_spectra_need_no_questions_and_notes_name_no_folder(hedgerow, experiment, tmp_path):
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    assert hedgerow("run", experiment(), "--out", run).code == 0
+    (tmp_path / "test.json").unlink()
+    result = hedgerow("report", run, "--out", page)
+    assert result.code == 0, result.err
+    assert f"not shown: {tmp_path / 'test.json'}" in result.out
+    text = page.read_text()
+    assert ">Singular values</h2>" in text
+    assert "Not shown: test.json" in text
+    assert str(tmp_path) not in text
+
+
+def test_scores_on_other_test_data_are_not_compared(hedgerow, experiment, tmp_path):
+    page, runs = tmp_path / "page.html", [tmp_path / "one", tmp_path / "two"]
+    path = experiment()
+    shutil.copy(tmp_path / "test.json", tmp_path / "other.json")
+    assert hedgerow("run", path, "--out", runs[0]).code == 0
+    other = f"data.test={tmp_path / 'other.json'}"
+    assert hedgerow("run", path, other, "federation.seed=1", "--out", runs[1]).code == 0
+    assert hedgerow("report", *runs, "--out", page, "--answers", 0).code == 0
+    text = page.read_text()
+    assert "their scores do not compare" in text
+    assert "The lowest loss" not in text
+
+
+def test_spectra_of_bfloat16_are_not_those_of_its_rounding(experiment):
+    model = Model.load(load(experiment(model={"dtype": "bfloat16"})).model)
+    name, before = next((n, w) for n, w in model.network.named_parameters() if w.ndim == 2)
+    before = before.clone()
+    added = torch.randn(before.shape, generator=torch.Generator().manual_seed(0)) * 1e-4
+    model.add(name, added)
+    error = torch.linalg.norm(model.change(name, before) - added) / torch.linalg.norm(added)
+    assert error < 0.01
 
 
 def test_mistakes_are_one_sentence_and_leave_no_page(hedgerow, experiment, tmp_path):

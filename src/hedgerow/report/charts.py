@@ -21,6 +21,9 @@ from hedgerow import console
 WIDTH = 330
 """Of what is drawn in, without its axes: what a phone shows unscaled."""
 
+LEAST = 1e-9
+"""What is below it is drawn there on a logarithmic axis, which has no zero."""
+
 
 def lines(
     frame: pd.DataFrame,
@@ -47,15 +50,23 @@ def lines(
         for row in frame.itertuples()
     ]
     by_series = _colour(series)
+    # A logarithmic axis may have no mark at all where it is short.
+    log_x = log_x and frame["x"].max() > 3 * frame["x"].min()
     horizontal = alt.X("x:Q").title(x).scale(type="log" if log_x else "linear", nice=not log_x)
     if in_bytes:
         size = "datum.label + 'B'"
-        horizontal = horizontal.axis(format="~s", labelExpr=size, values=_powers(frame["x"]))
+        marks = {"values": _marks(frame["x"])} if log_x else {"tickCount": 4}
+        horizontal = horizontal.axis(format="~s", labelExpr=size, **marks)
     elif not log_x:
-        horizontal = horizontal.axis(tickCount=5, tickMinStep=1)
+        # There is no half a round; `tickMinStep` would allow one where there are few.
+        whole = int(frame["x"].max() - frame["x"].min())
+        horizontal = horizontal.axis(tickCount=max(1, min(5, whole)))
+    if log_y:
+        drawn_in = ["y", "low", "high"]
+        frame[drawn_in] = frame[drawn_in].clip(lower=LEAST)
     vertical = alt.Y("y:Q").title(y).scale(type="log" if log_y else "linear", zero=False)
     if log_y:
-        vertical = vertical.axis(format=".0e", values=_powers(frame["y"]))
+        vertical = vertical.axis(format=".0e", values=_marks(frame["y"]))
     drawn = alt.Chart(frame).encode(horizontal, vertical, by_series)
     band = drawn.mark_area(opacity=0.18, aria=False).encode(alt.Y("low:Q"), alt.Y2("high:Q"))
     line = drawn.mark_line(strokeWidth=2, aria=False).encode(strokeDash=_dash(series))
@@ -165,10 +176,11 @@ def _dash(series: Sequence[str]) -> Any:
     return alt.StrokeDash("series:N").legend(None).scale(domain=list(series), range=dashes)
 
 
-def _powers(values: pd.Series) -> list[float]:
-    """The powers of ten around some values, of which a logarithmic axis is marked with a few."""
+def _marks(values: pd.Series) -> list[float]:
+    """Powers of ten around some values, for a logarithmic axis; 2 and 5 of each where few."""
     first, last = (math.floor(math.log10(end)) for end in (values.min(), values.max()))
-    return [10.0**power for power in range(first, last + 2, 1 + (last - first) // 6)]
+    powers = range(first, last + 2, 1 + (last - first) // 6)
+    return [m * 10.0**power for power in powers for m in ((1, 2, 5) if last - first < 2 else (1,))]
 
 
 def _few(frame: pd.DataFrame, most: int) -> bool:
@@ -196,7 +208,8 @@ def _svg(chart: Any) -> str:
         .configure_legend(labelColor=text, titleColor=text, labelFontSize=12, titleFontSize=12)
         .configure_view(stroke=None)
     )
-    svg: str = vl_convert.vegalite_to_svg(styled.to_dict())
+    with alt.data_transformers.enable("default", max_rows=None):  # of many rounds of many runs
+        svg: str = vl_convert.vegalite_to_svg(styled.to_dict())
     # The page scales it; and it is one thing with a name there, not a tree of nameless groups.
     return re.sub(
         r'<svg [^>]*?width="(\d+)" height="\d+" (viewBox="[^"]+")>',

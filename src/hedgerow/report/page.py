@@ -16,7 +16,7 @@ from hedgerow.experiment import Experiment, without_folders
 from hedgerow.files import replacing
 from hedgerow.report import charts, models, tables
 from hedgerow.report.gather import Series, gather
-from hedgerow.report.sections import LINES, NOISE, rounds_of, sections
+from hedgerow.report.sections import LINES, NOISE, rounds_of, sections, standing_in
 from hedgerow.rundir import flat
 
 
@@ -58,7 +58,8 @@ def render(series: Sequence[Series], look: models.Look, target: float | None = N
     outcomes = [outcome for each in series for outcome in each.outcomes]
     table = tables.summarise(outcomes, target)
     shown = tables.shown(table, [])
-    keys = ["method", *tables.columns(table)]
+    keys = ["method", *tables.columns(table), *(["failed"] if "failed" in shown else [])]
+    common = _common(series)
     abouts = {each.first.cell.experiment.about for each in series}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hedgerow.report", "."),
@@ -76,10 +77,10 @@ def render(series: Sequence[Series], look: models.Look, target: float | None = N
         ],
         dashes=[charts.dash(index) for index in range(len(series))],
         about=abouts.pop() if len(abouts) == 1 else None,
-        headline=_headline(table),
+        headline=_headline(series, table),
         header=list(shown.columns),
         rows=[
-            [{"text": text, "value": row.get(key)} for key, text in zip(keys, texts, strict=False)]
+            [{"text": text, "value": row.get(key)} for key, text in zip(keys, texts, strict=True)]
             for row, texts in zip(table, shown.values.tolist(), strict=True)
         ],
         stopped=[
@@ -89,25 +90,42 @@ def render(series: Sequence[Series], look: models.Look, target: float | None = N
         ],
         sections=sections(series, look, rounds),
         numbers=_numbers(rounds),
-        look=look,
-        shared=_shared(series),
-        own=_own(series),
+        questions=look.questions,
+        standing_in=standing_in(series),
+        notes=[_without_folders(note, series) for note in look.notes],
+        shared=_yaml({key: _experiments(series)[0][key] for key in common}),
+        own=_own(series, common),
     )
 
 
 def _title(series: Sequence[Series]) -> str:
     outcomes = [outcome for each in series for outcome in each.outcomes]
-    base = Path(outcomes[0].cell.experiment.model.path).name
-    clients = max(len({*row["participants"], *row["failures"]}) for o in outcomes for row in o.rows)
+    methods = {outcome.cell.experiment.method.name for outcome in outcomes}
+    models = {Path(outcome.cell.experiment.model.path).name for outcome in outcomes}
+    clients = max(
+        len({name for row in outcome.rows for name in (*row["participants"], *row["failures"])})
+        for outcome in outcomes
+    )
     seeds = len({outcome.cell.seed for outcome in outcomes})
-    what = f"{len(series)} methods" if len(series) > 1 else series[0].label
+    if len(series) == 1:
+        what = series[0].label
+    elif len(series) == len(methods):
+        what = f"{len(series)} methods"
+    else:
+        names = f"{len(methods)} methods" if len(methods) > 1 else next(iter(methods))
+        what = f"{len(series)} settings of {names}"
+    base = f"{len(models)} models" if len(models) > 1 else next(iter(models))
     return ", ".join(
         [f"{what} on {base}", f"{clients} clients", *([f"{seeds} seeds"] if seeds > 1 else [])]
     )
 
 
-def _headline(table: Sequence[dict[str, Any]]) -> list[str]:
+def _headline(series: Sequence[Series], table: Sequence[dict[str, Any]]) -> list[str]:
     """What the table says, in a sentence or two."""
+    keys = {"test", "test_split", "fields", "prompt", "max_length"}
+    tests = {each.first.cell.experiment.data.model_dump_json(include=keys) for each in series}
+    if len(tests) > 1:
+        return ["Not all runs were scored on the same test data: their scores do not compare."]
     said = []
     losses = [row for row in table if row.get("eval_loss") is not None]
     if losses:
@@ -136,16 +154,21 @@ def _numbers(rounds: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     return ["run", "round", "bytes up and down", "seconds", *names], rows
 
 
-def _shared(series: Sequence[Series]) -> str:
-    """What all experiments have in common, as YAML."""
-    return _yaml(
-        {key: value for key, value in _experiments(series)[0].items() if key in _common(series)}
-    )
+def _without_folders(note: str, series: Sequence[Series]) -> str:
+    """A sentence with the names alone of the files that the runs know."""
+    cells = [each.first.cell for each in series]
+    values = [cell.folder for cell in cells] + [
+        value for cell in cells for value in flat(cell.experiment.model_dump(mode="json")).values()
+    ]
+    paths = [Path(value) for value in values if isinstance(value, str | Path)]
+    folders = {f"{path.parent}/" for path in paths if path.is_absolute()}
+    for folder in sorted(folders, key=len, reverse=True):
+        note = note.replace(folder, "")
+    return note
 
 
-def _own(series: Sequence[Series]) -> dict[str, str]:
+def _own(series: Sequence[Series], common: Sequence[tuple[str, ...]]) -> dict[str, str]:
     """What each series' experiment has for itself, as YAML."""
-    common = _common(series)
     each = zip(series, _experiments(series), strict=True)
     return {
         one.label: _yaml({key: value for key, value in keys.items() if key not in common})
@@ -153,14 +176,16 @@ def _own(series: Sequence[Series]) -> dict[str, str]:
     }
 
 
-def _common(series: Sequence[Series]) -> set[tuple[str, ...]]:
+def _common(series: Sequence[Series]) -> list[tuple[str, ...]]:
+    """The keys that have one value in all experiments."""
     first, *others = _experiments(series)
-    return {key for key in first if all(key in o and o[key] == first[key] for o in others)}
+    return [key for key in first if all(key in o and o[key] == first[key] for o in others)]
 
 
 def _experiments(series: Sequence[Series]) -> list[dict[tuple[str, ...], Any]]:
     """The experiment of each series, of the run that stands for it, as flat keys."""
-    return [flat(_portable(each.first.cell.experiment).model_dump(mode="json")) for each in series]
+    portable = [_portable(each.first.cell.experiment) for each in series]
+    return [flat(each.model_dump(mode="json", exclude={"tracking"})) for each in portable]
 
 
 def _portable(experiment: Experiment) -> Experiment:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -34,9 +34,7 @@ NOISE = {
 _MOST_CELLS = 1500
 """Of one chart of clients by rounds; beyond, they are counted by round."""
 _MOST_NAMES = 60
-"""Of clients or categories in one chart."""
-_LEAST = 1e-9
-"""Errors below it are drawn there: a logarithmic axis has no zero."""
+"""Of clients or categories in one chart; beyond, it has those that score worst."""
 _ROUNDING = 1e-6
 """Singular values below this share of the largest are what float32 has rounded."""
 
@@ -71,7 +69,7 @@ def sections(series: Sequence[Series], look: models.Look, rounds: pd.DataFrame) 
         _by_category(series, names),
         _by_client(series, names),
         _noise(rounds, names),
-        _spectra(look, names),
+        _spectra(series, look, names),
         _participation(series),
     ]
     return [section for section in found if section.charts]
@@ -149,15 +147,11 @@ def _by_category(series: Sequence[Series], names: list[str]) -> Section:
             for each in series
             for name, values in _last(each, f"{key}_by").items()
         ]
-        if found and len({each["name"] for each in found}) <= _MOST_NAMES:
-            svg = charts.dots(pd.DataFrame(found), names, x=LINES[key])
-            title = f"{LINES[key]} by category"
-            drawn.append(Chart(title, svg, _dotted(title, found)))
+        drawn += _dots(found, names, LINES[key], f"{LINES[key]} by category")
     return Section("Scores by category", "After the last round; means over seeds.", drawn)
 
 
 def _by_client(series: Sequence[Series], names: list[str]) -> Section:
-    drawn = []
     trained = [
         {"series": each.label, "name": name, "x": fmean(values)}
         for each in series
@@ -167,17 +161,28 @@ def _by_client(series: Sequence[Series], names: list[str]) -> Section:
         {"series": each.label, "name": name, "x": fmean(s["eval_loss"] for s in scores)}
         for each in series
         for name, scores in _last(each, "by_client").items()
-        if all("eval_loss" in s for s in scores)
+        if all(s.get("eval_loss") is not None for s in scores)
     ]
-    for found, title in (
-        (trained, "training loss of each client"),
-        (tested, "loss on the test data of each client's own model"),
-    ):
-        if found and len({each["name"] for each in found}) <= _MOST_NAMES:
-            svg = charts.dots(pd.DataFrame(found), names, x="loss")
-            drawn.append(Chart(title, svg, _dotted(title, found)))
+    drawn = _dots(trained, names, "loss", "training loss of each client")
+    drawn += _dots(tested, names, "loss", "loss on the test data of each client's own model")
     about = "In the last round; means over seeds."
     return Section("Scores by client", about, drawn)
+
+
+def _dots(found: list[dict[str, Any]], names: list[str], x: str, title: str) -> list[Chart]:
+    """A chart of `found`, rows of `series`, `name` and `x`; none of nothing."""
+    if not found:
+        return []
+    frame = pd.DataFrame(found)
+    means = frame.groupby("name")["x"].mean().sort_values(ascending="loss" not in x)
+    if len(means) > _MOST_NAMES:
+        title += f", the worst {_MOST_NAMES} of {len(means)}"
+        frame = frame[frame["name"].isin(means.index[:_MOST_NAMES])]
+    values = [
+        f"{row.name} {row.series} {console.score(row.x)}" for row in frame.itertuples(index=False)
+    ]
+    words = f"Dots: {title}. {'; '.join(values)}."
+    return [Chart(title, charts.dots(frame, names, x=x), words)]
 
 
 def _noise(rounds: pd.DataFrame, names: list[str]) -> Section:
@@ -185,19 +190,19 @@ def _noise(rounds: pd.DataFrame, names: list[str]) -> Section:
     for key, title in NOISE.items():
         frame = _over_seeds(rounds, "round", key)
         if len(frame):
-            limited = frame.assign(**{c: frame[c].clip(lower=_LEAST) for c in ("y", "low", "high")})
-            svg = charts.lines(limited, names, x="round", y=title, log_y=True)
+            svg = charts.lines(frame, names, x="round", y=title, log_y=True)
             drawn.append(
                 Chart(f"{title} by round", svg, _ends(frame, f"{title} by round", "round"))
             )
     about = (
         "How far what was applied is from the weighted sum of the clients' updates, beside that "
-        "sum, and what of it was left out on purpose, to save bytes."
+        "sum, and what of it was left out on purpose, to save bytes. What is below "
+        f"{charts.LEAST:.0e} is drawn there."
     )
     return Section("Noise of the aggregate", about, drawn)
 
 
-def _spectra(look: models.Look, names: list[str]) -> Section:
+def _spectra(series: Sequence[Series], look: models.Look, names: list[str]) -> Section:
     frames, words = [], []
     for name, by_matrix in look.spectra.items():
         columns = [pd.Series(v) / v[0] for v in by_matrix.values() if v[0] > 0]
@@ -220,8 +225,8 @@ def _spectra(look: models.Look, names: list[str]) -> Section:
     about = (
         "Of the sum of all rounds, for each matrix beside its largest; the median over the "
         "matrices, and their quartiles (one seed). Components that hold 90% of the energy of the "
-        f"leading {models.LEADING}, in the median: {_listed(words)}."
-    )
+        f"leading {models.LEADING}, in the median: {_listed(words)}. {standing_in(series)}"
+    ).strip()
     return Section("Singular values", about, [Chart(title, svg, f"{title}. {about}")])
 
 
@@ -245,7 +250,10 @@ def _participation(series: Sequence[Series]) -> Section:
             counted = frame.assign(state=states).groupby(["round", "state"]).size()
             svg = charts.counts(counted.rename("count").reset_index())
         drawn.append(Chart(name, svg, words))
-    about = "Who took part (coloured by training loss) and who failed (✕), of one seed each."
+    about = (
+        "Who took part (coloured by training loss) and who failed (✕), of one seed each; only how "
+        "many, where clients and rounds are too many to draw."
+    )
     return Section("Clients", about, drawn)
 
 
@@ -283,10 +291,10 @@ def _ends(frame: pd.DataFrame, title: str, x: str) -> str:
     return f"Lines: {title}. {'; '.join(ends)}."
 
 
-def _dotted(title: str, found: Iterable[dict[str, Any]]) -> str:
-    """In words, what the dots of a chart say."""
-    values = [f"{each['name']} {each['series']} {console.score(each['x'])}" for each in found]
-    return f"Dots: {title}. {'; '.join(values)}."
+def standing_in(series: Sequence[Series]) -> str:
+    """Whose model is looked at, where each client has one of its own."""
+    own = [e.label for e in series if not e.first.cell.experiment.method.has_global_model]
+    return f"Of {_listed(own)}, the first client's model." if own else ""
 
 
 def _listed(words: Sequence[str]) -> str:
