@@ -317,6 +317,14 @@ def test_the_page_renders_everywhere_and_asks_for_nothing(opened, width, scheme)
 
 
 @browser
+def test_no_table_is_cut_off_on_paper(opened):
+    page, _ = opened(718)  # A4 within its margins
+    page.emulate_media(media="print")
+    for table in page.locator(".scroll").all():
+        assert table.evaluate("each => each.scrollWidth <= each.clientWidth")
+
+
+@browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_is_accessible(opened, scheme):
     """By axe: names, roles, contrast of text. The contrast of lines is measured here."""
