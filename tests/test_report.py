@@ -17,7 +17,7 @@ from hedgerow.experiment import load
 from hedgerow.model import Model
 from hedgerow.report import charts
 from hedgerow.report.gather import gather, labels
-from hedgerow.report.sections import _dots, rounds_of
+from hedgerow.report.sections import _dots, over_seeds, rounds_of
 
 METHODS = "flora,flora restart=zero,fedavg,standalone"
 LABELS = ["flora, restart=warm", "flora, restart=zero", "fedavg", "standalone"]
@@ -261,6 +261,62 @@ def test_mistakes_are_one_sentence_and_leave_no_page(hedgerow, experiment, tmp_p
     result = hedgerow("report", run, "--out", tmp_path)
     assert result.code == 2
     assert "name a file" in result.err
+
+
+def test_means_are_of_all_seeds_or_there_are_none(comparison, tmp_path):
+    """A seed that diverged is not left out of a line, nor one that stopped counted in it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(comparison, copy)
+    for name, change in (("fedavg,seed=1", "diverged"), ("standalone,seed=1", "stopped")):
+        path = copy / "runs" / name / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        if change == "diverged":
+            rows[-1]["eval_loss"] = None
+        else:
+            rows.pop()
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    series = gather([copy])
+    lines = over_seeds(rounds_of(series), "round", "eval_loss")
+    ends = lines.groupby("series")["x"].max()
+    assert (ends["fedavg"], ends["standalone"]) == (1, 2)
+    alone = lines[lines["series"] == "standalone"]
+    assert (alone["low"] == alone["high"]).all()  # of the seed that got to its end
+    whole = lines[lines["series"] == "flora, restart=warm"]
+    seeds = [
+        [
+            json.loads(line)["eval_loss"]
+            for line in (path / "metrics.jsonl").read_text().splitlines()
+        ]
+        for path in sorted(copy.glob("runs/flora,seed=*"))
+    ]
+    means = [sum(each) / 2 for each in zip(*seeds, strict=True)]
+    assert whole["y"].tolist() == pytest.approx(means)
+    assert whole["low"].tolist() == [min(each) for each in zip(*seeds, strict=True)]
+
+
+def test_cells_that_left_no_run_are_named(hedgerow, experiment, tmp_path):
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    result = hedgerow("compare", experiment(), "--methods", "flora,fedit", "--out", out)
+    assert result.code == 1  # fedit wants one rank
+    assert hedgerow("report", out, "--out", page, "--answers", 0).code == 0
+    assert "fedit: 1 of 1 runs failed" in page.read_text()
+    (out / "comparison.json").write_text("[")
+    assert hedgerow("report", out, "--out", page).code == 2
+
+
+def test_clients_that_are_many_are_counted(hedgerow, experiment, tmp_path):
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    assert hedgerow("run", experiment(), "--out", run).code == 0
+    first, *others = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in others]
+    names = [f"client-{number:03d}" for number in range(70)]
+    for row in rows:
+        row |= {"participants": names[:67], "failures": dict.fromkeys(names[67:], "away")}
+    text = "\n".join([first, *map(json.dumps, rows)]) + "\n"
+    (run / "metrics.jsonl").write_text(text)
+    assert hedgerow("report", run, "--out", page, "--answers", 0).code == 0
+    assert "round 1: 67 took part" in page.read_text()
+    assert "round 2: 3 failed" in page.read_text()
 
 
 # --- in a browser ---------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class Lender:
         self._model: Model | None = None
         self.state: dict[str, Tensor] = {}
         """Its weights and buffers as they were loaded, in host memory."""
+        self._base: Base | None = None
 
     def lend(self, settings: ModelSettings) -> Model:
         """The model, for the caller to change until it is lent again.
@@ -61,10 +62,18 @@ class Lender:
         if self._model is None or settings != self._settings:
             self._model, self.state = None, {}  # before the next one is in memory
             self._model, self._settings = Model.load(settings), settings
-            self.state = self._model.state()
+            self.state, self._base = self._model.state(), None
         else:
             self._model.reset(self.state)
         return self._model
+
+    def check_base(self, ledger: Ledger) -> None:
+        """Raise a `UserError` unless the model, which was just lent, is the base of `ledger`."""
+        assert self._model is not None
+        assert self._settings is not None
+        if self._base is None:  # hashing all weights takes a while
+            self._base = Base.of(self._model)
+        ledger.check_base(self._base, f"model.path {self._settings.path}")
 
 
 def check_client(experiment: Experiment, ledger: Ledger, client: str | None) -> list[str]:

@@ -90,6 +90,7 @@ def dots(frame: pd.DataFrame, series: Sequence[str], *, x: str) -> str:
             alt.X("x:Q").title(x).scale(zero=False, padding=8),
             alt.Y("name:N").title(None).axis(grid=True, labelLimit=140),
             _colour(series),
+            _shape(series),
             description="label:N",
         )
     )
@@ -164,6 +165,17 @@ def colour(index: int) -> str:
 def dash(index: int) -> list[int]:
     """The dashes of a series' line: colours alone are not for every eye, nor for every printer."""
     return ([1, 0], [7, 3], [2, 3], [9, 3, 2, 3])[index // 5 % 4]
+
+
+def shape(index: int) -> tuple[str, str]:
+    """The shape of a series' dots, as Vega calls it and as a character."""
+    shapes = [("circle", "●"), ("square", "■"), ("triangle-up", "▲"), ("diamond", "◆")]
+    return shapes[(index + index // 10) % 4]
+
+
+def _shape(series: Sequence[str]) -> Any:
+    shapes = [shape(index)[0] for index in range(len(series))]
+    return alt.Shape("series:N").legend(None).scale(domain=list(series), range=shapes)
 
 
 def _colour(series: Sequence[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,12 @@ class Series(NamedTuple):
     def first(self) -> Outcome:
         """The run that stands for all where one has to: of the first seed that has most rounds."""
         return max(self.outcomes, key=lambda outcome: outcome.rows[-1]["round"])
+
+    @property
+    def counted(self) -> list[Outcome]:
+        """The runs that means are taken of: those at their end; all where none is."""
+        done = [outcome for outcome in self.outcomes if outcome.failure is None]
+        return done or self.outcomes
 
 
 def gather(folders: Iterable[Path]) -> list[Series]:
@@ -57,6 +64,31 @@ def gather(folders: Iterable[Path]) -> list[Series]:
                 for name in [f"{label} in {run.relative_to(above)}"]
             ]
     return sorted(series, key=_last_loss)
+
+
+def failures(folders: Iterable[Path]) -> list[str]:
+    """What comparisons in `folders` say of cells that failed, some of which have left no run.
+
+    Raises:
+        UserError: a comparison's table is damaged.
+    """
+    said = []
+    for folder in folders:
+        path = folder / "comparison.json"
+        try:
+            table = json.loads(path.read_bytes())
+            said += [
+                f"{row['method']}: {row['failed']} of {row['seeds'] + row['failed']} runs failed"
+                for row in table
+                if row["failed"]
+            ]
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path} is damaged: give the comparison again, which writes it"
+            ) from None
+    return said
 
 
 def labels(experiments: Sequence[Experiment]) -> list[str]:

@@ -15,14 +15,14 @@ from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.scores import TestSet, answers
 from hedgerow.evaluation.targets import test_rows
 from hedgerow.experiment import Experiment, TextSettings
-from hedgerow.ledger import Base, Ledger
+from hedgerow.ledger import Ledger
 from hedgerow.model import Model
 from hedgerow.report.gather import Series
 from hedgerow.runs import Lender
 from hedgerow.seeds import Seeds
 
 LEADING = 64
-"""How many singular values of a matrix are looked at."""
+"""How many singular values of a matrix are inspected."""
 
 
 class Question(NamedTuple):
@@ -37,55 +37,59 @@ class Question(NamedTuple):
     """The answer after the last round, by the series' label."""
 
 
-class Look(NamedTuple):
+class Inspection(NamedTuple):
     """What was found in the models of some series."""
 
     questions: list[Question]
     spectra: dict[str, dict[str, list[float]]]
     """The singular values of what training has added, descending, by series and matrix."""
     notes: list[str]
-    """Why something could not be looked at: a base model that is not there, say."""
+    """Why something could not be inspected: a base model that is not there, say."""
 
 
-def look(
+def inspect(
     series: Sequence[Series], count: int, progress: Callable[[int, int], None] | None = None
-) -> Look:
+) -> Inspection:
     """Answers to `count` rows of each test set, and spectra; of one run of each series.
 
     Where a method has no global model, the first client's stands for it.
 
     Args:
-        progress: told how many models are looked at, of how many.
+        progress: told how many models are inspected, of how many.
     """
-    looker = _Looker(count)
+    inspector = _Inspector(count)
     notes: dict[str, None] = {}
-    for done, each in enumerate(series):
+    # Runs on one base together: it is loaded once.
+    ordered = sorted(series, key=lambda each: each.first.cell.experiment.dump({"model"}))
+    for done, each in enumerate(ordered):
         if progress is not None:
             progress(done, len(series))
         try:
-            notes |= dict.fromkeys(looker.look_at(each))
+            notes |= dict.fromkeys(inspector.inspect(each))
         except UserError as error:
             notes[str(error)] = None
+        except (MemoryError, torch.OutOfMemoryError):
+            notes[f"there is not enough memory to look into {each.label}"] = None
     if progress is not None:
         progress(len(series), len(series))
-    return Look(looker.questions, looker.spectra, list(notes))
+    return Inspection(inspector.questions, inspector.spectra, list(notes))
 
 
-class _Looker:
-    """Looks at one series after another, on one base model."""
+class _Inspector:
+    """Inspects one series after another, on one base model."""
 
     def __init__(self, count: int) -> None:
         self.spectra: dict[str, dict[str, list[float]]] = {}
         self._count = count
         self._lender = Lender()
-        self._asked: dict[str, _Exam] = {}
+        self._asked: dict[str, _Questionnaire] = {}
 
     @property
     def questions(self) -> list[Question]:
         """All that was asked."""
-        return [question for exam in self._asked.values() for question in exam.questions]
+        return [question for asked in self._asked.values() for question in asked.questions]
 
-    def look_at(self, series: Series) -> list[str]:
+    def inspect(self, series: Series) -> list[str]:
         """Ask the run that stands for a series, and take its spectra.
 
         Returns:
@@ -97,35 +101,35 @@ class _Looker:
         cell = series.first.cell
         experiment, method = cell.experiment, cell.experiment.method
         model, ledger = self._lender.lend(experiment.model), Ledger.open(cell.folder / "ledger")
-        ledger.check_base(Base.of(model), f"model.path {experiment.model.path}")
+        self._lender.check_base(ledger)
         if not len(ledger):
             return []
-        exam, notes = None, []
+        questionnaire, notes = None, []
         try:
-            exam = self._exam(experiment, model)
+            questionnaire = self._questionnaire(experiment, model)
         except UserError as error:
             notes.append(str(error))
         ledger.replay(method, model)
         client = None if method.has_global_model else ledger.clients()[0]
-        if exam is not None:
+        if questionnaire is not None:
             for _ in method.models(model, [] if client is None else [client]):
-                exam.ask(series.label, model)
+                questionnaire.ask(series.label, model)
         method.merge(model, client)
         self.spectra[series.label] = dict(_spectra(model, self._lender.state))
         return notes
 
-    def _exam(self, experiment: Experiment, model: Model) -> _Exam | None:
+    def _questionnaire(self, experiment: Experiment, model: Model) -> _Questionnaire | None:
         """The questions for runs on this model and data, which it has answered as the base."""
         if not self._count or experiment.data.test is None:
             return None
         text = experiment.data.model_dump_json(include=set(TextSettings.model_fields))
         key = f"{experiment.dump(include={'model'})}{text}{experiment.evaluation.max_new_tokens}"
         if key not in self._asked:
-            self._asked[key] = _Exam(experiment, model, self._count)
+            self._asked[key] = _Questionnaire(experiment, model, self._count)
         return self._asked[key]
 
 
-class _Exam:
+class _Questionnaire:
     """Rows spread evenly over the test data, and the base model's answers to them."""
 
     def __init__(self, experiment: Experiment, base: Model, count: int) -> None:

@@ -12,10 +12,10 @@ import yaml
 
 from hedgerow import __version__, console
 from hedgerow.errors import UserError
-from hedgerow.experiment import Experiment, without_folders
+from hedgerow.experiment import Experiment, TextSettings, without_folders
 from hedgerow.files import replacing
 from hedgerow.report import charts, models, tables
-from hedgerow.report.gather import Series, gather
+from hedgerow.report.gather import Series, failures, gather
 from hedgerow.report.sections import LINES, NOISE, rounds_of, sections, standing_in
 from hedgerow.rundir import flat
 
@@ -45,15 +45,24 @@ def write(
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: name a file in a folder that is there, as page.html")
     series = gather(folders)
-    look = models.look(series, answers, progress)
-    page = render(series, look, target)
+    inspection = models.inspect(series, answers, progress)
+    page = render(series, inspection, target, failures(folders))
     with replacing(out) as file:
         file.write(page.encode())
-    return look.notes
+    return inspection.notes
 
 
-def render(series: Sequence[Series], look: models.Look, target: float | None = None) -> str:
-    """The page as HTML."""
+def render(
+    series: Sequence[Series],
+    inspection: models.Inspection,
+    target: float | None,
+    failed: Sequence[str],
+) -> str:
+    """The page as HTML.
+
+    Args:
+        failed: what is known of runs that have left nothing.
+    """
     rounds = rounds_of(series)
     outcomes = [outcome for each in series for outcome in each.outcomes]
     table = tables.summarise(outcomes, target)
@@ -76,6 +85,7 @@ def render(series: Sequence[Series], look: models.Look, target: float | None = N
             for each in series
         ],
         dashes=[charts.dash(index) for index in range(len(series))],
+        shapes=[charts.shape(index)[1] for index in range(len(series))],
         about=abouts.pop() if len(abouts) == 1 else None,
         headline=_headline(series, table),
         header=list(shown.columns),
@@ -84,15 +94,14 @@ def render(series: Sequence[Series], look: models.Look, target: float | None = N
             for row, texts in zip(table, shown.values.tolist(), strict=True)
         ],
         stopped=[
-            f"{outcome.cell.method}, seed {outcome.cell.seed}: {outcome.failure}"
-            for outcome in outcomes
-            if outcome.failure
+            *(f"{o.cell.method}, seed {o.cell.seed}: {o.failure}" for o in outcomes if o.failure),
+            *failed,
         ],
-        sections=sections(series, look, rounds),
+        sections=sections(series, inspection, rounds),
         numbers=_numbers(rounds),
-        questions=look.questions,
+        questions=inspection.questions,
         standing_in=standing_in(series),
-        notes=[_without_folders(note, series) for note in look.notes],
+        notes=[_without_folders(note, series) for note in inspection.notes],
         shared=_yaml({key: _experiments(series)[0][key] for key in common}),
         own=_own(series, common),
     )
@@ -122,10 +131,12 @@ def _title(series: Sequence[Series]) -> str:
 
 def _headline(series: Sequence[Series], table: Sequence[dict[str, Any]]) -> list[str]:
     """What the table says, in a sentence or two."""
-    keys = {"test", "test_split", "fields", "prompt", "max_length"}
+    keys = {*TextSettings.model_fields} - {"loss_on"}
     tests = {each.first.cell.experiment.data.model_dump_json(include=keys) for each in series}
     if len(tests) > 1:
         return ["Not all runs were scored on the same test data: their scores do not compare."]
+    if len(series) == 1:
+        return []
     said = []
     losses = [row for row in table if row.get("eval_loss") is not None]
     if losses:

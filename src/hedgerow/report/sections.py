@@ -56,7 +56,9 @@ class Section(NamedTuple):
     charts: list[Chart]
 
 
-def sections(series: Sequence[Series], look: models.Look, rounds: pd.DataFrame) -> list[Section]:
+def sections(
+    series: Sequence[Series], inspection: models.Inspection, rounds: pd.DataFrame
+) -> list[Section]:
     """All sections that have something to show.
 
     Args:
@@ -69,17 +71,20 @@ def sections(series: Sequence[Series], look: models.Look, rounds: pd.DataFrame) 
         _by_category(series, names),
         _by_client(series, names),
         _noise(rounds, names),
-        _spectra(series, look, names),
+        _spectra(series, inspection, names),
         _participation(series),
     ]
     return [section for section in found if section.charts]
 
 
 def rounds_of(series: Sequence[Series]) -> pd.DataFrame:
-    """A row for each series, seed and round: the metrics, with bytes and seconds up to then."""
+    """A row for each series, seed and round: the metrics, with bytes and seconds up to then.
+
+    Of the runs that count.
+    """
     found = []
     for each in series:
-        for outcome in each.outcomes:
+        for outcome in each.counted:
             spent, seconds = 0, 0.0
             for row in outcome.rows:
                 spent += row["bytes_up"] + row["bytes_down"]
@@ -94,10 +99,11 @@ def rounds_of(series: Sequence[Series]) -> pd.DataFrame:
     return numbers.astype(dict.fromkeys((*LINES, *NOISE), "float64"))
 
 
-def _over_seeds(rounds: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+def over_seeds(rounds: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     """What `charts.lines` takes: means over seeds by round, from their lowest to their highest."""
-    known = rounds.dropna(subset=[y])
-    by_round = known.groupby(["series", "round"], sort=False)
+    # A mean over those seeds alone that got there would flatter a method.
+    complete = rounds.groupby(["series", "round"])[y].transform(lambda each: each.notna().all())
+    by_round = rounds[complete].groupby(["series", "round"], sort=False)
     grouped = by_round.agg(low=(y, "min"), high=(y, "max"), value=(y, "mean"), place=(x, "mean"))
     grouped = grouped.rename(columns={"value": "y", "place": "x"})
     return grouped.reset_index(level="series").reset_index(drop=True)
@@ -109,7 +115,7 @@ def _losses(rounds: pd.DataFrame, names: list[str]) -> Section:
         y, title = "train_loss", LINES["train_loss"]
     drawn = []
     for x, words in (("round", "round"), ("bytes", "bytes up and down"), ("seconds", "seconds")):
-        frame = _over_seeds(rounds, x, y)
+        frame = over_seeds(rounds, x, y)
         if x == "bytes":
             frame = frame[frame["x"] > 0]  # a logarithmic axis has no zero
         if len(frame):
@@ -129,7 +135,7 @@ def _losses(rounds: pd.DataFrame, names: list[str]) -> Section:
 def _scores(rounds: pd.DataFrame, names: list[str]) -> Section:
     drawn = []
     for key, title in LINES.items():
-        frame = _over_seeds(rounds, "round", key)
+        frame = over_seeds(rounds, "round", key)
         if key != "eval_loss" and len(frame):
             svg = charts.lines(frame, names, x="round", y=title)
             drawn.append(
@@ -188,7 +194,7 @@ def _dots(found: list[dict[str, Any]], names: list[str], x: str, title: str) -> 
 def _noise(rounds: pd.DataFrame, names: list[str]) -> Section:
     drawn = []
     for key, title in NOISE.items():
-        frame = _over_seeds(rounds, "round", key)
+        frame = over_seeds(rounds, "round", key)
         if len(frame):
             svg = charts.lines(frame, names, x="round", y=title, log_y=True)
             drawn.append(
@@ -202,9 +208,9 @@ def _noise(rounds: pd.DataFrame, names: list[str]) -> Section:
     return Section("Noise of the aggregate", about, drawn)
 
 
-def _spectra(series: Sequence[Series], look: models.Look, names: list[str]) -> Section:
+def _spectra(series: Sequence[Series], inspection: models.Inspection, names: list[str]) -> Section:
     frames, words = [], []
-    for name, by_matrix in look.spectra.items():
+    for name, by_matrix in inspection.spectra.items():
         columns = [pd.Series(v) / v[0] for v in by_matrix.values() if v[0] > 0]
         if not columns:
             continue
@@ -273,11 +279,12 @@ def _attendance(series: Series) -> pd.DataFrame:
 def _last(series: Series, key: str) -> dict[str, list[Any]]:
     """The values under `key` in the last rows of a series' runs, by name."""
     found: dict[str, list[Any]] = {}
-    for outcome in series.outcomes:
+    for outcome in series.counted:
         for name, value in (outcome.rows[-1].get(key) or {}).items():
             if value is not None:
                 found.setdefault(name, []).append(value)
-    return found
+    # A score that a seed does not have (it diverged, say) has no mean.
+    return {name: values for name, values in found.items() if len(values) == len(series.counted)}
 
 
 def _ends(frame: pd.DataFrame, title: str, x: str) -> str:
