@@ -80,6 +80,8 @@ class Endpoint:
                 status, body = answer if isinstance(answer, tuple) else (200, completion(answer))
                 missing = 10 if body == BROKEN_OFF else 0
                 self.send_response(status)
+                if 300 <= status < 400:
+                    self.send_header("Location", "/v2/chat/completions")
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body) + missing))
                 self.send_header("retry-after-ms", "1")
@@ -272,6 +274,26 @@ def test_a_request_that_fails_once_is_only_tried_again(judge, endpoint):
     assert len(endpoint.requests) == 12
 
 
+@pytest.mark.parametrize("status", [200, 400])
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (BROKEN_OFF, "peer closed connection"),
+        (completion("[[5]]" + " " * judging._LARGEST_REPLY), "more than 1,000,000 bytes"),
+    ],
+)
+def test_a_reply_or_an_error_that_has_no_end(
+    judge, endpoint, files, monkeypatch, status, body, words
+):
+    monkeypatch.setattr(judging, "_RETRIES", 0)
+    endpoint.reply = lambda user, number: (status, body)
+    result = judge()
+    assert result.code == 1
+    assert "6 of 6 judgments failed" in result.err
+    assert words in result.err
+    assert not (files / "out.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -279,8 +301,6 @@ def test_a_request_that_fails_once_is_only_tried_again(judge, endpoint):
         (b'{"choices": []}', "no chat completion"),
         (b'{"choices": [{"message": {"content": null}}]}', "no chat completion"),
         (b'{"choices": [{"message": {"content": ["[[5]]"]}}]}', "no chat completion"),
-        (BROKEN_OFF, "has broken off"),
-        (completion("[[5]]" + " " * judging._LARGEST_REPLY), "more than 1,000,000 bytes"),
     ],
 )
 def test_garbage_is_no_judgment(judge, endpoint, files, body, words):
@@ -415,7 +435,13 @@ def test_the_key_is_never_written(judge, endpoint, files):
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(401, ["401", "key in OPENAI_API_KEY"]), (403, ["403", "key"]), (404, ["404", "/v1"])],
+    [
+        (302, ["302", "redirects"]),
+        (307, ["307", "redirects"]),
+        (401, ["401", "key in OPENAI_API_KEY"]),
+        (403, ["403", "key"]),
+        (404, ["404", "/v1"]),
+    ],
 )
 def test_a_refusal_stops_at_once(judge, endpoint, files, status, words):
     endpoint.reply = lambda user, number: (status, b'{"error": {"message": "go away"}}')
@@ -449,7 +475,14 @@ def test_mistakes_in_files(judge, endpoint, files, monkeypatch):
         assert result.code == 2
         assert all(word in result.err for word in words), result.err
 
-    check("--endpoint", "give a URL", arguments=["--endpoint", "localhost:8000"])
+    for url in (
+        "localhost:8000",
+        "http:///v1",
+        "http://me:secret@localhost/v1",
+        "http://h/v1?k=secret",
+    ):
+        check("--endpoint: give a URL", "OPENAI_API_KEY", arguments=["--endpoint", url])
+        assert "secret" not in judge("--endpoint", url).err
     check("holds answers of one too", arguments=["--against", files / "one.jsonl"])
     check("none.jsonl cannot be read", arguments=["--against", files / "none.jsonl"])
     write(files / "one.jsonl", answers_of("one")[:2])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ _LARGEST_REPLY = 1_000_000
 """Bytes; a judgment of 2,048 tokens is a tenth of a percent of it."""
 _RETRIES = 4
 _FATAL = {
+    **dict.fromkeys((301, 302, 303, 307, 308), "give the URL that it redirects to"),
     401: "give the right key in {key}",
     403: "give a key in {key} that may use the model",
     404: "give the URL up to /v1, and a model that it serves",
@@ -139,8 +140,12 @@ class Judge:
     """
 
     def __init__(self, endpoint: str, model: str, key: str | None, key_name: str) -> None:
-        if not re.match(r"https?://[^/]", endpoint):
-            raise UserError(f"--endpoint {endpoint}: give a URL, as http://localhost:8000/v1")
+        if not re.fullmatch(r"https?://[^/?#@\s][^?#@\s]*", endpoint):
+            # It is not repeated, as there may be a password in it.
+            raise UserError(
+                "--endpoint: give a URL up to /v1, as http://localhost:8000/v1, with no user name "
+                f"and no `?`; a key belongs into {key_name}"
+            )
         self.endpoint, self.model = endpoint, model
         self._key, self._key_name = key, key_name
         if key is not None and not (key.isascii() and key.isprintable()):
@@ -148,7 +153,15 @@ class Judge:
                 f"{key_name}: holds characters that no key has: set it to the key alone"
             )
         # The client wants some key; without one it would look for others in the environment.
-        self._client = openai.OpenAI(base_url=endpoint, api_key=key or "none", max_retries=_RETRIES)
+        self._client = openai.OpenAI(
+            base_url=endpoint,
+            api_key=key or "none",
+            max_retries=_RETRIES,
+            # What is judged goes to nobody but the endpoint that is named.
+            http_client=openai.DefaultHttpxClient(
+                follow_redirects=False, event_hooks={"response": [_bound]}
+            ),
+        )
 
     def ask(self, prompt: Prompt) -> str:
         """The judgment, as text.
@@ -180,8 +193,7 @@ class Judge:
         self._client.close()
 
     def _post(self, prompt: Prompt) -> bytes:
-        body = bytearray()
-        with self._client.chat.completions.with_streaming_response.create(
+        response = self._client.chat.completions.with_raw_response.create(
             model=self.model,
             messages=[
                 {"role": "system", "content": prompt.system},
@@ -189,17 +201,9 @@ class Judge:
             ],
             temperature=0,
             max_tokens=_LONGEST_JUDGMENT,
-        ) as response:
-            parts = response.iter_bytes()
-            while len(body) <= _LARGEST_REPLY:
-                try:
-                    body += next(parts)
-                except StopIteration:
-                    return bytes(body)
-                except Exception as error:  # the transport's own: the client wraps none of these
-                    name = type(error).__name__
-                    raise InvalidMessage(f"the answer has broken off ({name})") from None
-        raise InvalidMessage(f"the answer has more than {_LARGEST_REPLY:,} bytes")
+        )
+        body: bytes = response.http_response.content
+        return body
 
     def _without_key(self, text: str) -> str:
         """A stranger's text, which may repeat what it was sent."""
@@ -207,6 +211,21 @@ class Judge:
 
     def _safe(self, text: str) -> str:
         return readable(" ".join(self._without_key(text).split()))[:300]
+
+
+def _bound(response: Any) -> None:
+    """Let the client read no more than a reply's bytes, unpacked; of an error it would read all."""
+    parts = response.iter_bytes
+
+    def iter_bytes(*arguments: Any) -> Iterator[bytes]:
+        size = 0
+        for part in parts(*arguments):
+            size += len(part)
+            if size > _LARGEST_REPLY:
+                raise InvalidMessage(f"the answer has more than {_LARGEST_REPLY:,} bytes")
+            yield part
+
+    response.iter_bytes = iter_bytes
 
 
 class _Message(BaseModel):
