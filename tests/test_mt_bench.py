@@ -310,6 +310,21 @@ def test_a_file_that_somebody_else_writes_to(answer, tiny_model, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("text", ['{"mine": 1}', "notes", '{"question_id"; '])
+def test_a_file_of_something_else_is_left_alone(answer, tiny_model, tmp_path, text):
+    """It has no end of a line, as what a kill has cut short has none."""
+    out = tmp_path / "mine.json"
+    out.write_text(text)
+    result = answer(tiny_model, out)
+    assert (result.code, "mine.json: its last line" in result.err) == (2, True)
+    assert out.read_text() == text
+
+
+def test_a_folder_that_is_not_there(answer, tiny_model, tmp_path):
+    result = answer(tiny_model, tmp_path / "none" / "out.jsonl")
+    assert (result.code, f"there is no folder {tmp_path / 'none'}" in result.err) == (2, True)
+
+
 def test_prompts_have_no_eos_at_their_end():
     tokenizer = byte_tokenizer()
     template = load_template("plain", tokenizer, Fields())

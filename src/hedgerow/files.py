@@ -61,16 +61,22 @@ def appending_json_lines(
     process can open the file in this way meanwhile.
 
     Raises:
-        UserError: a line is not of the kind, or another process has the file open.
+        UserError: a line is not of the kind, another process has the file open, or there is no
+            such folder.
     """
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}: make it first")
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{path} is being written to by another hedgerow process") from None
         file.seek(0)
-        whole, newline, _ = file.read().rpartition(b"\n")
+        whole, newline, cut = file.read().rpartition(b"\n")
         lines = _parsed(path, whole.splitlines(), kind)
+        first_key = f'{{"{next(iter(kind.model_fields))}":'.encode()
+        if not (cut.startswith(first_key) or first_key.startswith(cut)):
+            raise UserError(f"{path}: its last line is none of hedgerow's: name another file")
         file.truncate(len(whole + newline))
 
         def append(line: _Line) -> None:
