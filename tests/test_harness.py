@@ -63,9 +63,15 @@ def tasks(tmp_path):
         "generation_kwargs": {"max_gen_toks": 8, "until": ["\n"]},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean"}],
     }
+    likely = {
+        "task": "own_likely",
+        "output_type": "loglikelihood",
+        "doc_to_target": "{{choices[answer]}}",
+        "metric_list": [{"metric": "perplexity"}],
+    }
     long = answer | {"task": "own_long", "generation_kwargs": {"max_gen_toks": 256}}
     column = choice | {"task": "own_column", "doc_to_text": "{{question}}"}
-    for task in (choice, answer, long, column):
+    for task in (choice, answer, likely, long, column):
         (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
     return folder
 
@@ -153,6 +159,16 @@ def test_options_reach_the_harness_and_scores_repeat(hedgerow, tasks):
     assert after == states
 
 
+def test_json_is_all_that_is_printed(hedgerow, tasks, monkeypatch):
+    """The harness prints as it draws samples for standard errors."""
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    command = ["evaluate", demo.MODEL, "--harness", "own_likely", "--include-path", tasks]
+    result = hedgerow(*command, "--limit", 2, "--json")
+    assert json.loads(result.out)["results"]["own_likely"]["perplexity_stderr,none"] > 0
+    assert "bootstrapping" in result.err
+    assert "Running loglikelihood" not in result.err
+
+
 def test_prompts_that_do_not_fit_are_counted(hedgerow, tasks):
     lines = [json.loads(line) for line in (tasks / "rows.jsonl").read_text().splitlines()]
     lines[1]["instruction"] = "long " * 60
@@ -184,6 +200,7 @@ def test_each_client_of_a_standalone_run_has_its_own_scores(hedgerow, run, tasks
         (["--harness", "own_*", "--metrics", "loss"], ["leave out --data, --metrics, --by"]),
         (["--harness", ","], ["needs a task"]),
         (["--harness", "own_choice", "--limit", "0"], ["--limit a question"]),
+        (["--harness", "own_choice", "--limit", "nan"], ["--limit a question"]),
         (["--harness", "own_long"], ["own_long", "256 tokens", "256 positions"]),
         (["--harness", "own_column"], ["own_column cannot be loaded", "question"]),
         (["--num-fewshot", "2"], ["belong to --harness"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import math
 import os
 import sys
 from enum import StrEnum
@@ -214,7 +215,7 @@ def evaluate(
         if (data, metrics, by) != (None, None, None):
             raise UserError("--harness brings data and metrics: leave out --data, --metrics, --by")
         names = [name.strip() for name in harness.split(",") if name.strip()]
-        if not names or limit == 0:
+        if not names or not (limit is None or 0 < limit < math.inf):
             raise UserError("--harness needs a task, as --harness mmlu, and --limit a question")
         _check_installed("lm_eval", "lm-eval", "harness")
         from hedgerow.evaluation import harness as lm_eval

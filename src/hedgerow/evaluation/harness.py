@@ -11,7 +11,7 @@ import logging
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ def score_target(
                 for task in chosen["tasks"].values():
                     _set_shots(task, num_fewshot)
                     _check_task(task, network.max_length)
-                found = evaluate(network, chosen, limit=limit, log_samples=False)
+                with redirect_stdout(sys.stderr):  # it says there what it is doing
+                    found = evaluate(network, chosen, limit=limit, log_samples=False)
             scores[name] = {key: found[key] for key in _KEPT if key in found}
             scores[name]["prompts_cut"] = network.prompts_cut
     if None in scores:
@@ -104,9 +105,6 @@ class _Network(HFLM):  # type: ignore[misc]
 
     prompts_cut = 0
 
-    def loglikelihood(self, requests: Any, **_: Any) -> Any:
-        return super().loglikelihood(requests, disable_tqdm=not sys.stderr.isatty())
-
     def loglikelihood_rolling(self, requests: Any, **_: Any) -> Any:
         return super().loglikelihood_rolling(requests, disable_tqdm=not sys.stderr.isatty())
 
@@ -117,6 +115,7 @@ class _Network(HFLM):  # type: ignore[misc]
         # The last token is predicted, and never read.
         room = self.max_length + 1
         self.prompts_cut += sum(len(head) + len(tail) > room for _, head, tail in requests)
+        options["disable_tqdm"] = not sys.stderr.isatty()
         return super()._loglikelihood_tokens(requests, **options)
 
     def tok_batch_encode(
