@@ -160,12 +160,12 @@ def test_ratings_are_asked_for_as_published(judge, endpoint, files):
     systems = {p["messages"][1]["content"]: p["messages"][0]["content"] for p in endpoint.requests}
     rows = {(row["question_id"], row["turn"]): row for row in lines(files / "out.jsonl")}
     assert {key: row["judge"][1] for key, row in rows.items()} == {
-        (81, 1): "single-v1",
-        (81, 2): "single-v1-multi-turn",
-        (111, 1): "single-math-v1",
-        (111, 2): "single-math-v1-multi-turn",
-        (103, 1): "single-math-v1",
-        (103, 2): "single-v1-multi-turn",
+        (81, 1): "hedgerow-single-v1",
+        (81, 2): "hedgerow-single-v1-multi-turn",
+        (111, 1): "hedgerow-single-math-v1",
+        (111, 2): "hedgerow-single-math-v1-multi-turn",
+        (103, 1): "hedgerow-single-math-v1",
+        (103, 2): "hedgerow-single-v1-multi-turn",
     }
     for row in rows.values():
         assert set(row) == {
@@ -371,7 +371,8 @@ def test_pairs_are_shown_in_both_orders(judge, endpoint, files):
     assert [rows[111, 1][f"g{game}_winner"] for game in (1, 2)] == ["model_1", "model_2"]
     assert rows[103, 2]["g1_winner"] == rows[103, 2]["g2_winner"] == "tie"
     assert {row["judge"][1] for row in rows.values()} == {
-        *["pair-v2", "pair-v2-multi-turn", "pair-math-v1", "pair-math-v1-multi-turn"],
+        *["hedgerow-pair-v1", "hedgerow-pair-v1-multi-turn"],
+        *["hedgerow-pair-math-v1", "hedgerow-pair-math-v1-multi-turn"],
     }
     for row in rows.values():
         assert {"question_id", "model_1", "model_2", "g1_winner", "g2_winner", "judge"} < set(row)

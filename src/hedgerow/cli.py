@@ -192,7 +192,10 @@ def evaluate(
     round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
     client: Annotated[str | None, typer.Option(help="Whose model, of a standalone run.")] = None,
     harness: Annotated[
-        str | None, typer.Option(metavar="TASKS", help="Of lm-eval instead; with commas.")
+        str | None,
+        typer.Option(
+            metavar="TASKS", help="Tasks of lm-eval instead of the test data; with commas."
+        ),
     ] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="A folder with your own lm-eval tasks.")
@@ -305,13 +308,11 @@ def mt_bench_answer(
     target: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder.")],
     overrides: Overrides = None,
     questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl.")] = ...,  # type: ignore[assignment]
-    out: Annotated[
-        Path, typer.Option(help="The answers; gone on with where they are there.")
-    ] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="The answers; those that are there stay.")] = ...,  # type: ignore[assignment]
     round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
     client: Annotated[str | None, typer.Option(help="Whose model, of a standalone run.")] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Of an answer; at most half of the model's positions.")
+        int, typer.Option(min=1, help="The longest answer; at most half of the model's positions.")
     ] = 1024,
     model_id: Annotated[
         str | None, typer.Option(help="The model's name in the answers, instead of the run's.")

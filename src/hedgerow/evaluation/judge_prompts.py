@@ -2,7 +2,8 @@
 
 The eight prompts have the names, roles, sections, markers and criteria that are published (Lianmin
 Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", arXiv 2306.05685, appendix
-A); the sentences are our own. Compare only scores that were given with the same prompts.
+A); the sentences are our own, and so are the prompts' names in judgments. Compare only scores that
+were given with the same prompts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+# A judgment is found again by its prompt's name: raise the number where a sentence changes.
 _CRITERIA = (
     "Take into account how helpful, relevant, accurate, deep, creative and detailed {what}. "
 )
@@ -64,7 +66,7 @@ def single(questions: Sequence[str], answers: Sequence[str], reference: Sequence
         begin = "Begin with a short explanation of your evaluation. "
     focus = "Focus on the assistant's answer to the second question. " if later else ""
     task = _ONE.format(s="s" if later else "") + criteria + focus + begin + _RATING
-    name = f"single-{'math-' if reference else ''}v1"
+    name = f"hedgerow-single-{'math-' if reference else ''}v1"
     if later:
         conversations = [*_references(questions, reference), _conversation("A", questions, answers)]
         return Prompt(f"{name}-multi-turn", task, "\n\n\n".join(conversations))
@@ -107,7 +109,7 @@ def pair(
         begin = "Begin by comparing the two responses, with a short explanation. "
     focus = "Focus on who answers the second question better. " if later else ""
     task = _TWO.format(s="s" if later else "") + criteria + focus + begin + _VERDICT
-    name = "pair-math-v1" if reference else "pair-v2"
+    name = f"hedgerow-pair-{'math-' if reference else ''}v1"
     if later:
         conversations = [
             *_references(questions, reference),

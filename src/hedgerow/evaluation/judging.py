@@ -157,6 +157,8 @@ class Judge:
             base_url=endpoint,
             api_key=key or "none",
             max_retries=_RETRIES,
+            # Of an account elsewhere, whose names the client finds in the environment.
+            default_headers=dict.fromkeys(("OpenAI-Organization", "OpenAI-Project"), openai.Omit()),
             # What is judged goes to nobody but the endpoint that is named.
             http_client=openai.DefaultHttpxClient(
                 follow_redirects=False, event_hooks={"response": [_bound]}
@@ -189,7 +191,7 @@ class Judge:
         return self._without_key(reply.choices[0].message.content)
 
     def close(self) -> None:
-        """Break off what is being asked."""
+        """Ask nothing more; what is being asked is waited for."""
         self._client.close()
 
     def _post(self, prompt: Prompt) -> bytes:
@@ -229,7 +231,7 @@ def _bound(response: Any) -> None:
 
 
 class _Message(BaseModel):
-    content: str
+    content: Annotated[str, Field(min_length=1)]
 
 
 class _Choice(BaseModel):
