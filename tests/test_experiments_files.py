@@ -171,6 +171,11 @@ def test_about_may_change_when_a_run_goes_on(hedgerow, tmp_path):
             "sets method.ranks: leave that out",
         ),
         ({"compare": {"methods": ["flora federation.seed=3"]}}, [], "give --seeds instead"),
+        (
+            {"compare": {"methods": ["flora"], "sweep": {"training.steps": [1, 2]}}},
+            ["training.steps=3"],
+            "training.steps is set and swept",
+        ),
         ({"compare": {"methods": ["flora training.stepz=3"]}}, [], "training.stepz"),
         ({"method": "flora"}, [], "name at least one method"),
         ({"compare": None, "method": "flora"}, [], "`compare`"),
@@ -308,6 +313,7 @@ def test_mmlu_as_on_the_hub_is_scored_beside_other_training_data(hedgerow, mmlu,
     data = ON_THE_DEMO["data"] | {
         "test": str(mmlu),
         "test_subset": "all",
+        "test_split": "test[50%:]",
         "test_share": 1.0,
         "test_fields": {"instruction": "question", "input": None, "output": "answer"},
     }

@@ -239,7 +239,10 @@ def evaluate(
     from hedgerow.evaluation.targets import score_target
 
     # These say how the run's own test data are read, which are not those that are named here.
-    own = ["data.test_subset=null", "data.test_share=1", "data.test_fields=null"]
+    own = [
+        *("data.test_subset=null", "data.test_split=test"),
+        *("data.test_share=1", "data.test_fields=null"),
+    ]
     changes = [*(own if data is not None else []), *(overrides or [])]
     for key, value in (("data.test", data), ("evaluation.by", by)):
         changes += [f"{key}={json.dumps(value)}"] if value is not None else []

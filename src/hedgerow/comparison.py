@@ -82,9 +82,14 @@ def plan(
         raise UserError(
             f"--methods: name at least one method, here or as `compare.methods` in {experiment}"
         )
+    overridden = {override.partition("=")[0] for override in overrides}
     for key in sweeps:
         if key in _OWN:
             raise UserError(f"a sweep of {key}: give {_OWN[key]} instead")
+        if key in overridden:
+            raise UserError(
+                f"{key} is set and swept: leave one out, or try other values, as --sweep {key}=…"
+            )
     cells: list[Cell] = []
     for method in methods:
         named = " ".join(split_at(method, " "))
