@@ -55,6 +55,10 @@ def test_each_file_of_a_paper_is_a_comparison_and_has_a_smoke_variant(path):
     # A name on the Hub is no path of this machine.
     assert not Path(experiment.model.path).is_absolute()
     assert not Path(experiment.data.source).is_absolute()
+    # Where the main branch has pickled weights alone, which are refused.
+    for cell in cells(path):
+        pickled = cell.experiment.model.path.startswith(("datajuicer/", "openlm-research/"))
+        assert cell.experiment.model.revision == ("refs/pr/1" if pickled else None)
     small = cells(path, smoke=True)
     assert len(small) > 1
     assert {cell.experiment.model.path for cell in small} == {"demo"}

@@ -1,7 +1,11 @@
 """The shared model: lent to clients and given back as it was."""
 
+import json
+import shutil
+
 import peft
 import pytest
+import sentencepiece
 import torch
 
 from hedgerow.experiment import ModelSettings
@@ -29,6 +33,25 @@ def test_a_tokenizer_of_other_words_has_another_fingerprint(model):
     before = model.fingerprint()
     model.tokenizer.add_tokens(["hedgerow"])
     assert model.fingerprint() != before
+
+
+def test_a_tokenizer_may_be_of_sentencepiece_alone(tiny_model, tmp_path):
+    """As OpenLLaMA's on the Hub, which has no tokenizer.json."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["A hedgerow divides fields and joins them again."] * 9),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=40,
+        minloglevel=2,
+    )
+    words = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    tokenizer = Model.load(ModelSettings(path=str(folder))).tokenizer
+    tokens = tokenizer("hedgerow fields", add_special_tokens=False)["input_ids"]
+    assert tokenizer.unk_token_id not in tokens
+    assert tokenizer.decode(tokens) == "hedgerow fields"
 
 
 def test_a_released_model_is_the_base_again(model):
