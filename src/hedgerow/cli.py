@@ -259,7 +259,7 @@ def evaluate(
         if key.endswith("_by"):
             rows = [(name, console.score(value)) for name, value in values.items()]
             console.table("", [by or "value", key.removesuffix("_by")], rows)
-    for key in ("dropped", "truncated", "unparsed"):
+    for key in ("dropped", "truncated", "skipped"):
         if scores.get(key):
             console.out.print(f"{key}: {scores[key]} rows")
 

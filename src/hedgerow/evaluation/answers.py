@@ -26,11 +26,14 @@ if TYPE_CHECKING:
 Int32 = npt.NDArray[np.int32]
 
 
+GENERATED = {"rouge_l", "exact_match", "final_answer"}
+"""The metrics of a model's own answers."""
+
+
 def check_positions(model: Model, settings: EvaluationSettings) -> None:
     """Raise a `UserError` where an answer alone would fill the model's positions."""
     positions = max_positions(model.network)
-    generated = {"rouge_l", "exact_match", "final_answer"} & set(settings.metrics)
-    if settings.max_new_tokens >= positions and generated:
+    if settings.max_new_tokens >= positions and GENERATED & set(settings.metrics):
         raise UserError(
             f"`evaluation.max_new_tokens`: {settings.max_new_tokens} leaves no room for a prompt "
             f"in the model's {positions} positions: set at most {positions - 1}"

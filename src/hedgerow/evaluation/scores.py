@@ -14,7 +14,13 @@ import torch
 
 from hedgerow.data import Encoded, Example, Row, Spool, check_columns, load_template
 from hedgerow.errors import UserError
-from hedgerow.evaluation.answers import exact_match, final_answer_match, generate, rouge_l
+from hedgerow.evaluation.answers import (
+    GENERATED,
+    exact_match,
+    final_answer_match,
+    generate,
+    rouge_l,
+)
 from hedgerow.evaluation.choices import Choices, log_likelihoods
 from hedgerow.evaluation.likelihood import Tick, losses
 
@@ -25,7 +31,6 @@ if TYPE_CHECKING:
     from hedgerow.model import Model
 
 Int64 = npt.NDArray[np.int64]
-_GENERATED = {"rouge_l", "exact_match", "final_answer"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +167,7 @@ def evaluate(
     """
     model.network.eval()
     metrics = set(settings.metrics)
-    generating = metrics & _GENERATED
+    generating = metrics & GENERATED
     choices = test.choices if "multiple_choice" in metrics else None
     total = len(test.scored) if "loss" in metrics else 0
     total += len(test) if generating else 0
