@@ -88,13 +88,13 @@ def dots(frame: pd.DataFrame, series: Sequence[str], *, x: str) -> str:
         .mark_point(filled=True, size=60, opacity=0.9)
         .encode(
             alt.X("x:Q").title(x).scale(zero=False, padding=8),
-            alt.Y("name:N").title(None).axis(grid=True, labelLimit=140),
+            alt.Y("name:N").title(None).axis(grid=True, labelLimit=170),
             _colour(series),
             _shape(series),
             description="label:N",
         )
     )
-    return _svg(chart.properties(width=WIDTH - 60, height=alt.Step(22)))
+    return _svg(chart.properties(width=WIDTH - 90, height=alt.Step(22)))
 
 
 def taking_part(frame: pd.DataFrame, domain: tuple[float, float], *, legend: bool) -> str:

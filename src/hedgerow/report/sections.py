@@ -214,7 +214,7 @@ def _spectra(series: Sequence[Series], inspection: models.Inspection, names: lis
         columns = [pd.Series(v) / v[0] for v in by_matrix.values() if v[0] > 0]
         if not columns:
             continue
-        together = pd.concat(columns, axis=1).fillna(0)
+        together = pd.concat(columns, axis=1)  # smaller matrices have fewer
         quantiles = together.quantile([0.25, 0.5, 0.75], axis=1).T.set_axis(
             ["low", "y", "high"], axis=1
         )
