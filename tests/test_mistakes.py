@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import safetensors.torch
+import torch
 from conftest import byte_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -106,7 +107,9 @@ def test_resuming_another_experiment(hedgerow, experiment, tmp_path):
 def another_model(folder):
     """GPT-2 where the run had a Llama."""
     config = GPT2Config(vocab_size=260, n_positions=256, n_embd=16, n_layer=1, n_head=2)
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
 
