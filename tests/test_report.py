@@ -296,10 +296,12 @@ def test_means_are_of_all_seeds_or_there_are_none(comparison, tmp_path):
 
 def test_cells_that_left_no_run_are_named(hedgerow, experiment, tmp_path):
     out, page = tmp_path / "out", tmp_path / "page.html"
-    result = hedgerow("compare", experiment(), "--methods", "flora,fedit", "--out", out)
+    methods = ["--methods", "flora,fedit", "--target", 5.4]
+    result = hedgerow("compare", experiment(), *methods, "--out", out)
     assert result.code == 1  # fedit wants one rank
     assert hedgerow("report", out, "--out", page, "--answers", 0).code == 0
     assert "fedit: 1 of 1 runs failed" in page.read_text()
+    assert "bytes to 5.4" in page.read_text()
     (out / "comparison.json").write_text("[")
     assert hedgerow("report", out, "--out", page).code == 2
 

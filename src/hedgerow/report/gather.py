@@ -66,29 +66,37 @@ def gather(folders: Iterable[Path]) -> list[Series]:
     return sorted(series, key=_last_loss)
 
 
-def failures(folders: Iterable[Path]) -> list[str]:
-    """What comparisons in `folders` say of cells that failed, some of which have left no run.
+class Told(NamedTuple):
+    """What the tables of comparisons tell of their runs."""
+
+    failures: list[str]
+    """Which cells failed; some of them have left no run."""
+    target: float | None
+    """The loss that bytes and rounds are counted to, if it is one."""
+
+
+def told(folders: Iterable[Path]) -> Told:
+    """What the tables in `folders` tell; nothing where there are none.
 
     Raises:
-        UserError: a comparison's table is damaged.
+        UserError: a table is damaged.
     """
-    said = []
+    failures, targets = [], set()
     for folder in folders:
         path = folder / "comparison.json"
         try:
-            table = json.loads(path.read_bytes())
-            said += [
-                f"{row['method']}: {row['failed']} of {row['seeds'] + row['failed']} runs failed"
-                for row in table
-                if row["failed"]
-            ]
+            for row in json.loads(path.read_bytes()):
+                targets.add(row.get("target"))
+                if row["failed"]:
+                    count = row["seeds"] + row["failed"]
+                    failures.append(f"{row['method']}: {row['failed']} of {count} runs failed")
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 f"{path} is damaged: give the comparison again, which writes it"
             ) from None
-    return said
+    return Told(failures, targets.pop() if len(targets) == 1 else None)
 
 
 def labels(experiments: Sequence[Experiment]) -> list[str]:

@@ -15,7 +15,7 @@ from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, TextSettings, without_folders
 from hedgerow.files import replacing
 from hedgerow.report import charts, models, tables
-from hedgerow.report.gather import Series, failures, gather
+from hedgerow.report.gather import Series, gather, told
 from hedgerow.report.sections import LINES, NOISE, rounds_of, sections, standing_in
 from hedgerow.rundir import flat
 
@@ -33,7 +33,7 @@ def write(
         folders: run directories, or folders of them, as `hedgerow compare` makes.
         out: the HTML file.
         answers: how many test questions to ask the models before and after.
-        target: as in `tables.summarise`.
+        target: as in `tables.summarise`; if not given, that of the comparison.
         progress: told how many models were asked, of how many.
 
     Returns:
@@ -45,8 +45,10 @@ def write(
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: name a file in a folder that is there, as page.html")
     series = gather(folders)
+    tables_told = told(folders)
+    target = tables_told.target if target is None else target
     inspection = models.inspect(series, answers, progress)
-    page = render(series, inspection, target, failures(folders))
+    page = render(series, inspection, target, tables_told.failures)
     with replacing(out) as file:
         file.write(page.encode())
     return inspection.notes
