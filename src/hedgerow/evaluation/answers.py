@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import GenerationConfig, LogitsProcessor
 
 from hedgerow.errors import UserError
@@ -21,6 +20,8 @@ from hedgerow.evaluation.likelihood import Tick, batches, max_positions
 from hedgerow.model import Model
 
 if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
+
     from hedgerow.experiment import EvaluationSettings
 
 Int32 = npt.NDArray[np.int32]
@@ -125,6 +126,9 @@ def _final_number(text: str) -> Decimal | None:
 
 @cache
 def _scorer() -> RougeScorer:
+    # Not at the top: it brings nltk, which takes 100 MB where scikit-learn is installed.
+    from rouge_score.rouge_scorer import RougeScorer
+
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
