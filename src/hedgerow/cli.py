@@ -213,6 +213,7 @@ def evaluate(
     Example: hedgerow evaluate runs/first --data mmlu.jsonl --metrics multiple_choice --by class
     """
     from hedgerow import console
+    from hedgerow import experiment as experiments
 
     if harness is not None:
         if (data, metrics, by) != (None, None, None):
@@ -238,14 +239,11 @@ def evaluate(
         raise UserError("--include-path, --num-fewshot and --limit belong to --harness")
     from hedgerow.evaluation.targets import score_target
 
-    # These say how the run's own test data are read, which are not those that are named here.
-    own = [
-        *("data.test_subset=null", "data.test_split=test"),
-        *("data.test_share=1", "data.test_fields=null"),
-    ]
-    changes = [*(own if data is not None else []), *(overrides or [])]
-    for key, value in (("data.test", data), ("evaluation.by", by)):
-        changes += [f"{key}={json.dumps(value)}"] if value is not None else []
+    changes = list(overrides or [])
+    if data is not None:
+        changes = [*experiments.DEFAULT_TEST, *changes, f"data.test={json.dumps(data)}"]
+    if by is not None:
+        changes.append(f"evaluation.by={json.dumps(by)}")
     if metrics is not None:
         changes.append(f"evaluation.metrics=[{metrics}]")
     with console.ProgressWatcher("evaluation") as watcher:

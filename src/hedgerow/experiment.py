@@ -131,6 +131,14 @@ class TextSettings(Section):
         return self.test_fields or self.fields
 
 
+DEFAULT_TEST = [
+    f"data.{key}={json.dumps(field.default)}"
+    for key, field in TextSettings.model_fields.items()
+    if key.startswith("test_")
+]
+"""Overrides for other test data than an experiment's, whose own say how those were to be read."""
+
+
 class DataSettings(TextSettings):
     """Who holds what: files per client, or one source and how to divide it."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import altair as alt
@@ -49,7 +49,7 @@ def lines(
         f"{row.series}: {y} {console.score(row.y)}, {x} {value(row.x)}"
         for row in frame.itertuples()
     ]
-    by_series = _colour(series)
+    by_series = _by_series(alt.Color, series, colour)
     # A logarithmic axis may have no mark at all where it is short.
     log_x = log_x and frame["x"].max() > 3 * frame["x"].min()
     horizontal = alt.X("x:Q").title(x).scale(type="log" if log_x else "linear", nice=not log_x)
@@ -69,7 +69,9 @@ def lines(
         vertical = vertical.axis(format=".0e", values=_marks(frame["y"]))
     drawn = alt.Chart(frame).encode(horizontal, vertical, by_series)
     band = drawn.mark_area(opacity=0.18, aria=False).encode(alt.Y("low:Q"), alt.Y2("high:Q"))
-    line = drawn.mark_line(strokeWidth=2, aria=False).encode(strokeDash=_dash(series))
+    line = drawn.mark_line(strokeWidth=2, aria=False).encode(
+        strokeDash=_by_series(alt.StrokeDash, series, dash)
+    )
     dots = drawn.mark_circle(size=34, opacity=1).encode(description="label:N")
     layers = band + line + dots if _few(frame, 80) else band + line
     return _svg(layers.properties(width=WIDTH, height=230))
@@ -89,8 +91,8 @@ def dots(frame: pd.DataFrame, series: Sequence[str], *, x: str) -> str:
         .encode(
             alt.X("x:Q").title(x).scale(zero=False, padding=8),
             alt.Y("name:N").title(None).axis(grid=True, labelLimit=170),
-            _colour(series),
-            _shape(series),
+            _by_series(alt.Color, series, colour),
+            _by_series(alt.Shape, series, lambda index: shape(index)[0]),
             description="label:N",
         )
     )
@@ -173,19 +175,10 @@ def shape(index: int) -> tuple[str, str]:
     return shapes[(index + index // 10) % 4]
 
 
-def _shape(series: Sequence[str]) -> Any:
-    shapes = [shape(index)[0] for index in range(len(series))]
-    return alt.Shape("series:N").legend(None).scale(domain=list(series), range=shapes)
-
-
-def _colour(series: Sequence[str]) -> Any:
-    colours = [colour(index) for index in range(len(series))]
-    return alt.Color("series:N").legend(None).scale(domain=list(series), range=colours)
-
-
-def _dash(series: Sequence[str]) -> Any:
-    dashes = [dash(index) for index in range(len(series))]
-    return alt.StrokeDash("series:N").legend(None).scale(domain=list(series), range=dashes)
+def _by_series(channel: Any, series: Sequence[str], look: Callable[[int], Any]) -> Any:
+    """A channel in which each series looks as its place says, on all charts of the page."""
+    looks = [look(index) for index in range(len(series))]
+    return channel("series:N").legend(None).scale(domain=list(series), range=looks)
 
 
 def _marks(values: pd.Series) -> list[float]:

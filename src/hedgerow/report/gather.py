@@ -108,12 +108,17 @@ def labels(experiments: Sequence[Experiment]) -> list[str]:
         flat(experiment.model_dump(mode="json", exclude={"tracking"})) for experiment in experiments
     ]
     names = [str(mine["method", "name"]) for mine in flats]
+    alike = {
+        name: [its for its, other in zip(flats, names, strict=True) if other == name]
+        for name in set(names)
+    }
+    telling = {name: _telling(others) for name, others in alike.items()}
     words = []
     for name, mine in zip(names, flats, strict=True):
-        others = [other for other, its in zip(flats, names, strict=True) if its == name]
-        telling = _telling(others)
-        values = [_short(mine.get(key), [other.get(key) for other in others]) for key in telling]
-        options = (f"{key[-1]}={value}" for key, value in zip(telling, values, strict=True))
+        options = [
+            f"{key[-1]}={_short(mine.get(key), [other.get(key) for other in alike[name]])}"
+            for key in telling[name]
+        ]
         words.append(", ".join([name, *options]))
     return words
 

@@ -70,7 +70,8 @@ def render(
     table = tables.summarise(outcomes, target)
     shown = tables.shown(table, [])
     keys = ["method", *tables.columns(table), *(["failed"] if "failed" in shown else [])]
-    common = _common(series)
+    experiments = _experiments(series)
+    common = _common(experiments)
     abouts = {each.first.cell.experiment.about for each in series}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hedgerow.report", "."),
@@ -104,8 +105,11 @@ def render(
         questions=inspection.questions,
         standing_in=standing_in(series),
         notes=[_without_folders(note, series) for note in inspection.notes],
-        shared=_yaml({key: _experiments(series)[0][key] for key in common}),
-        own=_own(series, common),
+        shared=_yaml({key: experiments[0][key] for key in common}),
+        own={
+            each.label: _yaml({key: value for key, value in keys.items() if key not in common})
+            for each, keys in zip(series, experiments, strict=True)
+        },
     )
 
 
@@ -180,18 +184,9 @@ def _without_folders(note: str, series: Sequence[Series]) -> str:
     return note
 
 
-def _own(series: Sequence[Series], common: Sequence[tuple[str, ...]]) -> dict[str, str]:
-    """What each series' experiment has for itself, as YAML."""
-    each = zip(series, _experiments(series), strict=True)
-    return {
-        one.label: _yaml({key: value for key, value in keys.items() if key not in common})
-        for one, keys in each
-    }
-
-
-def _common(series: Sequence[Series]) -> list[tuple[str, ...]]:
+def _common(experiments: Sequence[dict[tuple[str, ...], Any]]) -> list[tuple[str, ...]]:
     """The keys that have one value in all experiments."""
-    first, *others = _experiments(series)
+    first, *others = experiments
     return [key for key in first if all(key in o and o[key] == first[key] for o in others)]
 
 

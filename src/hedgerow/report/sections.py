@@ -122,9 +122,7 @@ def _losses(rounds: pd.DataFrame, names: list[str]) -> Section:
             svg = charts.lines(
                 frame, names, x=words, y="loss", log_x=x == "bytes", in_bytes=x == "bytes"
             )
-            drawn.append(
-                Chart(f"{title} by {words}", svg, _ends(frame, f"{title} by {words}", words))
-            )
+            drawn.append(_lines(frame, svg, title, words))
     silent = [name for name in names if not (rounds[rounds["series"] == name]["bytes"] > 0).any()]
     about = "Means over seeds; bands reach from the best seed to the worst."
     if silent:
@@ -138,9 +136,7 @@ def _scores(rounds: pd.DataFrame, names: list[str]) -> Section:
         frame = over_seeds(rounds, "round", key)
         if key != "eval_loss" and len(frame):
             svg = charts.lines(frame, names, x="round", y=title)
-            drawn.append(
-                Chart(f"{title} by round", svg, _ends(frame, f"{title} by round", "round"))
-            )
+            drawn.append(_lines(frame, svg, title, "round"))
     about = "Higher is better, but for the training loss, which is of the clients' own data."
     return Section("Scores by round", about, drawn)
 
@@ -148,21 +144,13 @@ def _scores(rounds: pd.DataFrame, names: list[str]) -> Section:
 def _by_category(series: Sequence[Series], names: list[str]) -> Section:
     drawn = []
     for key in LINES:
-        found = [
-            {"series": each.label, "name": name, "x": fmean(values)}
-            for each in series
-            for name, values in _last(each, f"{key}_by").items()
-        ]
+        found = _means(series, f"{key}_by")
         drawn += _dots(found, names, LINES[key], f"{LINES[key]} by category")
     return Section("Scores by category", "After the last round; means over seeds.", drawn)
 
 
 def _by_client(series: Sequence[Series], names: list[str]) -> Section:
-    trained = [
-        {"series": each.label, "name": name, "x": fmean(values)}
-        for each in series
-        for name, values in _last(each, "train_loss_by_client").items()
-    ]
+    trained = _means(series, "train_loss_by_client")
     tested = [
         {"series": each.label, "name": name, "x": fmean(s["eval_loss"] for s in scores)}
         for each in series
@@ -197,9 +185,7 @@ def _noise(rounds: pd.DataFrame, names: list[str]) -> Section:
         frame = over_seeds(rounds, "round", key)
         if len(frame):
             svg = charts.lines(frame, names, x="round", y=title, log_y=True)
-            drawn.append(
-                Chart(f"{title} by round", svg, _ends(frame, f"{title} by round", "round"))
-            )
+            drawn.append(_lines(frame, svg, title, "round"))
     about = (
         "How far what was applied is from the weighted sum of the clients' updates, beside that "
         "sum, and what of it was left out on purpose, to save bytes. What is below "
@@ -276,6 +262,15 @@ def _attendance(series: Series) -> pd.DataFrame:
     return frame.astype({"loss": "float64"}).sort_values(["client", "round"])
 
 
+def _means(series: Sequence[Series], key: str) -> list[dict[str, Any]]:
+    """What `_dots` takes: the means over seeds of the numbers under `key`, by name."""
+    return [
+        {"series": each.label, "name": name, "x": fmean(values)}
+        for each in series
+        for name, values in _last(each, key).items()
+    ]
+
+
 def _last(series: Series, key: str) -> dict[str, list[Any]]:
     """The values under `key` in the last rows of a series' runs, by name."""
     found: dict[str, list[Any]] = {}
@@ -287,15 +282,16 @@ def _last(series: Series, key: str) -> dict[str, list[Any]]:
     return {name: values for name, values in found.items() if len(values) == len(series.counted)}
 
 
-def _ends(frame: pd.DataFrame, title: str, x: str) -> str:
-    """In words, where each line of a chart ends."""
+def _lines(frame: pd.DataFrame, svg: str, what: str, x: str) -> Chart:
+    """A chart of lines; in words, where each of them ends."""
     last = frame.groupby("series", sort=False).tail(1)
     value = console.size if x.startswith("bytes") else console.score
     ends = [
         f"{end.series} ends at {console.score(end.y)} ({x} {value(end.x)})"
         for end in last.itertuples()
     ]
-    return f"Lines: {title}. {'; '.join(ends)}."
+    title = f"{what} by {x}"
+    return Chart(title, svg, f"Lines: {title}. {'; '.join(ends)}.")
 
 
 def standing_in(series: Sequence[Series]) -> str:
