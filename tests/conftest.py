@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hedgerow import cli
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+# Tiny models only lose by threads, which spin while they wait; and sums of two threads have other
+# bits than sums of one.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

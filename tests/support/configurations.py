@@ -1,0 +1,69 @@
+"""Every method, in every configuration whose updates and entries are of another kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TARGETS = ["q_proj", "v_proj"]
+
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "flora": {"ranks": [4, 2, 1], "targets": TARGETS, "restart": "own"},
+    "flora shared": {"ranks": [4, 2, 1], "targets": TARGETS, "restart": "shared"},
+    "flora shared, cut": {
+        **{"ranks": [4, 2, 1], "targets": TARGETS, "restart": "shared"},
+        **{"compress": True, "upload_bits": 16},
+    },
+    "flora own, cut": {"ranks": 2, "targets": TARGETS, "compress": {"bits": 8}, "upload_bits": 8},
+    "fedit": {"ranks": 2, "targets": TARGETS},
+    "zero_padding": {"ranks": [4, 2, 1], "targets": TARGETS},
+    "flexlora": {"ranks": [4, 2, 1], "targets": TARGETS},
+    "florist": {"ranks": [4, 2, 1], "targets": TARGETS},
+    # Nothing is pruned here, so that what there is at first has to be within the budget.
+    "flora_adalora": {"ranks": [4, 2, 1], "initial": 1, "targets": TARGETS},
+    "fedex_lora": {"ranks": 2, "targets": TARGETS},
+    "ffa_lora": {"ranks": [4, 2, 1], "targets": TARGETS},
+    "rolora": {"ranks": 2, "targets": TARGETS},
+    "fedsvd": {"ranks": 2, "targets": TARGETS},
+    "fed_sb": {"ranks": 2, "targets": TARGETS},
+    "ferret": {"compression": 64},
+    "ferret over lora": {"over": "lora", "ranks": 2, "targets": TARGETS, "budget": 100},
+    "ferret of the paper": {"paper": True},
+    "ferret by norm": {"compression": 64, "allocation": "norm"},
+    "ferret by norm, dense": {"budget": 500, "allocation": "norm", "basis": "rademacher"},
+    "fedavg": {},
+    "fedkseed": {"candidates": 64},
+    "fedzo": {"directions_per_step": 2},
+    "centralized": {"ranks": [4, 2, 1], "targets": TARGETS},
+    "standalone": {"ranks": [4, 2, 1], "targets": TARGETS, "alpha": 3},
+}
+
+MORE_OPTIONS: dict[str, dict[str, Any]] = {
+    "flora zero": {"ranks": [4, 2, 1], "restart": "zero"},
+    "flora warm": {"ranks": [4, 2, 1], "dropout": 0.1, "rslora": True},
+    "flora zero, rank": {"ranks": 4, "restart": "zero", "compress": {"rank": 3, "bits": 16}},
+    "flora zero, energy": {"ranks": 4, "restart": "zero", "compress": {"energy": 0.9, "bits": 32}},
+    "flora own, nothing carried": {
+        **{"ranks": [4, 2, 1], "restart": "own", "compress": {"rank": 2, "carry": False}},
+    },
+    "flora adaptive": {"ranks": [4, 2, 1], "scaling": "adaptive", "restart": "own"},
+    "flora uniform": {"ranks": [4, 2, 1], "scaling": "uniform", "alpha": 8},
+    "flora by a list": {"ranks": 2, "scaling": [0.5, 0.25, 0.5], "restart": "zero"},
+    "ferret with error feedback": {"compression": 64, "error_feedback": True},
+    "ferret with momentum": {"compression": 64, "momentum": 0.9, "anneal": 0.9},
+    "ferret clipped": {"compression": 64, "clip": 0.01, "server_learning_rate": 0.7},
+    "ferret, a seed for each client": {"compression": 64, "seeds": "client", "shrink": False},
+    "ferret in 8 bits": {"compression": 32, "bits": 8, "broadcast_bits": 8, "basis": "gaussian"},
+    "ferret unrounded": {"compression": 32, "bits": 32, "broadcast_bits": 32},
+    "ferret over lora, with momentum": {
+        **{"over": "lora", "ranks": 2, "budget": 100, "momentum": 0.5, "error_feedback": True},
+    },
+    "florist at 0.5": {"ranks": [4, 2, 1], "threshold": 0.5},
+    "flora_adalora, pruned": {"ranks": [4, 2, 1]},
+}
+"""More configurations, whose ledgers are pinned too: other numbers of the same kinds."""
+
+
+def method_of(name: str) -> dict[str, Any]:
+    """The section `method` of a configuration; its name begins with the method's."""
+    options = (METHOD_OPTIONS | MORE_OPTIONS)[name]
+    return {"name": name.split()[0].rstrip(","), **options}

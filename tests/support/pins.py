@@ -1,0 +1,86 @@
+"""The bytes of a short run of every configuration, as they were before the code was rebuilt.
+
+`python tests/support/pins.py` records them anew, which is right only where the mathematics of a
+method is meant to change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+HASHES = Path(__file__).parents[1] / "pinned" / "ledgers.json"
+
+
+def arithmetic() -> str:
+    """A hash of what this machine makes of plain sums, products and decompositions.
+
+    Another processor adds in another order: its ledgers have other bits, whatever the code.
+    """
+    generator = torch.Generator().manual_seed(0)
+    digest = hashlib.sha256()
+    layer = nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.RMSNorm(24), nn.Linear(24, 260))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
+    for _ in range(3):
+        inputs = torch.randn(4, 17, 16, generator=generator)
+        labels = torch.randint(0, 260, (68,), generator=generator)
+        attended = nn.functional.scaled_dot_product_attention(inputs, inputs, inputs)
+        nn.functional.cross_entropy(layer(attended).flatten(0, 1), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    matrix = torch.randn(24, 16, generator=generator, dtype=torch.float64)
+    results = [*layer.parameters(), *torch.linalg.svd(matrix), *torch.linalg.qr(matrix)]
+    for result in results:
+        digest.update(result.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def entry_hashes(run: Path) -> list[str]:
+    """The SHA-256 of each entry of a run, oldest first."""
+    index = json.loads((run / "ledger" / "ledger.json").read_text())
+    return [entry["sha256"] for entry in index["entries"]]
+
+
+def main() -> None:
+    """Record the hashes of all configurations."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from conftest import random_llama, write_experiment
+    from support.configurations import METHOD_OPTIONS, MORE_OPTIONS, method_of
+
+    from hedgerow.engines import local
+    from hedgerow.experiment import load
+
+    class Silent:
+        def __getattr__(self, _: str):
+            return lambda *_: None
+
+    torch.set_num_threads(1)
+    hashes = {}
+    for name in METHOD_OPTIONS | MORE_OPTIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+            heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+            model = random_llama(Path(folder) / "tiny", **sizes, **heads)
+            path = write_experiment(Path(folder), model)
+            content = yaml.safe_load(path.read_text()) | {"method": method_of(name)}
+            path.write_text(yaml.safe_dump(content))
+            local.run(load(path, ["federation.rounds=3"]), Path(folder) / "run", Silent())
+            hashes[name] = entry_hashes(Path(folder) / "run")
+        print(name, hashes[name][-1][:12], flush=True)
+    content = {"torch": torch.__version__, "arithmetic": arithmetic(), "entries": hashes}
+    HASHES.parent.mkdir(exist_ok=True)
+    HASHES.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
