@@ -55,10 +55,10 @@ def main() -> None:
     """Record the hashes of all configurations."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from conftest import random_llama, write_experiment
-    from support.configurations import METHOD_OPTIONS, MORE_OPTIONS, method_of
 
     from hedgerow.engines import local
     from hedgerow.experiment import load
+    from support.configurations import METHOD_OPTIONS, MORE_OPTIONS, method_of
 
     class Silent:
         def __getattr__(self, _: str):
