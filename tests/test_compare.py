@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import rows_of
+from support.runs import rows_of
 
 from hedgerow.comparison import Cell, Outcome, plan
 from hedgerow.experiment import split_at

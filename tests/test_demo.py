@@ -1,6 +1,6 @@
 """The built-in demo: its model, its experiment file, and its comparison in small."""
 
-from conftest import rows_of
+from support.runs import rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hedgerow import demo

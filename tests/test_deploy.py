@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from flower_network import BIN, wait_for
+from support.network import BIN, wait_for
 
 from hedgerow import demo
 

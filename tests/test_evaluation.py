@@ -1,13 +1,13 @@
 import logging
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from support.experiments import SHARED
+from support.models import byte_tokenizer
 from tokenizers import processors
 from transformers import (
     GenerationConfig,
@@ -26,7 +26,6 @@ from hedgerow.experiment import DataSettings, EvaluationSettings, Fields, ModelS
 from hedgerow.model import Model
 from hedgerow.training.loss import batch_loss
 
-SHARED = Path(__file__).parents[2] / "shared"
 ALL = ["loss", "rouge_l", "exact_match", "multiple_choice"]
 ROWS = [
     {"instruction": "Which?", "input": "Options: A. sea, B. big sky", "output": "B. big sky"},

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import rows_of
+from support.runs import rows_of
 
 from hedgerow.comparison import plan
 from hedgerow.data.sources import read

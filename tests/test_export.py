@@ -6,17 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import rows_of
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-PROMPT = "Say b2\n\n"
-
-
-def logits(model):
-    tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    with torch.inference_mode():
-        return model(**tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)).logits
+from support.models import logits
+from support.runs import rows_of
+from transformers import AutoModelForCausalLM
 
 
 def run_and_export(hedgerow, experiment, tmp_path, *changes, exports=(("merged",), ("adapter",))):

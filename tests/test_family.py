@@ -7,12 +7,13 @@ import math
 import pytest
 import safetensors.torch
 import torch
-from conftest import Forgetful, no_past, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from test_export import logits
-from test_methods import SHAPES, TURN, clients, error, exact, updates
+from support.adapters import SHAPES, TURN, clients, error, exact, updates
+from support.models import logits
+from support.runs import rows_of
+from support.turns import Forgetful, no_past
 from transformers import AutoModelForCausalLM
 
 from hedgerow.engines.local import prepare

@@ -3,8 +3,9 @@
 import random
 
 import pytest
-from conftest import rows_of
-from test_flower import dolly
+from support.experiments import dolly
+from support.runs import rows_of
+from support.turns import Nobody
 
 from hedgerow import federation
 from hedgerow.engines import local
@@ -12,13 +13,6 @@ from hedgerow.errors import RunFailed
 from hedgerow.experiment import load
 from hedgerow.federation import Answer
 from hedgerow.rundir import RunDirectory
-
-
-class Nobody:
-    """Watches nothing."""
-
-    def __getattr__(self, name):
-        return lambda *_: None
 
 
 class Shuffled(local.LocalFleet):

@@ -8,7 +8,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import rows_of
+from support.runs import rows_of
+from support.turns import Nobody
 
 from hedgerow import federation, runs
 from hedgerow.engines import local
@@ -143,13 +144,6 @@ class Postman:
 
     def evaluate(self, progress):
         return {}
-
-
-class Nobody:
-    """Watches nothing."""
-
-    def __getattr__(self, name):
-        return lambda *_: None
 
 
 @pytest.mark.parametrize(

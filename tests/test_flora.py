@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from conftest import no_past, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.runs import rows_of
+from support.turns import no_past
 from torch import nn
 
 from hedgerow.errors import InvalidMessage

@@ -1,57 +1,13 @@
 """The Flower engine on a real network: processes on loopback, with TLS and node authentication."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-import yaml
-from conftest import rows_of, tensorboard_of
-from flower_network import Network
+from support.experiments import SITES, dolly
+from support.network import Network
+from support.runs import entries, rows_of, run_hedgerow, tensorboard_of
 
-SITES = ["north", "east", "south", "west"]
 RANKS = [16, 8, 4, 2]
-
-
-def dolly(shared, path, method, **sections):
-    """An experiment on four of Dolly's clients; the model is where each site says."""
-    content = {
-        "model": {"path": str(shared / "models/stories260k")},
-        "data": {
-            "clients": {
-                name: str(shared / f"data/dolly/local_training_{index}.json")
-                for index, name in enumerate(SITES)
-            },
-            "fields": {"input": "context", "output": "response"},
-            "prompt": "alpaca-short",
-            "max_length": 256,
-        },
-        "method": method,
-        "training": {"steps": 4, "batch_size": 4, "learning_rate": 1e-3},
-        "federation": {"rounds": 3},
-    }
-    for name, section in sections.items():
-        content[name] = content.get(name, {}) | section
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
-
-
-def run_hedgerow(*arguments):
-    """The command line in a process of its own, with as many threads as the sites have."""
-    result = subprocess.run(
-        [sys.executable, "-m", "hedgerow", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr
-    return result
-
-
-def entries(run):
-    """The bytes of a run's entries, by name."""
-    return {path.name: path.read_bytes() for path in (run / "ledger").glob("*.safetensors")}
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import signal
 
 import psutil
 import pytest
-from conftest import rows_of
-from flower_network import Network, wait_for
 from safetensors.torch import load_file, save_file
-from test_flower import SITES, dolly, entries, run_hedgerow
+from support.experiments import SITES, dolly
+from support.network import Network, wait_for
+from support.runs import entries, rows_of, run_hedgerow
 
 pytestmark = [pytest.mark.shared, pytest.mark.slow]
 

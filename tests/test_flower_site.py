@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import rows_of
 from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 from flwr.supercore.task_identity import TaskIdentity
+from support.runs import rows_of
 
 from hedgerow.console import ProgressWatcher
 from hedgerow.engines.flower.app import App, init

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import random_llama, rows_of
-from flower_network import Network
-from test_flower import run_hedgerow
+from support.models import random_llama
+from support.network import Network
+from support.runs import rows_of, run_hedgerow
 
 pytestmark = pytest.mark.slow
 

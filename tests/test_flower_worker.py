@@ -7,7 +7,7 @@ import sys
 
 import psutil
 import pytest
-from flower_network import wait_for
+from support.network import wait_for
 
 from hedgerow.engines.flower.app import init
 from hedgerow.engines.flower.messages import Request

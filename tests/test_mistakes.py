@@ -9,7 +9,7 @@ import signal
 import pytest
 import safetensors.torch
 import torch
-from conftest import byte_tokenizer
+from support.models import byte_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 

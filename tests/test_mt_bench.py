@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, random_llama
+from support.models import byte_tokenizer, random_llama
 
 from hedgerow.data import encode_prompts, load_template
 from hedgerow.evaluation import mt_bench

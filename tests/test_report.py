@@ -9,8 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import rows_of, write_experiment
 from playwright.sync_api import Page, sync_playwright
+from support.experiments import write_experiment
+from support.runs import rows_of
 
 from hedgerow import cli
 from hedgerow.experiment import load

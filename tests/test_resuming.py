@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import ledger_bytes, rows_of
 from peft import PeftModel
+from support.runs import ledger_bytes, rows_of
 from transformers import AutoModelForCausalLM
 
 from hedgerow.ledger import Ledger

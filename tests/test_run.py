@@ -6,7 +6,7 @@ import re
 import pytest
 import safetensors
 import torch
-from conftest import ledger_bytes, rows_of
+from support.runs import ledger_bytes, rows_of
 from transformers import AutoModelForCausalLM
 
 from hedgerow.errors import Diverged

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import rows_of
+from support.runs import rows_of
 
 pytestmark = pytest.mark.slow
 

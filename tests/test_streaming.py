@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from conftest import Forgetful
+from support.turns import Forgetful
 from torch import Tensor
 
 from hedgerow.experiment import TrainingSettings

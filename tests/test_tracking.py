@@ -11,7 +11,7 @@ import sys
 
 import accelerate.tracking
 import pytest
-from conftest import ledger_bytes, rows_of, tensorboard_of
+from support.runs import ledger_bytes, rows_of, tensorboard_of
 
 from hedgerow import tracking
 from hedgerow.errors import UserError

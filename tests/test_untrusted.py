@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import Forgetful, no_past
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.configurations import METHOD_OPTIONS
+from support.turns import Forgetful, no_past
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.experiment import ModelSettings, TrainingSettings
@@ -47,38 +48,6 @@ from hedgerow.wire import (
 ROUND, PARENT, SEEDS = 2, "ab" * 32, Seeds(7)
 SIZES = [5, 9, 14]
 TRAINING = TrainingSettings(steps=3)
-TARGETS = ["q_proj", "v_proj"]
-
-METHOD_OPTIONS: dict[str, dict[str, Any]] = {
-    "flora": {"ranks": [4, 2, 1], "targets": TARGETS, "restart": "own"},
-    "flora shared": {"ranks": [4, 2, 1], "targets": TARGETS, "restart": "shared"},
-    "flora shared, cut": {
-        **{"ranks": [4, 2, 1], "targets": TARGETS, "restart": "shared"},
-        **{"compress": True, "upload_bits": 16},
-    },
-    "flora own, cut": {"ranks": 2, "targets": TARGETS, "compress": {"bits": 8}, "upload_bits": 8},
-    "fedit": {"ranks": 2, "targets": TARGETS},
-    "zero_padding": {"ranks": [4, 2, 1], "targets": TARGETS},
-    "flexlora": {"ranks": [4, 2, 1], "targets": TARGETS},
-    "florist": {"ranks": [4, 2, 1], "targets": TARGETS},
-    # Nothing is pruned here, so that what there is at first has to be within the budget.
-    "flora_adalora": {"ranks": [4, 2, 1], "initial": 1, "targets": TARGETS},
-    "fedex_lora": {"ranks": 2, "targets": TARGETS},
-    "ffa_lora": {"ranks": [4, 2, 1], "targets": TARGETS},
-    "rolora": {"ranks": 2, "targets": TARGETS},
-    "fedsvd": {"ranks": 2, "targets": TARGETS},
-    "fed_sb": {"ranks": 2, "targets": TARGETS},
-    "ferret": {"compression": 64},
-    "ferret over lora": {"over": "lora", "ranks": 2, "targets": TARGETS, "budget": 100},
-    "ferret of the paper": {"paper": True},
-    "ferret by norm": {"compression": 64, "allocation": "norm"},
-    "ferret by norm, dense": {"budget": 500, "allocation": "norm", "basis": "rademacher"},
-    "fedavg": {},
-    "fedkseed": {"candidates": 64},
-    "fedzo": {"directions_per_step": 2},
-    "centralized": {"ranks": [4, 2, 1], "targets": TARGETS},
-    "standalone": {"ranks": [4, 2, 1], "targets": TARGETS, "alpha": 3},
-}
 WRONG, DAMAGED = 420, 420
 """Of each method's updates, and of its entries: inputs that are wrong in one way, which must be
 refused, and inputs that are damaged anywhere, of which some are still right."""

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import rows_of
+from support.runs import rows_of
 from torch import nn
 
 from hedgerow import runs

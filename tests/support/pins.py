@@ -54,27 +54,22 @@ def entry_hashes(run: Path) -> list[str]:
 def main() -> None:
     """Record the hashes of all configurations."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from conftest import random_llama, write_experiment
-
     from hedgerow.engines import local
     from hedgerow.experiment import load
     from support.configurations import METHOD_OPTIONS, MORE_OPTIONS, method_of
-
-    class Silent:
-        def __getattr__(self, _: str):
-            return lambda *_: None
+    from support.experiments import write_experiment
+    from support.models import tiny_llama
+    from support.turns import Nobody
 
     torch.set_num_threads(1)
     hashes = {}
     for name in METHOD_OPTIONS | MORE_OPTIONS:
         with tempfile.TemporaryDirectory() as folder:
-            sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-            heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-            model = random_llama(Path(folder) / "tiny", **sizes, **heads)
+            model = tiny_llama(Path(folder) / "tiny")
             path = write_experiment(Path(folder), model)
             content = yaml.safe_load(path.read_text()) | {"method": method_of(name)}
             path.write_text(yaml.safe_dump(content))
-            local.run(load(path, ["federation.rounds=3"]), Path(folder) / "run", Silent())
+            local.run(load(path, ["federation.rounds=3"]), Path(folder) / "run", Nobody())
             hashes[name] = entry_hashes(Path(folder) / "run")
         print(name, hashes[name][-1][:12], flush=True)
     content = {"torch": torch.__version__, "arithmetic": arithmetic(), "entries": hashes}

@@ -1,0 +1,46 @@
+"""Runs: started in a process of their own, and what they have left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def run_hedgerow(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-m", "hedgerow", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def entries(run: Path) -> dict[str, bytes]:
+    """The bytes of a run's entries, by name."""
+    return {path.name: path.read_bytes() for path in (run / "ledger").glob("*.safetensors")}
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def ledger_bytes(run: Path) -> dict[str, bytes]:
+    """The files of a run's ledger."""
+    return {path.name: path.read_bytes() for path in sorted((run / "ledger").iterdir())}
+
+
+def tensorboard_of(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """The (step, value) pairs of each scalar in a run's event files, as TensorBoard shows them."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
