@@ -17,12 +17,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hedgerow.experiment import TrainingSettings
+from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.lowrank import Factors, Projections
 from hedgerow.methods.base import Client, Expected, ServerTurn
 from hedgerow.methods.flora import FLoRA
-from hedgerow.model import adapter_pairs, adapter_tensors
 from hedgerow.seeds import Seeds
+from hedgerow.settings import TrainingSettings
 from hedgerow.wire import Update
 
 HIDDEN, INTERMEDIATE, DISTINCT = 4096, 11008, 8

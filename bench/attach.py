@@ -16,9 +16,9 @@ from collections.abc import Callable
 import peft
 
 from hedgerow import console
-from hedgerow.demo import MODEL
-from hedgerow.experiment import ModelSettings
+from hedgerow.bundled import MODEL
 from hedgerow.model import Model
+from hedgerow.settings import ModelSettings
 
 warnings.simplefilter("ignore")
 

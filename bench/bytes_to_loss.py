@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from hedgerow import console
 from hedgerow.engines import local
 from hedgerow.experiment import load
-from hedgerow.rundir import read_rows
+from hedgerow.runs.rows import read_rows
 
 FULL, LORA, ZEROTH = 2e-3, 5e-3, 3e-4
 METHODS: dict[str, tuple[str, float]] = {

@@ -22,7 +22,7 @@ from hedgerow import console, demo
 from hedgerow.engines import local
 from hedgerow.engines.flower import simulation
 from hedgerow.experiment import load
-from hedgerow.rundir import read_rows
+from hedgerow.runs.rows import read_rows
 
 STEPS = (1, 10)
 ENGINES = {"local": local.run, "flower": simulation.run}

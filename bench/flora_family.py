@@ -144,7 +144,7 @@ def run_cell(folder: str, content: dict[str, Any]) -> Result:
     from hedgerow.errors import RunFailed
     from hedgerow.experiment import Experiment, validate
     from hedgerow.model import Model
-    from hedgerow.rundir import read_rows
+    from hedgerow.runs.rows import read_rows
 
     experiment = validate(content, "flora_family.py", Experiment)
     rounds = experiment.federation.rounds

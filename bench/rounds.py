@@ -15,7 +15,7 @@ from pathlib import Path
 from hedgerow import console, demo
 from hedgerow.engines import local
 from hedgerow.experiment import load
-from hedgerow.rundir import read_rows
+from hedgerow.runs.rows import read_rows
 
 PARTS = ("start", "update", "wire", "aggregate", "ledger", "apply")
 METHODS = ("flora", "zero_padding", "fedavg", "ferret")

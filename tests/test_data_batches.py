@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hedgerow.data.batches import batches, collate, epoch
-from hedgerow.data.encoding import Example
+from hedgerow.data.tokens import Example
 
 lengths_of = st.lists(st.integers(1, 500), min_size=1, max_size=120).map(np.array)
 sizes = st.integers(1, 9)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hedgerow.data.encoding import Encoded, Spool
-from hedgerow.data.prompts import TextTemplate
+from hedgerow.data.templates import TextTemplate
+from hedgerow.data.tokens import Encoded, Spool
 from hedgerow.errors import UserError
 
 FIELDS = SimpleNamespace(instruction="q", input=None, output="a")

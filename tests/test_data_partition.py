@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hedgerow.data.partition import partition
-from hedgerow.data.sources import NAME
 from hedgerow.errors import UserError
+from hedgerow.names import NAME
 
 
 def how(kind, clients=None, column="topic", alpha=0.5, shards=2):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hedgerow.data.prompts import TextTemplate, load
+from hedgerow.data.templates import TextTemplate, load
 from hedgerow.errors import UserError
 
 FIELDS = SimpleNamespace(instruction="q", input="context", output="a")

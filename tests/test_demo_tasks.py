@@ -6,8 +6,8 @@ from string import ascii_lowercase
 
 import pytest
 
-from hedgerow.demo import tasks
-from hedgerow.demo.tasks import KINDS, OPPOSITES, WORDS, Row
+from hedgerow.bundled import tasks
+from hedgerow.bundled.tasks import KINDS, OPPOSITES, WORDS, Row
 
 SEEDS = (0, 1, 2)
 

@@ -18,12 +18,11 @@ from transformers import (
 
 from hedgerow.data import collate, read
 from hedgerow.errors import UserError
-from hedgerow.evaluation import TestSet, evaluate
 from hedgerow.evaluation.answers import check_positions, final_answer_match, generate
 from hedgerow.evaluation.choices import log_likelihoods, read_question
-from hedgerow.evaluation.likelihood import max_positions
-from hedgerow.experiment import DataSettings, EvaluationSettings, Fields, ModelSettings
-from hedgerow.model import Model
+from hedgerow.evaluation.scores import TestSet, evaluate
+from hedgerow.model import Model, max_positions
+from hedgerow.settings import DataSettings, EvaluationSettings, Fields, ModelSettings
 from hedgerow.training.loss import batch_loss
 
 ALL = ["loss", "rouge_l", "exact_match", "multiple_choice"]

@@ -4,7 +4,9 @@ import pytest
 import yaml
 
 from hedgerow.errors import UserError
-from hedgerow.experiment import Experiment, load, parse_yaml, split_override, validate
+from hedgerow.experiment import Experiment, load, validate
+from hedgerow.experiment.file import parse_yaml
+from hedgerow.experiment.overrides import split_override
 
 
 def test_a_dump_loads_to_the_same_experiment(experiment, tmp_path):

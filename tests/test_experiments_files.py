@@ -9,9 +9,9 @@ import pytest
 import yaml
 from support.runs import rows_of
 
+from hedgerow.bundled import MODEL, tasks
 from hedgerow.comparison import plan
 from hedgerow.data.sources import read
-from hedgerow.demo import MODEL, tasks
 from hedgerow.errors import UserError
 from hedgerow.experiment import load, load_comparison, without_folders
 

@@ -16,14 +16,16 @@ from support.runs import rows_of
 from support.turns import Forgetful, no_past
 from transformers import AutoModelForCausalLM
 
+from hedgerow.adapters import adapter_pairs
 from hedgerow.engines.local import prepare
-from hedgerow.experiment import ModelSettings, TrainingSettings, load
+from hedgerow.experiment import load
 from hedgerow.lowrank import Factors
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import Client, Expected, ServerTurn, Trained, Turn
-from hedgerow.methods.lora import draw_adapter
-from hedgerow.model import Model, adapter_pairs
+from hedgerow.methods.factors import draw_adapter
+from hedgerow.model import Model
 from hedgerow.seeds import Seeds
+from hedgerow.settings import ModelSettings, TrainingSettings
 from hedgerow.training import adalora
 from hedgerow.training.job import Job
 from hedgerow.wire import Entry, Participant, Update

@@ -11,8 +11,8 @@ from hedgerow import federation
 from hedgerow.engines import local
 from hedgerow.errors import RunFailed
 from hedgerow.experiment import load
-from hedgerow.federation import Answer
-from hedgerow.rundir import RunDirectory
+from hedgerow.federation.fleet import Answer
+from hedgerow.runs.directory import RunDirectory
 
 
 class Shuffled(local.LocalFleet):

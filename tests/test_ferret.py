@@ -14,13 +14,14 @@ from support.turns import Nobody
 from hedgerow import federation, runs
 from hedgerow.engines import local
 from hedgerow.errors import InvalidMessage
-from hedgerow.evaluation import evaluate
+from hedgerow.evaluation.scores import evaluate
 from hedgerow.experiment import load
-from hedgerow.federation import Answer
+from hedgerow.federation.fleet import Answer
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Client, Expected
 from hedgerow.model import Model
-from hedgerow.rundir import RoundMemory, RunDirectory
+from hedgerow.runs.directory import RunDirectory
+from hedgerow.runs.memory import RoundMemory
 from hedgerow.seeds import Seeds
 from hedgerow.sketch.blocks import group
 from hedgerow.sketch.coordinates import pack

@@ -12,18 +12,20 @@ from support.runs import rows_of
 from support.turns import no_past
 from torch import nn
 
+from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage
-from hedgerow.experiment import TrainingSettings, load
+from hedgerow.experiment import load
 from hedgerow.ledger import Ledger
 from hedgerow.lowrank import Factors, Projections, SumSketch
 from hedgerow.methods import flora
 from hedgerow.methods.base import Client, Expected, ServerTurn, Trained, Turn
 from hedgerow.methods.compress import Compress, ranks_to_keep
-from hedgerow.methods.encoding import decode, encode
 from hedgerow.methods.flora import FLoRA
+from hedgerow.methods.integers import decode, encode
 from hedgerow.methods.scaling import LENGTHS, LONGEST, SHORTEST, adaptive
-from hedgerow.model import Model, adapter_pairs, adapter_tensors
+from hedgerow.model import Model
 from hedgerow.seeds import Seeds
+from hedgerow.settings import TrainingSettings
 from hedgerow.training import line_search
 from hedgerow.wire import (
     LARGEST_BROADCAST,

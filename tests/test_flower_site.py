@@ -30,9 +30,9 @@ from hedgerow.engines.flower.messages import (
 from hedgerow.engines.flower.server import serve
 from hedgerow.engines.flower.worker import Host, Question
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
-from hedgerow.evaluation.targets import load_test
 from hedgerow.experiment import load
 from hedgerow.model import Model
+from hedgerow.runs.targets import load_test
 from hedgerow.wire import Entry
 
 CLIENTS = ["client-000", "client-001", "client-002"]

@@ -11,7 +11,8 @@ from support.network import wait_for
 
 from hedgerow.engines.flower.app import init
 from hedgerow.engines.flower.messages import Request
-from hedgerow.engines.flower.worker import Question, ask, inbox, place_of
+from hedgerow.engines.flower.node import place_of
+from hedgerow.engines.flower.worker import Question, ask, inbox
 from hedgerow.experiment import load
 
 REQUEST = Request(run="0" * 32)

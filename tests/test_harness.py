@@ -11,10 +11,10 @@ import yaml
 from lm_eval.api.instance import Instance
 
 from hedgerow import demo
+from hedgerow.benchmarks import harness
 from hedgerow.data import load_template
-from hedgerow.evaluation import harness
 from hedgerow.evaluation.choices import Choices, log_likelihoods
-from hedgerow.evaluation.targets import loaded
+from hedgerow.runs.targets import loaded
 
 ROWS = [
     {"instruction": f"Say {word}", "choices": [word * 3, word.upper(), "no"], "answer": 0}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hedgerow.evaluation import judge_prompts, judging
+from hedgerow.benchmarks import judge_prompts, judging
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write a blog.", "Make it shorter."]},

@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.adapters import SHAPES, TURN, clients, error, exact, updates
 
+from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import InvalidMessage
-from hedgerow.experiment import TrainingSettings
 from hedgerow.lowrank import Factors
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import Client, Expected
 from hedgerow.methods.fedavg import FedAvg
 from hedgerow.methods.fedit import FedIT
 from hedgerow.methods.flora import FLoRA
-from hedgerow.methods.lora import Part, exact_sum
+from hedgerow.methods.stacks import Part, exact_sum
 from hedgerow.methods.zero_padding import ZeroPadding
-from hedgerow.model import adapter_pairs
 from hedgerow.seeds import Seeds
+from hedgerow.settings import TrainingSettings
 from hedgerow.wire import Update
 
 

@@ -8,9 +8,10 @@ import pytest
 import sentencepiece
 import torch
 
-from hedgerow.experiment import ModelSettings
+from hedgerow.adapters import adapter_pairs
 from hedgerow.lowrank import Factors
-from hedgerow.model import Model, adapter_pairs
+from hedgerow.model import Model
+from hedgerow.settings import ModelSettings
 
 
 @pytest.fixture

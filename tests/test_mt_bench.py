@@ -12,11 +12,11 @@ import pytest
 import torch
 from support.models import byte_tokenizer, random_llama
 
+from hedgerow.benchmarks import mt_bench
 from hedgerow.data import encode_prompts, load_template
-from hedgerow.evaluation import mt_bench
 from hedgerow.evaluation.answers import Draw, generate
-from hedgerow.experiment import Fields, ModelSettings
 from hedgerow.model import Model
+from hedgerow.settings import Fields, ModelSettings
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write on b1.", "Shorter."]},

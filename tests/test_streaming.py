@@ -7,15 +7,15 @@ import torch
 from support.turns import Forgetful
 from torch import Tensor
 
-from hedgerow.experiment import TrainingSettings
+from hedgerow.adapters import adapter_tensors
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Client, Expected, ServerTurn
-from hedgerow.methods.encoding import encode
 from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.florist import FLoRIST
+from hedgerow.methods.integers import encode
 from hedgerow.methods.residual import START
-from hedgerow.model import adapter_tensors
 from hedgerow.seeds import Seeds
+from hedgerow.settings import TrainingSettings
 from hedgerow.wire import Entry, Update
 
 SHAPES = {"q": (12, 10), "up": (9, 16), "v": (7, 10)}

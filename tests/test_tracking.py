@@ -15,7 +15,8 @@ from support.runs import ledger_bytes, rows_of, tensorboard_of
 
 from hedgerow import tracking
 from hedgerow.errors import UserError
-from hedgerow.experiment import TRACKERS, load
+from hedgerow.experiment import load
+from hedgerow.settings import TRACKERS
 
 INSTALLED = [
     pytest.param(

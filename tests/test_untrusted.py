@@ -25,12 +25,12 @@ from support.configurations import METHOD_OPTIONS
 from support.turns import Forgetful, no_past
 
 from hedgerow.errors import InvalidMessage, UserError
-from hedgerow.experiment import ModelSettings, TrainingSettings
 from hedgerow.ledger import Base, Ledger
 from hedgerow.methods import METHODS
-from hedgerow.methods.base import Client, Expected, Method, ServerTurn, Trained, Turn
+from hedgerow.methods.base import Client, Expected, Method, ServerTurn, Trained, Turn, check_entry
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
+from hedgerow.settings import ModelSettings, TrainingSettings
 from hedgerow.sketch.coordinates import BITS, lengths
 from hedgerow.wire import (
     LARGEST_BROADCAST,
@@ -40,7 +40,6 @@ from hedgerow.wire import (
     FileTensors,
     Participant,
     Update,
-    check_entry,
     kinds,
     to_safetensors,
 )

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hedgerow.errors import RunFailed, UserError
 from hedgerow.experiment import Experiment, load, method_changes, split_at
-from hedgerow.rundir import RunDirectory, read_rows
+from hedgerow.runs.directory import RunDirectory
+from hedgerow.runs.rows import read_rows
 
 if TYPE_CHECKING:
-    from hedgerow.experiment import TrackingSettings
-    from hedgerow.federation import Watcher
+    from hedgerow.federation.fleet import Watcher
+    from hedgerow.settings import TrackingSettings
 
 
 _OWN = {"federation.seed": "--seeds", "method": "--methods", "method.name": "--methods"}
@@ -145,7 +146,7 @@ def run(
     """
     # Not at the top: torch and peft take seconds to import, and a mistake should not.
     from hedgerow.engines import local
-    from hedgerow.runs import Lender
+    from hedgerow.runs.lender import Lender
 
     missing = [cell for cell in cells if not _is_done(cell)]
     lender, failures = Lender(), {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake that the user can mend: one sentence says what is wrong and what would be right.
@@ -39,3 +42,9 @@ class InvalidMessage(ValueError):
 def readable(text: str) -> str:
     """At most 1,000 characters of a text, those that cannot be printed as spaces."""
     return "".join(c if c.isprintable() else " " for c in text[:1000])
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`, did you mean …` for the nearest of `known`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean `{close[0]}`?" if close else ""

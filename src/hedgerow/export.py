@@ -17,13 +17,14 @@ import peft
 import safetensors.torch
 
 from hedgerow import lowrank
+from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.ledger import Ledger
+from hedgerow.loading import location
 from hedgerow.lowrank import Factors
-from hedgerow.model import adapter_pairs, adapter_tensors, location
-from hedgerow.rundir import read_rows
 from hedgerow.runs import check_client, check_round, model_at, opened
+from hedgerow.runs.rows import read_rows
 
 
 def to_merged(

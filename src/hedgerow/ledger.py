@@ -25,9 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.files import replacing
-from hedgerow.methods.base import Method
+from hedgerow.methods.base import Method, check_entry
 from hedgerow.model import Model
-from hedgerow.wire import Entry, check_entry
+from hedgerow.wire import Entry
 
 INDEX = "ledger.json"
 FORMAT = "hedgerow.ledger/1"

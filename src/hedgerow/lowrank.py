@@ -14,10 +14,12 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from hedgerow.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Factors(NamedTuple):
@@ -51,7 +53,9 @@ class Factors(NamedTuple):
     def padded(self, rank: int) -> Factors:
         """The pair with rows of A and columns of B of zeros, up to this rank: the same product."""
         more = (0, rank - self.rank)
-        return Factors(nn.functional.pad(self.A, (0, 0, *more)), nn.functional.pad(self.B, more))
+        return Factors(
+            torch.nn.functional.pad(self.A, (0, 0, *more)), torch.nn.functional.pad(self.B, more)
+        )
 
 
 def stack(pairs: Sequence[Factors]) -> Factors:

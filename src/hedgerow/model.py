@@ -9,41 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import peft
-import safetensors
-import torch
-import transformers
-from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
-
+from hedgerow.adapters import PREFIX, adapter_pairs
 from hedgerow.errors import UserError
+from hedgerow.lazy import peft, torch, transformers
+from hedgerow.loading import load, tokenization
 from hedgerow.lowrank import Factors
-from hedgerow.names import DEMO
 
 if TYPE_CHECKING:
-    from hedgerow.experiment import ModelSettings
+    from torch import Tensor, nn
 
-_PREFIX = "base_model.model."
+    from hedgerow.settings import ModelSettings
+
+
 _TRAINED, _FROZEN = "default", "frozen"
 """peft's names of the adapter that a client trains, and of one beside it."""
-
-
-def location(path: str) -> str:
-    """Where transformers and peft find the model that `model.path` names."""
-    if path != DEMO:
-        return path
-    # Not at the top: the demo runs experiments, and so knows all of the package.
-    from hedgerow.demo import MODEL
-
-    return str(MODEL)
 
 
 class Model:
@@ -78,53 +64,8 @@ class Model:
             UserError: there is no such model, it is no causal language model, it has no safetensors
                 weights (others are pickles), or the device is not there.
         """
-        where = f"model.path: {settings.path}"
-        path = location(settings.path)
-        folder = Path(path)
-        is_adapter = (folder / "adapter_config.json").is_file()
-        if folder.is_absolute() and not (folder / "config.json").is_file() and not is_adapter:
-            problem = "has no config.json"
-            if not folder.is_dir():
-                problem = "is not a folder" if folder.exists() else "does not exist"
-            raise UserError(f"{where} {problem}: give a model folder in Hugging Face format")
-        device = _device(settings.device)
-        words = path
-        try:
-            options = {
-                "revision": settings.revision,
-                "dtype": getattr(torch, settings.dtype),
-                "use_safetensors": True,
-                "trust_remote_code": False,
-            }
-            if is_adapter:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
-                    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(path, **options)
-                words = adapted.peft_config["default"].base_model_name_or_path
-                network, missing = adapted.merge_and_unload(), set()
-            else:
-                network, info = transformers.AutoModelForCausalLM.from_pretrained(
-                    path, output_loading_info=True, **options
-                )
-                missing = info["missing_keys"]
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                words, revision=settings.revision, trust_remote_code=False
-            )
-        except (
-            *(OSError, ValueError, KeyError, RuntimeError, ImportError),
-            safetensors.SafetensorError,
-        ) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"{where} cannot be loaded as a causal language model: {reason}"
-            ) from None
-        if missing:
-            # transformers would draw them at random: another base for everybody who loads it.
-            names = ", ".join(sorted(missing)[:3])
-            raise UserError(f"{where} has no weights for {names}: give a complete checkpoint")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return cls(network.to(device), tokenizer, Path(settings.path).name)
+        network, tokenizer = load(settings)
+        return cls(network, tokenizer, Path(settings.path).name)
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +84,7 @@ class Model:
         for name, weight in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.contiguous().flatten().view(torch.uint8).cpu().numpy())
-        digest.update(json.dumps(_tokenization(self.tokenizer), sort_keys=True).encode())
+        digest.update(json.dumps(tokenization(self.tokenizer), sort_keys=True).encode())
         return digest.hexdigest()
 
     def state(self) -> dict[str, Tensor]:
@@ -216,7 +157,8 @@ class Model:
 
     def _lora_layers(self) -> dict[str, Any]:
         """The layers that peft has wrapped, by name."""
-        return {n: m for n, m in self.network.named_modules() if isinstance(m, LoraLayer)}
+        kind = peft.tuners.lora.LoraLayer
+        return {n: m for n, m in self.network.named_modules() if isinstance(m, kind)}
 
     def _parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter that is attached, by PEFT's key names."""
@@ -225,14 +167,14 @@ class Model:
             if adapter not in layer.lora_A:
                 continue  # an embedding's, which `adapted_shapes` refuses in its own words
             parts = {what: getattr(layer, what)[adapter] for what in ("lora_A", "lora_B")}
-            if isinstance(parts["lora_B"], nn.Sequential):
+            if isinstance(parts["lora_B"], torch.nn.Sequential):
                 parts["lora_R"], parts["lora_B"] = parts["lora_B"]
-            if isinstance(layer, AdaLoraLayer):
+            if isinstance(layer, peft.tuners.adalora.AdaLoraLayer):
                 # Its factors are plain parameters, and the singular values stand beside them.
                 parts["lora_E"] = layer.lora_E[adapter]
-                found |= {f"{_PREFIX}{name}.{what}": part for what, part in parts.items()}
+                found |= {f"{PREFIX}{name}.{what}": part for what, part in parts.items()}
             else:
-                found |= {f"{_PREFIX}{name}.{w}.weight": part.weight for w, part in parts.items()}
+                found |= {f"{PREFIX}{name}.{w}.weight": part.weight for w, part in parts.items()}
         return found
 
     def unfreeze(self) -> dict[str, nn.Parameter]:
@@ -278,7 +220,7 @@ class Model:
         """
         if module not in self._singular or self._singular[module].rank != rank:
             layer = self.network.get_submodule(module)
-            weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+            weight = layer.weight.T if _is_transposed(layer) else layer.weight
             # On the CPU whatever the model's device: a GPU's SVD is another algorithm.
             u, _, v = torch.linalg.svd(weight.detach().cpu().double(), full_matrices=False)
             u, v = u[:, :rank], v[:rank]
@@ -318,8 +260,10 @@ class Model:
         """Add B·A to the weight of the linear layer `module`."""
         layer = self.network.get_submodule(module)
         product = Factors(*(f.to(self.device) for f in factors)).product()
-        # GPT-2's linear layers keep their weight transposed.
-        self.add(f"{module}.weight", product.T if isinstance(layer, Conv1D) else product)
+        self.add(
+            f"{module}.weight",
+            product.T if _is_transposed(layer) else product,
+        )
 
     @contextmanager
     def with_factors(self, factors: Mapping[str, Tensor]) -> Iterator[None]:
@@ -379,57 +323,20 @@ def _insert_core(layer: Any) -> None:
     """Let an adapter's B follow an r×r matrix, as whose projection peft's forward pass calls it."""
     B = layer.lora_B[_TRAINED]
     options = {"device": B.weight.device, "dtype": B.weight.dtype}
-    core = nn.Linear(B.in_features, B.in_features, bias=False, **options)
-    layer.lora_B[_TRAINED] = nn.Sequential(core, B)
-
-
-def _tokenization(tokenizer: Any) -> dict[str, Any]:
-    """What decides a tokenizer's output, without the padding that its last call asked for."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return dict(tokenizer.get_vocab())
-    content: dict[str, Any] = json.loads(backend.to_str())
-    return {key: content[key] for key in content if key not in ("padding", "truncation")}
+    core = torch.nn.Linear(B.in_features, B.in_features, bias=False, **options)
+    layer.lora_B[_TRAINED] = torch.nn.Sequential(core, B)
 
 
 def _is_linear(layer: Any) -> bool:
-    return isinstance(layer, nn.Linear | Conv1D)
+    return isinstance(layer, torch.nn.Linear) or _is_transposed(layer)
 
 
-def adapter_pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Factors]]:
-    """The factors of each adapted module, from tensors with PEFT's key names, in a fixed order."""
-    for key in sorted(tensors):
-        if key.endswith(".lora_A.weight"):
-            module = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-            other = key.replace(".lora_A.", ".lora_B.")
-            if other in tensors:
-                yield module, Factors(tensors[key], tensors[other])
+def _is_transposed(layer: Any) -> bool:
+    """Whether this is GPT-2's kind of linear layer, which keeps its weight transposed."""
+    return isinstance(layer, transformers.pytorch_utils.Conv1D)
 
 
-def adapter_pair(tensors: Mapping[str, Tensor], module: str) -> Factors | None:
-    """The factors of one module, from tensors with PEFT's key names; None where it has none."""
-    A, B = (f"{_PREFIX}{module}.lora_{factor}.weight" for factor in "AB")
-    return Factors(tensors[A], tensors[B]) if A in tensors and B in tensors else None
-
-
-def adapter_tensors(pairs: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """The inverse of `adapter_pairs`."""
-    tensors = {}
-    for module, pair in pairs.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = pair.A
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = pair.B
-    return tensors
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"model.device: {name!r} is no device: write auto, cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"model.device: {name!r} is not supported: write auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("model.device: there is no CUDA device here: write cpu or auto")
-    return device
+def max_positions(network: Any) -> int:
+    """How many tokens the network was made for; boundless where its configuration does not say."""
+    config = network.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize

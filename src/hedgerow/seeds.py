@@ -10,7 +10,8 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+
+from hedgerow.lazy import torch
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,11 @@ from accelerate.utils import patch_environment
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from hedgerow.errors import UserError, readable
-from hedgerow.experiment import Experiment, TrackingSettings, without_folders
-from hedgerow.federation import Watcher
+from hedgerow.experiment import Experiment, without_folders
+from hedgerow.federation.fleet import Watcher
 from hedgerow.files import replacing
-from hedgerow.rundir import RunDirectory, flat
+from hedgerow.runs.directory import RunDirectory, flat
+from hedgerow.settings import TrackingSettings
 
 FILE = "tracking.json"
 """The file of a run directory that says how far each tracker has been told of it."""

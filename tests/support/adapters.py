@@ -8,10 +8,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hedgerow.experiment import TrainingSettings
+from hedgerow.adapters import adapter_pairs
 from hedgerow.methods.base import Aggregate, Expected, ServerTurn
-from hedgerow.model import adapter_pairs
 from hedgerow.seeds import Seeds
+from hedgerow.settings import TrainingSettings
 from hedgerow.wire import Update
 from support.turns import Forgetful
 

@@ -2,11 +2,11 @@
 
 from hedgerow.data.batches import batches, collate, epoch
 from hedgerow.data.clients import ClientData
-from hedgerow.data.encoding import Encoded, Example, Spool, encode_prompts
 from hedgerow.data.partition import partition
-from hedgerow.data.prompts import Template
-from hedgerow.data.prompts import load as load_template
 from hedgerow.data.sources import Row, check_columns, client_files, read
+from hedgerow.data.templates import Template
+from hedgerow.data.templates import load as load_template
+from hedgerow.data.tokens import Encoded, Example, Spool, encode_prompts
 
 __all__ = [
     "ClientData",

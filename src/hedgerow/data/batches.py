@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from hedgerow.data.encoding import Example
+from hedgerow.data.tokens import Example
+from hedgerow.lazy import torch
 
 Indices = npt.NDArray[np.int64]
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hedgerow.data.encoding import Encoded, Spool
 from hedgerow.data.partition import partition
-from hedgerow.data.prompts import load as load_template
 from hedgerow.data.sources import Row, check_columns, client_files, read
+from hedgerow.data.templates import load as load_template
+from hedgerow.data.tokens import Encoded, Spool
 from hedgerow.seeds import Seeds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hedgerow.experiment import DataSettings
+    from hedgerow.settings import DataSettings
 
 
 class ClientData:

@@ -20,7 +20,7 @@ from hedgerow.data.sources import Row
 from hedgerow.errors import UserError
 
 if TYPE_CHECKING:
-    from hedgerow.experiment import Partition
+    from hedgerow.settings import Partition
 
 
 def partition(rows: Sequence[Row], settings: Partition, seed: int) -> dict[str, list[int]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from hedgerow.bundled import tasks
 from hedgerow.errors import UserError
 from hedgerow.names import DEMO, NAME
 from hedgerow.seeds import Seeds
@@ -17,7 +18,7 @@ from hedgerow.seeds import Seeds
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from hedgerow.experiment import ClientFile, Fields
+    from hedgerow.settings import ClientFile, Fields
 
 Row = dict[str, Any]
 """One example: column names and their values."""
@@ -263,9 +264,6 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 def _read_demo(split: str) -> list[Row]:
-    # Not at the top: the demo runs experiments, and so knows all of the package.
-    from hedgerow.demo import tasks
-
     if split == "train":
         return [dict(row) for rows in tasks.clients().values() for row in rows]
     if split == "test":

@@ -15,16 +15,16 @@ from hedgerow import federation, tracking
 from hedgerow.clock import Clock
 from hedgerow.data import ClientData, Encoded
 from hedgerow.errors import ClientFailed, UserError
-from hedgerow.evaluation import TestSet
-from hedgerow.evaluation.targets import Progress, Scorer, load_test
+from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment
-from hedgerow.federation import Answer, Watcher
+from hedgerow.federation.fleet import Answer, Watcher
+from hedgerow.federation.participant import check_max_length, train_client
 from hedgerow.ledger import Base
 from hedgerow.methods.base import Client, Turn
 from hedgerow.model import Model
-from hedgerow.rundir import RunDirectory
+from hedgerow.runs.directory import RunDirectory
+from hedgerow.runs.targets import Progress, Scorer, load_test
 from hedgerow.seeds import Seeds
-from hedgerow.training.client import check_max_length, train_client
 from hedgerow.wire import Entry
 
 

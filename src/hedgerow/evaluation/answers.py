@@ -16,13 +16,13 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from hedgerow.errors import UserError
-from hedgerow.evaluation.likelihood import Tick, batches, max_positions
-from hedgerow.model import Model
+from hedgerow.evaluation.likelihood import Tick, batches
+from hedgerow.model import Model, max_positions
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
-    from hedgerow.experiment import EvaluationSettings
+    from hedgerow.settings import EvaluationSettings
 
 Int32 = npt.NDArray[np.int32]
 

@@ -19,13 +19,14 @@ import torch
 
 from hedgerow.data import Encoded, Example, Row, Spool, Template
 from hedgerow.errors import UserError
-from hedgerow.evaluation.likelihood import Float64, Int64, Tick, batch_losses, max_positions
+from hedgerow.evaluation.likelihood import Float64, Int64, Tick, batch_losses
+from hedgerow.model import max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hedgerow.experiment import Fields
     from hedgerow.model import Model
+    from hedgerow.settings import Fields
 
 Int32 = npt.NDArray[np.int32]
 

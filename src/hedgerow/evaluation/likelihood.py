@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,9 +53,3 @@ def batches(lengths: npt.NDArray[np.integer], batch_size: int) -> list[Int64]:
     """Every index once, like lengths together; the longest first, so that memory fails early."""
     order = np.argsort(-lengths, kind="stable")
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def max_positions(network: Any) -> int:
-    """How many tokens the network was made for; boundless where its configuration does not say."""
-    config = network.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize

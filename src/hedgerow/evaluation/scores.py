@@ -27,8 +27,8 @@ from hedgerow.evaluation.likelihood import Tick, losses
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hedgerow.experiment import EvaluationSettings, TextSettings
     from hedgerow.model import Model
+    from hedgerow.settings import EvaluationSettings, TextSettings
 
 Int64 = npt.NDArray[np.int64]
 

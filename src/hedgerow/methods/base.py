@@ -9,15 +9,23 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
 
 from hedgerow.errors import InvalidMessage, UserError
-from hedgerow.wire import LARGEST_SENT, check_numbers
+from hedgerow.wire import (
+    LARGEST_BROADCAST,
+    LARGEST_SENT,
+    LONGEST_TEXT,
+    check_equal,
+    check_numbers,
+    check_participants,
+)
 
 if TYPE_CHECKING:
-    from hedgerow.experiment import TrainingSettings
+    from torch import Tensor, nn
+
     from hedgerow.model import Model
     from hedgerow.seeds import Seeds
+    from hedgerow.settings import TrainingSettings
     from hedgerow.training.job import Job
     from hedgerow.wire import Entry, Participant, Update
 
@@ -257,3 +265,39 @@ class Method(BaseModel, ABC):
 def weight_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """`Method.trained_shapes` of a method that trains all weights, each by its name."""
     return {name: tuple(weight.shape) for name, weight in model.network.named_parameters()}
+
+
+def check_entry(
+    entry: Entry,
+    method: Method,
+    shapes: Mapping[str, Sequence[int]],
+    round: int,
+    parent: str,
+) -> None:
+    """What every participant does with an entry from elsewhere before it applies it.
+
+    Args:
+        entry: as it was read; its tensors are read one by one.
+        method: the experiment's.
+        shapes: `method.trained_shapes` of the participant's own model.
+        round: the one that comes next.
+        parent: hash of the entry before, or the base model's fingerprint.
+
+    Raises:
+        InvalidMessage: it is not what `method` makes in this round; the text says why.
+    """
+    if entry.method != method.name:
+        raise InvalidMessage(
+            f"round {round} is an entry of {entry.method[:LONGEST_TEXT]}, but the experiment's "
+            f"method is {method.name}"
+        )
+    if dict(entry.options) != method.entry_options():
+        raise InvalidMessage(
+            f"round {round} was made with {str(dict(entry.options))[:LONGEST_TEXT]}, but the "
+            f"experiment's method has {method.entry_options()}"
+        )
+    check_equal({"round": entry.round, "parent": entry.parent}, {"round": round, "parent": parent})
+    check_participants(entry.participants)
+    method.check_weights(entry.participants)
+    method.check_entry(entry, shapes)
+    check_numbers(entry.tensors, LARGEST_BROADCAST)

@@ -13,17 +13,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from hedgerow import lowrank
+from hedgerow.adapters import adapter_pair, adapter_tensors
+from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods.encoding import Bits, decode, encode
+from hedgerow.methods.integers import Bits, decode, encode
 from hedgerow.methods.residual import START
-from hedgerow.model import adapter_pair, adapter_tensors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hedgerow.methods.sums import SketchedSums, StackedSums
 
 UNEVEN = 2

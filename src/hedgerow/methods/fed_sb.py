@@ -22,22 +22,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import nn
-
 from hedgerow import lowrank
+from hedgerow.adapters import adapter_tensors
 from hedgerow.errors import UserError
+from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, Client, Expected, ServerTurn, Turn
+from hedgerow.methods.factors import factor_kinds
 from hedgerow.methods.fedit import HeldAdapter
-from hedgerow.methods.lora import factor_kinds, finite
 from hedgerow.methods.one_factor import average_factor
-from hedgerow.model import adapter_tensors
+from hedgerow.methods.stacks import finite
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
-    from hedgerow.experiment import TrainingSettings
+    from torch import nn
+
     from hedgerow.model import Model
+    from hedgerow.settings import TrainingSettings
     from hedgerow.wire import Entry, Update
 
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor, nn
-
 from hedgerow.methods.base import (
     Aggregate,
     Client,
@@ -30,6 +28,8 @@ from hedgerow.methods.base import (
 from hedgerow.wire import check_kinds, in_float32, kinds
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from hedgerow.model import Model
     from hedgerow.wire import Entry, Update
 

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, ServerTurn
+from hedgerow.methods.factors import check_factors, check_pairs
 from hedgerow.methods.fedit import average
-from hedgerow.methods.lora import Stacks, check_factors, check_pairs, exact_sum
 from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
+from hedgerow.methods.stacks import Stacks, exact_sum
 from hedgerow.wire import kinds
 
 if TYPE_CHECKING:

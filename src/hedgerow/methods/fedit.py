@@ -14,16 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-
+from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import UserError
+from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, ServerTurn, Turn
-from hedgerow.methods.lora import LoraMethod, Part, aggregate_adapters, copy_factors, init_factors
-from hedgerow.model import adapter_pairs
+from hedgerow.methods.factors import copy_factors, init_factors
+from hedgerow.methods.lora import LoraMethod
+from hedgerow.methods.stacks import Part, aggregate_adapters
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from hedgerow.model import Model
     from hedgerow.wire import Entry, Update
 

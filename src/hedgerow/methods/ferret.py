@@ -22,11 +22,10 @@ import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
-import torch
 from pydantic import Field, StrictBool, model_validator
-from torch import Tensor, nn
 
 from hedgerow.errors import Diverged, InvalidMessage, UserError
+from hedgerow.lazy import torch
 from hedgerow.methods.base import (
     Aggregate,
     Client,
@@ -38,8 +37,9 @@ from hedgerow.methods.base import (
     Turn,
     weight_shapes,
 )
+from hedgerow.methods.factors import init_factors
 from hedgerow.methods.fedit import HeldAdapter
-from hedgerow.methods.lora import LoraMethod, init_factors
+from hedgerow.methods.lora import LoraMethod
 from hedgerow.sketch import Basis
 from hedgerow.sketch.blocks import (
     Block,
@@ -51,12 +51,14 @@ from hedgerow.sketch.blocks import (
 )
 from hedgerow.sketch.coordinates import ERROR, Bits, Packed, lengths, nbytes, pack
 from hedgerow.sketch.layout import MAX_SIZE, SECOND_MOMENT
-from hedgerow.wire import Kind, check_kinds, kinds
+from hedgerow.wire import Kind, check_kinds, kinds, seed_kind
 
 if TYPE_CHECKING:
-    from hedgerow.experiment import TrainingSettings
+    from torch import Tensor, nn
+
     from hedgerow.model import Model
     from hedgerow.seeds import Seeds
+    from hedgerow.settings import TrainingSettings
     from hedgerow.wire import Entry, Update
 
 DEFAULT_COMPRESSION = 128
@@ -240,9 +242,9 @@ class Ferret(HeldAdapter):
             self._checked_counts(entry.tensors, f"{index}.counts", blocks, summed)
             for index in range(sketches)
         ]
-        expected = {"adapter_seed": _SEED} if self.over == "lora" else {}
+        expected = {"adapter_seed": seed_kind()} if self.over == "lora" else {}
         for index, own in enumerate(counts):
-            parts = _sketch_kinds(own, self.broadcast_bits) | {"seed": _SEED}
+            parts = _sketch_kinds(own, self.broadcast_bits) | {"seed": seed_kind()}
             expected |= {f"{index}.{name}": kind for name, kind in parts.items()}
         check_kinds(given, expected)
         seeds = [int(entry.tensors[f"{index}.seed"]) for index in range(sketches)]
@@ -408,9 +410,6 @@ class Ferret(HeldAdapter):
         return gamma.clamp(-limit, limit)
 
 
-_SEED = Kind(torch.int64, (1,))
-
-
 def _sketch_kinds(counts: Sequence[int], bits: Bits) -> dict[str, Kind]:
     """What `pack` makes of so many coordinates by block."""
     parts = {name: Kind(t, (sum(each),)) for name, (t, each) in lengths(counts, bits).items()}
@@ -436,5 +435,5 @@ def _add(sums: list[Tensor], gammas: Sequence[Tensor], weight: int) -> None:
             sums.append(gamma * weight)
             continue
         more = max(0, len(gamma) - len(sums[index]))
-        sums[index] = nn.functional.pad(sums[index], (0, more)) if more else sums[index]
+        sums[index] = torch.nn.functional.pad(sums[index], (0, more)) if more else sums[index]
         sums[index][: len(gamma)].add_(gamma, alpha=weight)

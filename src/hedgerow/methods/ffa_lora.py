@@ -17,22 +17,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
+from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage
+from hedgerow.lazy import torch
 from hedgerow.methods.base import Aggregate, ServerTurn
+from hedgerow.methods.factors import draw_adapter
 from hedgerow.methods.fedit import HeldAdapter
-from hedgerow.methods.lora import draw_adapter
 from hedgerow.methods.one_factor import OneFactor, only
-from hedgerow.model import adapter_pairs, adapter_tensors
-from hedgerow.wire import Kind, check_kinds, kinds
+from hedgerow.wire import check_kinds, kinds, seed_kind
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hedgerow.model import Model
     from hedgerow.wire import Entry, Update
-
-_SEED = Kind(torch.int64, (1,))
 
 
 class FFALoRA(HeldAdapter, OneFactor):
@@ -53,7 +51,7 @@ class FFALoRA(HeldAdapter, OneFactor):
         rank = shape[1] if len(shape) == 2 else ranks[0]
         if rank not in ranks:
             raise InvalidMessage(f"it is an adapter of rank {rank}, not {ranks[0]} to {ranks[-1]}")
-        check_kinds(given, only("lora_B", shapes, rank) | {"adapter_seed": _SEED})
+        check_kinds(given, only("lora_B", shapes, rank) | {"adapter_seed": seed_kind()})
         if int(entry.tensors["adapter_seed"]) < 0:
             raise InvalidMessage("its adapter_seed is not of 63 bits")
 

@@ -32,12 +32,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import BeforeValidator
-from torch import Tensor, nn
 
 from hedgerow import lowrank
+from hedgerow.adapters import adapter_pair, adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage, UserError
+from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
 from hedgerow.methods import scaling
 from hedgerow.methods.base import (
@@ -50,27 +50,27 @@ from hedgerow.methods.base import (
     Turn,
 )
 from hedgerow.methods.compress import Compress, cut
-from hedgerow.methods.encoding import Bits, check_steps, decode, decoded, encode, encoded_kinds
-from hedgerow.methods.lora import (
-    Stacks,
+from hedgerow.methods.factors import (
     check_factors,
     check_pairs,
     copy_factors,
     draw_adapter,
     factor_kinds,
-    finite,
     init_factors,
-    update_scale,
 )
+from hedgerow.methods.integers import Bits, check_steps, decode, decoded, encode, encoded_kinds
+from hedgerow.methods.lora import update_scale
 from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
 from hedgerow.methods.scaling import Scaling
+from hedgerow.methods.stacks import Stacks, finite
 from hedgerow.methods.sums import SketchedSums, StackedSums
-from hedgerow.model import adapter_pair, adapter_pairs, adapter_tensors
 from hedgerow.wire import LARGEST_BROADCAST, LARGEST_SENT, check_kinds, kinds
 
 if TYPE_CHECKING:
-    from hedgerow.experiment import TrainingSettings
+    from torch import Tensor, nn
+
     from hedgerow.model import Model
+    from hedgerow.settings import TrainingSettings
     from hedgerow.training.job import Job
     from hedgerow.wire import Entry, Participant, Update
 

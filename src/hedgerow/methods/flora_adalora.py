@@ -17,18 +17,19 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import peft
-import torch
 from pydantic import Field
-from torch import nn
 
 from hedgerow.errors import InvalidMessage
+from hedgerow.lazy import peft, torch
 from hedgerow.methods.base import Aggregate, Client, Expected, Payload, ServerTurn, Trained, Turn
-from hedgerow.methods.lora import aggregate_adapters, check_pairs
+from hedgerow.methods.factors import check_pairs
 from hedgerow.methods.stacked import StackedAdapter
+from hedgerow.methods.stacks import aggregate_adapters
 from hedgerow.wire import Kind, kinds
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hedgerow.model import Model
     from hedgerow.training.job import Job
     from hedgerow.wire import Entry, Update
@@ -70,7 +71,7 @@ class FLoRAAdaLoRA(StackedAdapter):
                     parameter.zero_()
                 else:
                     drawn = torch.empty(parameter.shape)
-                    parameter.copy_(nn.init.orthogonal_(drawn, generator=generator))
+                    parameter.copy_(torch.nn.init.orthogonal_(drawn, generator=generator))
         return parameters
 
     def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:

@@ -22,8 +22,9 @@ from pydantic import Field
 from hedgerow import lowrank
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, ServerTurn
-from hedgerow.methods.lora import Part, aggregate_adapters, check_pairs
+from hedgerow.methods.factors import check_pairs
 from hedgerow.methods.stacked import StackedAdapter
+from hedgerow.methods.stacks import Part, aggregate_adapters
 from hedgerow.wire import kinds
 
 if TYPE_CHECKING:

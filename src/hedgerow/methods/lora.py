@@ -7,31 +7,25 @@ scale is already in the factors, exactly once, so ΔW = B·A.
 
 from __future__ import annotations
 
-import math
 import re
-import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, takewhile
-from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import peft
-import torch
 from pydantic import AfterValidator, Field
-from torch import Tensor, nn
 
-from hedgerow import lowrank
 from hedgerow.errors import InvalidMessage, UserError
-from hedgerow.lowrank import Factors, SpooledStack
-from hedgerow.methods.base import Aggregate, Client, Expected, Method, Payload, Trained, Turn
-from hedgerow.methods.encoding import Bits, encoded_kinds
-from hedgerow.model import adapter_pairs, adapter_tensors
-from hedgerow.wire import Kind, check_kinds, kinds
+from hedgerow.lazy import peft
+from hedgerow.methods.base import Client, Expected, Method, Payload, Trained, Turn
+from hedgerow.methods.factors import check_factors
+from hedgerow.wire import kinds
 
 if TYPE_CHECKING:
-    from hedgerow.experiment import TrainingSettings
+    from torch import Tensor
+
     from hedgerow.model import Model
+    from hedgerow.settings import TrainingSettings
     from hedgerow.wire import Entry, Update
+
 
 _RANKS = re.compile(r"(\d+(\.\d+)?)?r")
 
@@ -181,229 +175,3 @@ def update_scale(update: Update) -> float:
     """s_k, from what the update says of itself."""
     about = update.about
     return scale(int(about["r"]), float(about["lora_alpha"]), "use_rslora" in about)
-
-
-def check_factors(
-    given: Mapping[str, Kind], shapes: Mapping[str, Sequence[int]], ranks: Sequence[int]
-) -> None:
-    """Raise `InvalidMessage` unless these are an adapter's factors, in float32.
-
-    Args:
-        given: what they are, by PEFT's key names.
-        shapes: (m, n) of the adapted matrices, by module.
-        ranks: those that the adapter may have, in ascending order.
-    """
-    first = next(iter(factor_kinds(shapes, 1)), "")
-    rank = given[first].shape[0] if first in given and given[first].shape else ranks[0]
-    if rank not in ranks:
-        possible = " to ".join(str(rank) for rank in sorted({ranks[0], ranks[-1]}))
-        raise InvalidMessage(f"it is an adapter of rank {rank}, not {possible}")
-    check_kinds(given, factor_kinds(shapes, rank))
-
-
-def check_pairs(
-    given: Mapping[str, Kind],
-    shapes: Mapping[str, Sequence[int]],
-    most: Mapping[str, int],
-    bits: Bits = 32,
-    least: Mapping[str, int] | None = None,
-) -> dict[str, int]:
-    """Raise `InvalidMessage` unless these are factors, each module's of its own rank.
-
-    Args:
-        given: what they are, by PEFT's key names.
-        shapes: (m, n) of the adapted matrices, by module.
-        most: the largest rank that each module may have.
-        bits: of each number, as `encoding.encode` has them.
-        least: the smallest rank that each module may have; 1 if not given.
-
-    Returns:
-        The rank of each module.
-    """
-    ranks: dict[str, int] = {}
-    expected: dict[str, Kind] = {}
-    for module, shape in shapes.items():
-        first = next(iter(factor_kinds({module: shape}, 1)))
-        ranks[module] = given[first].shape[0] if first in given and given[first].shape else 1
-        if ranks[module] > most[module]:
-            raise InvalidMessage(f"{module} has rank {ranks[module]}, above {most[module]}")
-        expected |= factor_kinds({module: shape}, ranks[module])
-    check_kinds(given, encoded_kinds(expected, bits))
-    for module, rank in (least or {}).items():
-        if ranks[module] < rank:
-            raise InvalidMessage(f"{module} has rank {ranks[module]}, below {rank}")
-    return ranks
-
-
-def factor_kinds(shapes: Mapping[str, Sequence[int]], rank: int) -> dict[str, Kind]:
-    """What the factors of an adapter of this rank are, for matrices of these shapes (m, n)."""
-    with torch.device("meta"):
-        pairs = {
-            module: Factors(torch.empty(rank, n), torch.empty(m, rank))
-            for module, (m, n) in shapes.items()
-        }
-    return kinds(adapter_tensors(pairs))
-
-
-def init_factors(parameters: Mapping[str, Tensor], generator: torch.Generator, rows: int) -> None:
-    """A new adapter that changes nothing yet: A as peft draws it, B zero.
-
-    `rows` rows of A are drawn and the first r kept, so that clients of different ranks that share
-    a generator's seed share rows.
-    """
-    with torch.no_grad():
-        for _, (A, B) in adapter_pairs(parameters):
-            bound = A.shape[1] ** -0.5  # Kaiming's with a = √5
-            draws = torch.empty(rows, A.shape[1]).uniform_(-bound, bound, generator=generator)
-            A.copy_(draws[: A.shape[0]])
-            B.zero_()
-
-
-def draw_adapter(
-    shapes: Mapping[str, Sequence[int]], generator: torch.Generator, rank: int
-) -> dict[str, Tensor]:
-    """The adapter of this rank that `init_factors` gives a model with matrices of these shapes."""
-    pairs = {m: Factors(torch.empty(rank, n), torch.empty(o, rank)) for m, (o, n) in shapes.items()}
-    factors = adapter_tensors(pairs)
-    init_factors(factors, generator, rank)
-    return factors
-
-
-def copy_factors(
-    parameters: Mapping[str, nn.Parameter], factors: Mapping[str, Tensor], scale: float
-) -> None:
-    """Continue from an entry's factors (scale in B): as many rows of A, columns of B as both have.
-
-    What an adapter has beyond them stays as it is: the entry is of a lower rank where no client of
-    the largest took part.
-    """
-    source = dict(adapter_pairs(factors))
-    with torch.no_grad():
-        for module, (A, B) in adapter_pairs(parameters):
-            rank = min(A.shape[0], source[module].rank)
-            A[:rank] = source[module].A[:rank]
-            B[:, :rank] = source[module].B[:, :rank] / scale
-
-
-class Part(NamedTuple):
-    """Where one client's factors are in a stack, and what they count."""
-
-    rows: slice
-    """Its rows of A and columns of B."""
-    weight: float
-    """p_k."""
-    scale: float
-    """s_k."""
-
-
-class Stacks:
-    """The clients' factors, stacked module by module; they wait on disk until they are asked for.
-
-    Attributes:
-        clients: who sent them, in their order.
-        num_examples: |D_k| of each.
-    """
-
-    def __init__(self, updates: Iterable[Update]) -> None:
-        """Take updates with PEFT's keys, `r` and `lora_alpha`, as they arrive."""
-        spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (gone with the last stack)
-        self._stacks: dict[str, SpooledStack] = defaultdict(lambda: SpooledStack(spool))
-        self.clients: list[str] = []
-        self.num_examples: list[int] = []
-        self._ranks: dict[str, list[int]] = defaultdict(list)
-        self._scales: list[float] = []
-        for update in updates:
-            for module, pair in adapter_pairs(update.tensors):
-                self._stacks[module].add(pair)
-                self._ranks[module].append(pair.rank)
-            self.clients.append(update.client)
-            self.num_examples.append(update.num_examples)
-            self._scales.append(update_scale(update))
-
-    def __iter__(self) -> Iterator[str]:
-        """The modules, in a fixed order."""
-        return iter(sorted(self._stacks))
-
-    def shape(self, module: str) -> tuple[int, int]:
-        """(m, n) of the adapted matrix."""
-        return self._stacks[module].shape
-
-    def shares(self) -> list[float]:
-        """p_k = n_k / Σ n."""
-        total = sum(self.num_examples)
-        return [count / total for count in self.num_examples]
-
-    def stack(self, module: str, weights: Sequence[float]) -> tuple[Factors, list[Part]]:
-        """A of shape (Σ r_k, n) and B of shape (m, Σ r_k), as sent, and whose rows are whose.
-
-        The clients count `weights`.
-        """
-        ((stacked, parts),) = self.pieces(module, weights)
-        return stacked, parts
-
-    def pieces(
-        self, module: str, weights: Sequence[float], most: float = math.inf
-    ) -> Iterator[tuple[Factors, list[Part]]]:
-        """The stack of a module in pieces of `most` rows (or of one client that has more).
-
-        The parts' rows are those of their piece.
-        """
-        ranks = self._ranks[module]
-        first = 0
-        while first < len(ranks):
-            fitting = takewhile(lambda end: end <= most, accumulate(ranks[first:]))
-            last = first + max(len(list(fitting)), 1)
-            own = slice(first, last)
-            given = zip(
-                *(accumulate(ranks[own]), ranks[own], weights[own], self._scales[own]), strict=True
-            )
-            parts = [Part(slice(end - rank, end), weight, s) for end, rank, weight, s in given]
-            yield self._stacks[module].factors(first, last), parts
-            first = last
-
-
-def exact_sum(stacked: Factors, parts: Sequence[Part]) -> Factors:
-    """Σ p_k s_k B_k A_k as one pair, in float64: A = [p_1 s_1 A_1; …], B = [B_1 …].
-
-    Args:
-        stacked: A of shape (Σ r_k, n) and B of shape (m, Σ r_k), which stay as they are.
-        parts: of each client in turn.
-    """
-    counts = torch.tensor([part.weight * part.scale for part in parts], dtype=torch.float64)
-    ranks = torch.tensor([part.rows.stop - part.rows.start for part in parts])
-    A = stacked.A.double() * counts.repeat_interleave(ranks)[:, None]
-    return Factors(A, stacked.B.double())
-
-
-def aggregate_adapters(
-    updates: Iterable[Update], combine: Callable[[Factors, Sequence[Part], Factors], Factors]
-) -> Aggregate:
-    """Combine the clients' factors module by module, and measure the noise that this makes.
-
-    Args:
-        updates: each with PEFT's keys, `r` and `lora_alpha`.
-        combine: from the stacked factors of one module, whose rows are whose, and their exact
-            sum, to the factors that are broadcast.
-
-    Returns:
-        The factors, and `aggregation_error`: how far their products are from Σ p_k s_k B_k A_k,
-        relative to it, in Frobenius norm over all modules (left out where that is zero).
-    """
-    stacks = Stacks(updates)
-    shares = stacks.shares()
-    combined: dict[str, Factors] = {}
-
-    def applied_and_exact() -> Iterator[tuple[Factors, Factors]]:
-        for module in stacks:
-            stacked, parts = stacks.stack(module, shares)
-            exact = exact_sum(stacked, parts)
-            combined[module] = combine(stacked, parts, exact)
-            yield combined[module], exact
-
-    error = lowrank.relative_error(applied_and_exact())
-    return Aggregate(adapter_tensors(combined), finite({"aggregation_error": error}))
-
-
-def finite(metrics: dict[str, float]) -> dict[str, float]:
-    """Without what is infinite: clients can make the exact sum zero, to which errors relate."""
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}

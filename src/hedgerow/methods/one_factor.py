@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor, nn
-
 from hedgerow import lowrank
+from hedgerow.adapters import adapter_pairs, adapter_tensors
+from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, Client, Expected, ServerTurn, Turn
+from hedgerow.methods.factors import draw_adapter, factor_kinds
 from hedgerow.methods.fedit import AveragedAdapter
-from hedgerow.methods.lora import draw_adapter, factor_kinds, finite, update_scale
-from hedgerow.model import adapter_pairs, adapter_tensors
+from hedgerow.methods.lora import update_scale
+from hedgerow.methods.stacks import finite
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from hedgerow.model import Model
     from hedgerow.wire import Update
 
@@ -81,7 +84,8 @@ def average_factor(updates: Iterable[Update]) -> dict[str, Tensor]:
 
     Columns of B that a client of a lower rank has not are zeros of its.
     """
-    total, sums = 0, dict[str, Tensor]()
+    total = 0
+    sums: dict[str, Tensor] = {}
     for update in updates:
         total += update.num_examples
         for name, factor in update.tensors.items():
@@ -93,5 +97,7 @@ def average_factor(updates: Iterable[Update]) -> dict[str, Tensor]:
 
 def _add(first: Tensor, second: Tensor) -> Tensor:
     columns = max(first.shape[1], second.shape[1])
-    padded = [nn.functional.pad(each, (0, columns - each.shape[1])) for each in (first, second)]
+    padded = [
+        torch.nn.functional.pad(each, (0, columns - each.shape[1])) for each in (first, second)
+    ]
     return padded[0] + padded[1]

@@ -11,18 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from torch import Tensor
-
 from hedgerow import lowrank
+from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate
-from hedgerow.methods.encoding import decode
 from hedgerow.methods.fedit import AveragedAdapter
-from hedgerow.methods.lora import finite
-from hedgerow.model import adapter_pairs, adapter_tensors
+from hedgerow.methods.integers import decode
+from hedgerow.methods.stacks import finite
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hedgerow.model import Model
     from hedgerow.wire import Entry
 

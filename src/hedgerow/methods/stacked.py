@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from hedgerow.methods.base import Turn
-from hedgerow.methods.lora import init_factors
+from hedgerow.methods.factors import init_factors
 from hedgerow.methods.residual import ResidualAdapter
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hedgerow.model import Model
 
 

@@ -10,21 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
-from torch import Tensor, nn
-
+from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.methods.base import Aggregate, ServerTurn, Turn
-from hedgerow.methods.lora import (
-    LoraMethod,
-    check_factors,
-    copy_factors,
-    init_factors,
-    update_scale,
-)
-from hedgerow.model import adapter_pairs
+from hedgerow.methods.factors import check_factors, copy_factors, init_factors
+from hedgerow.methods.lora import LoraMethod, update_scale
 from hedgerow.wire import kinds
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from hedgerow.model import Model
     from hedgerow.wire import Entry, Update
 

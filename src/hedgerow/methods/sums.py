@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
 from hedgerow import lowrank
+from hedgerow.adapters import adapter_pairs
+from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors, Projections, SumSketch
-from hedgerow.methods.lora import Part, Stacks, exact_sum, update_scale
-from hedgerow.model import adapter_pairs
+from hedgerow.methods.lora import update_scale
+from hedgerow.methods.stacks import Part, Stacks, exact_sum
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hedgerow.wire import Update
 
 

@@ -12,11 +12,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from hedgerow.errors import InvalidMessage, UserError
+from hedgerow.lazy import torch
 from hedgerow.methods.base import (
     Aggregate,
     Client,
@@ -30,8 +29,10 @@ from hedgerow.methods.base import (
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
-    from hedgerow.experiment import TrainingSettings
+    from torch import Tensor, nn
+
     from hedgerow.model import Model
+    from hedgerow.settings import TrainingSettings
     from hedgerow.training.job import Job
     from hedgerow.wire import Entry, Update
 

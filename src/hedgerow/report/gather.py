@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from hedgerow.comparison import Cell, Outcome
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
-from hedgerow.rundir import EXPERIMENT, METRICS, flat, read_rows
+from hedgerow.runs.directory import EXPERIMENT, flat
+from hedgerow.runs.rows import METRICS, read_rows
 
 _Key = tuple[str, ...]
 _SEED: _Key = ("federation", "seed")

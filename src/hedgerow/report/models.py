@@ -13,13 +13,14 @@ from hedgerow.data import load_template
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.scores import TestSet, answers
-from hedgerow.evaluation.targets import test_rows
-from hedgerow.experiment import Experiment, TextSettings
+from hedgerow.experiment import Experiment
 from hedgerow.ledger import Ledger
 from hedgerow.model import Model
 from hedgerow.report.gather import Series
-from hedgerow.runs import Lender
+from hedgerow.runs.lender import Lender
+from hedgerow.runs.targets import test_rows
 from hedgerow.seeds import Seeds
+from hedgerow.settings import TextSettings
 
 LEADING = 64
 """How many singular values of a matrix are inspected."""

@@ -12,12 +12,13 @@ import yaml
 
 from hedgerow import __version__, console
 from hedgerow.errors import UserError
-from hedgerow.experiment import Experiment, TextSettings, without_folders
+from hedgerow.experiment import Experiment, without_folders
 from hedgerow.files import replacing
 from hedgerow.report import charts, models, tables
 from hedgerow.report.gather import Series, gather, told
 from hedgerow.report.sections import LINES, NOISE, rounds_of, sections, standing_in
-from hedgerow.rundir import flat
+from hedgerow.runs.directory import flat
+from hedgerow.settings import TextSettings
 
 
 def write(

@@ -22,13 +22,14 @@ and (size/k - 1)·‖delta‖² for hadamard, which is exact where k = size.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
+from hedgerow.lazy import torch
 from hedgerow.sketch import layout, reference
 from hedgerow.sketch.layout import BASES, MAX_SIZE, Basis
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["BASES", "Basis", "project", "reconstruct"]
 

@@ -12,14 +12,16 @@ comes close), with a mean squared error of π/2 - 1 = 0.57 of ‖γ‖² for 1 b
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, get_args, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
+from hedgerow.lazy import torch
 from hedgerow.sketch import layout, project, reconstruct
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 Bits = Literal[1, 2, 4, 8, 32]
 BITS: tuple[Bits, ...] = get_args(Bits)
@@ -146,7 +148,7 @@ def pack(coordinates: Iterable[Tensor], bits: Bits, seed: int) -> dict[str, Tens
     return {"counts": torch.tensor(counts, dtype=torch.int32), **tensors}
 
 
-class Packed(Sequence[Tensor]):
+class Packed(Sequence["Tensor"]):
     """What `pack` has made: the coordinates of each block, unpacked when they are asked for.
 
     Args:

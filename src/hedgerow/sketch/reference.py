@@ -6,13 +6,16 @@ What the compiled backends are tested against, and the backend of devices that h
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from hedgerow.lazy import torch
 from hedgerow.sketch import layout
 from hedgerow.sketch.layout import TILE, Basis
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LOW = 0xFFFFFFFF
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import peft
-import torch
-from peft.tuners.adalora.layer import RankAllocator
-from torch import Tensor, nn
-
+from hedgerow.lazy import peft, torch
 from hedgerow.training import first_order
 from hedgerow.training.job import Job
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def train(
@@ -43,7 +43,7 @@ def train(
     network, settings, trainable = job.network, job.settings, list(parameters.values())
     steps = settings.most_steps(len(job.data))
     last_cut = steps - steps // 5
-    allocator = RankAllocator(
+    allocator = peft.tuners.adalora.layer.RankAllocator(
         network,
         peft.AdaLoraConfig(
             target_r=target,
@@ -66,7 +66,7 @@ def train(
             loss_sum = first_order.backward(network, collated, step_tokens, step)
             torch.autograd.backward(orthogonality * non_orthogonality(vectors))
             if settings.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
             optimizer.step()
             if step <= last_cut:
                 allocator.update_ipt(network)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from hedgerow.experiment import TrainingSettings
+from hedgerow.lazy import torch
+from hedgerow.settings import TrainingSettings
 from hedgerow.training.job import Job, check_finite
 from hedgerow.training.loss import batch_loss
 
-State = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+State = dict[str, "Tensor"]
 """An optimiser's, by the parameter's name and what it is: `{name}/exp_avg` …"""
 
 
@@ -63,7 +64,7 @@ def continue_training(
             loss_sum = backward(network, collated, step_tokens, step)
             if optimizer is not None:
                 if settings.max_grad_norm is not None:
-                    nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
+                    torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             total_loss, total_tokens = total_loss + loss_sum, total_tokens + step_tokens
@@ -101,7 +102,7 @@ def _state(
         f"{name}/{what}": value.detach().cpu()
         for name, parameter in parameters.items()
         for what, value in (optimizer.state[parameter] if optimizer else {}).items()
-        if isinstance(value, Tensor)
+        if isinstance(value, torch.Tensor)
     }
 
 
@@ -137,7 +138,7 @@ def _stepping_in_backward(
     """SGD's step on each parameter at the moment at which its gradient is complete."""
 
     @torch.no_grad()
-    def step(parameter: torch.Tensor) -> None:
+    def step(parameter: Tensor) -> None:
         assert parameter.grad is not None
         if settings.weight_decay:
             parameter.grad.add_(parameter, alpha=settings.weight_decay)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from hedgerow.data import Encoded, batches, collate, epoch
 from hedgerow.errors import Diverged
-from hedgerow.experiment import TrainingSettings
+from hedgerow.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

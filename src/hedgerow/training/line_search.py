@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from hedgerow.data import collate
+from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
 from hedgerow.training.job import Job
 from hedgerow.training.loss import batch_loss
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 
 def losses_along(

@@ -6,9 +6,12 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from hedgerow.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NO_LOSS = -100
 
@@ -64,7 +67,7 @@ def token_losses(network: Any, batch: Mapping[str, Tensor], **inputs: Any) -> tu
     logits = output.logits if keeps else output.logits[:, kept]
     logits = logits[rows.to(device), columns.to(device)]
     targets = labels[rows, columns].to(device)
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="none"), rows
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none"), rows
 
 
 @functools.cache

@@ -8,14 +8,15 @@ generated, so a step needs no memory beside the weights and one piece.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor, nn
-
+from hedgerow.lazy import torch
 from hedgerow.sketch import reconstruct
 from hedgerow.training.job import Job, check_finite
 from hedgerow.training.loss import batch_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 PIECE = 1 << 22
 """Entries of a direction that are there at a time."""

@@ -8,6 +8,7 @@ the app's components; `simulation` runs both on one machine or a Ray cluster.
     client   what Flower starts at a site for each message; hands it to the site's worker
     worker   the process at a site that stays, and keeps the model in memory between rounds
     site     what a site does: checks entries, keeps its copy of the ledger, trains
+    node     a site's own settings
     messages what travels between server and sites
 """
 

@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict
 from hedgerow.data.sources import client_files
 from hedgerow.engines.flower import BASE
 from hedgerow.errors import UserError
-from hedgerow.experiment import ClientFile, Experiment, load
+from hedgerow.experiment import Experiment, load
+from hedgerow.federation.participant import check_max_length
 from hedgerow.ledger import Base
 from hedgerow.model import Model
-from hedgerow.training.client import check_max_length
+from hedgerow.settings import ClientFile
 
 EXPERIMENT = "experiment.yaml"
 PROMPT = "prompt.md"

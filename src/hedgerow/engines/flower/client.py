@@ -11,7 +11,8 @@ from flwr.clientapp import ClientApp
 
 from hedgerow.engines.flower import app_folder
 from hedgerow.engines.flower.messages import Action, Parcel, Request, pack
-from hedgerow.engines.flower.worker import Question, ask, inbox, place_of
+from hedgerow.engines.flower.node import place_of
+from hedgerow.engines.flower.worker import Question, ask, inbox
 
 app = ClientApp()
 

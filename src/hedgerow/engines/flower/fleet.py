@@ -18,11 +18,11 @@ from google.protobuf.message import DecodeError
 from hedgerow.clock import Clock
 from hedgerow.engines.flower.messages import Action, FileInfo, Held, Parcel, Reply, Request, pack
 from hedgerow.errors import InvalidMessage, RunFailed
-from hedgerow.evaluation.targets import Scorer
 from hedgerow.experiment import Experiment
-from hedgerow.federation import Answer
+from hedgerow.federation.fleet import Answer
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Client
+from hedgerow.runs.targets import Scorer
 from hedgerow.wire import MAX_HEADER_BYTES, Entry
 
 BATCH = 256 << 20

@@ -23,13 +23,13 @@ from hedgerow.engines.flower import app_folder
 from hedgerow.engines.flower.app import App, check_method, without_test
 from hedgerow.engines.flower.fleet import FlowerFleet
 from hedgerow.errors import RunFailed, UserError
-from hedgerow.evaluation import TestSet
-from hedgerow.evaluation.targets import Scorer, load_test
+from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment, validate
 from hedgerow.files import replacing
 from hedgerow.ledger import Base
 from hedgerow.model import Model
-from hedgerow.rundir import RunDirectory
+from hedgerow.runs.directory import RunDirectory
+from hedgerow.runs.targets import Scorer, load_test
 
 RUN = "flower.json"
 """The file of a run directory that says what the run is called at its sites."""

@@ -27,7 +27,7 @@ from hedgerow.engines.flower.server import serve
 from hedgerow.engines.flower.site import Site
 from hedgerow.engines.local import Prepared, prepare
 from hedgerow.experiment import Experiment
-from hedgerow.rundir import RunDirectory
+from hedgerow.runs.directory import RunDirectory
 
 _sites: dict[Path, Site] = {}
 """What this actor's process has in memory, by the folder of the simulation."""

@@ -16,43 +16,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from hedgerow.clock import Clock
 from hedgerow.data import ClientData, Encoded
 from hedgerow.engines.flower.app import App, without_test
 from hedgerow.engines.flower.messages import Held, Reply, Request, info
-from hedgerow.engines.flower.worker import IDLE, place_of
+from hedgerow.engines.flower.node import SiteSettings, place_of
 from hedgerow.errors import ClientFailed, InvalidMessage, UserError
-from hedgerow.experiment import ClientFile, validate
+from hedgerow.experiment import validate
+from hedgerow.federation.participant import check_max_length, train_client
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger, Record
-from hedgerow.methods.base import Client, Turn
+from hedgerow.methods.base import Client, Turn, check_entry
 from hedgerow.model import Model
-from hedgerow.names import NAME
-from hedgerow.rundir import EXPERIMENT, RoundMemory
+from hedgerow.runs.directory import EXPERIMENT
+from hedgerow.runs.memory import RoundMemory
 from hedgerow.seeds import Seeds
-from hedgerow.training.client import check_max_length, train_client
-from hedgerow.wire import Entry, check_entry
-
-
-class SiteSettings(BaseModel):
-    """A site's own settings, Flower's node config; they never leave it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, str_min_length=1)
-
-    name: str = Field(pattern=rf"^{NAME.pattern}$")
-    """The client's name, as the experiment has it."""
-    data: str
-    """Its data: a JSON, JSONL, CSV or Parquet file."""
-    model: str | None = None
-    """The base model's folder; None where the experiment's is a name on the Hub."""
-    device: str | None = None
-    """As in the experiment: auto, cpu, cuda:1 …"""
-    folder: str | None = None
-    """What is kept between rounds; None is ~/.hedgerow/NAME."""
-    idle: float = Field(IDLE, gt=0)
-    """Seconds without a message after which the model is put out of memory."""
+from hedgerow.settings import ClientFile
+from hedgerow.wire import Entry
 
 
 def of_node(app: Path, node: Mapping[str, object]) -> tuple[SiteSettings, Site]:

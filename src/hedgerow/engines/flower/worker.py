@@ -15,22 +15,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from hedgerow.engines.flower.messages import Reply, Request
+from hedgerow.engines.flower.node import IDLE
 from hedgerow.environment import quieten
 from hedgerow.errors import UserError
 from hedgerow.files import replacing
-from hedgerow.names import NAME
 
 ADDRESS = "worker.socket"
 """The file in a site's folder that names the worker's socket."""
-IDLE = 600.0
-"""Seconds without a question after which a worker ends, where the node config does not say."""
 
 
 class Question(BaseModel):
@@ -53,20 +51,6 @@ class Answer(BaseModel):
 
     reply: Reply
     update: Path | None = None
-
-
-def place_of(node: Mapping[str, object]) -> Path:
-    """A site's folder, from its node config.
-
-    Raises:
-        RuntimeError: the node config does not name the client.
-    """
-    name = node.get("name")
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise RuntimeError(
-            'the node config names no client: give name="…", of letters, digits, `.`, `_` and `-`'
-        )
-    return Path(str(node.get("folder") or Path.home() / ".hedgerow" / name)).absolute()
 
 
 def ask(place: Path, question: Question) -> Answer:

@@ -1,0 +1,1 @@
+"""Benchmarks from elsewhere: lm-evaluation-harness, and MT-bench with its judges."""

@@ -1,0 +1,116 @@
+"""hedgerow evaluate: score a run's model, or one in a folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hedgerow.cli.app import (
+    Overrides,
+    app,
+    check_installed,
+)
+from hedgerow.errors import UserError
+
+
+@app.command()
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="DIR|MODEL", help="A run, or a model folder.")],
+    overrides: Overrides = None,
+    data: Annotated[str | None, typer.Option(help="The test data, instead of the run's.")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="With commas: loss, rouge_l, exact_match, final_answer, multiple_choice."
+        ),
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Also score each value of this column.")] = None,
+    round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
+    client: Annotated[str | None, typer.Option(help="Whose model, of a standalone run.")] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASKS", help="Tasks of lm-eval instead of the test data; with commas."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder with your own lm-eval tasks.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in the prompts of lm-eval's tasks.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Questions of each lm-eval task; below 1, a share.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score a run's model, or any causal language model in a folder, on test data.
+
+    Example: hedgerow evaluate runs/first --data mmlu.jsonl --metrics multiple_choice --by class
+    """
+    from hedgerow import console
+
+    if harness is not None:
+        if (data, metrics, by) != (None, None, None):
+            raise UserError("--harness brings data and metrics: leave out --data, --metrics, --by")
+        names = [name.strip() for name in harness.split(",") if name.strip()]
+        if not names or not (limit is None or 0 < limit < math.inf):
+            raise UserError("--harness needs a task, as --harness mmlu, and --limit a question")
+        check_installed("lm_eval", "lm-eval", "harness")
+        from hedgerow.benchmarks import harness as lm_eval
+
+        found = lm_eval.score_target(
+            *(target, overrides or [], round, client, names),
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+        )
+        if as_json:
+            print(json.dumps(found))
+        else:
+            _say_harness(str(target), found)
+        return
+    if (include_path, num_fewshot, limit) != (None, None, None):
+        raise UserError("--include-path, --num-fewshot and --limit belong to --harness")
+    from hedgerow.runs.targets import score_target
+    from hedgerow.settings import DEFAULT_TEST
+
+    changes = list(overrides or [])
+    if data is not None:
+        changes = [*DEFAULT_TEST, *changes, f"data.test={json.dumps(data)}"]
+    if by is not None:
+        changes.append(f"evaluation.by={json.dumps(by)}")
+    if metrics is not None:
+        changes.append(f"evaluation.metrics=[{metrics}]")
+    with console.ProgressWatcher("evaluation") as watcher:
+        scores = score_target(target, changes, round, client, watcher.evaluated)
+    if as_json:
+        print(json.dumps(scores))
+        return
+    rows = [(name, console.score(value)) for name, value in console.main_scores(scores).items()]
+    console.table(str(target), ["score", "value"], rows)
+    for key, values in scores.items():
+        if key.endswith("_by"):
+            rows = [(name, console.score(value)) for name, value in values.items()]
+            console.table("", [by or "value", key.removesuffix("_by")], rows)
+    for key in ("dropped", "truncated", "skipped"):
+        if scores.get(key):
+            console.out.print(f"{key}: {scores[key]} rows")
+
+
+def _say_harness(title: str, scores: dict[str, Any]) -> None:
+    from hedgerow import console
+    from hedgerow.benchmarks.harness import table
+
+    for name, part in {title: scores, **scores.get("by_client", {})}.items():
+        rows = [
+            (task, metric, console.score(value), "" if error is None else console.score(error))
+            for task, metric, value, error in table(part)
+        ]
+        console.table(name, ["task", "metric", "value", "± stderr"], rows)
+        if part.get("prompts_cut"):
+            console.out.print(f"{part['prompts_cut']} prompts cut on the left to fit the model")

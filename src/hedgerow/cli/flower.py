@@ -1,0 +1,39 @@
+"""hedgerow flower: take an experiment to real networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hedgerow.cli.app import (
+    Overrides,
+    check_installed,
+    flower_app,
+)
+
+
+@flower_app.command("init")
+def flower_init(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
+    folder: Annotated[Path, typer.Argument(metavar="APP_DIR", help="Made by this command.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write a Flower app for an experiment, for `flwr run`.
+
+    Example: hedgerow flower init experiment.yaml app
+    """
+    from hedgerow import console
+    from hedgerow import experiment as experiments
+
+    check_installed("flwr", "Flower", "flower")
+    from hedgerow.engines.flower import app as apps
+
+    loaded = experiments.load(experiment, overrides or [])
+    made = apps.init(loaded, folder, experiment.stem)
+    console.out.print(
+        f"{folder}: a Flower app for {', '.join(made.clients)}, whose base is {made.base.name} "
+        f"({made.base.fingerprint[:12]}); next: flwr run {folder} SUPERLINK",
+        soft_wrap=True,
+    )

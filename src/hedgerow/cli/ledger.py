@@ -1,0 +1,53 @@
+"""hedgerow ledger: look at a run's entries."""
+
+from __future__ import annotations
+
+from hedgerow.cli.app import (
+    RunPath,
+    ledger_app,
+)
+
+
+@ledger_app.command("show")
+def ledger_show(run: RunPath) -> None:
+    """Print the base and every entry: round, parent, participants, size.
+
+    Example: hedgerow ledger show runs/first
+    """
+    from hedgerow import console
+    from hedgerow.runs import opened
+
+    with opened(run, []) as (_, ledger):
+        base = ledger.base
+        console.out.print(
+            f"base {base.name}: {base.architecture}, {base.parameters:,} parameters, {base.dtype}, "
+            f"fingerprint {base.fingerprint[:12]}"
+        )
+        rows = [
+            (
+                str(entry.round),
+                entry.method,
+                record.sha256[:12],
+                entry.parent[:12],
+                str(len(entry.participants)),
+                console.size(record.bytes),
+                console.score(entry.metrics["train_loss"]),
+            )
+            for entry, record in zip(ledger.entries(), ledger.records, strict=True)
+        ]
+        header = ["round", "method", "hash", "parent", "clients", "size", "train loss"]
+        console.table("", header, rows)
+
+
+@ledger_app.command("verify")
+def ledger_verify(run: RunPath) -> None:
+    """Check every entry: size, hash, parent, order.
+
+    Example: hedgerow ledger verify runs/first
+    """
+    from hedgerow import console
+    from hedgerow.runs import opened
+
+    with opened(run, []) as (_, ledger):
+        count = sum(1 for _ in ledger.entries())
+        console.out.print(f"{run}: {count} entries, all as they were appended")

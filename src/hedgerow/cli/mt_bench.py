@@ -1,0 +1,120 @@
+"""hedgerow mt-bench: answers to questions of two turns, and judgments of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hedgerow.cli.app import (
+    Overrides,
+    check_installed,
+    mt_bench_app,
+)
+from hedgerow.errors import RunFailed
+
+
+@mt_bench_app.command("answer")
+def mt_bench_answer(
+    target: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder.")],
+    overrides: Overrides = None,
+    questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl.")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="The answers; those that are there stay.")] = ...,  # type: ignore[assignment]
+    round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
+    client: Annotated[str | None, typer.Option(help="Whose model, of a standalone run.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="The longest answer; at most half of the model's positions.")
+    ] = 1024,
+    model_id: Annotated[
+        str | None, typer.Option(help="The model's name in the answers, instead of the run's.")
+    ] = None,
+) -> None:
+    """Answer MT-bench's questions, each of two turns.
+
+    Given again, it goes on where it was.
+
+    Example: hedgerow mt-bench answer runs/first --questions question.jsonl --out answers.jsonl
+    """
+    from hedgerow import console
+    from hedgerow.benchmarks import mt_bench
+
+    with console.ProgressWatcher("answers") as watcher:
+        done = mt_bench.answer(
+            *(target, overrides or [], round, client, questions, out),
+            max_new_tokens=max_new_tokens,
+            model_id=model_id,
+            progress=watcher.evaluated,
+        )
+    console.out.print(
+        f"{out}: {done.answers} answers of {done.model_id} ({done.resumed} were there), prompt "
+        f"{done.prompt}, at most {done.max_new_tokens} tokens a turn",
+        soft_wrap=True,
+    )
+    if done.cut:
+        console.out.print(f"{done.cut} prompts cut on the left to fit the model")
+
+
+@mt_bench_app.command("judge")
+def mt_bench_judge(
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS.jsonl")],
+    questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl.")] = ...,  # type: ignore[assignment]
+    endpoint: Annotated[
+        str, typer.Option(metavar="URL", help="OpenAI-compatible, as http://localhost:8000/v1.")
+    ] = ...,  # type: ignore[assignment]
+    model: Annotated[str, typer.Option(help="The judge, as the endpoint calls it.")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="The judgments; none is asked for twice.")] = ...,  # type: ignore[assignment]
+    against: Annotated[
+        Path | None, typer.Option(help="Compare with these answers, instead of rating.")
+    ] = None,
+    references: Annotated[
+        Path | None, typer.Option(help="Right answers, before those in the questions.")
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 4,
+    key_variable: Annotated[
+        str, typer.Option(help="The environment variable with the endpoint's key, if it needs one.")
+    ] = "OPENAI_API_KEY",
+) -> None:
+    """Have answers rated from 1 to 10, or compared with another model's, by a model.
+
+    Given again, it asks only for what is missing.
+
+    Example: hedgerow mt-bench judge answers.jsonl --questions question.jsonl
+    --endpoint https://api.openai.com/v1 --model gpt-4 --out judgments.jsonl
+    """
+    from hedgerow import console
+
+    check_installed("openai", "openai", "judge")
+    from hedgerow.benchmarks import judging
+
+    judge = judging.Judge(endpoint, model, os.environ.get(key_variable), key_variable)
+    with console.ProgressWatcher("judgments") as watcher:
+        report = judging.judge(
+            *(answers, questions, out, judge),
+            against=against,
+            references=references,
+            parallel=parallel,
+            progress=watcher.evaluated,
+        )
+    if report.total > len(report.failures):
+        rows = [
+            (title, *("" if value is None else console.score(value) for value in values))
+            for title, values in report.rows
+        ]
+        console.table(str(answers), ["category", *report.header], rows)
+    if report.without_reference:
+        ids = ", ".join(map(str, report.without_reference))
+        console.out.print(f"judged without a right answer, as there is none: {ids}", soft_wrap=True)
+    if report.unread:
+        console.out.print(f"{report.unread} judgments could not be understood and do not count")
+    console.out.print(
+        f"{out}: {report.total - len(report.failures)} judgments, "
+        f"{report.cached} of them were there",
+        soft_wrap=True,
+    )
+    if report.failures:
+        raise RunFailed(
+            f"{len(report.failures)} of {report.total} judgments failed (as {report.failures[0]}); "
+            "given again, they go on"
+        )

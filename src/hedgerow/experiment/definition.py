@@ -1,0 +1,74 @@
+"""A whole experiment: its sections, and the method with its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pydantic import (
+    SerializeAsAny,
+    model_validator,
+)
+
+from hedgerow.methods.base import Method
+from hedgerow.settings import (
+    ClientFile,
+    DataSettings,
+    EvaluationSettings,
+    FederationSettings,
+    ModelSettings,
+    Section,
+    TrackingSettings,
+    TrainingSettings,
+)
+
+
+class Experiment(Section):
+    """A whole experiment."""
+
+    about: str | None = None
+    """What it is for, in a sentence: which table of which paper, say."""
+    model: ModelSettings
+    data: DataSettings
+    method: SerializeAsAny[Method]
+    training: TrainingSettings = TrainingSettings()
+    federation: FederationSettings = FederationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _evaluation_has_data(self) -> Experiment:
+        if self.evaluation.by is not None and self.data.test is None:
+            raise ValueError("`evaluation.by` needs `data.test`")
+        return self
+
+    def dump(self, include: set[str] | None = None) -> str:
+        """The experiment (or some of its sections) as YAML, with every default written out."""
+        content = self.model_dump(mode="json", include=include)
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def without_folders(experiment: Experiment) -> Experiment:
+    """The experiment for others: with its files' names alone, and without its trackers.
+
+    Where the data lie and the run is followed is their owner's business.
+    """
+
+    def name(path: str | None) -> str | None:
+        # What is not absolute is a name on the Hub, or a built-in one.
+        return Path(path).name if path and Path(path).is_absolute() else path
+
+    data, clients = experiment.data, experiment.data.clients
+    if isinstance(clients, str):
+        clients = name(clients)
+    elif isinstance(clients, dict):
+        clients = {client: Path(file).name for client, file in clients.items()}
+    elif clients is not None:
+        clients = [
+            Path(c).name if isinstance(c, str) else ClientFile(name=c.name, file=Path(c.file).name)
+            for c in clients
+        ]
+    files = {"source": data.source, "test": data.test, "prompt": data.prompt}
+    update = {"clients": clients, **{key: name(path) for key, path in files.items()}}
+    changes = {"data": data.model_copy(update=update), "tracking": TrackingSettings()}
+    return experiment.model_copy(update=changes)

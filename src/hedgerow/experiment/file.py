@@ -1,0 +1,113 @@
+"""The experiment file.
+
+`load` reads a YAML file, applies `key.path=value` overrides, makes paths absolute and returns an
+`Experiment`. Whatever is wrong with the file is one sentence that names the key (`UserError`).
+
+Beside the experiment, a file may say what to compare on it (`compare`, see `Comparison`), and how
+to try it in seconds: `smoke` holds `key.path: value` pairs that `--smoke` puts in, as
+`{model.path: demo, training.steps: 2, compare.seeds: 1}`. Neither is part of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    ValidationError,
+)
+
+from hedgerow.errors import UserError
+from hedgerow.experiment.definition import Experiment
+from hedgerow.experiment.mistakes import sentence, validate
+from hedgerow.experiment.overrides import Change, changed, method_changes, split_override
+from hedgerow.experiment.paths import make_paths_absolute
+from hedgerow.experiment.yaml import Loader, one_line
+from hedgerow.settings import Comparison
+
+
+def load(path: Path | str, overrides: Sequence[str] = (), *, smoke: bool = False) -> Experiment:
+    """Read an experiment file.
+
+    Args:
+        path: a YAML file; relative paths in it are relative to its folder.
+        overrides: `key.path=value`, each value in YAML; a relative path that exists from the
+            working directory is taken from there, else from the file's folder.
+        smoke: put in what the file says under `smoke`, before the overrides.
+
+    Raises:
+        UserError: naming the file or the key that is wrong.
+    """
+    content = _read(Path(path), overrides, smoke)
+    content.pop("compare", None)
+    return validate(content, str(path), Experiment)
+
+
+def load_comparison(
+    path: Path, overrides: Sequence[str] = (), *, smoke: bool = False
+) -> Comparison:
+    """What an experiment file says about `hedgerow compare`; for the arguments, see `load`."""
+    content = _read(path, overrides, smoke)
+    return _comparison(content, path)
+
+
+def _read(path: Path, overrides: Sequence[str], smoke: bool) -> dict[str, Any]:
+    """The content of an experiment file with all that changes it, and with a method."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}): give an experiment file"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a text file: give an experiment file in YAML") from None
+    content = parse_yaml(text, str(path))
+    trial = content.pop("smoke", None)
+    make_paths_absolute(content, [path.parent])
+    if smoke:
+        content = changed(content, _smoke_changes(trial, path), [path.parent])
+    compared = _comparison(content, path)
+    changes = [split_override(override) for override in overrides]
+    if not any(keys in (["method"], ["method", "name"]) for keys, _ in changes):
+        changes = [*_default_method(content, compared), *changes]
+    content = changed(content, changes, [Path.cwd(), path.parent])
+    _comparison(content, path)  # an override may have changed it
+    return content
+
+
+def _comparison(content: Mapping[str, Any], path: Path) -> Comparison:
+    try:
+        return Comparison.model_validate(content.get("compare", {}))
+    except ValidationError as error:
+        raise UserError(f"{path}: {sentence(error, Comparison, ('compare',))}") from None
+
+
+def _smoke_changes(trial: Any, path: Path) -> list[Change]:
+    if trial is None:
+        raise UserError(f"--smoke: {path} has no `smoke`, which would say how to try it in seconds")
+    if not isinstance(trial, dict) or not trial:
+        raise UserError(f"{path}: `smoke` must hold pairs as {{training.steps: 2}}")
+    for key in trial:
+        if not isinstance(key, str) or not all(key.split(".")):
+            raise UserError(f"{path}: `smoke`: {key!r} is no key, as training.steps is one")
+    return [(key.split("."), value) for key, value in trial.items()]
+
+
+def _default_method(content: Mapping[str, Any], compared: Comparison) -> list[Change]:
+    """Where a file has no `method`, the first of those that it compares."""
+    if "method" in content or not compared.methods:
+        return []
+    return [split_override(change) for change in method_changes(compared.methods[0])]
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """A YAML mapping; a key that stands twice is an error, where plain YAML would keep the last."""
+    try:
+        content = yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: is not valid YAML: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: must be a mapping with the keys model, data, method …")
+    return content

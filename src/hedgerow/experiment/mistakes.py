@@ -1,0 +1,80 @@
+"""Settings from plain values; a mistake is one sentence that names its key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from hedgerow import methods
+from hedgerow.errors import UserError, did_you_mean
+from hedgerow.methods.base import Method
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
+
+
+def validate(content: Mapping[str, Any], where: str, kind: type[_Settings]) -> _Settings:
+    """Settings of a kind from plain values; a mistake is a `UserError` that begins with `where`."""
+    content = dict(content)
+    if "method" in content:
+        content["method"] = _method(content["method"], where)
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{where}: {sentence(error, kind, ())}") from None
+
+
+def _method(options: Any, where: str) -> Method:
+    """The method that `options` name; its own class knows the other keys."""
+    options = {"name": options} if isinstance(options, str) else options
+    name = options.get("name") if isinstance(options, dict) else None
+    if not isinstance(name, str):
+        raise UserError(f"{where}: `method` needs a name, as in {{name: flora, ranks: 16}}")
+    if name not in methods.METHODS:
+        known = ", ".join(methods.METHODS)
+        close = did_you_mean(name, methods.METHODS)
+        raise UserError(f"{where}: `method.name`: there is no {name!r}{close} (known: {known})")
+    kind = methods.METHODS[name]
+    try:
+        return kind.model_validate(options)
+    except ValidationError as error:
+        raise UserError(f"{where}: {sentence(error, kind, ('method',))}") from None
+
+
+def sentence(error: ValidationError, kind: type[BaseModel], prefix: tuple[str, ...]) -> str:
+    """The first thing that is wrong, as one sentence that names its key."""
+    # Where a value may have several forms, the form that got furthest is the one that was meant.
+    first = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
+    location = [part for part in first["loc"] if not _FORM.fullmatch(str(part))]
+    key = ".".join(str(part) for part in (*prefix, *location))
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(kind, location[:-1])
+        close = did_you_mean(str(location[-1]), known)
+        return f"`{key}` is not a known key{close} (known here: {', '.join(known)})"
+    if first["type"] == "missing":
+        return f"`{key}` is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = first["input"]
+    is_shown = isinstance(given, str | int | float) and repr(given) not in message
+    shown = f", not {given!r}" if is_shown else ""
+    return f"`{key}`: {message}{shown}" if key else message + shown
+
+
+_FORM = re.compile(r"str|int|float|constrained-.*|(list|dict|function).*[\[(].*|ClientFile")
+"""What pydantic puts into a location to name the form that it tried; it is no key of the file."""
+
+
+def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    for part in location:
+        field = kind.model_fields.get(str(part))
+        candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if inner:
+            kind = inner[0]
+    return list(kind.model_fields)

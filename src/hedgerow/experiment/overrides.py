@@ -1,0 +1,103 @@
+"""Changes of an experiment from the command line: `key.path=value`, and methods with options."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hedgerow import methods
+from hedgerow.errors import UserError
+from hedgerow.experiment.paths import make_paths_absolute
+from hedgerow.experiment.yaml import Loader, one_line
+
+Change = tuple[list[str], Any]
+"""The keys that lead to a value, and the value that it gets."""
+
+
+def method_changes(method: str) -> list[str]:
+    """The overrides that a method with its options stands for.
+
+    An option is the method's own (`over=lora`), unless it names another section's key
+    (`training.learning_rate=3e-7`).
+
+    Raises:
+        UserError: it has no name, or two.
+    """
+    name, *options = split_at(method, " ") or [""]
+    if not name or "=" in name or any(option.partition("=")[0] == "name" for option in options):
+        raise UserError(f"the method {method!r}: give one name, then its options")
+    own = [o if o.partition(".")[0] in _OTHER_SECTIONS else f"method.{o}" for o in options]
+    return [f"method.name={name}", *own]
+
+
+_OTHER_SECTIONS = {"model", "data", "training", "federation", "evaluation"}
+
+
+def split_at(text: str, separator: str) -> list[str]:
+    """The parts between separators that are in no bracket, without what is empty."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{(") - (character in ")}]")
+        if character == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def apply_overrides(
+    content: dict[str, Any], overrides: Sequence[str], folders: Sequence[Path]
+) -> dict[str, Any]:
+    """`content` with each `key.path=value` in it; relative paths are looked for in `folders`."""
+    return changed(content, [split_override(override) for override in overrides], folders)
+
+
+def changed(
+    content: dict[str, Any], changes: Iterable[Change], folders: Sequence[Path]
+) -> dict[str, Any]:
+    """`content` with each value where its keys say."""
+    content = copy.deepcopy(content)
+    for keys, value in changes:
+        nested = {keys[-1]: copy.deepcopy(value)}
+        for key in reversed(keys[:-1]):
+            nested = {key: nested}
+        make_paths_absolute(nested, folders)
+        if isinstance(content.get("method"), str):
+            content["method"] = {"name": content["method"]}
+        if keys == ["method", "name"]:
+            _drop_options_of_another_method(content.get("method"), value)
+        section = content
+        for key in keys[:-1]:
+            nested = nested[key]
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise UserError(f"{'.'.join(keys)}: `{key}` is a value, it has no keys of its own")
+        section[keys[-1]] = nested[keys[-1]]
+    return content
+
+
+def _drop_options_of_another_method(options: Any, name: Any) -> None:
+    """`method.name=fedavg` on a file for flora leaves out what only adapters have, as `ranks`."""
+    if isinstance(options, dict) and name in methods.METHODS:
+        known = methods.METHODS[name].model_fields
+        before = methods.METHODS.get(options.get("name", ""))
+        for key in set(options) - set(known):
+            if before is not None and key in before.model_fields:
+                del options[key]
+
+
+def split_override(override: str) -> Change:
+    """`training.steps=5` as (["training", "steps"], 5)."""
+    key, equals, text = override.partition("=")
+    if not equals or not key or not all(key.split(".")):
+        raise UserError(
+            f"{override!r} is not an override: write key.path=value, as training.steps=5"
+        )
+    try:
+        return key.split("."), yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not valid YAML: {one_line(error)}") from None

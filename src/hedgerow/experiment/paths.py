@@ -1,0 +1,52 @@
+"""Relative paths of an experiment, made absolute."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hedgerow.data.sources import may_be_on_hub
+
+
+def make_paths_absolute(content: Any, folders: Sequence[Path]) -> None:
+    """Replace each relative path in `content` (in place) by the absolute one that is meant."""
+    if not isinstance(content, dict):
+        return
+    model, data = content.get("model"), content.get("data")
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        model["path"] = _absolute_unless_hub_name(model["path"], folders)
+    if not isinstance(data, dict):
+        return
+    for key in ("source", "test"):
+        if isinstance(data.get(key), str):
+            data[key] = _absolute_unless_hub_name(data[key], folders)
+    if isinstance(data.get("prompt"), str) and not data["prompt"].replace("-", "").isalpha():
+        data["prompt"] = absolute(data["prompt"], folders)
+    clients = data.get("clients")
+    if isinstance(clients, str):
+        data["clients"] = absolute(clients, folders)
+    elif isinstance(clients, dict):
+        data["clients"] = {name: absolute(file, folders) for name, file in clients.items()}
+    elif isinstance(clients, list):
+        data["clients"] = [
+            client | {"file": absolute(client["file"], folders)}
+            if isinstance(client, dict) and "file" in client
+            else absolute(client, folders)
+            for client in clients
+        ]
+
+
+def _absolute_unless_hub_name(path: str, folders: Sequence[Path]) -> Any:
+    is_here = any((folder / path).exists() for folder in folders)
+    return path if not is_here and may_be_on_hub(path) else absolute(path, folders)
+
+
+def absolute(path: Any, folders: Sequence[Path]) -> Any:
+    """`path` in the first folder that has it, or in the last."""
+    # What is no text is left as it is: validation will name its key.
+    if not isinstance(path, str):
+        return path
+    places = [os.path.abspath(folder / Path(path).expanduser()) for folder in folders]
+    return next((p for p in places if Path(p.replace("{}", "0")).exists()), places[-1])

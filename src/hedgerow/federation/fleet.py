@@ -1,0 +1,74 @@
+"""Who trains and who watches, as the round loop sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from hedgerow.clock import Clock
+from hedgerow.methods.base import Client
+from hedgerow.wire import Entry
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A client's answer: its update, or why there is none."""
+
+    client: Client
+    update: bytes | Path = b""
+    """In wire.py's format; or the file that holds it, which is deleted when it is used up."""
+    failure: str | None = None
+    absent: bool = False
+    """The failure is that nothing was heard, so that asking again may help."""
+
+    @property
+    def nbytes(self) -> int:
+        """The update's size."""
+        update = self.update
+        return len(update) if isinstance(update, bytes) else update.stat().st_size
+
+
+class Fleet(Protocol):
+    """Those who have the model and the data, as the round loop sees them."""
+
+    def gather(self) -> Sequence[Client]:
+        """Everybody who may take part in the next round, in their order."""
+
+    def train(
+        self, round: int, parent: str, clients: Sequence[Client], clock: Clock
+    ) -> Iterator[Answer]:
+        """Have `clients` train from the global model; yields an answer for each, as they come."""
+
+    def advance(self, entry: Entry) -> None:
+        """Advance every participant's global model by one entry."""
+
+    def evaluate(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
+        """Scores of the global model on the test data (`eval_loss` …); empty without test data.
+
+        Args:
+            progress: told how much is done, of how much.
+        """
+
+
+class Watcher(Protocol):
+    """Whoever wants to see a run while it works."""
+
+    def say(self, sentence: str) -> None:
+        """Something that a person should know."""
+
+    def round_begins(self, round: int, rounds: int, clients: int) -> None:
+        """A round begins, with so many clients."""
+
+    def client_answered(self, client: str, failure: str | None) -> None:
+        """A client's update has arrived, or it has failed."""
+
+    def tries_again(self, clients: Sequence[str], seconds: float) -> None:
+        """A round has too few updates: after so many seconds these clients are asked again."""
+
+    def evaluated(self, done: int, total: int) -> None:
+        """So much of an evaluation is done."""
+
+    def round_ends(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl is written."""

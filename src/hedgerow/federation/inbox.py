@@ -1,0 +1,160 @@
+"""What arrives in one round, checked and accounted for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hedgerow.clock import Clock
+from hedgerow.errors import InvalidMessage, RunFailed
+from hedgerow.experiment import Experiment
+from hedgerow.federation.fleet import Answer, Fleet, Watcher
+from hedgerow.methods.base import Aggregate, Client, Expected, ServerTurn
+from hedgerow.runs.directory import RunDirectory
+from hedgerow.seeds import Seeds
+from hedgerow.wire import Entry, Participant, Update
+
+
+class Answers:
+    """The answers to one round: each is checked as it arrives, and accounted for.
+
+    Updates are handed on in the clients' order, so that the bits of their sum do not depend on who
+    was faster; one that is early waits where it arrived, in memory or in its file.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        round: int,
+        clients: Sequence[Client],
+        previous: Entry | None,
+        directory: RunDirectory,
+        watcher: Watcher,
+    ) -> None:
+        self.clients = clients
+        self.failures: dict[str, str] = {}
+        self._method, self._settings = experiment.method, experiment.federation
+        self._round, self._ledger = round, directory.ledger
+        seeds = Seeds(experiment.federation.seed)
+        expected = Expected(seeds, self._ledger.trained, experiment.training)
+        memory = directory.server_memory(round)
+        self.turn = ServerTurn(round, clients, previous, expected, memory)
+        self._directory, self._watcher = directory, watcher
+        self._arrived: dict[str, tuple[Answer, Update]] = {}
+        self._absent: set[str] = set()
+        self._losses: dict[str, float] = {}
+        self._bytes = 0
+
+    def usable(self, fleet: Fleet, clock: Clock) -> Iterator[Update]:
+        """Ask the clients, and those that are away again where too few answer.
+
+        Yields:
+            The updates that pass the checks, in the clients' order.
+
+        Raises:
+            RunFailed: there were too few of them, after as many tries as the experiment allows.
+        """
+        waiting = list(self.clients)  # in their order, those whose updates are not handed on
+        asked = list(self.clients)
+        for attempt in range(self._settings.attempts):
+            if attempt:
+                seconds = self._settings.backoff * 2 ** (attempt - 1)
+                self._watcher.tries_again([client.name for client in asked], seconds)
+                time.sleep(seconds)
+            for answer in fleet.train(self._round, self._ledger.head, asked, clock):
+                with clock("wire"):
+                    self._receive(answer)
+                del answer  # its memory, while the next client trains
+                while waiting and self._is_settled(waiting[0].name):
+                    yield from self._hand_on(waiting.pop(0).name)
+            asked = [client for client in self.clients if client.name in self._absent]
+            if len(self._losses) >= self._settings.min_clients or not asked:
+                break
+        if len(self._losses) < self._settings.min_clients:
+            raise RunFailed(self._too_few(attempt + 1))
+        for client in waiting:
+            yield from self._hand_on(client.name)
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The training loss that each client reports, in the clients' order."""
+        names = (client.name for client in self.clients)
+        return {name: self._losses[name] for name in names if name in self._losses}
+
+    def entry(self, aggregate: Aggregate) -> Entry:
+        """The round's entry; who answered weighs p_k = n_k / Σ n, or what the aggregate says."""
+        losses = self.losses
+        present = [client for client in self.clients if client.name in losses]
+        total = sum(client.num_examples for client in present)
+        shares = [client.num_examples / total for client in present]
+        weights = shares if aggregate.weights is None else aggregate.weights
+        participants = [
+            Participant(client.name, client.num_examples, weight)
+            for client, weight in zip(present, weights, strict=True)
+        ]
+        train_loss = sum(p * loss for p, loss in zip(shares, losses.values(), strict=True))
+        metrics = {"train_loss": train_loss, "bytes_up": self._bytes, **aggregate.metrics}
+        return Entry(
+            *(self._method.name, self._round, self._ledger.head, participants, metrics),
+            *(aggregate.tensors, self._method.entry_options()),
+        )
+
+    def _receive(self, answer: Answer) -> None:
+        """Check an answer; keep its update for `_hand_on`, or note why there is none."""
+        name = answer.client.name
+        self._absent.discard(name)
+        self.failures.pop(name, None)
+        try:
+            update = self._checked(answer)
+        except InvalidMessage as error:
+            self.failures[name] = str(error)
+            if answer.absent:
+                self._absent.add(name)
+            if isinstance(answer.update, Path):
+                answer.update.unlink()
+            self._watcher.client_answered(name, str(error))
+            return
+        self._arrived[name] = answer, update
+        self._losses[name] = update.train_loss
+        self._bytes += answer.nbytes if self._method.communicates else 0
+        self._watcher.client_answered(name, None)
+
+    def _is_settled(self, name: str) -> bool:
+        """Whether a client has answered, or will not answer in this round."""
+        return name in self._arrived or (name in self.failures and name not in self._absent)
+
+    def _hand_on(self, name: str) -> Iterator[Update]:
+        if name in self._arrived:
+            answer, update = self._arrived.pop(name)
+            yield update
+            if isinstance(answer.update, Path):
+                answer.update.unlink()
+
+    def _checked(self, answer: Answer) -> Update:
+        if answer.failure is not None:
+            raise InvalidMessage(answer.failure)
+        client, content = answer.client, answer.update
+        update = Update.decode(content) if isinstance(content, bytes) else Update.read(content)
+        update.check(
+            *(self._method.name, self._round, self._ledger.head),
+            *(client.name, client.num_examples),
+        )
+        self._method.check_update(client, update, self.turn.expected)
+        if self._settings.keep_updates:
+            self._directory.keep_update(self._method.kept(update, self.turn))
+        return update
+
+    def _too_few(self, attempts: int) -> str:
+        count, needed = len(self._losses), self._settings.min_clients
+        reasons = [f"{client} failed because {why}" for client, why in self.failures.items()]
+        found = (
+            f"{count} of the {needed} usable updates that it needs"
+            if count
+            else ("no usable update")
+        )
+        tries = f" in {attempts} tries" if attempts > 1 else ""
+        return (
+            f"round {self._round} has {found} from its {len(self.clients)} clients{tries}: "
+            f"{(reasons or ['nobody answered'])[0]}"
+        )

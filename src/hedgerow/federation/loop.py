@@ -1,0 +1,85 @@
+"""The round loop: the same for every engine and every method.
+
+It knows methods and a *fleet* (whoever trains), and nothing of adapters, networks or transport.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from hedgerow.clock import Clock
+from hedgerow.experiment import Experiment
+from hedgerow.federation.fleet import Fleet, Watcher
+from hedgerow.federation.inbox import Answers
+from hedgerow.federation.metrics import Traffic, row_of
+from hedgerow.methods.base import Client
+from hedgerow.runs.directory import RunDirectory
+from hedgerow.seeds import Seeds
+
+
+def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: Watcher) -> None:
+    """Take a run from its ledger's head to the experiment's last round.
+
+    Raises:
+        RunFailed: too few clients of a round sent a usable update.
+    """
+    method, ledger = experiment.method, directory.ledger
+    settings, seeds = experiment.federation, Seeds(experiment.federation.seed)
+    traffic = Traffic(method, ledger)
+
+    def participants(round: int) -> list[Client]:
+        return draw(fleet.gather(), settings.clients_per_round, seeds, round)
+
+    def finish(row: dict[str, Any]) -> None:
+        directory.write_row(row)
+        watcher.round_ends(row)
+
+    def scores(round: int) -> dict[str, Any]:
+        due = round % experiment.evaluation.every == 0 or round == settings.rounds
+        return fleet.evaluate(watcher.evaluated) if due else {}
+
+    asked = {row["round"]: [*row["participants"], *row["failures"]] for row in directory.rows()}
+    for round in range(1, len(ledger) + 1):
+        names = asked.get(round) or [client.name for client in participants(round)]
+        traffic.down(names, round)
+    if len(ledger) not in asked:
+        # Before the first round; or the run was killed between an entry and its row.
+        last = ledger.read(len(ledger)) if len(ledger) else None
+        present = {p.client for p in last.participants} if last else set()
+        absent = (
+            [c.name for c in participants(len(ledger)) if c.name not in present] if last else []
+        )
+        failures = dict.fromkeys(absent, "not known: the run was stopped before it was written")
+        finish(row_of(last, traffic, failures) | scores(len(ledger)))
+
+    previous = ledger.read(len(ledger)) if len(ledger) else None
+    for round in range(len(ledger) + 1, settings.rounds + 1):
+        answers = Answers(experiment, round, participants(round), previous, directory, watcher)
+        began, clock = time.perf_counter(), Clock()
+        watcher.round_begins(round, settings.rounds, len(answers.clients))
+
+        with clock("aggregate"):
+            aggregate = method.aggregate(answers.usable(fleet, clock), answers.turn)
+        with clock("ledger"):
+            previous = entry = ledger.append(answers.entry(aggregate))
+        del aggregate  # from here on the entry's tensors are read from its file
+        traffic.down([client.name for client in answers.clients], round)
+        with clock("apply"):
+            fleet.advance(entry)
+        with clock("evaluate"):
+            scored = scores(round)
+
+        parts = {f"{part}_seconds": seconds for part, seconds in clock.seconds.items()}
+        seconds = {"seconds": time.perf_counter() - began, **parts}
+        row = row_of(entry, traffic, answers.failures)
+        finish(row | scored | {"train_loss_by_client": answers.losses} | seconds)
+
+
+def draw(clients: Sequence[Client], count: int | None, seeds: Seeds, round: int) -> list[Client]:
+    """The clients that take part in a round: all, or `count` of them at random, in their order."""
+    if count is None or count >= len(clients):
+        return list(clients)
+    chosen = seeds.numpy("participants", round).choice(len(clients), count, replace=False)
+    return [clients[index] for index in sorted(chosen)]

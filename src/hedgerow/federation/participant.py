@@ -1,0 +1,69 @@
+"""A client's part in a round, the same in every engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hedgerow.errors import ClientFailed, UserError
+from hedgerow.lazy import torch
+from hedgerow.model import max_positions
+from hedgerow.training.job import Job, learning_rate
+from hedgerow.wire import Update
+
+if TYPE_CHECKING:
+    from hedgerow.clock import Clock
+    from hedgerow.data import Encoded
+    from hedgerow.experiment import Experiment
+    from hedgerow.methods.base import Turn
+    from hedgerow.model import Model
+
+
+def check_max_length(model: Model, max_length: int) -> None:
+    """Raise a `UserError` where `data.max_length` is more than the model was made for."""
+    positions = max_positions(model.network)
+    if max_length > positions:
+        raise UserError(
+            f"data.max_length: {max_length} is above the {positions} positions of {model.name}: "
+            f"give at most {positions}"
+        )
+
+
+def train_client(
+    experiment: Experiment, model: Model, examples: Encoded, turn: Turn, parent: str, clock: Clock
+) -> Update:
+    """Train from the global model, which is given back as it was; returns what travels up.
+
+    Args:
+        parent: hash of the entry that the model is at.
+
+    Raises:
+        ClientFailed: training diverged, or the device has too little memory.
+    """
+    method, client = experiment.method, turn.client
+    job = Job(
+        model.network,
+        examples,
+        experiment.training,
+        learning_rate(experiment.training, turn.round, experiment.federation.rounds),
+        model.tokenizer.pad_token_id,
+        order=turn.seeds.numpy("batches", turn.round, client.name),
+        dropout_seed=turn.seeds.derive("dropout", turn.round, client.name),
+    )
+    try:
+        with clock("start"):
+            parameters = method.start(model, turn)
+        with clock("train"):
+            trained = method.train(job, turn, parameters)
+        with clock("update"):
+            tensors, about = method.update(model, turn, trained)
+    except torch.OutOfMemoryError:
+        raise ClientFailed(
+            "the device ran out of memory: a smaller training.batch_size may help"
+        ) from None
+    finally:
+        with clock("start"):
+            model.release()
+    return Update(
+        *(method.name, turn.round, client.name, parent, client.num_examples, trained.loss),
+        *(tensors, about),
+    )

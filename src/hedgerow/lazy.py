@@ -1,0 +1,31 @@
+"""Libraries that take seconds to import, each of them imported when something of it is first used.
+
+The experiment file names methods, and so whoever reads one imports them all; but `hedgerow --help`,
+`methods`, `explain` and a mistake in a file need no tensors, and should answer at once. Rooms that
+those commands enter take torch and its like from here. Type checkers see the libraries themselves.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+
+class _Lazy(ModuleType):
+    """A library's stand-in, which hands on what it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+if TYPE_CHECKING:
+    import peft as peft
+    import safetensors as safetensors
+    import torch as torch
+    import transformers as transformers
+else:
+    peft = _Lazy("peft")
+    safetensors = _Lazy("safetensors")
+    torch = _Lazy("torch")
+    transformers = _Lazy("transformers")

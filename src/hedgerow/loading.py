@@ -1,0 +1,101 @@
+"""Base models from folders and from the Hub: safetensors only, and no code of their own."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hedgerow.bundled import MODEL
+from hedgerow.errors import UserError
+from hedgerow.lazy import peft, safetensors, torch, transformers
+from hedgerow.names import DEMO
+
+if TYPE_CHECKING:
+    from hedgerow.settings import ModelSettings
+
+
+def location(path: str) -> str:
+    """Where transformers and peft find the model that `model.path` names."""
+    return str(MODEL) if path == DEMO else path
+
+
+def load(settings: ModelSettings) -> tuple[Any, Any]:
+    """Load a model (or an adapter with its base) from a folder, or a model from the Hub.
+
+    Returns:
+        The network, on its device, and its tokenizer, which has a padding token.
+
+    Raises:
+        UserError: there is no such model, it is no causal language model, it has no safetensors
+            weights (others are pickles), or the device is not there.
+    """
+    where = f"model.path: {settings.path}"
+    path = location(settings.path)
+    folder = Path(path)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if folder.is_absolute() and not (folder / "config.json").is_file() and not is_adapter:
+        problem = "has no config.json"
+        if not folder.is_dir():
+            problem = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"{where} {problem}: give a model folder in Hugging Face format")
+    device = _device(settings.device)
+    words = path
+    try:
+        options = {
+            "revision": settings.revision,
+            "dtype": getattr(torch, settings.dtype),
+            "use_safetensors": True,
+            "trust_remote_code": False,
+        }
+        if is_adapter:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
+                adapted = peft.AutoPeftModelForCausalLM.from_pretrained(path, **options)
+            words = adapted.peft_config["default"].base_model_name_or_path
+            network, missing = adapted.merge_and_unload(), set()
+        else:
+            network, info = transformers.AutoModelForCausalLM.from_pretrained(
+                path, output_loading_info=True, **options
+            )
+            missing = info["missing_keys"]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            words, revision=settings.revision, trust_remote_code=False
+        )
+    except (
+        *(OSError, ValueError, KeyError, RuntimeError, ImportError),
+        safetensors.SafetensorError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{where} cannot be loaded as a causal language model: {reason}") from None
+    if missing:
+        # transformers would draw them at random: another base for everybody who loads it.
+        names = ", ".join(sorted(missing)[:3])
+        raise UserError(f"{where} has no weights for {names}: give a complete checkpoint")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return network.to(device), tokenizer
+
+
+def tokenization(tokenizer: Any) -> dict[str, Any]:
+    """What decides a tokenizer's output, without the padding that its last call asked for."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return dict(tokenizer.get_vocab())
+    content: dict[str, Any] = json.loads(backend.to_str())
+    return {key: content[key] for key in content if key not in ("padding", "truncation")}
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"model.device: {name!r} is no device: write auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"model.device: {name!r} is not supported: write auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device: there is no CUDA device here: write cpu or auto")
+    return device

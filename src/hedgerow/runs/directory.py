@@ -1,0 +1,224 @@
+"""A run's directory: the resolved experiment, the ledger, a row of metrics for each round."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from hedgerow.errors import UserError
+from hedgerow.experiment import Experiment, load
+from hedgerow.files import replacing
+from hedgerow.ledger import INDEX, Base, Ledger
+from hedgerow.runs.memory import RoundMemory
+from hedgerow.runs.rows import METRICS, encoded_row, read_rows
+from hedgerow.settings import TrackingSettings
+from hedgerow.wire import Update
+
+if TYPE_CHECKING:
+    from hedgerow.methods.base import Method
+
+
+EXPERIMENT = "experiment.yaml"
+
+
+DATA = "data.json"
+"""Digests of the clients' tokens, so that a run is only resumed on the data that it began with."""
+
+
+LOCK = ".lock"
+
+
+FREE: set[tuple[str, ...]]
+
+
+FREE = {("federation", key) for key in ("rounds", "min_clients", "deadline", "attempts", "backoff")}
+
+
+FREE |= {("about",), ("evaluation", "every")}
+
+
+FREE |= {("tracking", key) for key in TrackingSettings.model_fields}
+"""What a resumed run may change, as no entry depends on it (only a schedule, on the rounds)."""
+
+
+class RunDirectory:
+    """An open run directory, which no other process can open meanwhile."""
+
+    def __init__(self, path: Path, ledger: Ledger, lock: TextIO) -> None:
+        self.path = path
+        self.ledger = ledger
+        self._lock = lock
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Raise a `UserError` where a new run would write over something."""
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {path} is a file: name a directory that is not there yet")
+        # What a run that was killed at its very first step has left is nobody's work.
+        begun = {LOCK, DATA, f"{DATA}.partial", f"{EXPERIMENT}.partial"}
+        if path.is_dir() and any(child.name not in begun for child in path.iterdir()):
+            hint = "add --resume to go on with it, or " if (path / EXPERIMENT).exists() else ""
+            raise UserError(f"--out {path} exists already: {hint}name another directory")
+
+    @staticmethod
+    def check_resumable(path: Path, experiment: Experiment) -> bool:
+        """Whether there is a run to go on with.
+
+        Raises:
+            UserError: it is another experiment's run, naming the key that differs.
+        """
+        if not (path / EXPERIMENT).exists():
+            RunDirectory.check_free(path)
+            return False
+        before = flat(load(path / EXPERIMENT).model_dump(mode="json"))
+        now = flat(experiment.model_dump(mode="json"))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and key not in FREE:
+                raise UserError(
+                    f"--resume: {path} was run with {'.'.join(key)}={before.get(key)!r}, not "
+                    f"{now.get(key)!r}: give the same experiment, or another --out"
+                )
+        folder = path / "ledger"
+        if not (folder / INDEX).exists():
+            # A run that was stopped at its very beginning has nothing yet; this one had.
+            if (path / METRICS).exists() or any(folder.glob("*.safetensors")):
+                raise UserError(f"{folder / INDEX} is missing: restore it from a copy")
+            return False
+        done = len(Ledger.open(folder))
+        rounds, planned = now["federation", "rounds"], before["federation", "rounds"]
+        if rounds < done:
+            raise UserError(f"--resume: federation.rounds={rounds}, but {path} has {done} already")
+        if done and rounds != planned and experiment.training.schedule != "constant":
+            raise UserError(
+                f"--resume: {path} was planned for federation.rounds={planned}, which its "
+                f"{experiment.training.schedule} learning-rate schedule depends on: give the same"
+            )
+        return True
+
+    @staticmethod
+    def create(
+        path: Path,
+        experiment: Experiment,
+        base: Base,
+        data: dict[str, str],
+        trained: Mapping[str, Sequence[int]],
+    ) -> RunDirectory:
+        """A new run, on data with these digests by client; for `trained`, see `Ledger`."""
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path)
+        with replacing(path / DATA) as file:
+            file.write(json.dumps(data, indent=1).encode())
+        with replacing(path / EXPERIMENT) as file:
+            file.write(experiment.dump().encode())
+        return RunDirectory(path, Ledger.create(path / "ledger", base, trained), lock)
+
+    @staticmethod
+    def resume(
+        path: Path,
+        experiment: Experiment,
+        base: Base,
+        data: dict[str, str],
+        trained: Mapping[str, Sequence[int]],
+    ) -> RunDirectory:
+        """A run to go on with; metrics of rounds that the ledger has not are dropped.
+
+        Raises:
+            UserError: the base or a client's data are not those that the run began with; or what
+                the server or a client has kept is missing or damaged.
+        """
+        lock = _locked(path)
+        ledger = Ledger.open(path / "ledger")
+        try:
+            before = json.loads((path / DATA).read_bytes())
+        except (OSError, ValueError):
+            raise UserError(
+                f"{path / DATA} is missing or damaged: restore it from a copy"
+            ) from None
+        for client in data:
+            if before.get(client) != data[client]:
+                raise UserError(f"--resume: the data of {client} have changed since {path} began")
+        ledger.check_base(base, f"model.path {experiment.model.path}")
+        if ledger.trained != {name: list(shape) for name, shape in trained.items()}:
+            raise UserError(f"{path / 'ledger' / INDEX} was altered: restore it from a copy")
+        rows = [row for row in read_rows(path) if row["round"] <= len(ledger)]
+        directory = RunDirectory(path, ledger, lock)
+        directory._check_memories(experiment.method, data, rows)
+        with replacing(path / EXPERIMENT) as file:
+            file.write(experiment.dump().encode())
+        with replacing(path / METRICS) as file:
+            file.writelines(encoded_row(row) for row in rows)
+        return directory
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl."""
+        return read_rows(self.path)
+
+    def write_row(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl."""
+        with (self.path / METRICS).open("ab") as file:
+            file.write(encoded_row(row))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def server_memory(self, round: int) -> RoundMemory:
+        """What the server keeps for itself."""
+        return RoundMemory(self.path / "server", round)
+
+    def memory(self, client: str, round: int) -> RoundMemory:
+        """What a client of this engine keeps for itself."""
+        return RoundMemory(self.path / "clients" / client, round)
+
+    def _check_memories(
+        self, method: Method, clients: Iterable[str], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Raise a `UserError` unless everybody has what it kept.
+
+        Args:
+            clients: those that keep it in this directory.
+            rows: which say who took part in which round.
+        """
+        round = len(self.ledger) + 1
+        if method.server_remembers:
+            self.server_memory(round).check(since=round - 1)
+        if method.clients_remember:
+            last = {name: row["round"] for row in rows for name in row["participants"]}
+            for client in clients:
+                self.memory(client, round).check(since=last.get(client, 0))
+
+    def keep_update(self, update: Update) -> None:
+        """Keep a client's update, where the experiment asks for it."""
+        folder = self.path / "updates" / f"round-{update.round:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / f"{update.client}.safetensors") as file:
+            update.write(file)
+
+
+def _locked(path: Path) -> TextIO:
+    """The lock of a run directory; it is free again when the file is closed or its process ends."""
+    lock = (path / LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"{path} is being written to by another hedgerow process") from None
+    return lock
+
+
+def flat(content: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Nested mappings as one, whose keys are the ways to the values."""
+    if not isinstance(content, dict):
+        return {key: content}
+    found: dict[tuple[str, ...], Any] = {}
+    for name, value in content.items():
+        found |= flat(value, (*key, str(name)))
+    return found

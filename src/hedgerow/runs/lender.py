@@ -1,0 +1,42 @@
+"""One base model for many runs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hedgerow.ledger import Base, Ledger
+from hedgerow.model import Model
+from hedgerow.settings import ModelSettings
+
+
+class Lender:
+    """Lends one model again and again, each time as it was loaded."""
+
+    def __init__(self) -> None:
+        self._settings: ModelSettings | None = None
+        self._model: Model | None = None
+        self.state: dict[str, Tensor] = {}
+        """Its weights and buffers as they were loaded, in host memory."""
+        self._base: Base | None = None
+
+    def lend(self, settings: ModelSettings) -> Model:
+        """The model, for the caller to change until it is lent again.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        if self._model is None or settings != self._settings:
+            self._model, self.state = None, {}  # before the next one is in memory
+            self._model, self._settings = Model.load(settings), settings
+            self.state, self._base = self._model.state(), None
+        else:
+            self._model.reset(self.state)
+        return self._model
+
+    def check_base(self, ledger: Ledger) -> None:
+        """Raise a `UserError` unless the model, which was just lent, is the base of `ledger`."""
+        assert self._model is not None
+        assert self._settings is not None
+        if self._base is None:  # hashing all weights takes a while
+            self._base = Base.of(self._model)
+        ledger.check_base(self._base, f"model.path {self._settings.path}")

@@ -1,0 +1,66 @@
+"""Finished (or interrupted) runs: open one, and put the model of any of its rounds together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hedgerow.errors import UserError
+from hedgerow.experiment import Experiment, load
+from hedgerow.ledger import Base, Ledger, unpack
+from hedgerow.model import Model
+from hedgerow.runs.directory import EXPERIMENT
+
+
+@contextmanager
+def opened(path: Path, overrides: list[str]) -> Iterator[tuple[Experiment, Ledger]]:
+    """A run's experiment and ledger, from its directory or its packed ledger.
+
+    Raises:
+        UserError: `path` is neither.
+    """
+    if path.is_file():
+        with unpack(path) as folder, opened(Path(folder), overrides) as run:
+            yield run
+    elif (path / EXPERIMENT).is_file():
+        yield load(path / EXPERIMENT, overrides), Ledger.open(path / "ledger")
+    else:
+        raise UserError(f"{path} is no run: it is neither a run directory nor a packed ledger")
+
+
+def model_at(experiment: Experiment, ledger: Ledger, round: int) -> Model:
+    """The run's model after a round; `round` 0 is the base.
+
+    Raises:
+        UserError: model.path does not hold the ledger's base, or an entry is damaged.
+    """
+    model = Model.load(experiment.model)
+    ledger.check_base(Base.of(model), f"model.path {experiment.model.path}")
+    ledger.replay(experiment.method, model, round)
+    return model
+
+
+def check_client(experiment: Experiment, ledger: Ledger, client: str | None) -> list[str]:
+    """The clients whose models are meant: the one that is named, or all; none of a global model.
+
+    Raises:
+        UserError: one is named where there is a global model, or it is not there.
+    """
+    if experiment.method.has_global_model:
+        if client is None:
+            return []
+        raise UserError(f"--client {client}: {experiment.method.name} has one model for everybody")
+    clients = ledger.clients()
+    if client is None:
+        return clients
+    if client not in clients:
+        raise UserError(f"--client {client}: only {', '.join(clients)} took part in the run")
+    return [client]
+
+
+def check_round(ledger: Ledger, round: int | None) -> int:
+    """The round that is meant: the last where none is named."""
+    if round is not None and not 0 <= round <= len(ledger):
+        raise UserError(f"--round {round}: the ledger has rounds 0 (the base) to {len(ledger)}")
+    return len(ledger) if round is None else round

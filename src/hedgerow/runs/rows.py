@@ -1,0 +1,45 @@
+"""metrics.jsonl: a row for each round."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from hedgerow.errors import UserError
+
+METRICS = "metrics.jsonl"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that a kill cut short is left out.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = path / METRICS
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    try:
+        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        if all(isinstance(row["round"], int) for row in rows):
+            return rows
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{file} is damaged: it is not a JSON object with a round on each line")
+
+
+def encoded_row(row: dict[str, Any]) -> bytes:
+    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: a loss that is not a number becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,208 @@
+"""What is scored: the model that a method has made, a run's, or any model in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hedgerow.data import Row, read
+from hedgerow.errors import UserError
+from hedgerow.evaluation.answers import check_positions
+from hedgerow.evaluation.scores import TestSet, evaluate, perplexity
+from hedgerow.experiment import Experiment, apply_overrides, validate
+from hedgerow.methods.base import Method
+from hedgerow.model import Model
+from hedgerow.runs.opening import check_client, check_round, model_at, opened
+from hedgerow.settings import Evaluation, EvaluationSettings, TextSettings
+from hedgerow.wire import Entry
+
+Progress = Callable[[int, int], None]
+"""Told how many forward passes or answers are done, of how many."""
+
+
+def load_test(text: TextSettings, settings: EvaluationSettings, model: Model) -> TestSet:
+    """The test data of an experiment, ready to be scored.
+
+    Raises:
+        UserError: there is none, or it cannot be scored as `settings` ask.
+    """
+    rows = test_rows(text)
+    check_positions(model, settings)
+    return TestSet.prepare(rows, text, settings, model.tokenizer)
+
+
+def test_rows(text: TextSettings) -> list[Row]:
+    """The rows to evaluate on.
+
+    Raises:
+        UserError: there are none.
+    """
+    if text.test is None:
+        raise UserError("`data.test` is missing: name the file to evaluate on")
+    return read(text.test, text.test_split, text.test_subset, text.test_share)
+
+
+class Scorer:
+    """The global model of a run, which entries advance, and its scores."""
+
+    def __init__(
+        self, experiment: Experiment, model: Model, clients: Sequence[str], test: TestSet | None
+    ) -> None:
+        self._experiment, self._model = experiment, model
+        self._clients, self._test = clients, test
+
+    def advance(self, entry: Entry) -> None:
+        """Advance the model by one entry."""
+        self._experiment.method.apply(self._model, entry)
+
+    def evaluate(self, progress: Progress) -> dict[str, Any]:
+        """Scores of the model; of each client's and their mean where there is no global one.
+
+        They are empty without test data.
+        """
+        if self._test is None:
+            return {}
+        return score_method(
+            *(self._experiment.method, self._model, self._clients, self._test),
+            *(self._experiment.evaluation, progress),
+        )
+
+
+def score_method(
+    method: Method,
+    model: Model,
+    clients: Sequence[str],
+    test: TestSet,
+    settings: EvaluationSettings,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Scores of a method's global model; or, where it has none, of each client's, and their mean.
+
+    Args:
+        clients: whose models count where there is no global one.
+    """
+    return by_model(
+        {name: evaluate(model, test, settings, progress) for name in method.models(model, clients)}
+    )
+
+
+def by_model(scores: dict[str | None, dict[str, Any]]) -> dict[str, Any]:
+    """The global model's scores (under None), or those of each client with their mean."""
+    if None in scores:
+        return scores[None]
+    average = mean(list(scores.values()))
+    if "eval_loss" in average:
+        average["eval_perplexity"] = perplexity(average["eval_loss"])
+    return average | {"by_client": scores}
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A run's model after a round, or a model from a folder, and the settings to score it with."""
+
+    model: Model
+    data: TextSettings
+    evaluation: EvaluationSettings
+    name: str
+    """The folder's or the run's name, and the round."""
+    entry: str | None
+    """The hash of the run's last entry that is in the model, or of its base; None of a folder."""
+    seed: int
+    """Of the run, for what is drawn at random."""
+    method: Method | None
+    clients: Sequence[str]
+    """Whose models are meant, where a run has no global one."""
+
+    def models(self) -> Iterator[str | None]:
+        """Put what is to be scored into `model`, as `Method.models` does."""
+        if self.method is None:
+            yield None
+        else:
+            yield from self.method.models(self.model, self.clients)
+
+
+@contextmanager
+def loaded(
+    target: Path, overrides: list[str], round: int | None, client: str | None
+) -> Iterator[Target]:
+    """Load a run's model after a round, or a model folder.
+
+    Args:
+        target: a run directory, a packed ledger, or a model (or adapter) folder.
+        overrides: `key.path=value`, on top of the run's experiment.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    if (target / "config.json").is_file() or (target / "adapter_config.json").is_file():
+        if round is not None or client is not None:
+            raise UserError(f"{target} is a model, not a run: leave out --round and --client")
+        content: dict[str, Any] = {"model": {"path": str(target.absolute())}, "data": {}}
+        asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(target), Evaluation)
+        model = Model.load(asked.model)
+        yield Target(
+            model=model,
+            data=asked.data,
+            evaluation=asked.evaluation,
+            name=model.name,
+            entry=None,
+            seed=0,
+            method=None,
+            clients=(),
+        )
+        return
+    with opened(target, overrides) as (experiment, ledger):
+        clients = check_client(experiment, ledger, client)
+        round = check_round(ledger, round)
+        model = model_at(experiment, ledger, round)
+        yield Target(
+            model=model,
+            data=experiment.data,
+            evaluation=experiment.evaluation,
+            name=f"{target.absolute().name}-round-{round}",
+            entry=ledger.parent(round + 1),
+            seed=experiment.federation.seed,
+            method=experiment.method,
+            clients=clients,
+        )
+
+
+def score_target(
+    target: Path,
+    overrides: list[str],
+    round: int | None,
+    client: str | None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Scores of a run's model after a round, or of a model folder; the arguments are `loaded`'s.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    with loaded(target, overrides, round, client) as it:
+        test = load_test(it.data, it.evaluation, it.model)
+        scored = {name: evaluate(it.model, test, it.evaluation, progress) for name in it.models()}
+        return by_model(scored) | counts(test)
+
+
+def counts(test: TestSet) -> dict[str, int]:
+    """How many test rows were scored, cut or left out."""
+    return {
+        "rows": len(test),
+        "truncated": test.truncated,
+        "dropped": test.dropped,
+        "skipped": test.skipped,
+    }
+
+
+def mean(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of each score, also inside dictionaries of scores."""
+    return {
+        key: mean([s[key] for s in scores])
+        if isinstance(value, dict)
+        else sum(s[key] for s in scores) / len(scores)
+        for key, value in scores[0].items()
+    }

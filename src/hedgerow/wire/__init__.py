@@ -1,0 +1,43 @@
+"""Updates and entries to bytes and back: safetensors files whose metadata says what they are.
+
+Nothing that is read is trusted, and nothing here knows a method.
+"""
+
+from hedgerow.wire.entries import (
+    LARGEST_BROADCAST,
+    LARGEST_WEIGHT,
+    Entry,
+    Participant,
+    check_participants,
+)
+from hedgerow.wire.files import (
+    MAX_HEADER_BYTES,
+    FileTensors,
+    check_numbers,
+    kinds,
+    to_safetensors,
+)
+from hedgerow.wire.kinds import Kind, check_kinds, in_float32, seed_kind
+from hedgerow.wire.metadata import LONGEST_TEXT, check_equal
+from hedgerow.wire.updates import LARGEST_SENT, Update
+
+__all__ = [
+    "LARGEST_BROADCAST",
+    "LARGEST_SENT",
+    "LARGEST_WEIGHT",
+    "LONGEST_TEXT",
+    "MAX_HEADER_BYTES",
+    "Entry",
+    "FileTensors",
+    "Kind",
+    "Participant",
+    "Update",
+    "check_equal",
+    "check_kinds",
+    "check_numbers",
+    "check_participants",
+    "in_float32",
+    "kinds",
+    "seed_kind",
+    "to_safetensors",
+]

@@ -1,0 +1,138 @@
+"""Entries: what the server broadcasts, and a ledger is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from hedgerow.errors import InvalidMessage, UserError
+from hedgerow.names import NAME
+from hedgerow.wire.files import FileTensors, to_safetensors
+from hedgerow.wire.metadata import LONGEST_TEXT, natural, read_json, take
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENTRY_FORMAT = "hedgerow.entry/1"
+
+
+LARGEST_BROADCAST = 1e17
+"""What a participant accepts of a number in an entry: sums of what servers accept, times scales and
+learning rates; products of two, summed over all ranks, are within float32's range."""
+
+
+LARGEST_WEIGHT = 100.0
+"""What an update may count for in an entry; weights mostly sum to 1."""
+
+
+_METRIC = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+@dataclass(frozen=True)
+class Participant:
+    """A client's part in an entry; `weight` is what its update counted, mostly n_k / Σ n."""
+
+    client: str
+    num_examples: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the server broadcasts after a round: one step of the global model."""
+
+    method: str
+    round: int
+    parent: str
+    """Hash of the entry before, or the base model's fingerprint."""
+    participants: list[Participant]
+    metrics: dict[str, float]
+    """What is known without the model and without a clock: equal runs give equal bytes."""
+    tensors: Mapping[str, Tensor]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The options of the method without which the tensors mean something else."""
+
+    def write(self, file: BinaryIO) -> tuple[str, int]:
+        """Write the entry as a safetensors file; returns its SHA-256 and its size in bytes."""
+        metadata = {
+            "format": ENTRY_FORMAT,
+            "method": self.method,
+            "round": str(self.round),
+            "parent": self.parent,
+            "participants": json.dumps([vars(p) for p in self.participants], separators=(",", ":")),
+            "metrics": json.dumps(self.metrics, sort_keys=True),
+        }
+        if self.options:
+            metadata["options"] = json.dumps(self.options, sort_keys=True)
+        digest, size = hashlib.sha256(), 0
+        for part in to_safetensors(self.tensors, metadata):
+            file.write(part)
+            digest.update(part)
+            size += len(part)
+        return digest.hexdigest(), size
+
+    @staticmethod
+    def read(path: Path) -> Entry:
+        """The entry in a file; its tensors are read when they are asked for.
+
+        Whether it is an entry that fits is for `check_entry` to say.
+
+        Raises:
+            UserError: the file is no entry, with its name.
+        """
+        try:
+            tensors = FileTensors(path)
+            said = dict(tensors.metadata)
+            method, round, parent, participants, metrics = take(
+                said, ENTRY_FORMAT, "method", "round", "parent", "participants", "metrics"
+            )
+            options = read_json("options", said.pop("options", "{}"), dict)
+            if said:
+                raise InvalidMessage(f"its metadata have {min(said)[:LONGEST_TEXT]}")
+            everybody = [_participant(p) for p in read_json("participants", participants, list)]
+            return Entry(
+                *(method, natural("round", round), parent, everybody, _metrics(metrics)),
+                *(tensors, options),
+            )
+        except (InvalidMessage, OSError) as error:
+            raise UserError(f"{path} is not a ledger entry: {error}") from None
+
+
+def check_participants(participants: Sequence[Participant]) -> None:
+    """There are some, each once, and none of them has an absurd weight."""
+    if not participants:
+        raise InvalidMessage("it has no participants")
+    if len({p.client for p in participants}) < len(participants):
+        raise InvalidMessage("it has a participant twice")
+    for p in participants:
+        if not 0 <= p.weight <= LARGEST_WEIGHT:
+            raise InvalidMessage(f"the weight of {p.client} is {p.weight}")
+
+
+def _participant(content: Any) -> Participant:
+    match content:
+        case {"client": str(client), "num_examples": int(n), "weight": float(weight)} if (
+            len(content) == 3
+            and NAME.fullmatch(client)
+            and (type(n) is int and 1 <= n < 2**63)
+            and math.isfinite(weight)
+        ):
+            return Participant(client, n, weight)
+    raise InvalidMessage("its participants are not names, numbers of examples and weights")
+
+
+def _metrics(text: str) -> dict[str, float]:
+    metrics: dict[str, float] = read_json("metrics", text, dict)
+    for name, value in metrics.items():
+        # Beyond a float's range is an integer of JSON's, or infinity; a NaN is in no range.
+        is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
+        if not is_number or not _METRIC.fullmatch(name):
+            raise InvalidMessage("its metrics are not finite numbers by name")
+    return metrics

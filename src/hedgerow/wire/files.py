@@ -1,0 +1,185 @@
+"""Tensors to bytes and back: the safetensors format, of which nothing is believed.
+
+Both ends of the format are here. The writer, since safetensors orders the metadata by a hash map,
+so that equal content gives different bytes from one process to the next, and a ledger is compared
+by its bytes; and since a file of gigabytes is hashed while it is written, from the tensors' own
+memory. The reader, since what arrives is a stranger's: safetensors' own takes the last of two
+tensors of one name, passes on shapes that torch fails at, and reads the whole header again for each
+tensor.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hedgerow.errors import InvalidMessage, UserError
+from hedgerow.lazy import torch
+from hedgerow.wire.kinds import TYPES, Kind, code_of, dtype_of
+from hedgerow.wire.metadata import LONGEST_TEXT, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HEADER_BYTES = 1 << 24
+"""Names and shapes of 100,000 tensors; parsed, a header takes up to forty times its size."""
+
+
+MAX_DIMENSIONS = 8
+
+
+def kinds(tensors: Mapping[str, Tensor]) -> dict[str, Kind]:
+    """The kind of each tensor; those of a file are not read for it."""
+    if isinstance(tensors, FileTensors):
+        return tensors.kinds
+    return {name: Kind(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def check_numbers(tensors: Mapping[str, Tensor], largest: float) -> None:
+    """Raise `InvalidMessage` where a floating number is not finite, or above `largest` in size."""
+    for name, kind in kinds(tensors).items():
+        if kind.dtype.is_floating_point:
+            low, high = (float(bound) for bound in torch.aminmax(tensors[name]))
+            # A NaN is both.
+            if not math.isfinite(high - low):
+                raise InvalidMessage(f"{name} has numbers that are not finite")
+            if max(-low, high) > largest:
+                raise InvalidMessage(f"{name} has numbers above {largest:g}")
+
+
+class FileTensors(Mapping[str, "Tensor"]):
+    """The tensors of a safetensors file, each read when it is asked for.
+
+    The file is opened anew for each, and not mapped into memory, where what was read of it would
+    stay.
+
+    Raises:
+        InvalidMessage: it is no such file.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            self.metadata, self._places = read_header(file)
+        self.kinds = {name: place.kind for name, place in self._places.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        place = self._places[key]
+        with self._path.open("rb") as file:
+            return place.read(file)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def to_safetensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """A safetensors file in pieces: the header, then each tensor's memory, widest types first."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": code_of(tensor.dtype),
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    if len(text) > MAX_HEADER_BYTES:
+        raise UserError(f"{len(names)} tensors are more than one file can have")
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        tensor = tensors[name].detach().contiguous().cpu()
+        yield memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+class Place(NamedTuple):
+    """Where in a file a tensor is."""
+
+    kind: Kind
+    begin: int
+
+    def read(self, file: io.BufferedIOBase) -> Tensor:
+        """The tensor, on the CPU."""
+        dtype, shape = self.kind
+        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        file.seek(self.begin)
+        if file.readinto(data.numpy()) < len(data):  # type: ignore[arg-type]
+            raise InvalidMessage("it is shorter than it was")
+        return data.view(dtype).view(shape)
+
+
+def read_header(file: io.BufferedIOBase) -> tuple[dict[str, str], dict[str, Place]]:
+    """A safetensors file's metadata, and where its tensors are, in their order.
+
+    Raises:
+        InvalidMessage: it is no such file, or has what nobody here writes.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    begin = 8 + length
+    if begin > size:
+        raise InvalidMessage("it is too short for what its header announces")
+    if length > MAX_HEADER_BYTES:
+        raise InvalidMessage(f"its header has more than {MAX_HEADER_BYTES} bytes")
+    try:
+        text = file.read(length).decode()
+    except UnicodeDecodeError:
+        raise InvalidMessage("its header is not in UTF-8") from None
+    if not text.startswith("{"):
+        raise InvalidMessage("its header does not begin as one")
+    header = read_json("header", text, dict)
+    metadata = header.pop("__metadata__", {})
+    texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [None]
+    if not all(isinstance(text, str) and text.isprintable() for text in texts):
+        raise InvalidMessage("its metadata are no mapping of printable texts")
+    for name, content in header.items():
+        _check_described(name, content)
+    places: dict[str, Place] = {}
+    end = begin
+    for name, content in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        kind = Kind(dtype_of(content["dtype"]), tuple(content["shape"]))
+        places[name] = Place(kind, end)
+        end += math.prod(kind.shape) * kind.dtype.itemsize
+        if content["data_offsets"] != [places[name].begin - begin, end - begin]:
+            raise InvalidMessage(f"{name} is not where the tensor before it ends")
+    if end != size:
+        raise InvalidMessage(f"it has {size} bytes, but its header describes {end}")
+    return metadata, places
+
+
+def _check_described(name: str, content: Any) -> None:
+    """Whether this is a tensor's description in a header, of what is written here."""
+    if not 0 < len(name) <= LONGEST_TEXT or not name.isprintable():
+        raise InvalidMessage("a tensor's name is empty, too long or not printable")
+    if not isinstance(content, dict) or content.keys() != {"dtype", "shape", "data_offsets"}:
+        raise InvalidMessage(f"its header does not say what {name} is and where")
+    dtype, shape, place = content["dtype"], content["shape"], content["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in TYPES:
+        raise InvalidMessage(f"{name} has numbers of the kind {str(dtype)[:16]!r}")
+    if not _are_ints(shape) or len(shape) > MAX_DIMENSIONS or min(shape, default=1) < 1:
+        raise InvalidMessage(f"the shape of {name} is no list of up to {MAX_DIMENSIONS} lengths")
+    if not _are_ints(place):
+        raise InvalidMessage(f"its header does not say where {name} is")
+
+
+def _are_ints(content: Any) -> bool:
+    # True and False are ints to Python, but not to the format.
+    return isinstance(content, list) and all(type(number) is int for number in content)

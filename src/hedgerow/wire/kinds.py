@@ -1,0 +1,65 @@
+"""What tensors are, whatever their numbers: types, shapes and names that are expected of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from hedgerow.errors import InvalidMessage
+from hedgerow.lazy import torch
+
+TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+}
+"""Number types that may travel: safetensors' names, and torch's."""
+_CODES = {name: code for code, name in TYPES.items()}
+
+
+def code_of(dtype: torch.dtype) -> str:
+    """Name of a number type in a safetensors header."""
+    return _CODES[str(dtype).removeprefix("torch.")]
+
+
+def dtype_of(code: str) -> torch.dtype:
+    """Number type with this name in a safetensors header."""
+    dtype: torch.dtype = getattr(torch, TYPES[code])
+    return dtype
+
+
+class Kind(NamedTuple):
+    """What a tensor is, whatever its numbers."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{code_of(self.dtype)} {list(self.shape)}"
+
+
+def in_float32(shapes: Mapping[str, Sequence[int]]) -> dict[str, Kind]:
+    """The kinds of float32 tensors of these shapes."""
+    return {name: Kind(torch.float32, tuple(shape)) for name, shape in shapes.items()}
+
+
+def seed_kind() -> Kind:
+    """What a seed that travels is: an int64 of shape (1,)."""
+    return Kind(torch.int64, (1,))
+
+
+def check_kinds(given: Mapping[str, Kind], expected: Mapping[str, Kind]) -> None:
+    """Raise `InvalidMessage` unless tensors of exactly the expected names and kinds are given."""
+    if missing := expected.keys() - given.keys():
+        raise InvalidMessage(f"it lacks {min(missing)}")
+    if unknown := given.keys() - expected.keys():
+        raise InvalidMessage(f"it has {min(unknown)}, which does not belong there")
+    for name, kind in expected.items():
+        if given[name] != kind:
+            raise InvalidMessage(f"{name} is {given[name]}, not {kind}")

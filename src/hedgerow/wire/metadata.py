@@ -1,0 +1,61 @@
+"""What a file says of itself: texts by name, read with suspicion."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from hedgerow.errors import InvalidMessage
+
+LONGEST_TEXT = 512
+"""Characters of a tensor's name, and of what an update says."""
+
+_NATURAL = re.compile(r"[1-9][0-9]{0,18}")
+
+
+def read_json(what: str, text: str, kind: type[dict[str, Any]] | type[list[Any]]) -> Any:
+    """The content of a JSON text, which is of this kind and has no name twice in one object.
+
+    Raises:
+        InvalidMessage: it is something else; `what` says where it stands.
+    """
+    try:
+        content = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise InvalidMessage(f"its {what} cannot be read: {error}") from None
+    if not isinstance(content, kind):
+        raise InvalidMessage(f"its {what} cannot be read: it is no {kind.__name__}")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name stands twice in one mapping")
+    return content
+
+
+def take(metadata: dict[str, str], format: str, *names: str) -> list[str]:
+    """Take what has these names out of the metadata of a file in a format."""
+    if metadata.pop("format", None) != format:
+        raise InvalidMessage(f"its format is not {format}")
+    for name in names:
+        if name not in metadata:
+            raise InvalidMessage(f"its metadata lack {name}")
+    return [metadata.pop(name) for name in names]
+
+
+def natural(what: str, text: str) -> int:
+    """1, 2, … as `str` writes them, of at most 63 bits."""
+    if not _NATURAL.fullmatch(text) or int(text) >= 2**63:
+        raise InvalidMessage(f"its {what} is {text[:LONGEST_TEXT]!r}")
+    return int(text)
+
+
+def check_equal(said: Mapping[str, object], expected: Mapping[str, object]) -> None:
+    for what in sorted(said.keys() | expected.keys()):
+        if said.get(what) != expected.get(what):
+            given = str(said.get(what))[:LONGEST_TEXT]
+            raise InvalidMessage(f"its {what} is {given}, not {expected.get(what)}")

@@ -1,0 +1,125 @@
+"""Updates: what clients send."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from hedgerow.errors import InvalidMessage
+from hedgerow.wire.files import (
+    FileTensors,
+    check_numbers,
+    read_header,
+    to_safetensors,
+)
+from hedgerow.wire.metadata import LONGEST_TEXT, check_equal, natural, take
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UPDATE_FORMAT = "hedgerow.update/1"
+
+
+LARGEST_SENT = 1e10
+"""What a server accepts of a number in an update."""
+
+
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client sends after its local training."""
+
+    method: str
+    round: int
+    client: str
+    parent: str
+    """Hash of the entry that the training started from."""
+    num_examples: int
+    train_loss: float
+    tensors: Mapping[str, Tensor]
+    about: Mapping[str, str] = field(default_factory=dict)
+    """What the method says of the tensors, as `r` and `lora_alpha` of an adapter."""
+
+    def encode(self) -> bytes:
+        """The update as a safetensors file."""
+        return b"".join(self._parts())
+
+    def write(self, file: BinaryIO) -> None:
+        """Write the update as a safetensors file."""
+        for part in self._parts():
+            file.write(part)
+
+    @staticmethod
+    def decode(data: bytes) -> Update:
+        """The update in `data`.
+
+        Raises:
+            InvalidMessage: `data` is no update, or holds a number that is not finite or absurd.
+        """
+        file = io.BytesIO(data)
+        metadata, places = read_header(file)
+        return _update(metadata, {name: place.read(file) for name, place in places.items()})
+
+    @staticmethod
+    def read(path: Path) -> Update:
+        """The update in a file; its tensors are read when they are asked for.
+
+        Raises:
+            InvalidMessage: as in `decode`.
+            OSError: the file cannot be read.
+        """
+        tensors = FileTensors(path)
+        return _update(tensors.metadata, tensors)
+
+    def check(self, method: str, round: int, parent: str, client: str, num_examples: int) -> None:
+        """Raise `InvalidMessage` unless the update is the one that was asked for."""
+        asked = {
+            "method": method,
+            "round": round,
+            "parent": parent,
+            "client": client,
+            "num_examples": num_examples,
+        }
+        check_equal({what: getattr(self, what) for what in asked}, asked)
+
+    def check_about(self, expected: Mapping[str, str]) -> None:
+        """Raise `InvalidMessage` unless `about` is as the method has it."""
+        check_equal(self.about, expected)
+
+    def _parts(self) -> Iterator[bytes | memoryview]:
+        metadata = {
+            "format": UPDATE_FORMAT,
+            "method": self.method,
+            "round": str(self.round),
+            "client": self.client,
+            "parent": self.parent,
+            "num_examples": str(self.num_examples),
+            "train_loss": repr(self.train_loss),
+            **self.about,
+        }
+        return to_safetensors(self.tensors, metadata)
+
+
+def _update(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Update:
+    """The update of a file's metadata and tensors, checked."""
+    about = dict(metadata)
+    method, round, client, parent, num_examples, train_loss = take(
+        about,
+        UPDATE_FORMAT,
+        *("method", "round", "client", "parent", "num_examples", "train_loss"),
+    )
+    if max(map(len, (*about, *metadata.values()))) > LONGEST_TEXT:
+        raise InvalidMessage(f"its metadata have more than {LONGEST_TEXT} characters in one place")
+    if not _NUMBER.fullmatch(train_loss) or not abs(float(train_loss)) <= LARGEST_SENT:
+        raise InvalidMessage(f"its train_loss is {train_loss}")
+    check_numbers(tensors, LARGEST_SENT)
+    return Update(
+        *(method, natural("round", round), client, parent),
+        *(natural("num_examples", num_examples), float(train_loss), tensors, about),
+    )
