@@ -11,8 +11,8 @@ from pydantic import (
     ValidationError,
 )
 
-from hedgerow import methods
 from hedgerow.errors import UserError, did_you_mean
+from hedgerow.methods import METHODS
 from hedgerow.methods.base import Method
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
@@ -35,11 +35,10 @@ def _method(options: Any, where: str) -> Method:
     name = options.get("name") if isinstance(options, dict) else None
     if not isinstance(name, str):
         raise UserError(f"{where}: `method` needs a name, as in {{name: flora, ranks: 16}}")
-    if name not in methods.METHODS:
-        known = ", ".join(methods.METHODS)
-        close = did_you_mean(name, methods.METHODS)
-        raise UserError(f"{where}: `method.name`: there is no {name!r}{close} (known: {known})")
-    kind = methods.METHODS[name]
+    try:
+        kind = METHODS.find(name, "method.name")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     try:
         return kind.model_validate(options)
     except ValidationError as error:

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from hedgerow import methods
 from hedgerow.errors import UserError
 from hedgerow.experiment.paths import make_paths_absolute
 from hedgerow.experiment.yaml import Loader, one_line
+from hedgerow.methods import METHODS
 
 Change = tuple[list[str], Any]
 """The keys that lead to a value, and the value that it gets."""
@@ -82,12 +82,19 @@ def changed(
 
 def _drop_options_of_another_method(options: Any, name: Any) -> None:
     """`method.name=fedavg` on a file for flora leaves out what only adapters have, as `ranks`."""
-    if isinstance(options, dict) and name in methods.METHODS:
-        known = methods.METHODS[name].model_fields
-        before = methods.METHODS.get(options.get("name", ""))
-        for key in set(options) - set(known):
-            if before is not None and key in before.model_fields:
+    if isinstance(options, dict):
+        known, before = _options_of(name), _options_of(options.get("name"))
+        for key in set(options) - known if known else ():
+            if key in before:
                 del options[key]
+
+
+def _options_of(method: Any) -> set[str]:
+    """Options of a method by its name; none of one that is not there."""
+    try:
+        return set(METHODS.find(str(method), "method.name").model_fields)
+    except UserError:
+        return set()  # which is said where the whole experiment is checked
 
 
 def split_override(override: str) -> Change:

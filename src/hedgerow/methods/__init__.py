@@ -1,6 +1,7 @@
 """The methods: one file per paper, each reading like the paper's algorithm.
 
-To add one, subclass `hedgerow.methods.base.Method` (or `LoraMethod`) and name it in `METHODS`.
+To add one, put a subclass of `hedgerow.methods.base.Method` (or `LoraMethod`) into a file here, or
+anywhere: `method: {name: "package.module:Class"}`.
 """
 
 from __future__ import annotations
@@ -23,24 +24,29 @@ from hedgerow.methods.florist import FLoRIST
 from hedgerow.methods.rolora import RoLoRA
 from hedgerow.methods.standalone import Standalone
 from hedgerow.methods.zero_padding import ZeroPadding
+from hedgerow.plugins import Registry
 
-METHODS: dict[str, type[Method]] = {
-    "flora": FLoRA,
-    "ferret": Ferret,
-    "fedit": FedIT,
-    "zero_padding": ZeroPadding,
-    "flexlora": FlexLoRA,
-    "florist": FLoRIST,
-    "flora_adalora": FLoRAAdaLoRA,
-    "fedex_lora": FedExLoRA,
-    "ffa_lora": FFALoRA,
-    "rolora": RoLoRA,
-    "fedsvd": FedSVD,
-    "fed_sb": FedSB,
-    "fedavg": FedAvg,
-    "fedkseed": FedKSeed,
-    "fedzo": FedZO,
-    "centralized": Centralized,
-    "standalone": Standalone,
-}
-"""Every method by the name that the experiment file uses."""
+METHODS = Registry("method", Method, "hedgerow.methods")  # type: ignore[type-abstract]
+"""Every method by the name that the experiment file uses, installed plug-ins included."""
+
+__all__ = [
+    "METHODS",
+    "Centralized",
+    "FFALoRA",
+    "FLoRA",
+    "FLoRAAdaLoRA",
+    "FLoRIST",
+    "FedAvg",
+    "FedExLoRA",
+    "FedIT",
+    "FedKSeed",
+    "FedSB",
+    "FedSVD",
+    "FedZO",
+    "Ferret",
+    "FlexLoRA",
+    "Method",
+    "RoLoRA",
+    "Standalone",
+    "ZeroPadding",
+]

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from pydantic import BaseModel, ConfigDict
-
 from hedgerow.errors import InvalidMessage, UserError
+from hedgerow.plugins import Plugin
 from hedgerow.wire import (
     LARGEST_BROADCAST,
     LARGEST_SENT,
@@ -129,16 +128,12 @@ class Aggregate(NamedTuple):
     """What each update counted, in their order, where that is not p_k = n_k / Σ n."""
 
 
-class Method(BaseModel, ABC):
+class Method(Plugin, ABC):
     """A federated method: its fields are the options under `method:` in the experiment file.
 
     The functions are pure but for the model that they are handed: a method keeps no state, so that
     the ledger is all that a participant needs.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    name: str
 
     summary: ClassVar[str]
     """One line for `hedgerow methods`."""

@@ -7,7 +7,7 @@ hyper-parameters as a client. Nothing travels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from hedgerow.errors import InvalidMessage
 from hedgerow.methods.base import Client
@@ -17,7 +17,7 @@ from hedgerow.methods.fedit import AveragedAdapter
 class Centralized(AveragedAdapter):
     """One adapter on the data of all clients together."""
 
-    name: Literal["centralized"] = "centralized"
+    name: str = "centralized"
     summary: ClassVar[str] = "one adapter trained on all clients' data together (upper baseline)"
     reference: ClassVar[str] = "the baseline in FLoRA, arXiv 2409.05976"
     pools_data: ClassVar[bool] = True

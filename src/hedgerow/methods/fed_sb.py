@@ -20,7 +20,7 @@ unless two singular values of a weight are so close that their vectors are hardl
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow import lowrank
 from hedgerow.adapters import adapter_tensors
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 class FedSB(HeldAdapter):
     """Adapters of one rank, of which the core between two fixed bases is trained."""
 
-    name: Literal["fed_sb"] = "fed_sb"
+    name: str = "fed_sb"
     summary: ClassVar[str] = "an r×r core between W's singular vectors, averaged: exact, and tiny"
     reference: ClassVar[str] = "Fed-SB, arXiv 2502.15436, with LoRA-XS's bases (2405.17604)"
     same_rank: ClassVar[bool] = True

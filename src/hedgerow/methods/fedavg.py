@@ -12,7 +12,7 @@ arXiv 1602.05629, algorithm 1. What Ferret is compared with, and FLoRA's share o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.methods.base import (
     Aggregate,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class FedAvg(Method):
     """All parameters, averaged."""
 
-    name: Literal["fedavg"] = "fedavg"
+    name: str = "fedavg"
     summary: ClassVar[str] = "all parameters trained, dense changes averaged"
     reference: ClassVar[str] = "FedAvg, arXiv 1602.05629"
 

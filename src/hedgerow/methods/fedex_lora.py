@@ -13,7 +13,7 @@ travels as low-rank factors, never as a matrix.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, ServerTurn
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class FedExLoRA(ResidualAdapter):
     """Adapters of one rank, averaged factor by factor, with the residual in the base."""
 
-    name: Literal["fedex_lora"] = "fedex_lora"
+    name: str = "fedex_lora"
     summary: ClassVar[str] = "LoRA of one rank, averaged; what averages lack enters the base: exact"
     reference: ClassVar[str] = "FedEx-LoRA, arXiv 2410.09432"
     same_rank: ClassVar[bool] = True

@@ -12,7 +12,7 @@ FedAvg applied to A and B apart. The baseline whose noise FLoRA removes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import UserError
@@ -82,7 +82,7 @@ class HeldAdapter(AveragedAdapter):
 class FedIT(AveragedAdapter):
     """Adapters of one rank, averaged factor by factor."""
 
-    name: Literal["fedit"] = "fedit"
+    name: str = "fedit"
     summary: ClassVar[str] = "LoRA of one rank, A and B averaged apart (noisy)"
     reference: ClassVar[str] = "FedIT, arXiv 2305.05644"
     same_rank: ClassVar[bool] = True

@@ -10,7 +10,7 @@ round's sums, which comes to the same model. FedKSeed-Pro's uneven probabilities
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class FedKSeed(ZerothOrderMethod):
     """Zeroth-order steps along K candidate directions."""
 
-    name: Literal["fedkseed"] = "fedkseed"
+    name: str = "fedkseed"
     summary: ClassVar[str] = "all parameters, zeroth-order steps along K shared candidate seeds"
     reference: ClassVar[str] = "FedKSeed, arXiv 2312.06353"
 

@@ -12,7 +12,7 @@ with orthonormal rows.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from hedgerow import lowrank
 from hedgerow.lowrank import Factors
@@ -22,7 +22,7 @@ from hedgerow.methods.one_factor import OneFactor
 class FedSVD(OneFactor):
     """Adapters of one rank, B averaged, and A re-orthogonalised."""
 
-    name: Literal["fedsvd"] = "fedsvd"
+    name: str = "fedsvd"
     summary: ClassVar[str] = "LoRA of one rank, B averaged on A of B·A's singular vectors: exact"
     reference: ClassVar[str] = "FedSVD, arXiv 2505.12805"
     same_rank: ClassVar[bool] = True

@@ -8,7 +8,7 @@ sends all parameters; here it sends each direction's seed and coordinate, which 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -20,7 +20,7 @@ from hedgerow.seeds import Seeds
 class FedZO(ZerothOrderMethod):
     """Zeroth-order steps along fresh directions."""
 
-    name: Literal["fedzo"] = "fedzo"
+    name: str = "fedzo"
     summary: ClassVar[str] = "all parameters, zeroth-order (MeZO) steps along fresh directions"
     reference: ClassVar[str] = "FedZO, arXiv 2201.09531, with MeZO's steps, arXiv 2305.17333"
 

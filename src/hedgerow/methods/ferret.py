@@ -80,7 +80,7 @@ the 7.8·10³ numbers, up and down, of the paper's table on communication. Their
 class Ferret(HeldAdapter):
     """First-order steps, sent as coordinates on shared random bases."""
 
-    name: Literal["ferret"] = "ferret"
+    name: str = "ferret"
     summary: ClassVar[str] = "all parameters trained, sent as coordinates on shared random bases"
     reference: ClassVar[str] = "Ferret, arXiv 2409.06277"
 

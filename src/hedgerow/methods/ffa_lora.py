@@ -15,7 +15,7 @@ An entry holds B, and the seed of A, so that one entry is all that a newcomer ne
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class FFALoRA(HeldAdapter, OneFactor):
     """Adapters of different ranks on one frozen A."""
 
-    name: Literal["ffa_lora"] = "ffa_lora"
+    name: str = "ffa_lora"
     summary: ClassVar[str] = "LoRA of different ranks on one frozen A, B averaged: exact"
     reference: ClassVar[str] = "FFA-LoRA, arXiv 2403.12313"
 

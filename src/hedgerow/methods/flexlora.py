@@ -13,7 +13,7 @@ clients' ranks, and clients go on from what they have; what does not fit the lar
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow import lowrank
 from hedgerow.lowrank import Factors
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class FlexLoRA(AveragedAdapter):
     """Adapters of different ranks, stacked and cut to the largest."""
 
-    name: Literal["flexlora"] = "flexlora"
+    name: str = "flexlora"
     summary: ClassVar[str] = "LoRA of different ranks, summed exactly and cut by SVD to the largest"
     reference: ClassVar[str] = "FlexLoRA, arXiv 2402.11505"
 

@@ -99,7 +99,7 @@ def _as_compress(value: Any) -> Any:
 class FLoRA(ResidualAdapter):
     """Adapters of any ranks: the aggregate is exact, and clients go on from where they were."""
 
-    name: Literal["flora"] = "flora"
+    name: str = "flora"
     summary: ClassVar[str] = "LoRA of different ranks; the aggregate is exact"
     reference: ClassVar[str] = "FLoRA, arXiv 2409.05976"
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class FLoRAAdaLoRA(StackedAdapter):
     """Adapters whose ranks differ by client and by matrix, stacked: the aggregate is exact."""
 
-    name: Literal["flora_adalora"] = "flora_adalora"
+    name: str = "flora_adalora"
     summary: ClassVar[str] = "FLoRA of AdaLoRA: a rank for each matrix by its importance, stacked"
     reference: ClassVar[str] = "FLoRA, arXiv 2409.05976, with AdaLoRA, 2303.10512"
 

@@ -15,7 +15,7 @@ number of clients, but with the energy that is to be kept: each matrix has its o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class FLoRIST(StackedAdapter):
     """Adapters of any ranks, stacked and cut at a share of the energy."""
 
-    name: Literal["florist"] = "florist"
+    name: str = "florist"
     summary: ClassVar[str] = "LoRA of different ranks, stacked and cut by a threshold on the energy"
     reference: ClassVar[str] = "FLoRIST, arXiv 2506.09199"
 

@@ -16,7 +16,7 @@ needs the last entry alone.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from hedgerow.methods.one_factor import Factor, OneFactor
 
@@ -24,7 +24,7 @@ from hedgerow.methods.one_factor import Factor, OneFactor
 class RoLoRA(OneFactor):
     """Adapters of one rank, of which A and B are trained in turns."""
 
-    name: Literal["rolora"] = "rolora"
+    name: str = "rolora"
     summary: ClassVar[str] = "LoRA of one rank, A and B trained and averaged in turns: exact"
     reference: ClassVar[str] = "RoLoRA, arXiv 2409.02346, 2502.01755"
     same_rank: ClassVar[bool] = True

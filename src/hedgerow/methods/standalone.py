@@ -8,7 +8,7 @@ adapter under its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import InvalidMessage, UserError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Standalone(LoraMethod):
     """One adapter for each client, never aggregated."""
 
-    name: Literal["standalone"] = "standalone"
+    name: str = "standalone"
     summary: ClassVar[str] = (
         "every client by itself; each is evaluated, and the mean (lower baseline)"
     )

@@ -11,7 +11,7 @@ The baseline for heterogeneous ranks in FLoRA (arXiv 2409.05976, section 4), aft
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from hedgerow.methods.fedit import AveragedAdapter
 
@@ -19,6 +19,6 @@ from hedgerow.methods.fedit import AveragedAdapter
 class ZeroPadding(AveragedAdapter):
     """Adapters of different ranks, padded with zeros and averaged; `average` pads."""
 
-    name: Literal["zero_padding"] = "zero_padding"
+    name: str = "zero_padding"
     summary: ClassVar[str] = "LoRA of different ranks, padded with zeros and averaged (noisy)"
     reference: ClassVar[str] = "HetLoRA, arXiv 2401.06432, as compared in FLoRA"
