@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import random
 import time
 import tracemalloc
@@ -104,6 +105,13 @@ class File:
         self.tensors[name] = part.tensors["x"]
 
 
+def overwrite(path: Path, data: bytes) -> None:
+    """Make a file these bytes, in a tenth of the time that emptying it first would take."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
+        file.write(data)
+        file.truncate()
+
+
 class Case:
     """A method on the tiny model, with a real update of each client and the entry of them all."""
 
@@ -165,7 +173,7 @@ class Case:
             self.method.check_update(client, update, self.expected)
             return update
 
-        self.path.write_bytes(data)
+        overwrite(self.path, data)
         try:
             update = checked(Update.decode(data))
         except InvalidMessage as error:
@@ -180,7 +188,7 @@ class Case:
 
     def arrive(self, data: bytes) -> Entry:
         """What a participant does with an entry before it applies it."""
-        self.path.write_bytes(data)
+        overwrite(self.path, data)
         try:
             entry = Entry.read(self.path)
         except UserError as error:
@@ -916,7 +924,7 @@ CHECKED = settings(
 
 def refused_or_right(data: bytes, path: Path) -> bool:
     """Whether any of the readers takes the data; those of updates and safetensors' own agree."""
-    path.write_bytes(data)
+    overwrite(path, data)
     try:
         Entry.read(path)
         taken = True
