@@ -29,7 +29,7 @@ test: install lint
 	$(BIN)/python -m pytest
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 0
 
 browser:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name && exit; done; \

@@ -5,21 +5,35 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
-import torch
 from support.experiments import SHARED, write_experiment
-from support.models import tiny_llama
-
-from hedgerow import cli
 
 # Tiny models only lose by threads, which spin while they wait; and sums of two threads have other
-# bits than sums of one.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+# bits than sums of one. Libraries read this once, when they are imported, and the processes that
+# tests start inherit it.
+for _library in ("OMP", "MKL", "OPENBLAS", "NUMBA", "RAYON"):
+    os.environ[f"{_library}_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Ray has its workers wait for whatever else wants a core: beside two busy processes for ever.
+os.environ["RAY_worker_niceness"] = "0"
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """None beside this one where each file or test is named; or else what xdist makes of it."""
+    named = ("::" in argument or Path(argument).is_file() for argument in config.args)
+    return 0 if all(named) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("shared") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="../shared is not here"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Nobody pulls the plug: what was written is there for whoever reads it next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +70,8 @@ def hedgerow(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Output]:
     """Run a command line in this process."""
+    # In here as below, since the process that only hands out tests needs no torch.
+    from hedgerow import cli
 
     def run(*arguments: object) -> Output:
         monkeypatch.setattr(sys, "argv", ["hedgerow", *map(str, arguments)])
@@ -65,6 +89,8 @@ def hedgerow(
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama of two layers that reads bytes."""
+    from support.models import tiny_llama
+
     return tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
 
 

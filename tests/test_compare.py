@@ -88,7 +88,7 @@ def test_a_comparison_that_is_killed_goes_on(hedgerow, experiment, tmp_path):
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while len(ledgers(killed)) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -30,10 +30,10 @@ def network(tmp_path_factory, shared):
     [{"name": "flora", "ranks": RANKS}, {"name": "ferret"}],
     ids=["flora", "ferret"],
 )
-def test_the_network_s_ledger_is_the_local_one_s(network, shared, tmp_path, method):
+def test_the_network_s_ledger_is_the_local_one_s(network, shared, hedgerow, tmp_path, method):
     path = dolly(shared, tmp_path / "dolly.yaml", method)
-    run_hedgerow("run", path, "--out", tmp_path / "local")
-    run_hedgerow("flower", "init", path, tmp_path / "app")
+    assert hedgerow("run", path, "--out", tmp_path / "local").code == 0
+    assert hedgerow("flower", "init", path, tmp_path / "app").code == 0
     text = "".join(file.read_text() for file in (tmp_path / "app").iterdir())
     assert str(shared) not in text  # nobody's paths travel
 
@@ -50,10 +50,10 @@ def test_the_network_s_ledger_is_the_local_one_s(network, shared, tmp_path, meth
     name = json.loads((tmp_path / "remote/flower.json").read_text())["run"]
     for site in SITES:
         assert entries(network.folder / "sites" / site / name) == local
-    run_hedgerow("ledger", "verify", network.folder / "sites" / "north" / name)
+    assert hedgerow("ledger", "verify", network.folder / "sites" / "north" / name).code == 0
 
 
-def test_the_simulation_s_ledger_is_the_local_one_s(experiment, tmp_path):
+def test_the_simulation_s_ledger_is_the_local_one_s(experiment, hedgerow, tmp_path):
     """One divided source, on Ray's actors; the second half after a stop, and tracked."""
     rows = [{"instruction": f"Say {i}", "output": f"{i % 3}" * 3} for i in range(40)]
     (tmp_path / "all.json").write_text(json.dumps(rows))
@@ -65,7 +65,7 @@ def test_the_simulation_s_ledger_is_the_local_one_s(experiment, tmp_path):
     path = experiment(federation={"rounds": 4, "clients_per_round": 2}, method={"name": "ferret"})
     path.write_text(path.read_text().replace("ranks:\n  - 4\n  - 2\n  - 1\n", "compression: 40\n"))
     first = [path, *source, "federation.rounds=2"]
-    run_hedgerow("run", path, *source, "--out", tmp_path / "local")
+    assert hedgerow("run", path, *source, "--out", tmp_path / "local").code == 0
     run_hedgerow("run", *first, "--engine", "flower", "--out", tmp_path / "flower")
     tracked = ["tracking.to=tensorboard", "--engine", "flower"]
     more = [*tracked, "--resume", "--out", tmp_path / "flower"]

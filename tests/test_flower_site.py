@@ -94,6 +94,12 @@ def identity(monkeypatch):
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    """Replies are there as soon as messages are sent, or never."""
+    monkeypatch.setattr("hedgerow.engines.flower.fleet.POLL", 0.01)
+
+
 @pytest.fixture
 def make(experiment, tmp_path, tiny_model):
     """An app of the tiny experiment, its three sites, and a function that runs it."""

@@ -146,7 +146,7 @@ def test_a_gigabyte_passes_with_one_extra_copy(tmp_path):
         network.start_node("client-000", data=str(tmp_path / "client_0.json"), model=str(model))
         peaks.start()
         run = network.submit(app, tmp_path / "run")
-        assert network.finish(run, 500) == "finished:completed", network.run_log(run)
+        assert network.finish(run) == "finished:completed", network.run_log(run)
         peaks.done = True
     assert rows_of(tmp_path / "run")[-1]["bytes_up"] > size
     print({program: f"{peak / size:.2f}" for program, peak in peaks.peaks.items()})

@@ -63,7 +63,7 @@ def test_a_worker_ends_when_nothing_is_asked_and_is_started_again(question):
     place = place_of(question.node)
     short = question.model_copy(update={"node": question.node | {"idle": 0.5}})
     assert ask(place, short).reply.num_examples == 5
-    wait_for(lambda: not workers(place), "the worker's end", 20)
+    wait_for(lambda: not workers(place), "the worker's end")
     assert ask(place, question).reply.num_examples == 5
 
 
@@ -77,7 +77,7 @@ def test_a_worker_ends_with_who_started_it(question):
     inner = [sys.executable, "-c", script, str(place), question.model_dump_json()]
     outer = "import subprocess, sys; subprocess.run(sys.argv[1:], check=True)"
     subprocess.run([sys.executable, "-c", outer, *inner], check=True)
-    wait_for(lambda: not workers(place), "the worker's end", 20)
+    wait_for(lambda: not workers(place), "the worker's end")
 
 
 def test_what_a_killed_process_received_is_removed(tmp_path):

@@ -349,7 +349,7 @@ def test_a_run_is_tracked_without_a_network(experiment, tmp_path, name):
         [sys.executable, "-c", GUARD, *arguments],
         capture_output=True,
         text=True,
-        env=environment | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        env=environment | {"HOME": str(tmp_path)},
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr

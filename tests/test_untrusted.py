@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import random
 import time
 import tracemalloc
@@ -52,7 +53,7 @@ WRONG, DAMAGED = 420, 420
 refused, and inputs that are damaged anywhere, of which some are still right."""
 INPUTS = len(METHOD_OPTIONS) * 2 * (WRONG + DAMAGED)
 SLOWEST = 5.0
-"""Seconds that a single input may take."""
+"""Seconds of a core that a single input may take."""
 
 
 def test_so_many_inputs_are_tried():
@@ -101,6 +102,13 @@ class File:
     def put(self, name: str, tensor: torch.Tensor) -> None:
         part = File.of(b"".join(to_safetensors({"x": tensor}, {})))
         self.tensors[name] = part.tensors["x"]
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Make a file these bytes, in a tenth of the time that emptying it first would take."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
+        file.write(data)
+        file.truncate()
 
 
 class Case:
@@ -164,7 +172,7 @@ class Case:
             self.method.check_update(client, update, self.expected)
             return update
 
-        self.path.write_bytes(data)
+        overwrite(self.path, data)
         try:
             update = checked(Update.decode(data))
         except InvalidMessage as error:
@@ -179,7 +187,7 @@ class Case:
 
     def arrive(self, data: bytes) -> Entry:
         """What a participant does with an entry before it applies it."""
-        self.path.write_bytes(data)
+        overwrite(self.path, data)
         try:
             entry = Entry.read(self.path)
         except UserError as error:
@@ -638,13 +646,13 @@ def damaged(rng, data):
 
 def timed(function, data):
     """What `function` makes of `data`, or the reason why it refuses it; within `SLOWEST`."""
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         return function(data)
     except InvalidMessage as error:
         return error
     finally:
-        assert time.perf_counter() - began < SLOWEST
+        assert time.process_time() - began < SLOWEST
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
@@ -915,7 +923,7 @@ CHECKED = settings(
 
 def refused_or_right(data: bytes, path: Path) -> bool:
     """Whether any of the readers takes the data; those of updates and safetensors' own agree."""
-    path.write_bytes(data)
+    overwrite(path, data)
     try:
         Entry.read(path)
         taken = True

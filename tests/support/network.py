@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import ipaddress
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -29,15 +32,32 @@ from cryptography.hazmat.primitives.serialization import (
 BIN = Path(sys.executable).parent
 
 
+PATIENCE = 600.0
+"""Seconds to wait for what takes a few on an idle machine."""
+_locks: list[TextIO] = []
+
+
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this machine that nobody listens on, and that no other test is given meanwhile."""
+    places = Path(tempfile.gettempdir()) / f"hedgerow-test-ports-{os.getuid()}"
+    places.mkdir(exist_ok=True)
+    # Below those that the system gives to connections, which may take one at any time.
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 1000):
+        lock = (places / str(port)).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            lock.close()
+            continue
+        _locks.append(lock)  # until this process ends
+        return port
+    raise AssertionError("no port is free")
 
 
 def wait_for(
-    condition: Callable[[], Any], what: str, seconds: float = 120, every: float = 0.2
+    condition: Callable[[], Any], what: str, seconds: float = PATIENCE, every: float = 0.2
 ) -> Any:
     """The first true value of `condition`."""
     deadline = time.monotonic() + seconds
@@ -64,8 +84,6 @@ class Network:
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.4",
             "HF_HUB_OFFLINE": "1",
             "MALLOC_MMAP_THRESHOLD_": "1048576",  # as docs/deploy.md has it
-            # As many threads as in the run that ledgers are compared with.
-            "OMP_NUM_THREADS": "1",
         }
         (folder / "flwr").mkdir(parents=True)
         self.ca = self.certificate("superlink")
@@ -184,7 +202,7 @@ class Network:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(10)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -225,7 +243,7 @@ class Network:
         ]
         return str(found["status"])
 
-    def finish(self, run: str, seconds: float = 240) -> str:
+    def finish(self, run: str, seconds: float = 2 * PATIENCE) -> str:
         """Wait for a run's end; returns its status."""
 
         def status() -> str | None:
