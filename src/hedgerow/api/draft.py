@@ -116,7 +116,7 @@ def draft(
         held["source"] = as_rows(data["source"], "data.source")
         data["source"] = MEMORY
     if test is not None:
-        data["test"] = test
+        data["test"] = plain(test) if isinstance(test, os.PathLike) else test
     if "test" in data and not isinstance(data["test"], str | None):
         held["test"] = as_rows(data["test"], "the test data")
         data["test"] = MEMORY
