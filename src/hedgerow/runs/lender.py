@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 
 from hedgerow.ledger import Base, Ledger
 from hedgerow.model import Model
 from hedgerow.names import MEMORY
 from hedgerow.settings import ModelSettings
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-
+from typing import TYPE_CHECKING
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.files import replacing
 from hedgerow.wire import FileTensors, to_safetensors
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
