@@ -115,11 +115,11 @@ def test_labels_tell_folders_apart_and_trackers_not(experiment):
 
 def test_many_clients_are_the_worst_of_them():
     found = [{"series": "flora", "name": f"client-{i:03}", "x": float(i)} for i in range(65)]
-    (chart,) = _dots(found, ["flora"], "loss", "training loss of each client")
+    (chart,) = _dots(found, ["flora"], "loss", "training loss of each client", "lower")
     assert chart.title == "training loss of each client, the worst 60 of 65"
     assert "client-064 flora 64" in chart.words
     assert "client-004" not in chart.words
-    (chart,) = _dots(found, ["flora"], "ROUGE-L", "ROUGE-L by category")
+    (chart,) = _dots(found, ["flora"], "ROUGE-L", "ROUGE-L by category", "higher")
     assert "client-064" not in chart.words
 
 

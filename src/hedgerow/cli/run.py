@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,8 @@ def run(
     from hedgerow import experiment as experiments
 
     loaded = experiments.load(experiment, overrides or [], smoke=smoke)
-    with console.ProgressWatcher() as watcher:
+    metrics = loaded.evaluation.metrics
+    with console.ProgressWatcher(metrics=metrics) as watcher:
         if engine is Engine.local:
             from hedgerow.engines import local
 
@@ -44,7 +46,7 @@ def run(
             from hedgerow.engines.flower import simulation
 
             simulation.run(loaded, out, watcher, resume=resume, on_prepared=_say_prepared)
-    _summarise(out)
+    _summarise(out, metrics)
 
 
 @app.command()
@@ -83,9 +85,11 @@ def compare(
     sweeps = given.sweep if sweep is None else comparison.split_sweeps(sweep)
     count = given.seeds if seeds is None else seeds
     cells = comparison.plan(experiment, changes, names, sweeps, count, out, smoke=smoke)
-    outcomes = comparison.run(cells, console.ProgressWatcher)
+    measured = dict.fromkeys(name for c in cells for name in c.experiment.evaluation.metrics)
+    watch = partial(console.ProgressWatcher, metrics=list(measured))
+    outcomes = comparison.run(cells, watch)
     table = tables.summarise(outcomes, given.target if target is None else target)
-    people = tables.shown(table, list(cells[0].sweep))
+    people = tables.shown(table, list(cells[0].sweep), tables.compared(outcomes))
     tables.write(table, people, out)
     console.table("", people.columns, people.values.tolist())
     failed = [outcome for outcome in outcomes if outcome.failure is not None]
@@ -119,12 +123,12 @@ def _say_prepared(prepared: Any) -> None:
     console.out.print(notes, soft_wrap=True)
 
 
-def _summarise(out: Path) -> None:
+def _summarise(out: Path, metrics: list[str]) -> None:
     from hedgerow import console
     from hedgerow.runs.rows import read_rows
 
     rows = read_rows(out)
-    first, last = console.main_scores(rows[0]), console.main_scores(rows[-1])
+    first, last = (console.named_scores(row, metrics) for row in (rows[0], rows[-1]))
     console.table(
         str(out),
         ["score", "before", f"after round {rows[-1]['round']}"],
