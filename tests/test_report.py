@@ -13,7 +13,7 @@ from playwright.sync_api import Page, sync_playwright
 from support.experiments import write_experiment
 from support.runs import rows_of
 
-from hedgerow import cli
+from hedgerow.cli.app import app
 from hedgerow.experiment import load
 from hedgerow.model import Model
 from hedgerow.report import charts
@@ -39,7 +39,7 @@ def comparison(tmp_path_factory, tiny_model) -> Path:
     rows = [row | {"kind": f"<b>{index % 2}</b>"} for index, row in enumerate(rows)]
     (folder / "test.json").write_text(json.dumps(rows))
     arguments = ["--methods", METHODS, "--seeds", "2", "--out", str(folder / "out")]
-    cli.app(["compare", str(experiment), *arguments], standalone_mode=False)
+    app(["compare", str(experiment), *arguments], standalone_mode=False)
     run = folder / "out/runs/fedavg,seed=0/metrics.jsonl"
     first, second, last = map(json.loads, run.read_text().splitlines())
     second["participants"].remove("client-001")
@@ -53,7 +53,7 @@ def comparison(tmp_path_factory, tiny_model) -> Path:
 def html(comparison) -> Path:
     """The page about the comparison."""
     path = comparison / "page.html"
-    cli.app(["report", str(comparison), "--out", str(path)], standalone_mode=False)
+    app(["report", str(comparison), "--out", str(path)], standalone_mode=False)
     return path
 
 
