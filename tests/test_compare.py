@@ -14,8 +14,9 @@ import pytest
 from support.runs import rows_of
 
 from hedgerow.comparison import Cell, Outcome, plan
-from hedgerow.experiment import load, split_at
+from hedgerow.experiment import Experiment, load, split_at
 from hedgerow.reporting.tables import default_target, summarise
+from hedgerow.settings import EvaluationSettings
 
 METHODS = "flora,flora restart=zero,ferret over=lora ranks=2 budget=400,fedavg,standalone"
 
@@ -181,7 +182,8 @@ def outcome(method, losses, failure=None):
         {"round": r, "eval_loss": loss, "bytes_up": 10, "bytes_down": 20, "seconds": None}
         for r, loss in enumerate(losses)
     ]
-    return Outcome(Cell(method, {}, 0, None, Path()), rows, failure)
+    experiment = Experiment.model_construct(evaluation=EvaluationSettings())
+    return Outcome(Cell(method, {}, 0, experiment, Path()), rows, failure)
 
 
 def test_the_target_is_a_loss_that_all_who_learn_have_reached():

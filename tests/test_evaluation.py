@@ -18,8 +18,9 @@ from transformers import (
 
 from hedgerow.data import collate, read
 from hedgerow.errors import UserError
-from hedgerow.evaluation.answers import check_positions, final_answer_match, generate
+from hedgerow.evaluation.answers import check_positions, generate
 from hedgerow.evaluation.choices import log_likelihoods, read_question
+from hedgerow.evaluation.metrics.final_answer import FinalAnswer
 from hedgerow.evaluation.scores import TestSet, evaluate
 from hedgerow.model import Model, max_positions
 from hedgerow.settings import DataSettings, EvaluationSettings, Fields, ModelSettings
@@ -237,7 +238,7 @@ def test_a_model_that_knows_the_answers_is_right(taught):
     ],
 )
 def test_a_final_answer_is_the_number_after_the_mark_or_the_last(reference, answer, right):
-    assert final_answer_match(reference, answer) is right
+    assert FinalAnswer().score(reference=reference, answer=answer) == 100 * right
 
 
 def test_final_answers_are_scored(taught):

@@ -13,7 +13,7 @@ from playwright.sync_api import Page, sync_playwright
 from support.experiments import write_experiment
 from support.runs import rows_of
 
-from hedgerow import cli
+from hedgerow.cli import app
 from hedgerow.experiment import load
 from hedgerow.model import Model
 from hedgerow.reporting import charts
@@ -39,7 +39,7 @@ def comparison(tmp_path_factory, tiny_model) -> Path:
     rows = [row | {"kind": f"<b>{index % 2}</b>"} for index, row in enumerate(rows)]
     (folder / "test.json").write_text(json.dumps(rows))
     arguments = ["--methods", METHODS, "--seeds", "2", "--out", str(folder / "out")]
-    cli.app(["compare", str(experiment), *arguments], standalone_mode=False)
+    app(["compare", str(experiment), *arguments], standalone_mode=False)
     run = folder / "out/runs/fedavg,seed=0/metrics.jsonl"
     first, second, last = map(json.loads, run.read_text().splitlines())
     second["participants"].remove("client-001")
@@ -53,7 +53,7 @@ def comparison(tmp_path_factory, tiny_model) -> Path:
 def html(comparison) -> Path:
     """The page about the comparison."""
     path = comparison / "page.html"
-    cli.app(["report", str(comparison), "--out", str(path)], standalone_mode=False)
+    app(["report", str(comparison), "--out", str(path)], standalone_mode=False)
     return path
 
 
@@ -115,11 +115,11 @@ def test_labels_tell_folders_apart_and_trackers_not(experiment):
 
 def test_many_clients_are_the_worst_of_them():
     found = [{"series": "flora", "name": f"client-{i:03}", "x": float(i)} for i in range(65)]
-    (chart,) = _dots(found, ["flora"], "loss", "training loss of each client")
+    (chart,) = _dots(found, ["flora"], "loss", "training loss of each client", "lower")
     assert chart.title == "training loss of each client, the worst 60 of 65"
     assert "client-064 flora 64" in chart.words
     assert "client-004" not in chart.words
-    (chart,) = _dots(found, ["flora"], "ROUGE-L", "ROUGE-L by category")
+    (chart,) = _dots(found, ["flora"], "ROUGE-L", "ROUGE-L by category", "higher")
     assert "client-064" not in chart.words
 
 

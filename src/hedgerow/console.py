@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from hedgerow.evaluation.metrics import Score, main_scores_of, scores_of
+
 # No markup: much of what is shown is what a client or a file has said.
 out = Console(highlight=False, markup=False)
 if not out.is_terminal:
@@ -21,19 +23,11 @@ def is_watched() -> bool:
     return out.is_terminal or out.is_jupyter
 
 
-SCORES = {
-    "train_loss": "train loss",
-    "eval_loss": "loss",
-    "eval_perplexity": "perplexity",
-    "rouge_l": "ROUGE-L",
-    "exact_match": "exact match",
-    "final_answer": "final answer",
-    "accuracy": "accuracy",
-    "accuracy_norm": "accuracy (normalised)",
-    "accuracy_chance": "chance",
-    "aggregation_error": "aggregation error",
-}
-"""What the scores in a row of metrics are called."""
+TRAINING = Score("train_loss", label="train loss", unit="nats per token", direction="lower")
+"""The clients' mean loss on their own data."""
+
+AGGREGATION = Score("aggregation_error", label="aggregation error", direction="lower")
+"""How far what was applied is from the weighted sum of the clients' updates, beside that sum."""
 
 
 class ProgressWatcher:
@@ -42,8 +36,16 @@ class ProgressWatcher:
     Use it as a context manager; the bars are there until it ends.
     """
 
-    def __init__(self, title: str = "round") -> None:
+    def __init__(self, title: str = "round", metrics: Sequence[str] = ()) -> None:
+        """Begin with nothing done.
+
+        Args:
+            title: what stands before a round's number.
+            metrics: names of the metrics whose main scores stand in a round's line.
+        """
         self._title = title
+        shown = [TRAINING, *main_scores_of(metrics).values(), AGGREGATION]
+        self._shown = {score.key: score.label for score in shown}
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -100,8 +102,11 @@ class ProgressWatcher:
         """Print a line."""
         self._progress.update(self._rounds, completed=row["round"])
         scores = [f"{self._title} {row['round']}"]
-        shown = ("train loss", "loss", "ROUGE-L", "exact match", "accuracy", "aggregation error")
-        scores += [f"{k} {score(v)}" for k, v in main_scores(row).items() if k in shown]
+        scores += [
+            f"{label} {score(row[key])}"
+            for key, label in self._shown.items()
+            if row.get(key) is not None
+        ]
         if row["bytes_up"]:
             scores.append(f"up {size(row['bytes_up'])}, down {size(row['bytes_down'])}")
         if row["seconds"] is not None:
@@ -109,9 +114,14 @@ class ProgressWatcher:
         self._progress.console.print(" · ".join(scores), soft_wrap=True)
 
 
-def main_scores(row: dict[str, Any]) -> dict[str, float]:
-    """The scores in a row of metrics that are one number each, with readable names."""
-    return {label: row[key] for key, label in SCORES.items() if row.get(key) is not None}
+def named_scores(row: dict[str, Any], metrics: Iterable[str]) -> dict[str, float]:
+    """The scores in a row of metrics that are one number each, by their labels.
+
+    Args:
+        metrics: names of the metrics that were asked for.
+    """
+    scores = [TRAINING, *scores_of(metrics).values(), AGGREGATION]
+    return {score.label: row[score.key] for score in scores if row.get(score.key) is not None}
 
 
 def score(value: float) -> str:

@@ -65,8 +65,8 @@ def run(out: Path) -> None:
     """
     experiment = prepare(out)
     for method, label in METHODS.items():
-        with console.ProgressWatcher(label) as watcher:
-            chosen = load(experiment, [f"method.name={method}"])
+        chosen = load(experiment, [f"method.name={method}"])
+        with console.ProgressWatcher(label, chosen.evaluation.metrics) as watcher:
             local.run(chosen, out / method, watcher, resume=True)
     rows = {method: read_rows(out / method) for method in METHODS}
     console.table(

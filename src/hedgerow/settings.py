@@ -18,9 +18,6 @@ from pydantic import (
 from hedgerow.errors import did_you_mean
 from hedgerow.names import NAME
 
-Metric = Literal["loss", "rouge_l", "exact_match", "final_answer", "multiple_choice"]
-
-
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -234,12 +231,21 @@ class EvaluationSettings(Section):
 
     every: int = Field(1, ge=1)
     """Rounds between evaluations; the last round is always evaluated."""
-    metrics: list[Metric] = ["loss"]
+    metrics: list[str] = ["loss"]
+    """Names of metrics, each once: those that are listed, or `package.module:Class`."""
     by: str | None = None
     """A column of the test data: scores are also given for each of its values."""
     batch_size: int = Field(16, ge=1)
     max_new_tokens: int = Field(64, ge=1)
-    """Of a greedy answer, for `rouge_l`, `exact_match` and `final_answer`."""
+    """Tokens of a greedy answer at most, for the metrics that need answers."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _each_once(cls, metrics: list[str]) -> list[str]:
+        for name in metrics:
+            if metrics.count(name) > 1:
+                raise ValueError(f"{name!r} stands twice: name it once")
+        return metrics
 
 
 class TrackingSettings(Section):

@@ -121,7 +121,8 @@ def compare(
         given.seeds if seeds is None else seeds,
         Path(out),
     )
-    watch = partial(watcher, progress)
+    measured = dict.fromkeys(name for c in cells for name in c.experiment.evaluation.metrics)
+    watch = partial(watcher, progress, metrics=list(measured))
     from hedgerow.api.base import BaseInMemory
     from hedgerow.api.runs import Run
     from hedgerow.reporting import tables
@@ -132,7 +133,7 @@ def compare(
     with nullcontext(None) if base is None else base.lent() as lender:
         outcomes = comparison.run(cells, watch, lender=lender, held=drafted.held)
     table = tables.summarise(outcomes, given.target if target is None else target)
-    people = tables.shown(table, list(cells[0].sweep))
+    people = tables.shown(table, list(cells[0].sweep), tables.compared(outcomes))
     tables.write(table, people, Path(out))
     import pandas
 

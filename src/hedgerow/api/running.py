@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -155,7 +155,7 @@ def _train(
     engine: Engine,
     progress: bool | None,
 ) -> None:
-    with watcher(progress) as watching:
+    with watcher(progress, metrics=experiment.evaluation.metrics) as watching:
         if engine == "flower":
             _check_files_only(experiment)
             check_installed("flwr", "Flower", "flower")
@@ -192,18 +192,21 @@ def _train(
             raise UserError(f"engine={engine!r}: give local or flower")
 
 
-def watcher(progress: bool | None, title: str = "round") -> AbstractContextManager[Watcher]:
+def watcher(
+    progress: bool | None, title: str = "round", metrics: Sequence[str] = ()
+) -> AbstractContextManager[Watcher]:
     """Whoever shows a run's progress: bars and lines, or nobody.
 
     Args:
         progress: None shows it in a terminal and in a notebook.
         title: what a round is called.
+        metrics: names of the metrics whose scores are shown after each round.
     """
     from hedgerow import console
     from hedgerow.federation.fleet import Unwatched
 
     if console.is_watched() if progress is None else progress:
-        return console.ProgressWatcher(title)
+        return console.ProgressWatcher(title, metrics=list(metrics))
     return nullcontext(Unwatched())
 
 

@@ -137,7 +137,8 @@ class Run:
             changes.append(_override("evaluation.metrics", list(metrics)))
         if by is not None:
             changes.append(_override("evaluation.by", by))
-        return score_target(self.path, changes, round, client, load=self._load, held=held)
+        scores, _ = score_target(self.path, changes, round, client, load=self._load, held=held)
+        return scores
 
     def answer(
         self,
@@ -287,9 +288,10 @@ class Run:
         """The run's numbers, in a notebook."""
         import pandas
 
-        from hedgerow.console import main_scores
+        from hedgerow.console import named_scores
 
-        scores = [{"round": row["round"], **main_scores(row)} for row in self._rows()]
+        metrics = self._experiment.evaluation.metrics
+        scores = [{"round": row["round"], **named_scores(row, metrics)} for row in self._rows()]
 
         return f"<b>{html.escape(repr(self))}</b>{pandas.DataFrame(scores).to_html(index=False)}"
 

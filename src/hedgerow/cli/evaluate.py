@@ -25,7 +25,8 @@ def evaluate(
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="With commas: loss, rouge_l, exact_match, final_answer, multiple_choice."
+            help="Metrics, with commas: loss, say, or your own package.module:Class; all are in "
+            "hedgerow explain evaluation.metrics."
         ),
     ] = None,
     by: Annotated[str | None, typer.Option(help="Also score each value of this column.")] = None,
@@ -76,6 +77,7 @@ def evaluate(
         return
     if (include_path, num_fewshot, limit) != (None, None, None):
         raise UserError("--include-path, --num-fewshot and --limit belong to --harness")
+    from hedgerow.evaluation.metrics import scores_of
     from hedgerow.runs.targets import score_target
     from hedgerow.settings import DEFAULT_TEST
 
@@ -85,18 +87,20 @@ def evaluate(
     if by is not None:
         changes.append(f"evaluation.by={json.dumps(by)}")
     if metrics is not None:
-        changes.append(f"evaluation.metrics=[{metrics}]")
+        named = [name.strip() for name in metrics.split(",") if name.strip()]
+        changes.append(f"evaluation.metrics={json.dumps(named)}")
     with console.ProgressWatcher("evaluation") as watcher:
-        scores = score_target(target, changes, round, client, watcher.evaluated)
+        scores, asked = score_target(target, changes, round, client, watcher.evaluated)
     if as_json:
         print(json.dumps(scores))
         return
-    rows = [(name, console.score(value)) for name, value in console.main_scores(scores).items()]
+    named_scores = console.named_scores(scores, asked).items()
+    rows = [(label, console.score(value)) for label, value in named_scores]
     console.table(str(target), ["score", "value"], rows)
-    for key, values in scores.items():
-        if key.endswith("_by"):
+    for key, score in scores_of(asked).items():
+        if values := scores.get(f"{key}_by"):
             rows = [(name, console.score(value)) for name, value in values.items()]
-            console.table("", [by or "value", key.removesuffix("_by")], rows)
+            console.table("", [by or "value", score.label], rows)
     for key in ("dropped", "truncated", "skipped"):
         if scores.get(key):
             console.out.print(f"{key}: {scores[key]} rows")

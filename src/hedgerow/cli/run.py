@@ -31,7 +31,7 @@ def run(
     """
     from hedgerow import api
 
-    api.run(
+    finished = api.run(
         experiment,
         *(overrides or []),
         out=out,
@@ -40,7 +40,7 @@ def run(
         smoke=smoke,
         progress=True,
     )
-    _summarise(out)
+    _summarise(out, finished.experiment.evaluation.metrics)
 
 
 @app.command()
@@ -100,12 +100,12 @@ def compare(
         )
 
 
-def _summarise(out: Path) -> None:
+def _summarise(out: Path, metrics: list[str]) -> None:
     from hedgerow import console
     from hedgerow.runs.rows import read_rows
 
     rows = read_rows(out)
-    first, last = console.main_scores(rows[0]), console.main_scores(rows[-1])
+    first, last = (console.named_scores(row, metrics) for row in (rows[0], rows[-1]))
     console.table(
         str(out),
         ["score", "before", f"after round {rows[-1]['round']}"],

@@ -1,13 +1,10 @@
-"""What a model answers by itself: greedy or drawn at random; ROUGE-L and matches."""
+"""What a model answers by itself: greedy or drawn at random."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from decimal import Decimal
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,24 +14,20 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from hedgerow.errors import UserError
 from hedgerow.evaluation.likelihood import Tick, batches
+from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.model import Model, max_positions
 
 if TYPE_CHECKING:
-    from rouge_score.rouge_scorer import RougeScorer
-
     from hedgerow.settings import EvaluationSettings
 
 Int32 = npt.NDArray[np.int32]
 
 
-GENERATED = {"rouge_l", "exact_match", "final_answer"}
-"""The metrics of a model's own answers."""
-
-
 def check_positions(model: Model, settings: EvaluationSettings) -> None:
     """Raise a `UserError` where an answer alone would fill the model's positions."""
     positions = max_positions(model.network)
-    if settings.max_new_tokens >= positions and GENERATED & set(settings.metrics):
+    answering = any(metric.needs == "answers" for metric in metrics_of(settings.metrics))
+    if settings.max_new_tokens >= positions and answering:
         raise UserError(
             f"`evaluation.max_new_tokens`: {settings.max_new_tokens} leaves no room for a prompt "
             f"in the model's {positions} positions: set at most {positions - 1}"
@@ -91,45 +84,6 @@ def generate(
                 answers[index] = text
             tick(len(batch))
     return answers, int((lengths > room).sum())
-
-
-def rouge_l(reference: str, answer: str) -> float:
-    """F-measure of the longest common subsequence of stemmed words, from 0 to 1 (Lin, 2004)."""
-    score: float = _scorer().score(reference, answer)["rougeL"].fmeasure
-    return score
-
-
-def exact_match(reference: str, answer: str) -> bool:
-    """Whether the texts are the same but for white space."""
-    return reference.split() == answer.split()
-
-
-def final_answer_match(reference: str, answer: str) -> bool:
-    """Whether both come to the same number, as GSM8K is scored (arXiv 2110.14168).
-
-    It is the first number after "####", or the last one where there is no such mark.
-    """
-    right = _final_number(reference)
-    return right is not None and _final_number(answer) == right
-
-
-_NUMBER = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?", re.ASCII)
-
-
-def _final_number(text: str) -> Decimal | None:
-    before, mark, after = text.partition("####")
-    numbers = _NUMBER.findall(after if mark else before)
-    if not numbers:
-        return None
-    return Decimal((numbers[0] if mark else numbers[-1]).replace(",", ""))
-
-
-@cache
-def _scorer() -> RougeScorer:
-    # Not at the top: it brings nltk, which takes 100 MB where scikit-learn is installed.
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 class _Drawn(LogitsProcessor):  # type: ignore[misc]

@@ -120,10 +120,13 @@ class Choices:
     """The candidates of all questions, one after another, each after its prompt; uncut."""
     skipped: int
     """Rows that are not here, because their options cannot be told."""
+    metric: str
+    """Name of the metric that asks them, for messages."""
 
     @classmethod
     def prepare(
         cls,
+        metric: str,
         name: str,
         rows: Sequence[Row],
         fields: Fields,
@@ -133,6 +136,7 @@ class Choices:
         """Find the questions among `rows`, and tokenise what they offer.
 
         Args:
+            metric: name of the metric that asks them, for messages.
             name: where the rows are from, for messages.
 
         Raises:
@@ -142,7 +146,7 @@ class Choices:
         found = [(number, question) for number, question in read if question is not None]
         if not found:
             raise UserError(
-                f"`evaluation.metrics`: multiple_choice finds no options in {name}: rows need "
+                f"`evaluation.metrics`: {metric} finds no options in {name}: rows need "
                 "`choices` (a list) with `answer` (an index or a letter), or an input with "
                 "`Options: A. …, B. …` and an output that ends with the right one"
             )
@@ -156,6 +160,7 @@ class Choices:
             rows=np.array([number for number, _ in found]),
             encoded=Spool().encode(name, answered, template, tokenizer, sys.maxsize, "answer"),
             skipped=len(rows) - len(found),
+            metric=metric,
         )
 
 
@@ -190,9 +195,8 @@ def log_likelihoods(
             for candidate in range(first, first + options):
                 tail = encoded[candidate].tokens[last:-1]
                 tails.append(Example(tail[: limit - len(heads[-1])], prompt_length=1, loss_from=1))
-        sums, _ = batch_losses(
-            model.network, tails, past_key_values=_read_once(model.network, heads, options)
-        )
+        cache = _read_once(model.network, heads, options, choices.metric)
+        sums, _ = batch_losses(model.network, tails, past_key_values=cache)
         for question, sum_by_option in zip(batch, np.split(sums, len(batch)), strict=True):
             likelihoods[question] = -sum_by_option
         tick(len(tails))
@@ -217,7 +221,7 @@ def _batches(
             yield questions[start : start + size], options
 
 
-def _read_once(network: Any, heads: Sequence[Int32], times: int) -> Any:
+def _read_once(network: Any, heads: Sequence[Int32], times: int, metric: str) -> Any:
     """The key-value cache after each of `heads` (of equal length), each repeated `times`."""
     if not len(heads[0]):
         return None
@@ -227,7 +231,7 @@ def _read_once(network: Any, heads: Sequence[Int32], times: int) -> Any:
     cache = getattr(output, "past_key_values", None)
     if cache is None:
         raise UserError(
-            f"`evaluation.metrics`: multiple_choice needs a key-value cache, which "
+            f"`evaluation.metrics`: {metric} needs a key-value cache, which "
             f"{type(network).__name__} does not have: leave it out"
         )
     cache.batch_repeat_interleave(times)

@@ -12,8 +12,10 @@ from pydantic import (
 )
 
 from hedgerow.errors import UserError, did_you_mean
+from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import Method
+from hedgerow.settings import EvaluationSettings
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 
@@ -24,9 +26,16 @@ def validate(content: Mapping[str, Any], where: str, kind: type[_Settings]) -> _
     if "method" in content:
         content["method"] = _method(content["method"], where)
     try:
-        return kind.model_validate(content)
+        settings = kind.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{where}: {sentence(error, kind, ())}") from None
+    evaluation = getattr(settings, "evaluation", None)
+    if isinstance(evaluation, EvaluationSettings):
+        try:
+            metrics_of(evaluation.metrics)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    return settings
 
 
 def _method(options: Any, where: str) -> Method:

@@ -138,6 +138,7 @@ class _Questionnaire:
         rows = test_rows(data)
         places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
         chosen = [rows[place] for place in places]
+        # Any metric of answers: they are asked for, and none is scored.
         self._settings = experiment.evaluation.model_copy(
             update={"metrics": ["rouge_l"], "by": None}
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import yaml
 
 from hedgerow import __version__, console
 from hedgerow.errors import UserError
+from hedgerow.evaluation.metrics import Score
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.files import replacing
 from hedgerow.reporting import charts, models, tables
 from hedgerow.reporting.gather import Series, gather, told
-from hedgerow.reporting.sections import LINES, NOISE, rounds_of, sections, standing_in
+from hedgerow.reporting.sections import drawn_scores, rounds_of, sections, standing_in
 from hedgerow.runs.directory import flat
 from hedgerow.settings import TextSettings
 
@@ -66,11 +67,12 @@ def render(
     Args:
         failed: what is known of runs that have left nothing.
     """
-    rounds = rounds_of(series)
+    rounds, drawn = rounds_of(series), drawn_scores(series)
     outcomes = [outcome for each in series for outcome in each.outcomes]
     table = tables.summarise(outcomes, target)
-    shown = tables.shown(table, [])
-    keys = ["method", *tables.columns(table), *(["failed"] if "failed" in shown else [])]
+    scores = tables.compared(outcomes)
+    shown = tables.shown(table, [], scores)
+    keys = ["method", *tables.columns(table, scores), *(["failed"] if "failed" in shown else [])]
     experiments = _experiments(series)
     common = _common(experiments)
     abouts = {each.first.cell.experiment.about for each in series}
@@ -102,7 +104,7 @@ def render(
             *failed,
         ],
         sections=sections(series, inspection, rounds),
-        numbers=_numbers(rounds),
+        numbers=_numbers(rounds, drawn),
         questions=inspection.questions,
         standing_in=standing_in(series),
         notes=[_without_folders(note, series) for note in inspection.notes],
@@ -159,17 +161,17 @@ def _headline(series: Sequence[Series], table: Sequence[dict[str, Any]]) -> list
     return said
 
 
-def _numbers(rounds: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+def _numbers(rounds: pd.DataFrame, drawn: Mapping[str, Score]) -> tuple[list[str], list[list[str]]]:
     """What is drawn by round, as a table: its header, and its rows."""
-    keys = [key for key in (*LINES, *NOISE) if rounds[key].notna().any()]
+    keys = [key for key in drawn if rounds[key].notna().any()]
     means = rounds.groupby(["series", "round"], sort=False)[["bytes", "seconds", *keys]].mean()
     rows = [
         [name, str(round), console.size(int(row["bytes"])), f"{row['seconds']:.1f}"]
         + ["" if pd.isna(row[key]) else console.score(row[key]) for key in keys]
         for (name, round), row in means.iterrows()
     ]
-    names = [(LINES | NOISE)[key] for key in keys]
-    return ["run", "round", "bytes up and down", "seconds", *names], rows
+    titles = [drawn[key].title for key in keys]
+    return ["run", "round", "bytes up and down", "seconds", *titles], rows
 
 
 def _without_folders(note: str, series: Sequence[Series]) -> str:

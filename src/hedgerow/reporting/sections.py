@@ -4,32 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
 from hedgerow import console
+from hedgerow.evaluation.metrics import Score, main_scores_of
 from hedgerow.reporting import charts, models
 from hedgerow.reporting.gather import Series
 
-LINES = {
-    "eval_loss": "loss on the test data",
-    "rouge_l": "ROUGE-L",
-    "exact_match": "exact match, %",
-    "final_answer": "final answer, %",
-    "accuracy": "accuracy, %",
-    "train_loss": "training loss",
-}
-"""What is drawn by round, where it was measured."""
+LOSS = "eval_loss"
+"""The score that has charts of its own."""
 
-NOISE = {
-    "aggregation_error": "aggregation error",
-    "compression_error": "compression error",
-    "dropped_error": "dropped error",
-    "sketch_error": "sketch error",
-    "upload_error": "upload error",
-}
-"""The relative errors of an aggregate, by their keys in metrics.jsonl."""
+NOISE = (
+    console.AGGREGATION,
+    Score("compression_error", label="compression error", direction="lower"),
+    Score("dropped_error", label="dropped error", direction="lower"),
+    Score("sketch_error", label="sketch error", direction="lower"),
+    Score("upload_error", label="upload error", direction="lower"),
+)
+"""The relative errors of an aggregate, in metrics.jsonl."""
 
 _MOST_CELLS = 1500
 """Of one chart of clients by rounds; beyond, they are counted by round."""
@@ -67,7 +61,7 @@ def sections(
     names = [each.label for each in series]
     found = [
         _losses(rounds, names),
-        _scores(rounds, names),
+        _scores(series, rounds, names),
         _by_category(series, names),
         _by_client(series, names),
         _noise(rounds, names),
@@ -77,11 +71,24 @@ def sections(
     return [section for section in found if section.charts]
 
 
+def measured_scores(series: Sequence[Series]) -> dict[str, Score]:
+    """The scores that are drawn by round, by their keys: each metric's main one."""
+    runs = [outcome.cell.experiment for each in series for outcome in each.outcomes]
+    return main_scores_of(dict.fromkeys(name for run in runs for name in run.evaluation.metrics))
+
+
+def drawn_scores(series: Sequence[Series]) -> dict[str, Score]:
+    """All that is drawn by round, by their keys, where it was measured."""
+    others = {score.key: score for score in (console.TRAINING, *NOISE)}
+    return measured_scores(series) | others
+
+
 def rounds_of(series: Sequence[Series]) -> pd.DataFrame:
     """A row for each series, seed and round: the metrics, with bytes and seconds up to then.
 
     Of the runs that count.
     """
+    keys = list(drawn_scores(series))
     found = []
     for each in series:
         for outcome in each.counted:
@@ -89,14 +96,14 @@ def rounds_of(series: Sequence[Series]) -> pd.DataFrame:
             for row in outcome.rows:
                 spent += row["bytes_up"] + row["bytes_down"]
                 seconds += row["seconds"] or 0
-                own = {key: row.get(key) for key in (*LINES, *NOISE)}
+                own = {key: row.get(key) for key in keys}
                 found.append(
                     {"series": each.label, "seed": outcome.cell.seed, "round": row["round"]}
                     | {"bytes": spent, "seconds": seconds}
                     | own
                 )
     numbers = pd.DataFrame(found)
-    return numbers.astype(dict.fromkeys((*LINES, *NOISE), "float64"))
+    return numbers.astype(dict.fromkeys(keys, "float64"))
 
 
 def over_seeds(rounds: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
@@ -110,9 +117,9 @@ def over_seeds(rounds: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
 
 
 def _losses(rounds: pd.DataFrame, names: list[str]) -> Section:
-    y, title = "eval_loss", LINES["eval_loss"]
-    if not rounds[y].notna().any():
-        y, title = "train_loss", LINES["train_loss"]
+    y, title = LOSS, "loss on the test data"
+    if LOSS not in rounds or not rounds[LOSS].notna().any():
+        y, title = console.TRAINING.key, "training loss"
     drawn = []
     for x, words in (("round", "round"), ("bytes", "bytes up and down"), ("seconds", "seconds")):
         frame = over_seeds(rounds, x, y)
@@ -130,45 +137,62 @@ def _losses(rounds: pd.DataFrame, names: list[str]) -> Section:
     return Section("Loss", about, drawn)
 
 
-def _scores(rounds: pd.DataFrame, names: list[str]) -> Section:
-    drawn = []
-    for key, title in LINES.items():
-        frame = over_seeds(rounds, "round", key)
-        if key != "eval_loss" and len(frame):
-            svg = charts.lines(frame, names, x="round", y=title)
-            drawn.append(_lines(frame, svg, title, "round"))
-    about = "Higher is better, but for the training loss, which is of the clients' own data."
-    return Section("Scores by round", about, drawn)
+def _scores(series: Sequence[Series], rounds: pd.DataFrame, names: list[str]) -> Section:
+    scores = measured_scores(series)
+    scores.pop(LOSS, None)
+    drawn, lower = [], []
+    for score in (*scores.values(), console.TRAINING):
+        frame = over_seeds(rounds, "round", score.key)
+        if len(frame):
+            svg = charts.lines(frame, names, x="round", y=score.title)
+            drawn.append(_lines(frame, svg, score.label, "round"))
+            lower += [score.label] if score.direction == "lower" else []
+    about = f"Higher is better, but for {_listed(lower)}." if lower else "Higher is better."
+    return Section(
+        "Scores by round", f"{about} Training losses are of the clients' own data.", drawn
+    )
 
 
 def _by_category(series: Sequence[Series], names: list[str]) -> Section:
     drawn = []
-    for key in LINES:
-        found = _means(series, f"{key}_by")
-        drawn += _dots(found, names, LINES[key], f"{LINES[key]} by category")
+    for score in measured_scores(series).values():
+        found = _means(series, f"{score.key}_by")
+        drawn += _dots(found, names, score.title, f"{score.label} by category", score.direction)
     return Section("Scores by category", "After the last round; means over seeds.", drawn)
 
 
 def _by_client(series: Sequence[Series], names: list[str]) -> Section:
     trained = _means(series, "train_loss_by_client")
     tested = [
-        {"series": each.label, "name": name, "x": fmean(s["eval_loss"] for s in scores)}
+        {"series": each.label, "name": name, "x": fmean(s[LOSS] for s in scores)}
         for each in series
         for name, scores in _last(each, "by_client").items()
-        if all(s.get("eval_loss") is not None for s in scores)
+        if all(s.get(LOSS) is not None for s in scores)
     ]
-    drawn = _dots(trained, names, "loss", "training loss of each client")
-    drawn += _dots(tested, names, "loss", "loss on the test data of each client's own model")
+    drawn = _dots(trained, names, "loss", "training loss of each client", "lower")
+    drawn += _dots(
+        tested, names, "loss", "loss on the test data of each client's own model", "lower"
+    )
     about = "In the last round; means over seeds."
     return Section("Scores by client", about, drawn)
 
 
-def _dots(found: list[dict[str, Any]], names: list[str], x: str, title: str) -> list[Chart]:
-    """A chart of `found`, rows of `series`, `name` and `x`; none of nothing."""
+def _dots(
+    found: list[dict[str, Any]],
+    names: list[str],
+    x: str,
+    title: str,
+    direction: Literal["lower", "higher"] | None,
+) -> list[Chart]:
+    """A chart of `found`, rows of `series`, `name` and `x`; none of nothing.
+
+    Args:
+        direction: which is better, so that the worst are shown where there are too many.
+    """
     if not found:
         return []
     frame = pd.DataFrame(found)
-    means = frame.groupby("name")["x"].mean().sort_values(ascending="loss" not in x)
+    means = frame.groupby("name")["x"].mean().sort_values(ascending=direction != "lower")
     if len(means) > _MOST_NAMES:
         title += f", the worst {_MOST_NAMES} of {len(means)}"
         frame = frame[frame["name"].isin(means.index[:_MOST_NAMES])]
@@ -181,11 +205,11 @@ def _dots(found: list[dict[str, Any]], names: list[str], x: str, title: str) -> 
 
 def _noise(rounds: pd.DataFrame, names: list[str]) -> Section:
     drawn = []
-    for key, title in NOISE.items():
-        frame = over_seeds(rounds, "round", key)
+    for score in NOISE:
+        frame = over_seeds(rounds, "round", score.key)
         if len(frame):
-            svg = charts.lines(frame, names, x="round", y=title, log_y=True)
-            drawn.append(_lines(frame, svg, title, "round"))
+            svg = charts.lines(frame, names, x="round", y=score.title, log_y=True)
+            drawn.append(_lines(frame, svg, score.label, "round"))
     about = (
         "How far what was applied is from the weighted sum of the clients' updates, beside that "
         "sum, and what of it was left out on purpose, to save bytes. What is below "

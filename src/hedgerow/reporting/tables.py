@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -14,10 +14,8 @@ import pandas as pd
 
 from hedgerow import console
 from hedgerow.comparison import Outcome
+from hedgerow.evaluation.metrics import Score, scores_of
 from hedgerow.files import replacing
-
-SCORES = ("eval_loss", "rouge_l", "exact_match", "final_answer", "accuracy", "accuracy_norm")
-"""What is compared where it was measured, after the last round."""
 
 FORMATS = ("csv", "json", "md", "tex")
 
@@ -37,7 +35,7 @@ def summarise(outcomes: Sequence[Outcome], target: float | None = None) -> list[
         `bytes_to_target` (up and down together), which are None where a seed did not get there.
     """
     target = default_target(outcomes) if target is None else target
-    measured = [s for s in SCORES if any(o.rows and s in o.rows[-1] for o in outcomes)]
+    measured = [s for s in compared(outcomes) if any(o.rows and s in o.rows[-1] for o in outcomes)]
     table = []
     for (method, sweep), group in groupby(outcomes, lambda o: (o.cell.method, o.cell.sweep)):
         together = list(group)
@@ -67,14 +65,27 @@ def default_target(outcomes: Iterable[Outcome]) -> float | None:
     return max((end for begin, end in ends if begin and end and end < begin), default=None)
 
 
-def shown(table: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
+def compared(outcomes: Iterable[Outcome]) -> dict[str, Score]:
+    """The scores that are compared where they were measured, after the last round, by their keys.
+
+    Those of the outcomes' metrics of which one direction is better.
+    """
+    names = [name for each in outcomes for name in each.cell.experiment.evaluation.metrics]
+    scores = scores_of(dict.fromkeys(names))
+    return {key: each for key, each in scores.items() if each.direction and not each.derived}
+
+
+def shown(
+    table: Sequence[dict[str, Any]], keys: Sequence[str], scores: Mapping[str, Score]
+) -> pd.DataFrame:
     """The table for people: rounded numbers, `mean ± half the spread`, bytes in their units.
 
     Args:
         table: as `summarise` gives it.
         keys: those that were swept.
+        scores: as `compared` gives them.
     """
-    names = columns(table)
+    names = columns(table, scores)
     lines = []
     for row in table:
         line = {"method": row["method"], **{key: row[key] for key in keys}}
@@ -86,9 +97,9 @@ def shown(table: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def columns(table: Sequence[dict[str, Any]]) -> dict[str, str]:
+def columns(table: Sequence[dict[str, Any]], scores: Mapping[str, Score]) -> dict[str, str]:
     """The numbers that people are shown, by their keys in the table, with their names."""
-    names = {score: console.SCORES[score] for score in SCORES}
+    names = {key: score.label for key, score in scores.items()}
     names |= {"bytes_up": "up", "bytes_down": "down", "seconds": "seconds"}
     target = next((row["target"] for row in table if "target" in row), None)
     if target is not None:

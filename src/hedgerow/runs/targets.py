@@ -12,7 +12,9 @@ from hedgerow.data import Row, read
 from hedgerow.data.sources import share_of
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import check_positions
-from hedgerow.evaluation.scores import TestSet, evaluate, perplexity
+from hedgerow.evaluation.measuring import derived
+from hedgerow.evaluation.metrics import metrics_of
+from hedgerow.evaluation.scores import TestSet, evaluate
 from hedgerow.experiment import Experiment, apply_overrides, validate
 from hedgerow.methods.base import Method
 from hedgerow.model import Model
@@ -99,18 +101,22 @@ def score_method(
     Args:
         clients: whose models count where there is no global one.
     """
-    return by_model(
-        {name: evaluate(model, test, settings, progress) for name in method.models(model, clients)}
-    )
+    models = method.models(model, clients)
+    scores = {name: evaluate(model, test, settings, progress) for name in models}
+    return by_model(scores, settings.metrics)
 
 
-def by_model(scores: dict[str | None, dict[str, Any]]) -> dict[str, Any]:
-    """The global model's scores (under None), or those of each client with their mean."""
+def by_model(scores: dict[str | None, dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
+    """The global model's scores (under None), or those of each client with their mean.
+
+    Args:
+        metrics: names of the metrics that gave the scores.
+    """
     if None in scores:
         return scores[None]
     average = mean(list(scores.values()))
-    if "eval_loss" in average:
-        average["eval_perplexity"] = perplexity(average["eval_loss"])
+    for metric in metrics_of(metrics):
+        average |= derived(metric, average)
     return average | {"by_client": scores}
 
 
@@ -201,11 +207,14 @@ def score_target(
     *,
     load: Loader = Model.load,
     held: Sequence[Row] | None = None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
     """Scores of a run's model after a round, or of a model folder; the arguments are `loaded`'s.
 
     Args:
         held: the test rows, where `data.test` is `(memory)`.
+
+    Returns:
+        The scores, and the names of the metrics that gave them.
 
     Raises:
         UserError: naming what does not fit.
@@ -213,7 +222,8 @@ def score_target(
     with loaded(target, overrides, round, client, load) as it:
         test = load_test(it.data, it.evaluation, it.model, held)
         scored = {name: evaluate(it.model, test, it.evaluation, progress) for name in it.models()}
-        return by_model(scored) | counts(test)
+        metrics = it.evaluation.metrics
+        return by_model(scored, metrics) | counts(test), metrics
 
 
 def counts(test: TestSet) -> dict[str, int]:

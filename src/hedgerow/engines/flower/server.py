@@ -60,7 +60,7 @@ def _main(grid: Grid, context: Context) -> None:
         if model is not None and settings.test:
             test = load_test(experiment.data, experiment.evaluation, model)
         at_home = replace(loaded, experiment=experiment)
-        with ProgressWatcher() as watcher:
+        with ProgressWatcher(metrics=experiment.evaluation.metrics) as watcher:
             serve(grid, at_home, Path(settings.out), watcher, model, test)
     except (UserError, RunFailed) as error:
         # Flower logs the text of what ends a ServerApp; where it was raised is nobody's concern.
