@@ -145,19 +145,24 @@ def test_an_own_metric_is_shown_wherever_scores_are(hedgerow, experiment, own, t
     for text in (
         *("length of answers by round", "length of answers by category"),
         *("length of answers, %", "distinct words by round"),
+        *("Higher is better: length of answers.", "Lower is better: train loss."),
     ):
         assert text in page.read_text()
 
 
 def test_an_own_metric_is_compared(hedgerow, experiment, own, tmp_path):
-    asked = f"evaluation.metrics=[loss, {own('own_compared')}:Length]"
+    module = own("own_compared")
+    asked = f"evaluation.metrics=[loss, {module}:Length, {module}:Words]"
     out = tmp_path / "out"
     methods = ["--methods", "flora,fedavg", "--out", out]
     result = hedgerow("compare", experiment(), asked, "federation.rounds=1", *methods)
     assert result.code == 0, result.err
     table = json.loads((out / "comparison.json").read_text())
     assert all(row["length_share"] >= 0 for row in table)
-    assert "length of answers" in (out / "comparison.md").read_text()
+    header = (out / "comparison.md").read_text().partition("\n")[0]
+    assert "length of answers" in header
+    assert "distinct words" in header
+    assert "perplexity" not in header
 
 
 def test_where_each_client_has_a_model_derived_scores_are_of_the_mean(
@@ -366,8 +371,13 @@ def test_derived_scores_are_checked():
         def derive(self, scores):
             return {"y": scores["w"]}
 
-    with pytest.raises(UserError, match=r"Wrong derives .*'y'"):
-        derived(Wrong(), {"x": 1.0})
+    class Silent(Wrong):
+        def derive(self, scores):
+            return None
+
+    for kind in (Wrong, Silent):
+        with pytest.raises(UserError, match=rf"{kind.__name__} derives .*'y'"):
+            derived(kind(), {"x": 1.0})
     with pytest.raises(UserError, match=r"Failing fails .*KeyError"):
         derived(Failing(), {"x": 1.0})
 

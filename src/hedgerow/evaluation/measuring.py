@@ -62,7 +62,8 @@ def derived(metric: Metric, scores: Mapping[str, float]) -> dict[str, float]:
         found = metric.derive(scores)
     except Exception as error:
         raise _failed(metric, error, "on the scores of the test data") from error
-    if set(found) != keys or not all(isinstance(value, Real) for value in found.values()):
+    is_whole = isinstance(found, Mapping) and set(found) == keys
+    if not (is_whole and all(isinstance(value, Real) for value in found.values())):
         raise UserError(
             f"the metric {metric.name} derives {_shown(found)}: it must be a number for each of "
             f"{sorted(keys)}"
@@ -118,9 +119,9 @@ def _scores(metric: Metric, evidence: Any, where: str) -> dict[str, Weighted]:
         )
     parts = {key: _part(scores[key]) for key in keys}
     # A model that has diverged is no mistake of a metric's.
-    is_told = getattr(evidence, "finite", True)
+    must_be_finite = getattr(evidence, "finite", True)
     for part in parts.values():
-        if part is None or (is_told and not math.isfinite(part.total)):
+        if part is None or (must_be_finite and not math.isfinite(part.total)):
             raise UserError(
                 f"the metric {metric.name} gives {_shown(given)} {where}: each score must be a "
                 "finite number (in a Weighted, its weight above 0)"

@@ -140,17 +140,21 @@ def _losses(rounds: pd.DataFrame, names: list[str]) -> Section:
 def _scores(series: Sequence[Series], rounds: pd.DataFrame, names: list[str]) -> Section:
     scores = measured_scores(series)
     scores.pop(LOSS, None)
-    drawn, lower = [], []
+    drawn = []
+    better: dict[str | None, list[str]] = {"higher": [], "lower": [], None: []}
     for score in (*scores.values(), console.TRAINING):
         frame = over_seeds(rounds, "round", score.key)
         if len(frame):
             svg = charts.lines(frame, names, x="round", y=score.title)
             drawn.append(_lines(frame, svg, score.label, "round"))
-            lower += [score.label] if score.direction == "lower" else []
-    about = f"Higher is better, but for {_listed(lower)}." if lower else "Higher is better."
-    return Section(
-        "Scores by round", f"{about} Training losses are of the clients' own data.", drawn
-    )
+            better[score.direction].append(score.label)
+    said = [
+        f"{direction.capitalize()} is better: {_listed(labels)}."
+        for direction, labels in better.items()
+        if direction and labels
+    ]
+    about = " ".join([*said, "Training losses are of the clients' own data."])
+    return Section("Scores by round", about, drawn)
 
 
 def _by_category(series: Sequence[Series], names: list[str]) -> Section:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from hedgerow import console
 from hedgerow.comparison import Outcome
-from hedgerow.evaluation.metrics import Score, scores_of
+from hedgerow.evaluation.metrics import Score, main_scores_of, scores_of
 from hedgerow.files import replacing
 
 FORMATS = ("csv", "json", "md", "tex")
@@ -68,11 +68,17 @@ def default_target(outcomes: Iterable[Outcome]) -> float | None:
 def compared(outcomes: Iterable[Outcome]) -> dict[str, Score]:
     """The scores that are compared where they were measured, after the last round, by their keys.
 
-    Those of the outcomes' metrics of which one direction is better.
+    The outcomes' metrics' main scores, and the others of which one direction is better.
     """
-    names = [name for each in outcomes for name in each.cell.experiment.evaluation.metrics]
-    scores = scores_of(dict.fromkeys(names))
-    return {key: each for key, each in scores.items() if each.direction and not each.derived}
+    names = dict.fromkeys(
+        name for each in outcomes for name in each.cell.experiment.evaluation.metrics
+    )
+    mains = main_scores_of(names)
+    return {
+        key: score
+        for key, score in scores_of(names).items()
+        if key in mains or (score.direction and not score.derived)
+    }
 
 
 def shown(
