@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TYPES = {
     "F64": "float64",
@@ -32,6 +35,11 @@ def dtype_of(code: str) -> torch.dtype:
     """Number type with this name in a safetensors header."""
     dtype: torch.dtype = getattr(torch, TYPES[code])
     return dtype
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether a tensor's type and shape are ones that files here may have."""
+    return str(tensor.dtype).removeprefix("torch.") in _CODES and 0 not in tensor.shape
 
 
 class Kind(NamedTuple):
