@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import textwrap
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support.runs import ledger_bytes
+from support.runs import ledger_bytes, rows_of
 
 from hedgerow.errors import UserError
 from hedgerow.experiment import load
@@ -324,3 +325,90 @@ def test_a_step_in_the_backward_pass_is_the_optimizer_s_own_offer():
     assert not offered(optimizer="sgd", max_grad_norm=1.0)
     assert not offered(optimizer="sgd", gradient_accumulation=2)
     assert not offered(optimizer="adamw")
+
+
+# --- muon and adafactor -------------------------------------------------------------------------
+
+
+def test_a_step_of_muon_is_torch_s():
+    ours, theirs = shapes((4, 3)), shapes((4, 3))
+    stepped(built(ours, optimizer="muon"), 3)
+    stepped(torch.optim.Muon(theirs.values(), lr=0.1, weight_decay=0), 3)
+    assert torch.equal(ours["p0"], theirs["p0"])
+
+
+def test_what_is_no_hidden_matrix_is_stepped_by_adamw():
+    ours, theirs = shapes((4, 3), (3,), (4, 3)), shapes((4, 3), (3,), (4, 3))
+    names = ["layers.0.weight", "norm.weight", "embed_tokens.weight"]
+    options = {"name": "muon", "momentum": 0.5, "adamw_scale": 0.5, "adamw_betas": (0.5, 0.5)}
+    optimizer = built(dict(zip(names, ours.values(), strict=True)), optimizer=options)
+    stepped(optimizer, 3)
+    matrix, *rest = theirs.values()
+    stepped(torch.optim.Muon([matrix], lr=0.1, weight_decay=0, momentum=0.5), 3)
+    stepped(torch.optim.AdamW(rest, lr=0.05, weight_decay=0, betas=(0.5, 0.5)), 3)
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name])
+    assert all(parameter.grad is None for parameter in ours.values())
+    assert optimizer.step(lambda: 7) == 7
+    only_rest = built(dict(zip(names[1:], rest, strict=True)), optimizer="muon")
+    assert isinstance(only_rest, torch.optim.AdamW)
+
+
+def test_both_optimizers_of_muon_go_on_from_a_stored_state():
+    ours, theirs = shapes((4, 3), (3,)), shapes((4, 3), (3,))
+    stepped(first := built(ours, optimizer="muon"), 2)
+    second = built(theirs, optimizer="muon")
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    with torch.no_grad():
+        for name, parameter in theirs.items():
+            parameter.copy_(ours[name])
+    for group in (*first.param_groups, *second.param_groups):
+        group["lr"] = 0.01
+    stepped(first, 2)
+    stepped(second, 2)
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name])
+
+
+def test_a_step_of_adafactor_is_torch_s():
+    ours, theirs = shapes((4, 3), (3,)), shapes((4, 3), (3,))
+    options = {"name": "adafactor", "beta2_decay": -0.5, "eps": (1e-6, 1e-2), "d": 2.0}
+    stepped(built(ours, optimizer=options, weight_decay=0.1), 3)
+    del options["name"]
+    stepped(torch.optim.Adafactor(theirs.values(), lr=0.1, weight_decay=0.1, **options), 3)
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [
+        ({"name": "flora", "restart": "own", "ranks": [4, 2, 1]}, 0.02),
+        ({"name": "flora", "restart": "shared", "ranks": [4, 2, 1]}, 0.02),
+        ({"name": "flora_adalora", "ranks": [4, 2, 1], "initial": 6}, 0.02),
+        ({"name": "fedavg"}, 0.003),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_a_run_learns_and_goes_on_with_the_same_bytes(
+    hedgerow, experiment, tmp_path, optimizer, method, rate
+):
+    path = experiment(training={"optimizer": optimizer, "learning_rate": rate, "steps": 4})
+    content = yaml.safe_load(path.read_text()) | {"method": method}
+    path.write_text(yaml.safe_dump(content))
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    for rounds, out in ((3, whole), (1, part), (3, part)):
+        result = hedgerow("run", path, f"federation.rounds={rounds}", "--out", out, "--resume")
+        assert result.code == 0, result.err
+    assert ledger_bytes(whole) == ledger_bytes(part)
+    losses = [row["eval_loss"] for row in rows_of(whole)]
+    assert losses[-1] < losses[0]
+
+
+def test_muon_s_own_momentum_holds_unless_training_has_another(experiment):
+    path = experiment(training={"optimizer": "muon"})
+    assert load(path).training.momentum == 0.95
+    assert load(path, ["training.momentum=0.5"]).training.momentum == 0.5
+    [group] = built(optimizer="muon", momentum=0.5).param_groups
+    assert group["momentum"] == 0.5
