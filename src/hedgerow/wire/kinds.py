@@ -27,8 +27,9 @@ _CODES = {name: code for code, name in TYPES.items()}
 
 
 def code_of(dtype: torch.dtype) -> str:
-    """Name of a number type in a safetensors header."""
-    return _CODES[str(dtype).removeprefix("torch.")]
+    """Name of a number type in a safetensors header; torch's of one that may not travel."""
+    name = str(dtype).removeprefix("torch.")
+    return _CODES.get(name, name)
 
 
 def dtype_of(code: str) -> torch.dtype:
