@@ -1,14 +1,20 @@
 """The ledger: append, verify, crash, pack."""
 
+import dataclasses
+import importlib
 import json
+import re
+import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from hedgerow import ledger as ledgers
-from hedgerow.errors import UserError
+from hedgerow.errors import RunFailed, UserError
 from hedgerow.ledger import Base, Ledger
 from hedgerow.wire import Entry, Participant
 
@@ -152,3 +158,181 @@ def test_an_archive_with_anything_else_is_refused(tmp_path, name):
         archive.writestr(name, "x")
     with pytest.raises(UserError, match="no packed ledger"):
         ledgers.unpack(path)
+
+
+# --- what a method makes is checked before it is committed ----------------------------------------
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+ONE = torch.ones(1)
+WRONG_ENTRIES = {
+    "a metric's name": ({"metrics": {"loss%": 1.0}}, "metric `loss%`: names are"),
+    "a metric that is no text": ({"metrics": {1: 1.0}}, "metric `1`: names are"),
+    "names of two kinds": ({"metrics": {1: 1.0, "b": 1.0}}, "metrics cannot be written"),
+    "NaN": ({"metrics": {"loss": float("nan")}}, "metric `loss` is nan"),
+    "infinity": ({"metrics": {"loss": float("inf")}}, "metric `loss` is inf"),
+    "a flag": ({"metrics": {"good": True}}, "metric `good` is True"),
+    "a tensor for a metric": ({"metrics": {"loss": ONE}}, "metrics cannot be written: .*Tensor"),
+    "a type of number": ({"tensors": {"x": ONE.bool()}}, "x has numbers of the kind 'bool'"),
+    "complex numbers": ({"tensors": {"x": ONE.cfloat()}}, "x has .* the kind 'complex64'"),
+    "an empty tensor": ({"tensors": {"x": torch.ones(0, 3)}}, "the shape of x is no list"),
+    "nine dimensions": ({"tensors": {"x": torch.ones([1] * 9)}}, "the shape of x is no list"),
+    "a tensor's name": ({"tensors": {"x" * 513: ONE}}, "name is empty, too long"),
+    "a name with a line break": ({"tensors": {"x\n": ONE}}, "name is empty, too long or not"),
+    "a reserved name": ({"tensors": {"__metadata__": ONE}}, "metadata are no mapping"),
+    "a name that is no text": ({"tensors": {7: ONE}}, "name is 7, no text"),
+    "an array": ({"tensors": {"x": ONE.numpy()}}, "x is no tensor, but a ndarray"),
+    "a sparse tensor": ({"tensors": {"x": ONE.to_sparse()}}, "x is no dense tensor"),
+    "no mapping": ({"tensors": [ONE]}, "tensors are no mapping, but a list"),
+    "a number that is none": ({"tensors": {"x": ONE * torch.nan}}, "x has numbers that are not"),
+    "a huge number": ({"tensors": {"x": ONE * 1e18}}, r"x has numbers above 1e\+17"),
+    "a whole weight": ({"participants": [Participant("a", 1, 1)]}, "participants are not .*: 1}"),
+    "a weight that is none": (
+        {"participants": [Participant("a", 1, float("nan"))]},
+        "participants are not .*: nan}",
+    ),
+    "a heavy weight": ({"participants": [Participant("a", 1, 101.0)]}, "weight of a is 101.0"),
+    "nobody": ({"participants": []}, "no participants"),
+    "options that JSON lacks": ({"options": {"x": {1}}}, "options cannot be written: .*set"),
+    "options that JSON changes": ({"options": {"x": (1, 2)}}, r"would be read as {'x': \[1, 2\]}"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_ENTRIES)
+def test_what_nobody_could_read_is_not_appended(ledger, what):
+    changes, says = WRONG_ENTRIES[what]
+    before = files_of(ledger.folder)
+    with pytest.raises(RunFailed, match="method flora made an entry that no participant") as error:
+        ledger.append(dataclasses.replace(entry(ledger), **changes))
+    assert re.search(says, str(error.value))
+    assert "\n" not in str(error.value)
+    assert files_of(ledger.folder) == before
+    assert ledger.append(entry(ledger)).round == 4
+
+
+def test_whatever_a_ledger_takes_it_reads(ledger):
+    """Numbers of each type that may travel, one without dimensions, and the longest names."""
+    types = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
+    tensors = {str(dtype): torch.ones(2, 3, dtype=dtype).T for dtype in types}
+    tensors |= {"x" * 512: torch.tensor(2.0)}
+    metrics = {"a" * 64: 7, "b_2": 1e300}
+    made = dataclasses.replace(entry(ledger), tensors=tensors, metrics=metrics)
+    ledger.append(dataclasses.replace(made, options={"x": [1, {"y": None}]}))
+    read = Ledger.open(ledger.folder).read(4)
+    assert read.metrics == metrics
+    assert all(torch.equal(read.tensors[name], tensor) for name, tensor in tensors.items())
+
+
+PLUG_IN = """
+    from hedgerow.methods import FedAvg
+
+    def aggregated(aggregate, turn): return aggregate
+    def updated(payload, turn): return payload
+
+    class Mine(FedAvg):
+        def aggregate(self, updates, turn):
+            made = super().aggregate(updates, turn)
+            return aggregated(made, turn) if turn.round == 2 else made
+
+        def update(self, model, turn, trained):
+            made = super().update(model, turn, trained)
+            return updated(made, turn) if turn.round == 2 else made
+"""
+
+
+@pytest.fixture
+def plug_in(tmp_path, monkeypatch):
+    """A method in a module of its own, and what makes it a wrong one for a while."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "plugged.py").write_text(textwrap.dedent(PLUG_IN))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delitem(sys.modules, "plugged", raising=False)
+    return importlib.import_module("plugged")
+
+
+WRONG_AGGREGATES = {
+    "a metric": (lambda a, _: a._replace(metrics={"loss%": 1.0}), "metric `loss%`"),
+    "one tensor less": (
+        lambda a, _: a._replace(tensors=dict([*a.tensors.items()][1:])),
+        "it lacks",
+    ),
+    "another type": (
+        lambda a, _: a._replace(tensors={n: t.double() for n, t in a.tensors.items()}),
+        r"is F64 \[.*\], not F32",
+    ),
+    "a weight too few": (
+        lambda a, _: a._replace(weights=[0.5, 0.5]),
+        "2 weights for the 3 updates",
+    ),
+    "what it keeps": (
+        lambda a, turn: turn.memory.save({"x": ONE.bool()}),
+        "could not aggregate round 2: x has numbers of the kind 'bool'",
+    ),
+    "other weights": (
+        lambda a, _: a._replace(weights=[0.5, 0.25, 0.25]),
+        "weight of client-000 is",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_AGGREGATES)
+def test_a_wrong_method_stops_a_run_that_goes_on_with_a_right_one(
+    hedgerow, experiment, tmp_path, plug_in, monkeypatch, what
+):
+    wrong, says = WRONG_AGGREGATES[what]
+    path, run, whole = experiment(method={"name": "plugged:Mine"}), tmp_path / "run", tmp_path / "w"
+    drop_options(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(plug_in, "aggregated", wrong)
+        result = hedgerow("run", path, "--out", run)
+    assert result.code == 1, result.err
+    [line] = [line for line in result.err.splitlines() if line.startswith("hedgerow: ")]
+    assert "method plugged:Mine" in line
+    assert re.search(says, line)
+    assert sorted(files_of(run / "ledger")) == ["0001.safetensors", "ledger.json"]
+    assert len(Ledger.open(run / "ledger")) == 1
+    assert hedgerow("run", path, "--out", run, "--resume").code == 0
+    assert hedgerow("run", path, "--out", whole).code == 0
+    assert files_of(run / "ledger") == files_of(whole / "ledger")
+
+
+WRONG_UPDATES = {
+    "a type of number": (lambda p, _: p._replace(tensors={"x": ONE.bool()}), "of the kind 'bool'"),
+    "what it keeps": (
+        lambda p, turn: turn.memory.save({"x": torch.ones(0)}),
+        "the shape of x is no list",
+    ),
+    "a number for a text": (lambda p, _: p._replace(about={"r": 4}), "it says 'r': 4"),
+    "another's word": (lambda p, _: p._replace(about={"round": "7"}), "it says 'round': '7'"),
+    "a line break": (lambda p, _: p._replace(about={"r": "4\n"}), "no mapping of printable texts"),
+    "no mapping": (lambda p, _: p._replace(about=None), "what it says is no mapping"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_UPDATES)
+def test_a_wrong_update_is_its_client_s_failure(
+    hedgerow, experiment, tmp_path, plug_in, monkeypatch, what
+):
+    wrong, says = WRONG_UPDATES[what]
+    path, run = experiment(method={"name": "plugged:Mine"}), tmp_path / "run"
+    drop_options(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(plug_in, "updated", wrong)
+        result = hedgerow("run", path, "--out", run)
+    assert result.code == 1, result.err
+    assert "no usable update from its 3 clients" in result.err
+    assert "method plugged:Mine made what cannot be written: " in result.err
+    assert says in result.err
+    assert "Traceback" not in result.err
+    assert len(Ledger.open(run / "ledger")) == 1
+    assert hedgerow("run", path, "--out", run, "--resume").code == 0
+
+
+def drop_options(path: Path) -> None:
+    """Leave only the method's name in an experiment file."""
+    content = yaml.safe_load(path.read_text())
+    content["method"] = {"name": content["method"]["name"]}
+    path.write_text(yaml.safe_dump(content))

@@ -23,9 +23,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hedgerow.errors import InvalidMessage, UserError
+from hedgerow.errors import InvalidMessage, RunFailed, UserError
 from hedgerow.files import replacing
-from hedgerow.methods.base import Method, check_entry
+from hedgerow.methods.base import Method, check_entry, check_fits
 from hedgerow.model import Model
 from hedgerow.wire import Entry
 
@@ -160,10 +160,25 @@ class Ledger:
         """The shapes of what clients train, for methods whose server has to know them."""
         return self._index.trained
 
-    def append(self, entry: Entry) -> Entry:
-        """Write an entry and make it the head; returns it with its tensors in the file."""
+    def append(self, entry: Entry, method: Method | None = None) -> Entry:
+        """Write an entry and make it the head; returns it with its tensors in the file.
+
+        Args:
+            method: what has made the entry, for the checks that its participants will make.
+
+        Raises:
+            RunFailed: nobody could read the entry, or it does not fit; nothing is written.
+        """
         assert entry.parent == self.head, "an entry is appended to the head"
         assert entry.round == len(self) + 1, "rounds are appended in order"
+        try:
+            entry.check()
+            if method is not None:
+                check_fits(entry, method, self.trained, entry.round, self.head)
+        except InvalidMessage as error:
+            raise RunFailed(
+                f"method {entry.method} made an entry that no participant could read: {error}"
+            ) from None
         path = self.folder / f"{entry.round:04d}.safetensors"
         with replacing(path) as file:
             sha256, size = entry.write(file)

@@ -173,10 +173,13 @@ class TrainingSettings(Section):
     learning_rate: float = Field(3e-4, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Of the learning rate over rounds: round t of T trains at (1 - (t-1)/T) of it for `linear`."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: str | dict[str, Any] = "adamw"
+    """An optimiser's name, or {name: …} with the options that its file has in
+    `hedgerow/training/optimizers/`; your own is `package.module:Class`."""
     momentum: float = Field(0.0, ge=0, lt=1)
-    """Of `sgd`."""
+    """The optimiser's own option of this name, where it has one, as `sgd`."""
     weight_decay: float = Field(0.0, ge=0)
+    """The optimiser's own option of this name."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients longer than this are scaled down to it; None leaves them."""
 
@@ -191,8 +194,6 @@ class TrainingSettings(Section):
     def _steps_or_epochs(self) -> TrainingSettings:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give `steps` or `epochs`, not both")
-        if self.momentum and self.optimizer != "sgd":
-            raise ValueError("`momentum` belongs to `optimizer: sgd`")
         return self
 
 

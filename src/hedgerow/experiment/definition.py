@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import (
     SerializeAsAny,
+    ValidationError,
+    field_validator,
     model_validator,
 )
 
+from hedgerow.errors import UserError
+from hedgerow.experiment.mistakes import method_of, sentence, with_optimizer
 from hedgerow.methods.base import Method
 from hedgerow.settings import (
     ClientFile,
@@ -35,6 +40,27 @@ class Experiment(Section):
     federation: FederationSettings = FederationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    def __init__(self, **sections: Any) -> None:
+        """Check the sections, each given as a mapping or as its settings.
+
+        Raises:
+            UserError: naming the key that is wrong.
+        """
+        try:
+            super().__init__(**sections)
+        except ValidationError as error:
+            raise UserError(sentence(error, type(self), ())) from None
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _by_name(cls, method: Any) -> Method:
+        return method if isinstance(method, Method) else method_of(method)
+
+    @field_validator("training")
+    @classmethod
+    def _with_optimizer(cls, training: TrainingSettings) -> TrainingSettings:
+        return with_optimizer(training)
 
     @model_validator(mode="after")
     def _evaluation_has_data(self) -> Experiment:

@@ -15,43 +15,57 @@ from hedgerow.errors import UserError, did_you_mean
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import Method
-from hedgerow.settings import EvaluationSettings
+from hedgerow.settings import EvaluationSettings, TrainingSettings
+from hedgerow.training.optimizers import SHORTHANDS, chosen
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 
 
 def validate(content: Mapping[str, Any], where: str, kind: type[_Settings]) -> _Settings:
     """Settings of a kind from plain values; a mistake is a `UserError` that begins with `where`."""
-    content = dict(content)
-    if "method" in content:
-        content["method"] = _method(content["method"], where)
     try:
-        settings = kind.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{where}: {sentence(error, kind, ())}") from None
-    evaluation = getattr(settings, "evaluation", None)
-    if isinstance(evaluation, EvaluationSettings):
-        try:
+        settings = parsed(kind, content)
+        evaluation = getattr(settings, "evaluation", None)
+        if isinstance(evaluation, EvaluationSettings):
             metrics_of(evaluation.metrics)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     return settings
 
 
-def _method(options: Any, where: str) -> Method:
+def parsed(
+    kind: type[_Settings],
+    content: Mapping[str, Any],
+    prefix: tuple[str, ...] = (),
+) -> _Settings:
+    """Settings whose keys stand below those of `prefix`; a mistake is a sentence."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise UserError(sentence(error, kind, prefix)) from None
+
+
+def method_of(options: Any) -> Method:
     """The method that `options` name; its own class knows the other keys."""
     options = {"name": options} if isinstance(options, str) else options
     name = options.get("name") if isinstance(options, dict) else None
     if not isinstance(name, str):
-        raise UserError(f"{where}: `method` needs a name, as in {{name: flora, ranks: 16}}")
-    try:
-        kind = METHODS.find(name, "method.name")
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    try:
-        return kind.model_validate(options)
-    except ValidationError as error:
-        raise UserError(f"{where}: {sentence(error, kind, ('method',))}") from None
+        raise UserError("`method` needs a name, as in {name: flora, ranks: 16}")
+    return parsed(METHODS.find(name, "method.name"), options, ("method",))
+
+
+def with_optimizer(training: TrainingSettings) -> TrainingSettings:
+    """The settings with all options of the optimiser, where there are some, and its shorthands.
+
+    So a resolved experiment says what holds, and means the same when it is read again.
+    """
+    kind, options = chosen(training)
+    optimizer = parsed(kind, options, ("training", "optimizer"))
+    complete = optimizer.model_dump(mode="json")
+    content = training.model_dump() | {key: complete[key] for key in SHORTHANDS if key in complete}
+    if not isinstance(training.optimizer, str):
+        content["optimizer"] = complete
+    return parsed(TrainingSettings, content, ("training",))
 
 
 def sentence(error: ValidationError, kind: type[BaseModel], prefix: tuple[str, ...]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -13,6 +13,9 @@ from hedgerow.errors import UserError
 from hedgerow.experiment.paths import make_paths_absolute
 from hedgerow.experiment.yaml import Loader, one_line
 from hedgerow.methods import METHODS
+from hedgerow.plugins import Registry
+from hedgerow.settings import TrainingSettings
+from hedgerow.training.optimizers import OPTIMIZERS
 
 Change = tuple[list[str], Any]
 """The keys that lead to a value, and the value that it gets."""
@@ -66,13 +69,12 @@ def changed(
         for key in reversed(keys[:-1]):
             nested = {key: nested}
         make_paths_absolute(nested, folders)
-        if isinstance(content.get("method"), str):
-            content["method"] = {"name": content["method"]}
-        if keys == ["method", "name"]:
-            _drop_options_of_another_method(content.get("method"), value)
         section = content
-        for key in keys[:-1]:
+        for depth, key in enumerate(keys[:-1], start=1):
             nested = nested[key]
+            choice = _CHOICES.get(tuple(keys[:depth]))
+            if choice is not None:
+                _open(section, key, choice, keys[depth:], value)
             section = section.setdefault(key, {})
             if not isinstance(section, dict):
                 raise UserError(f"{'.'.join(keys)}: `{key}` is a value, it has no keys of its own")
@@ -80,19 +82,46 @@ def changed(
     return content
 
 
-def _drop_options_of_another_method(options: Any, name: Any) -> None:
+class _Choice(NamedTuple):
+    """A key whose value is one of several plug-ins: its name, or a mapping that has it."""
+
+    registry: Registry[Any]
+    default: str | None
+    """The name that is meant where the key is left out."""
+
+
+_CHOICES = {
+    ("method",): _Choice(METHODS, None),
+    ("training", "optimizer"): _Choice(
+        OPTIMIZERS, TrainingSettings.model_fields["optimizer"].default
+    ),
+}
+
+
+def _open(
+    section: dict[str, Any], key: str, choice: _Choice, changed: Sequence[str], value: Any
+) -> None:
+    """Make a mapping of what is chosen at a key, so that `changed` in it gets `value`."""
+    chosen = section.get(key, choice.default)
+    if isinstance(chosen, str):
+        section[key] = {"name": chosen}
+    if list(changed) == ["name"]:
+        _drop_options_of_another(section.get(key), value, choice.registry)
+
+
+def _drop_options_of_another(options: Any, name: Any, registry: Registry[Any]) -> None:
     """`method.name=fedavg` on a file for flora leaves out what only adapters have, as `ranks`."""
     if isinstance(options, dict):
-        known, before = _options_of(name), _options_of(options.get("name"))
+        known, before = (_options_of(n, registry) for n in (name, options.get("name")))
         for key in set(options) - known if known else ():
             if key in before:
                 del options[key]
 
 
-def _options_of(method: Any) -> set[str]:
-    """Options of a method by its name; none of one that is not there."""
+def _options_of(name: Any, registry: Registry[Any]) -> set[str]:
+    """Options of a plug-in by its name; none of one that is not there."""
     try:
-        return set(METHODS.find(str(method), "method.name").model_fields)
+        return set(registry.find(str(name), "name").model_fields)
     except UserError:
         return set()  # which is said where the whole experiment is checked
 

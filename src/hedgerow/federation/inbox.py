@@ -83,12 +83,21 @@ class Answers:
         return {name: self._losses[name] for name in names if name in self._losses}
 
     def entry(self, aggregate: Aggregate) -> Entry:
-        """The round's entry; who answered weighs p_k = n_k / Σ n, or what the aggregate says."""
+        """The round's entry; who answered weighs p_k = n_k / Σ n, or what the aggregate says.
+
+        Raises:
+            RunFailed: it says that of more or fewer than there are.
+        """
         losses = self.losses
         present = [client for client in self.clients if client.name in losses]
         total = sum(client.num_examples for client in present)
         shares = [client.num_examples / total for client in present]
         weights = shares if aggregate.weights is None else aggregate.weights
+        if len(weights) != len(present):
+            raise RunFailed(
+                f"method {self._method.name} gave {len(weights)} weights for the "
+                f"{len(present)} updates of round {self._round}: give one for each"
+            )
         participants = [
             Participant(client.name, client.num_examples, weight)
             for client, weight in zip(present, weights, strict=True)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hedgerow.clock import Clock
+from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import Fleet, Watcher
 from hedgerow.federation.inbox import Answers
@@ -23,7 +24,8 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
     """Take a run from its ledger's head to the experiment's last round.
 
     Raises:
-        RunFailed: too few clients of a round sent a usable update.
+        RunFailed: too few clients of a round sent a usable update, or the method made of them what
+            no participant could read.
     """
     method, ledger = experiment.method, directory.ledger
     settings, seeds = experiment.federation, Seeds(experiment.federation.seed)
@@ -61,9 +63,14 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         watcher.round_begins(round, settings.rounds, len(answers.clients))
 
         with clock("aggregate"):
-            aggregate = method.aggregate(answers.usable(fleet, clock), answers.turn)
+            try:
+                aggregate = method.aggregate(answers.usable(fleet, clock), answers.turn)
+            except InvalidMessage as error:
+                raise RunFailed(
+                    f"method {method.name} could not aggregate round {round}: {error}"
+                ) from None
         with clock("ledger"):
-            previous = entry = ledger.append(answers.entry(aggregate))
+            previous = entry = ledger.append(answers.entry(aggregate), method)
         del aggregate  # from here on the entry's tensors are read from its file
         traffic.down([client.name for client in answers.clients], round)
         with clock("apply"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hedgerow.errors import ClientFailed, UserError
+from hedgerow.errors import ClientFailed, InvalidMessage, UserError
 from hedgerow.lazy import torch
 from hedgerow.model import max_positions
 from hedgerow.training.job import Job, learning_rate
@@ -37,7 +37,8 @@ def train_client(
         parent: hash of the entry that the model is at.
 
     Raises:
-        ClientFailed: training diverged, or the device has too little memory.
+        ClientFailed: training diverged, the device has too little memory, or the method made what
+            cannot be written.
     """
     method, client = experiment.method, turn.client
     job = Job(
@@ -56,6 +57,19 @@ def train_client(
             trained = method.train(job, turn, parameters)
         with clock("update"):
             tensors, about = method.update(model, turn, trained)
+            update = Update(
+                method=method.name,
+                round=turn.round,
+                client=client.name,
+                parent=parent,
+                num_examples=client.num_examples,
+                train_loss=trained.loss,
+                tensors=tensors,
+                about=about,
+            )
+            update.check_writable()
+    except InvalidMessage as error:
+        raise ClientFailed(f"method {method.name} made what cannot be written: {error}") from None
     except torch.OutOfMemoryError:
         raise ClientFailed(
             "the device ran out of memory: a smaller training.batch_size may help"
@@ -63,7 +77,4 @@ def train_client(
     finally:
         with clock("start"):
             model.release()
-    return Update(
-        *(method.name, turn.round, client.name, parent, client.num_examples, trained.loss),
-        *(tensors, about),
-    )
+    return update

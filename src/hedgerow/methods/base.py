@@ -271,8 +271,23 @@ def check_entry(
 ) -> None:
     """What every participant does with an entry from elsewhere before it applies it.
 
+    For arguments and errors, see `check_fits`; the entry's tensors are read one by one.
+    """
+    check_fits(entry, method, shapes, round, parent)
+    check_numbers(entry.tensors, LARGEST_BROADCAST)
+
+
+def check_fits(
+    entry: Entry,
+    method: Method,
+    shapes: Mapping[str, Sequence[int]],
+    round: int,
+    parent: str,
+) -> None:
+    """Check an entry, but for the numbers in its tensors.
+
     Args:
-        entry: as it was read; its tensors are read one by one.
+        entry: as it was read, or before it is written.
         method: the experiment's.
         shapes: `method.trained_shapes` of the participant's own model.
         round: the one that comes next.
@@ -295,4 +310,3 @@ def check_entry(
     check_participants(entry.participants)
     method.check_weights(entry.participants)
     method.check_entry(entry, shapes)
-    check_numbers(entry.tensors, LARGEST_BROADCAST)

@@ -54,7 +54,7 @@ def train(
         ),
         "default",
     )
-    optimizer = first_order.make_optimizer(trainable, settings, job.learning_rate)
+    optimizer = first_order.make_optimizer(parameters, settings, job.learning_rate)
     vectors = {name: p for name, p in parameters.items() if not name.endswith("lora_E")}
     survivors = None
     total_loss, total_tokens = 0.0, 0

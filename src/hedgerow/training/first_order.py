@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from hedgerow.lazy import torch
 from hedgerow.settings import TrainingSettings
 from hedgerow.training.job import Job, check_finite
 from hedgerow.training.loss import batch_loss
+from hedgerow.training.optimizers import optimizer_of
+from hedgerow.wire import is_writable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,8 +24,8 @@ State = dict[str, "Tensor"]
 def train(job: Job, parameters: Mapping[str, nn.Parameter]) -> float:
     """Train `parameters` of the job's network in place.
 
-    Plain SGD without clipping and accumulation needs no gradient but that of one tensor at a time:
-    each is applied and freed as soon as the backward pass has it.
+    Without clipping and accumulation, an optimiser that needs no gradient but that of one tensor at
+    a time, as plain SGD, applies and frees each as soon as the backward pass has it.
 
     Returns:
         The mean loss per answer token over all steps.
@@ -40,16 +42,17 @@ def continue_training(
     """`train` with an optimiser that goes on from where it was.
 
     Args:
-        state: as an earlier call returned it for parameters of the same names and shapes; where a
-            parameter has none, or one of another shape, the optimiser begins anew for it.
+        state: as an earlier call with this optimiser returned it; for a parameter of which it has
+            nothing, or what belongs to another shape, the optimiser begins anew.
 
     Returns:
         The mean loss as `train` has it, and the optimiser's state.
     """
     network, settings, trainable = job.network, job.settings, list(parameters.values())
-    in_backward = _can_step_in_backward(settings)
-    optimizer = None if in_backward else make_optimizer(trainable, settings, job.learning_rate)
-    if optimizer is not None:
+    immediate_step = _immediate_step(settings, job.learning_rate)
+    optimizer = None
+    if immediate_step is None:
+        optimizer = make_optimizer(parameters, settings, job.learning_rate)
         _restore(optimizer, parameters, state)
     total_loss, total_tokens = 0.0, 0
     devices = [network.device] if network.device.type == "cuda" else []
@@ -57,7 +60,7 @@ def continue_training(
     # Dropout layers draw from the global generator only, so it is lent a seed and given back.
     with (
         torch.random.fork_rng(devices=devices),
-        _stepping_in_backward(trainable if in_backward else [], settings, job.learning_rate),
+        _stepping_in_backward(trainable, immediate_step) if immediate_step else nullcontext(),
     ):
         torch.manual_seed(job.dropout_seed)
         for step, (collated, step_tokens) in enumerate(job.steps(), start=1):
@@ -94,16 +97,49 @@ def backward(
     return loss_sum
 
 
+_PLAIN: dict[str, tuple[type[Any], str]] = {
+    "none": (type(None), "uint8"),
+    "bool": (bool, "uint8"),
+    "int": (int, "int64"),
+    "float": (float, "float64"),
+}
+"""What an optimiser may keep beside tensors: the ending of its key, its type, and the type of the
+tensor without dimensions by which it is kept."""
+_SHAPE = ":shape"
+"""The key of a parameter's lengths, where what is kept of it has others."""
+
+
 def _state(
     optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, nn.Parameter]
 ) -> State:
-    """What the optimiser keeps of each parameter, on the CPU."""
-    return {
-        f"{name}/{what}": value.detach().cpu()
-        for name, parameter in parameters.items()
-        for what, value in (optimizer.state[parameter] if optimizer else {}).items()
-        if isinstance(value, torch.Tensor)
-    }
+    """What the optimiser keeps of each parameter, on the CPU; of one that is odd, nothing."""
+    state: State = {}
+    for name, parameter in parameters.items():
+        kept = _kept(optimizer.state[parameter], parameter) if optimizer else {}
+        state |= {f"{name}/{what}": value for what, value in kept.items()}
+    return state
+
+
+def _kept(values: Mapping[Any, Any], parameter: nn.Parameter) -> State:
+    """What is kept of one parameter: all that the optimiser has of it, or nothing."""
+    kept: State = {}
+    for what, value in values.items():
+        if not isinstance(what, str) or "/" in what or ":" in what:
+            return {}
+        if isinstance(value, torch.Tensor):
+            kept[what] = value.detach().cpu()
+            continue
+        for ending, (kind, dtype) in _PLAIN.items():
+            if type(value) is kind and not (kind is int and abs(value) >= 2**63):
+                kept[f"{what}:{ending}"] = torch.tensor(value or 0, dtype=getattr(torch, dtype))
+                break
+        else:
+            return {}
+    if not all(is_writable(tensor) for tensor in kept.values()):
+        return {}
+    if any(tensor.shape not in ((), parameter.shape) for tensor in kept.values()):
+        kept[_SHAPE] = torch.tensor([parameter.ndim, *parameter.shape])
+    return kept
 
 
 def _restore(
@@ -111,38 +147,51 @@ def _restore(
     parameters: Mapping[str, nn.Parameter],
     state: Mapping[str, Tensor],
 ) -> None:
-    kept: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    """Have the optimiser go on from what `_state` returned, where that fits the parameters."""
+    kept: dict[str, State] = defaultdict(dict)
     for key in state:
         name, _, what = key.rpartition("/")
         kept[name][what] = state[key]
     for name, parameter in parameters.items():
-        if all(value.shape in ((), parameter.shape) for value in kept[name].values()):
-            optimizer.state[parameter].update(
-                {w: v.to(parameter.device) if v.shape else v for w, v in kept[name].items()}
-            )
+        values = kept[name]
+        shape = values.pop(_SHAPE, None)
+        if shape is not None:
+            fits = shape.tolist() == [parameter.ndim, *parameter.shape]
+        else:
+            fits = all(value.shape in ((), parameter.shape) for value in values.values())
+        if fits:
+            for key, value in values.items():
+                what, _, ending = key.partition(":")
+                optimizer.state[parameter][what] = _restored(value, ending, parameter)
 
 
-def _can_step_in_backward(settings: TrainingSettings) -> bool:
-    return (
-        settings.optimizer == "sgd"
-        and settings.momentum == 0
-        and settings.max_grad_norm is None
-        and settings.gradient_accumulation == 1
-    )
+def _restored(value: Tensor, ending: str, parameter: nn.Parameter) -> Any:
+    if ending == "none":
+        return None
+    if ending:
+        return _PLAIN[ending][0](value.item())
+    # Counts of steps are on the CPU, wherever the parameter is.
+    return value.to(parameter.device) if value.shape else value
+
+
+def _immediate_step(
+    settings: TrainingSettings, learning_rate: float
+) -> Callable[[Tensor], None] | None:
+    """The step that is taken in the backward pass, where optimiser and settings allow it."""
+    if settings.max_grad_norm is not None or settings.gradient_accumulation > 1:
+        return None
+    return optimizer_of(settings).immediate_step(learning_rate)
 
 
 @contextmanager
 def _stepping_in_backward(
-    parameters: list[nn.Parameter], settings: TrainingSettings, learning_rate: float
+    parameters: list[nn.Parameter], immediate_step: Callable[[Tensor], None]
 ) -> Iterator[None]:
-    """SGD's step on each parameter at the moment at which its gradient is complete."""
+    """A step on each parameter at the moment at which its gradient is complete."""
 
     @torch.no_grad()
     def step(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        if settings.weight_decay:
-            parameter.grad.add_(parameter, alpha=settings.weight_decay)
-        parameter.add_(parameter.grad, alpha=-learning_rate)
+        immediate_step(parameter)
         parameter.grad = None
 
     handles = [
@@ -157,14 +206,7 @@ def _stepping_in_backward(
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter], settings: TrainingSettings, learning_rate: float
+    parameters: Mapping[str, nn.Parameter], settings: TrainingSettings, learning_rate: float
 ) -> torch.optim.Optimizer:
     """The optimiser that the experiment names."""
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-        )
-    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay)
+    return optimizer_of(settings).build(parameters, learning_rate)

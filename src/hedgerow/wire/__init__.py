@@ -17,7 +17,7 @@ from hedgerow.wire.files import (
     kinds,
     to_safetensors,
 )
-from hedgerow.wire.kinds import Kind, check_kinds, in_float32, seed_kind
+from hedgerow.wire.kinds import Kind, check_kinds, in_float32, is_writable, seed_kind
 from hedgerow.wire.metadata import LONGEST_TEXT, check_equal
 from hedgerow.wire.updates import LARGEST_SENT, Update
 
@@ -37,6 +37,7 @@ __all__ = [
     "check_numbers",
     "check_participants",
     "in_float32",
+    "is_writable",
     "kinds",
     "seed_kind",
     "to_safetensors",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.names import NAME
-from hedgerow.wire.files import FileTensors, to_safetensors
+from hedgerow.wire.files import FileTensors, check_numbers, header_of, to_safetensors
 from hedgerow.wire.metadata import LONGEST_TEXT, natural, read_json, take
 
 if TYPE_CHECKING:
@@ -59,20 +59,26 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
     """The options of the method without which the tensors mean something else."""
 
+    def check(self) -> None:
+        """Raise `InvalidMessage` unless what `write` writes can be read, and says the same then."""
+        metadata = self._metadata()
+        header_of(self.tensors, metadata)
+        options = _entry(metadata, self.tensors).options
+        if options != dict(self.options):
+            raise InvalidMessage(
+                f"its options are {dict(self.options)}, but would be read as {options}"
+            )
+        check_participants(self.participants)
+        check_numbers(self.tensors, LARGEST_BROADCAST)
+
     def write(self, file: BinaryIO) -> tuple[str, int]:
-        """Write the entry as a safetensors file; returns its SHA-256 and its size in bytes."""
-        metadata = {
-            "format": ENTRY_FORMAT,
-            "method": self.method,
-            "round": str(self.round),
-            "parent": self.parent,
-            "participants": json.dumps([vars(p) for p in self.participants], separators=(",", ":")),
-            "metrics": json.dumps(self.metrics, sort_keys=True),
-        }
-        if self.options:
-            metadata["options"] = json.dumps(self.options, sort_keys=True)
+        """Write the entry as a safetensors file; returns its SHA-256 and its size in bytes.
+
+        Raises:
+            InvalidMessage: before anything is written, where there can be no such file.
+        """
         digest, size = hashlib.sha256(), 0
-        for part in to_safetensors(self.tensors, metadata):
+        for part in to_safetensors(self.tensors, self._metadata()):
             file.write(part)
             digest.update(part)
             size += len(part)
@@ -89,20 +95,51 @@ class Entry:
         """
         try:
             tensors = FileTensors(path)
-            said = dict(tensors.metadata)
-            method, round, parent, participants, metrics = take(
-                said, ENTRY_FORMAT, "method", "round", "parent", "participants", "metrics"
-            )
-            options = read_json("options", said.pop("options", "{}"), dict)
-            if said:
-                raise InvalidMessage(f"its metadata have {min(said)[:LONGEST_TEXT]}")
-            everybody = [_participant(p) for p in read_json("participants", participants, list)]
-            return Entry(
-                *(method, natural("round", round), parent, everybody, _metrics(metrics)),
-                *(tensors, options),
-            )
+            return _entry(tensors.metadata, tensors)
         except (InvalidMessage, OSError) as error:
             raise UserError(f"{path} is not a ledger entry: {error}") from None
+
+    def _metadata(self) -> dict[str, str]:
+        participants = [vars(p) for p in self.participants]
+        metadata = {
+            "format": ENTRY_FORMAT,
+            "method": self.method,
+            "round": str(self.round),
+            "parent": self.parent,
+            "participants": _as_json("participants", participants, separators=(",", ":")),
+            "metrics": _as_json("metrics", self.metrics, sort_keys=True),
+        }
+        if self.options:
+            metadata["options"] = _as_json("options", self.options, sort_keys=True)
+        return metadata
+
+
+def _as_json(what: str, content: Any, **style: Any) -> str:
+    try:
+        return json.dumps(content, **style)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidMessage(f"its {what} cannot be written: {error}") from None
+
+
+def _entry(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Entry:
+    """The entry of a file's metadata and tensors."""
+    said = dict(metadata)
+    method, round, parent, participants, metrics = take(
+        said, ENTRY_FORMAT, "method", "round", "parent", "participants", "metrics"
+    )
+    options = read_json("options", said.pop("options", "{}"), dict)
+    if said:
+        raise InvalidMessage(f"its metadata have {min(said)[:LONGEST_TEXT]}")
+    everybody = [_participant(p) for p in read_json("participants", participants, list)]
+    return Entry(
+        method=method,
+        round=natural("round", round),
+        parent=parent,
+        participants=everybody,
+        metrics=_metrics(metrics),
+        tensors=tensors,
+        options=options,
+    )
 
 
 def check_participants(participants: Sequence[Participant]) -> None:
@@ -125,14 +162,20 @@ def _participant(content: Any) -> Participant:
             and math.isfinite(weight)
         ):
             return Participant(client, n, weight)
-    raise InvalidMessage("its participants are not names, numbers of examples and weights")
+    raise InvalidMessage(
+        f"its participants are not names, numbers of examples and weights: {content!r:.300}"
+    )
 
 
 def _metrics(text: str) -> dict[str, float]:
     metrics: dict[str, float] = read_json("metrics", text, dict)
     for name, value in metrics.items():
+        if not _METRIC.fullmatch(name):
+            raise InvalidMessage(
+                f"its metric `{name[:LONGEST_TEXT]}`: names are up to 64 lower-case letters, "
+                "digits and _, a letter first"
+            )
         # Beyond a float's range is an integer of JSON's, or infinity; a NaN is in no range.
-        is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
-        if not is_number or not _METRIC.fullmatch(name):
-            raise InvalidMessage("its metrics are not finite numbers by name")
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            raise InvalidMessage(f"its metric `{name}` is {value!r:.60}, which is no finite number")
     return metrics

@@ -87,26 +87,68 @@ class FileTensors(Mapping[str, "Tensor"]):
 def to_safetensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> Iterator[bytes | memoryview]:
-    """A safetensors file in pieces: the header, then each tensor's memory, widest types first."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": code_of(tensor.dtype),
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-    if len(text) > MAX_HEADER_BYTES:
-        raise UserError(f"{len(names)} tensors are more than one file can have")
-    yield len(text).to_bytes(8, "little") + text
-    for name in names:
+    """A safetensors file in pieces: the header, then each tensor's memory, widest types first.
+
+    Raises:
+        InvalidMessage: before the first piece, where nobody could read the file; see `header_of`.
+    """
+    yield header_of(tensors, metadata)
+    for name in _in_order(kinds(tensors)):
         tensor = tensors[name].detach().contiguous().cpu()
         yield memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with, up to the first tensor's memory.
+
+    Raises:
+        InvalidMessage: `read_header` would refuse it; or there are no texts and dense tensors.
+    """
+    _check_texts(metadata)
+    _check_tensors(tensors)
+    described = kinds(tensors)
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in _in_order(described):
+        dtype, shape = described[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": code_of(dtype),
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"))
+    text += " " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    if len(text) > MAX_HEADER_BYTES:
+        raise UserError(f"{len(described)} tensors are more than one file can have")
+    _parse_header(text, end)
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
+def _in_order(described: Mapping[str, Kind]) -> list[str]:
+    return sorted(described, key=lambda name: (-described[name].dtype.itemsize, name))
+
+
+def _check_tensors(tensors: Any) -> None:
+    """Whether these are tensors by name, whatever their types and shapes."""
+    if isinstance(tensors, FileTensors):
+        return
+    if not isinstance(tensors, Mapping):
+        raise InvalidMessage(f"its tensors are no mapping, but a {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise InvalidMessage(f"a tensor's name is {name!r:.60}, no text")
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidMessage(f"{name} is no tensor, but a {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise InvalidMessage(f"{name} is no dense tensor")
+
+
+def _check_texts(metadata: Any) -> None:
+    """Whether metadata are texts that can be shown, by name."""
+    texts = [*metadata, *metadata.values()] if isinstance(metadata, Mapping) else [None]
+    if not all(isinstance(text, str) and text.isprintable() for text in texts):
+        raise InvalidMessage("its metadata are no mapping of printable texts")
 
 
 class Place(NamedTuple):
@@ -143,25 +185,29 @@ def read_header(file: io.BufferedIOBase) -> tuple[dict[str, str], dict[str, Plac
         text = file.read(length).decode()
     except UnicodeDecodeError:
         raise InvalidMessage("its header is not in UTF-8") from None
+    metadata, places = _parse_header(text, size - begin)
+    return metadata, {name: place._replace(begin=begin + place.begin) for name, place in places}
+
+
+def _parse_header(text: str, size: int) -> tuple[dict[str, str], list[tuple[str, Place]]]:
+    """What a header says: metadata, and places in what follows it, which has `size` bytes."""
     if not text.startswith("{"):
         raise InvalidMessage("its header does not begin as one")
     header = read_json("header", text, dict)
     metadata = header.pop("__metadata__", {})
-    texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [None]
-    if not all(isinstance(text, str) and text.isprintable() for text in texts):
-        raise InvalidMessage("its metadata are no mapping of printable texts")
+    _check_texts(metadata)
     for name, content in header.items():
         _check_described(name, content)
-    places: dict[str, Place] = {}
-    end = begin
+    places: list[tuple[str, Place]] = []
+    end = 0
     for name, content in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         kind = Kind(dtype_of(content["dtype"]), tuple(content["shape"]))
-        places[name] = Place(kind, end)
-        end += math.prod(kind.shape) * kind.dtype.itemsize
-        if content["data_offsets"] != [places[name].begin - begin, end - begin]:
+        begin, end = end, end + math.prod(kind.shape) * kind.dtype.itemsize
+        places.append((name, Place(kind, begin)))
+        if content["data_offsets"] != [begin, end]:
             raise InvalidMessage(f"{name} is not where the tensor before it ends")
     if end != size:
-        raise InvalidMessage(f"it has {size} bytes, but its header describes {end}")
+        raise InvalidMessage(f"it has {size} bytes of tensors, but its header describes {end}")
     return metadata, places
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TYPES = {
     "F64": "float64",
@@ -24,14 +27,20 @@ _CODES = {name: code for code, name in TYPES.items()}
 
 
 def code_of(dtype: torch.dtype) -> str:
-    """Name of a number type in a safetensors header."""
-    return _CODES[str(dtype).removeprefix("torch.")]
+    """Name of a number type in a safetensors header; torch's of one that may not travel."""
+    name = str(dtype).removeprefix("torch.")
+    return _CODES.get(name, name)
 
 
 def dtype_of(code: str) -> torch.dtype:
     """Number type with this name in a safetensors header."""
     dtype: torch.dtype = getattr(torch, TYPES[code])
     return dtype
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether a tensor's type and shape are ones that files here may have."""
+    return str(tensor.dtype).removeprefix("torch.") in _CODES and 0 not in tensor.shape
 
 
 class Kind(NamedTuple):

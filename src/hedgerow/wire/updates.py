@@ -13,6 +13,7 @@ from hedgerow.errors import InvalidMessage
 from hedgerow.wire.files import (
     FileTensors,
     check_numbers,
+    header_of,
     read_header,
     to_safetensors,
 )
@@ -92,8 +93,18 @@ class Update:
         """Raise `InvalidMessage` unless `about` is as the method has it."""
         check_equal(self.about, expected)
 
+    def check_writable(self) -> None:
+        """Raise `InvalidMessage` unless there can be a file of what the method has made.
+
+        Whether its numbers are absurd is for the reader to say.
+        """
+        header_of(self.tensors, self._metadata())
+
     def _parts(self) -> Iterator[bytes | memoryview]:
-        metadata = {
+        return to_safetensors(self.tensors, self._metadata())
+
+    def _metadata(self) -> dict[str, str]:
+        said = {
             "format": UPDATE_FORMAT,
             "method": self.method,
             "round": str(self.round),
@@ -101,9 +112,15 @@ class Update:
             "parent": self.parent,
             "num_examples": str(self.num_examples),
             "train_loss": repr(self.train_loss),
-            **self.about,
         }
-        return to_safetensors(self.tensors, metadata)
+        if not isinstance(self.about, Mapping):
+            raise InvalidMessage(f"what it says is no mapping, but a {type(self.about).__name__}")
+        for name, text in self.about.items():
+            if not isinstance(text, str) or name in said:
+                raise InvalidMessage(
+                    f"it says {name!r:.60}: {text!r:.60}, which is no text of its own"
+                )
+        return {**said, **self.about}
 
 
 def _update(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Update:

@@ -1,0 +1,58 @@
+"""The optimisers of local training: one file each, which holds all of its options.
+
+To add one, put a subclass of `hedgerow.training.optimizers.base.Optimizer` into a file here, or
+anywhere: `training.optimizer: {name: "package.module:Class"}`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hedgerow.errors import UserError
+from hedgerow.plugins import Registry
+from hedgerow.settings import TrainingSettings
+from hedgerow.training.optimizers.base import Optimizer
+
+OPTIMIZERS = Registry("optimizer", Optimizer, "hedgerow.training.optimizers")  # type: ignore[type-abstract]
+"""Every optimiser by the name that the experiment file uses, installed plug-ins included."""
+
+SHORTHANDS = ("momentum", "weight_decay")
+"""Options that may also stand right under `training:`."""
+
+
+def chosen(training: TrainingSettings) -> tuple[type[Optimizer], dict[str, Any]]:
+    """The optimiser that an experiment names, and the options that it gives it.
+
+    Raises:
+        UserError: there is no such optimiser; or it lacks what `training.momentum` or
+            `training.weight_decay` gives, or has another value of its own for it.
+    """
+    given = training.optimizer
+    options: dict[str, Any] = {"name": given} if isinstance(given, str) else dict(given)
+    key = "training.optimizer" if isinstance(given, str) else "training.optimizer.name"
+    name = options.get("name")
+    if not isinstance(name, str):
+        raise UserError(
+            "`training.optimizer` needs a name, as in {name: adamw, betas: [0.9, 0.99]}"
+        )
+    kind = OPTIMIZERS.find(name, key)
+    for option in SHORTHANDS:
+        value = getattr(training, option)
+        if option not in kind.model_fields:
+            if value:
+                raise UserError(f"`training.{option}`: the optimizer {name} has none: leave it out")
+        elif option in training.model_fields_set and options.setdefault(option, value) != value:
+            raise UserError(
+                f"`training.{option}` is {value} and `training.optimizer.{option}` is "
+                f"{options[option]}: give one of them"
+            )
+    return kind, options
+
+
+def optimizer_of(training: TrainingSettings) -> Optimizer:
+    """The optimiser that an experiment names, with its options."""
+    kind, options = chosen(training)
+    return kind.model_validate(options)
+
+
+__all__ = ["OPTIMIZERS", "SHORTHANDS", "Optimizer", "chosen", "optimizer_of"]
