@@ -109,7 +109,7 @@ def likelihoods(target, round):
             theirs = [likelihood for likelihood, _ in network.loglikelihood(requests)]
             fields, tokenizer = it.data.fields, it.model.tokenizer
             template = load_template(it.data.prompt, tokenizer, fields)
-            choices = Choices.prepare("rows", ROWS, fields, template, tokenizer)
+            choices = Choices.prepare("multiple_choice", "rows", ROWS, fields, template, tokenizer)
             with torch.inference_mode():
                 ours, _ = log_likelihoods(it.model, choices, 4, lambda count: None)
     return np.array(theirs), np.concatenate(ours)
