@@ -27,10 +27,13 @@ class Plugin(BaseModel):
     none: theirs is `package.module:Class`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     name: str
-    """Name in the experiment file."""
+    """Name in the experiment file: one of hedgerow's own, one that an installed package declares,
+    or `package.module:Class`."""
 
     @classmethod
     def own_name(cls) -> str | None:
