@@ -82,9 +82,9 @@ class Partition(Section):
     the clients by Dirichlet(`alpha`); `shard`: the rows sorted by `column`, and `shards` pieces for
     each client; `column`: a client for each value."""
     clients: int | None = Field(None, ge=1)
-    """Number of clients, which every kind needs but `column`, where the values decide."""
+    """Number of clients, which every kind needs but `column`, where the values decide (null)."""
     column: str | None = None
-    """Column to divide by, which every kind needs but `iid`."""
+    """Column to divide by, which every kind needs but `iid` (null)."""
     alpha: float = Field(0.5, gt=0)
     """Concentration of `dirichlet`, without a unit: small is very uneven, large nearly as `iid`."""
     shards: int = Field(2, ge=1)

@@ -75,7 +75,6 @@ def compare(
     """
     from hedgerow import comparison, console
     from hedgerow import experiment as experiments
-    from hedgerow.report import tables
 
     changes = overrides or []
     given = experiments.load_comparison(experiment, changes, smoke=smoke)
@@ -83,6 +82,9 @@ def compare(
     sweeps = given.sweep if sweep is None else comparison.split_sweeps(sweep)
     count = given.seeds if seeds is None else seeds
     cells = comparison.plan(experiment, changes, names, sweeps, count, out, smoke=smoke)
+    # After a mistake has been found: it imports pandas.
+    from hedgerow.report import tables
+
     outcomes = comparison.run(cells, console.ProgressWatcher)
     table = tables.summarise(outcomes, given.target if target is None else target)
     people = tables.shown(table, list(cells[0].sweep))
