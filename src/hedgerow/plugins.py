@@ -27,9 +27,7 @@ class Plugin(BaseModel):
     none: theirs is `package.module:Class`.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     """Name in the experiment file: one of hedgerow's own, one that an installed package declares,

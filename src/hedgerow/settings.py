@@ -31,9 +31,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 class Section(BaseModel):
     """Part of the experiment file; unknown keys are mistakes."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):

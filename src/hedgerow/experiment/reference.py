@@ -6,12 +6,15 @@ has none is what its class says.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
@@ -232,11 +235,28 @@ def _options_of_plugins(place: str) -> Iterator[Option]:
 
 def _meaning(kind: type[BaseModel], name: str, sections: list[type[BaseModel]]) -> str:
     """What a key means: the text below it, here or in a class that this one inherits it from."""
-    for base in kind.__mro__:
-        field = getattr(base, "model_fields", {}).get(name)
-        if field is not None and field.description:
-            return _paragraphs(field.description)
-    return _paragraphs(sections[0].__doc__) if sections else ""
+    texts = [kind.model_fields[name].description]
+    texts += [_texts(base.__module__).get((base.__name__, name)) for base in kind.__mro__]
+    texts += [section.__doc__ for section in sections]
+    return _paragraphs(next((text for text in texts if text), ""))
+
+
+@cache
+def _texts(module: str) -> dict[tuple[str, str], str]:
+    """Texts below the fields of a module's classes, by class and field; none without its source."""
+    # pydantic's `use_attribute_docstrings` would read them for every command and every worker.
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, SyntaxError, TypeError):
+        return {}
+    found = {}
+    for kind in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for field, text in pairwise(kind.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                name, value = field.target, text.value
+                if isinstance(name, ast.Name) and isinstance(value, ast.Constant):
+                    found[kind.name, name.id] = str(value.value)
+    return found
 
 
 def _paragraphs(text: str | None) -> str:

@@ -35,9 +35,7 @@ class Compress(BaseModel):
     """Cut of the broadcast; without `energy` and `rank`, to the size of the largest client's
     update."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     energy: float | None = Field(None, gt=0, le=1)
     """Share of the squared singular values of a round's step that is kept; with null, `rank` or the
