@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hedgerow import comparison, console
+from hedgerow import comparison
 from hedgerow.errors import RunFailed
+from hedgerow.experiment import console, load
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -26,7 +28,8 @@ def run(given: argparse.Namespace, methods: Sequence[str]) -> list[list[dict[str
     Raises:
         RunFailed: one of them did not get to its end.
     """
-    cells = comparison.plan(given.experiment, given.overrides, methods, {}, 1, given.out)
+    experiment = partial(load, given.experiment)
+    cells = comparison.plan(experiment, given.overrides, methods, {}, 1, given.out)
     outcomes = comparison.run(cells, console.ProgressWatcher)
     for outcome in outcomes:
         if outcome.failure is not None:

@@ -20,7 +20,7 @@ for _library in ("OMP", "MKL", "OPENBLAS", "NUMBA", "RAYON"):
     os.environ[f"{_library}_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Ray has its workers wait for whatever else wants a core: beside two busy processes for ever.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile(

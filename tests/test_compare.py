@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -13,8 +14,8 @@ import pytest
 from support.runs import rows_of
 
 from hedgerow.comparison import Cell, Outcome, plan
-from hedgerow.experiment import split_at
-from hedgerow.report.tables import default_target, summarise
+from hedgerow.experiment import load, split_at
+from hedgerow.reporting.tables import default_target, summarise
 
 METHODS = "flora,flora restart=zero,ferret over=lora ranks=2 budget=400,fedavg,standalone"
 
@@ -205,6 +206,7 @@ def test_the_target_is_a_loss_that_all_who_learn_have_reached():
 def test_long_and_odd_options_have_folders_of_their_own(experiment, tmp_path):
     targets = [f"layers.{i}.self_attn.q_proj" for i in range(40)]
     methods = [f"flora targets={json.dumps(targets)}", "flora targets=[q]", "flora targets=(q)"]
-    folders = [cell.folder.name for cell in plan(experiment(), [], methods, {}, 1, tmp_path)]
+    cells = plan(partial(load, experiment()), [], methods, {}, 1, tmp_path)
+    folders = [cell.folder.name for cell in cells]
     assert len(set(folders)) == 3
     assert max(map(len, folders)) < 200

@@ -1,6 +1,7 @@
 """The files under experiments/, and what a file may say beside its experiment."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,7 +38,8 @@ ON_THE_DEMO = {
 
 def cells(path, smoke=False):
     given = load_comparison(path, smoke=smoke)
-    return plan(path, [], given.methods, given.sweep, given.seeds, Path("out"), smoke=smoke)
+    experiment = partial(load, path, smoke=smoke)
+    return plan(experiment, [], given.methods, given.sweep, given.seeds, Path("out"))
 
 
 def write(tmp_path, **content):

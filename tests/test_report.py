@@ -16,9 +16,9 @@ from support.runs import rows_of
 from hedgerow import cli
 from hedgerow.experiment import load
 from hedgerow.model import Model
-from hedgerow.report import charts
-from hedgerow.report.gather import gather, labels
-from hedgerow.report.sections import _dots, over_seeds, rounds_of
+from hedgerow.reporting import charts
+from hedgerow.reporting.gather import gather, labels
+from hedgerow.reporting.sections import _dots, over_seeds, rounds_of
 
 METHODS = "flora,flora restart=zero,fedavg,standalone"
 LABELS = ["flora, restart=warm", "flora, restart=zero", "fedavg", "standalone"]

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hedgerow.errors import RunFailed, UserError
-from hedgerow.experiment import Experiment, load, method_changes, split_at
+from hedgerow.experiment import Experiment, method_changes, split_at
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.runs.rows import read_rows
 
 if TYPE_CHECKING:
+    from hedgerow.data import Held
     from hedgerow.federation.fleet import Watcher
+    from hedgerow.runs.lender import Lender
     from hedgerow.settings import TrackingSettings
 
 
@@ -56,32 +58,29 @@ class Outcome(NamedTuple):
 
 
 def plan(
-    experiment: Path,
+    load: Callable[[Sequence[str]], Experiment],
     overrides: Sequence[str],
     methods: Sequence[str],
     sweeps: Mapping[str, Sequence[str]],
     seeds: int,
     out: Path,
-    *,
-    smoke: bool = False,
 ) -> list[Cell]:
     """The cells, each with its experiment, before anything runs.
 
     Args:
-        experiment: the file that all cells share.
+        load: gives the experiment that all cells share, with overrides.
         overrides: `key.path=value` for all of them.
         methods: a method's name each, maybe with options: `ferret over=lora`; those that name a key
             of another section (`fedkseed training.learning_rate=3e-7`) are for this method's cells.
         sweeps: the values of each key, as on the command line.
         seeds: how many; they count up from the experiment's.
-        smoke: of the variant that the file calls so.
 
     Raises:
         UserError: naming the method, option or key that is wrong; two cells are the same.
     """
     if not methods:
         raise UserError(
-            f"--methods: name at least one method, here or as `compare.methods` in {experiment}"
+            "--methods: name at least one method, here or as `compare.methods` in the experiment"
         )
     overridden = {override.partition("=")[0] for override in overrides}
     for key in sweeps:
@@ -103,7 +102,7 @@ def plan(
         for values in itertools.product(*sweeps.values()):
             settings = dict(zip(sweeps, values, strict=True))
             swept = [f"{key}={value}" for key, value in settings.items()]
-            loaded = load(experiment, [*overrides, *chosen, *swept], smoke=smoke)
+            loaded = load([*overrides, *chosen, *swept])
             _check_tracking(loaded.tracking)
             for seed in range(loaded.federation.seed, loaded.federation.seed + seeds):
                 federation = loaded.federation.model_copy(update={"seed": seed})
@@ -132,29 +131,38 @@ def split_sweeps(sweeps: Sequence[str]) -> dict[str, list[str]]:
 
 
 def run(
-    cells: Sequence[Cell], watch: Callable[[str], AbstractContextManager[Watcher]]
+    cells: Sequence[Cell],
+    watch: Callable[[str], AbstractContextManager[Watcher]],
+    *,
+    lender: Lender | None = None,
+    held: Held | None = None,
 ) -> list[Outcome]:
     """Run what is missing, one cell after another, on one model that is loaded once.
 
     A cell that fails doesn't stop the others.
 
     Args:
+        cells: as planned.
         watch: makes the watcher of a cell's run, with this title.
+        lender: has the base model where it is in memory already.
+        held: the rows that the experiment calls `(memory)`.
 
     Raises:
         UserError: a cell's folder holds another experiment's run; nothing has been run.
     """
-    # Not at the top: torch and peft take seconds to import, and a mistake should not.
+    # Here, since engines bring torch: a plan's mistakes are said without it.
     from hedgerow.engines import local
     from hedgerow.runs.lender import Lender
 
     missing = [cell for cell in cells if not _is_done(cell)]
-    lender, failures = Lender(), {}
+    lender, failures = lender or Lender(), {}
     for count, cell in enumerate(missing, start=1):
         with watch(f"[{count}/{len(missing)}] {title(cell)}:") as watcher:
             try:
                 model = lender.lend(cell.experiment.model)
-                local.run(cell.experiment, cell.folder, watcher, resume=True, model=model)
+                local.run(
+                    cell.experiment, cell.folder, watcher, resume=True, model=model, held=held
+                )
             except (UserError, RunFailed) as error:
                 failures[cell.folder] = str(error)
     return [Outcome(cell, read_rows(cell.folder), failures.get(cell.folder)) for cell in cells]
@@ -173,7 +181,7 @@ def _check_tracking(settings: TrackingSettings) -> None:
             "tracking.name: leave it out: a run of a comparison is called as its folder"
         )
     if settings.to:
-        from hedgerow import tracking  # not at the top, as it imports torch
+        from hedgerow import tracking  # brings torch as well
 
         tracking.check(settings)
 

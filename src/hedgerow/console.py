@@ -17,6 +17,11 @@ if not out.is_terminal:
     out.width = 160  # a file has no edge at which a table would have to be folded
 
 
+def is_watched() -> bool:
+    """Whether there is somebody to show progress to: a terminal, or a notebook."""
+    return out.is_terminal or out.is_jupyter
+
+
 SCORES = {
     "train_loss": "train loss",
     "eval_loss": "loss",
@@ -47,7 +52,7 @@ class ProgressWatcher:
             TimeElapsedColumn(),
             console=out,
             transient=True,
-            disable=not out.is_terminal,
+            disable=not is_watched(),
         )
         self._rounds = self._progress.add_task(title, total=None)
         self._clients = self._progress.add_task("clients", total=None)

@@ -23,18 +23,34 @@ from hedgerow.experiment import Experiment, without_folders
 from hedgerow.ledger import Ledger
 from hedgerow.loading import location
 from hedgerow.lowrank import Factors
-from hedgerow.runs import check_client, check_round, model_at, opened
+from hedgerow.model import Model
+from hedgerow.runs import Loader, check_client, check_round, model_at, opened
 from hedgerow.runs.rows import read_rows
 
 
 def to_merged(
-    run: Path, out: Path, round: int | None, client: str | None, overrides: list[str]
+    run: Path,
+    out: Path,
+    round: int | None,
+    client: str | None,
+    overrides: list[str],
+    *,
+    load: Loader = Model.load,
 ) -> None:
-    """Write the whole model as a folder that `AutoModelForCausalLM.from_pretrained` loads."""
+    """Write the whole model as a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Args:
+        run: the run's directory, or its packed ledger.
+        out: the folder to make.
+        round: the round, None for the last.
+        client: whose model, for methods without a global one.
+        overrides: `key.path=value`, on top of the run's experiment.
+        load: gives the base model.
+    """
     with opened(run, overrides) as (experiment, ledger), _new_folder(out) as folder:
         round = check_round(ledger, round)
         check_client(experiment, ledger, client)
-        model = model_at(experiment, ledger, round)
+        model = model_at(experiment, ledger, round, load)
         experiment.method.merge(model, client)
         model.network.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
@@ -50,12 +66,14 @@ def to_adapter(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    load: Loader = Model.load,
 ) -> dict[str, int]:
     """Write all that the run adds to its base as an adapter that peft loads.
 
     Args:
         rank: keep at most this rank of each matrix (the best approximation of it).
         energy: keep the fewest singular values whose squares sum to this share of all.
+        load: gives the base model.
 
     Returns:
         The rank of each adapted module.
@@ -63,7 +81,7 @@ def to_adapter(
     with opened(run, overrides) as (experiment, ledger), _new_folder(out) as folder:
         round = check_round(ledger, round)
         check_client(experiment, ledger, client)
-        load_model = partial(model_at, experiment, ledger, round)
+        load_model = partial(model_at, experiment, ledger, round, load)
         tensors = experiment.method.adapter(ledger.entries(round), client, load_model)
         pairs = dict(adapter_pairs(tensors))
         if rank is not None or energy is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hedgerow.bundled import MODEL
 from hedgerow.errors import UserError
 from hedgerow.lazy import peft, safetensors, torch, transformers
-from hedgerow.names import DEMO
+from hedgerow.names import DEMO, MEMORY
 
 if TYPE_CHECKING:
     from hedgerow.settings import ModelSettings
@@ -31,6 +31,12 @@ def load(settings: ModelSettings) -> tuple[Any, Any]:
         UserError: there is no such model, it is no causal language model, it has no safetensors
             weights (others are pickles), or the device is not there.
     """
+    if settings.path == MEMORY:
+        raise UserError(
+            "model.path: the run's base model was in the memory of the program that began it: open "
+            "the run there with model= and tokenizer=, or name a folder that holds it with "
+            "model.path=FOLDER"
+        )
     where = f"model.path: {settings.path}"
     path = location(settings.path)
     folder = Path(path)
@@ -60,9 +66,7 @@ def load(settings: ModelSettings) -> tuple[Any, Any]:
                 path, output_loading_info=True, **options
             )
             missing = info["missing_keys"]
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            words, revision=settings.revision, trust_remote_code=False
-        )
+        tokenizer = _tokenizer(words, settings)
     except (
         *(OSError, ValueError, KeyError, RuntimeError, ImportError),
         safetensors.SafetensorError,
@@ -73,9 +77,33 @@ def load(settings: ModelSettings) -> tuple[Any, Any]:
         # transformers would draw them at random: another base for everybody who loads it.
         names = ", ".join(sorted(missing)[:3])
         raise UserError(f"{where} has no weights for {names}: give a complete checkpoint")
+    return network.to(device), tokenizer
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """Load a model's tokenizer alone, with a padding token.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(location(settings.path))
+    words = str(folder) if folder.exists() else settings.path
+    if (folder / "adapter_config.json").is_file():
+        words = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    try:
+        return _tokenizer(words, settings)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model.path: {settings.path} has no tokenizer: {reason}") from None
+
+
+def _tokenizer(words: str, settings: ModelSettings) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        words, revision=settings.revision, trust_remote_code=False
+    )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return network.to(device), tokenizer
+    return tokenizer
 
 
 def tokenization(tokenizer: Any) -> dict[str, Any]:

@@ -7,3 +7,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 DEMO = "demo"
 """`model.path`, `data.source` and `data.test` of what is built in."""
+
+MEMORY = "(memory)"
+"""`model.path`, and what stands for a file of data, where Python objects were handed over."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hedgerow.cli.app import (
+from hedgerow.cli.frame import (
     AsJson,
     app,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 
-from hedgerow.cli.app import app
+from hedgerow.cli.frame import app
 from hedgerow.environment import quieten
 from hedgerow.errors import RunFailed, UserError
 from hedgerow.lazy import safetensors

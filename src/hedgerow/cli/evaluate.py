@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hedgerow.cli.app import (
+from hedgerow.cli.frame import (
     AsJson,
     Overrides,
     app,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hedgerow.cli.app import (
+from hedgerow.cli.frame import (
     RunPath,
     ledger_app,
 )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hedgerow.cli.app import (
+from hedgerow.cli.frame import (
     Overrides,
     check_installed,
     mt_bench_app,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from hedgerow.cli.app import (
+from hedgerow.cli.frame import (
     Engine,
     Overrides,
     Smoke,
     app,
-    check_installed,
 )
 from hedgerow.errors import RunFailed
 
@@ -30,20 +29,17 @@ def run(
 
     Example: hedgerow run experiment.yaml federation.rounds=3 --out runs/first
     """
-    from hedgerow import console
-    from hedgerow import experiment as experiments
+    from hedgerow import api
 
-    loaded = experiments.load(experiment, overrides or [], smoke=smoke)
-    with console.ProgressWatcher() as watcher:
-        if engine is Engine.local:
-            from hedgerow.engines import local
-
-            local.run(loaded, out, watcher, resume=resume, on_prepared=_say_prepared)
-        else:
-            check_installed("flwr", "Flower", "flower")
-            from hedgerow.engines.flower import simulation
-
-            simulation.run(loaded, out, watcher, resume=resume, on_prepared=_say_prepared)
+    api.run(
+        experiment,
+        *(overrides or []),
+        out=out,
+        resume=resume,
+        engine=engine.value,
+        smoke=smoke,
+        progress=True,
+    )
     _summarise(out)
 
 
@@ -73,52 +69,35 @@ def compare(
 
     Example: hedgerow compare experiment.yaml --methods flora,fedit --seeds 3 --out comparison
     """
-    from hedgerow import comparison, console
-    from hedgerow import experiment as experiments
+    from hedgerow import api, comparison, console
+    from hedgerow.experiment import split_at
 
-    changes = overrides or []
-    given = experiments.load_comparison(experiment, changes, smoke=smoke)
-    names = given.methods if methods is None else experiments.split_at(methods, ",")
-    sweeps = given.sweep if sweep is None else comparison.split_sweeps(sweep)
-    count = given.seeds if seeds is None else seeds
-    cells = comparison.plan(experiment, changes, names, sweeps, count, out, smoke=smoke)
-    # After a mistake has been found: it imports pandas.
-    from hedgerow.report import tables
+    found = api.compare(
+        experiment,
+        *(overrides or []),
+        out=out,
+        methods=None if methods is None else split_at(methods, ","),
+        sweep=None if sweep is None else comparison.split_sweeps(sweep),
+        seeds=seeds,
+        target=target,
+        smoke=smoke,
+        progress=True,
+    )
+    from hedgerow.reporting import tables
 
-    outcomes = comparison.run(cells, console.ProgressWatcher)
-    table = tables.summarise(outcomes, given.target if target is None else target)
-    people = tables.shown(table, list(cells[0].sweep))
-    tables.write(table, people, out)
-    console.table("", people.columns, people.values.tolist())
-    failed = [outcome for outcome in outcomes if outcome.failure is not None]
-    for outcome in failed:
-        console.out.print(f"{comparison.title(outcome.cell)}: {outcome.failure}", soft_wrap=True)
+    console.table("", found.shown.columns, found.shown.values.tolist())
+    for title, failure in found.failures.items():
+        console.out.print(f"{title}: {failure}", soft_wrap=True)
     files = ", ".join(f".{kind}" for kind in tables.FORMATS)
     console.out.print(
         f"the same in {out / 'comparison'}{files}; each run is in {out / 'runs'}\n"
         f"a page to look at: hedgerow report {out} --out page.html",
         soft_wrap=True,
     )
-    if failed:
-        raise RunFailed(f"{len(failed)} of {len(outcomes)} runs failed; given again, they go on")
-
-
-def _say_prepared(prepared: Any) -> None:
-    from hedgerow import console
-
-    shards = prepared.shards
-    examples = sum(len(shard) for shard in shards.values())
-    notes = f"{prepared.base.name}, {len(prepared.clients)} clients, {examples:,} examples"
-    truncated = sum(shard.truncated for shard in shards.values())
-    dropped = sum(shard.dropped for shard in shards.values())
-    if truncated:
-        notes += f", {truncated:,} cut at max_length"
-    if dropped:
-        notes += f", {dropped:,} dropped (no answer left within max_length)"
-        for name, shard in shards.items():
-            if shard.dropped > len(shard):
-                notes += f"\n{name} keeps {len(shard):,} of {len(shard) + shard.dropped:,} examples"
-    console.out.print(notes, soft_wrap=True)
+    if found.failures:
+        raise RunFailed(
+            f"{len(found.failures)} of {found.count} runs failed; given again, they go on"
+        )
 
 
 def _summarise(out: Path) -> None:

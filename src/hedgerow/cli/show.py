@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hedgerow.cli.app import (
+from hedgerow.cli.frame import (
     Format,
     Overrides,
     RunPath,
@@ -31,11 +31,9 @@ def report(
 
     Example: hedgerow report comparison --out page.html
     """
-    from hedgerow import console
-    from hedgerow.report import page
+    from hedgerow import api, console
 
-    with console.ProgressWatcher("models") as watcher:
-        notes = page.write(folders, out, answers, target, watcher.evaluated)
+    notes = api.report(*folders, out=out, answers=answers, target=target, progress=True)
     for note in notes:
         console.out.print(f"not shown: {note}", soft_wrap=True)
     console.out.print(f"{out}: {console.size(out.stat().st_size)}")

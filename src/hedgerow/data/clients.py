@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from hedgerow.data.memory import Held
 from hedgerow.data.partition import partition
-from hedgerow.data.sources import Row, check_columns, client_files, read
+from hedgerow.data.sources import Row, check_columns, client_files, read, share_of
 from hedgerow.data.templates import load as load_template
 from hedgerow.data.tokens import Encoded, Spool
+from hedgerow.names import MEMORY
 from hedgerow.seeds import Seeds
 
 if TYPE_CHECKING:
@@ -24,14 +26,25 @@ class ClientData:
     """
 
     def __init__(
-        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seeds: Seeds
+        self,
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        seeds: Seeds,
+        held: Held | None = None,
     ) -> None:
-        """Find out who the clients are; `seeds` (the run's) decide how a source is divided.
+        """Find out who the clients are.
+
+        Args:
+            settings: what says so.
+            tokenizer: the base model's.
+            seeds: the run's, which decide how a source is divided.
+            held: the rows that the settings call `(memory)`.
 
         Raises:
             UserError: a file is missing, or the source or its division is wrong.
         """
         self._settings, self._tokenizer, self._spool = settings, tokenizer, Spool()
+        self._held = held or Held()
         self._template = load_template(settings.prompt, tokenizer, settings.fields)
         self._rows: list[Row] = []
         self._parts: Mapping[str, Sequence[int]] = {}
@@ -41,7 +54,7 @@ class ClientData:
             return
         assert settings.source is not None
         assert settings.partition is not None
-        self._rows = self._read(settings.source)
+        self._rows = self._read(settings.source, self._held.source)
         self._parts = partition(self._rows, settings.partition, seeds.derive("clients"))
         self.names = list(self._parts)
 
@@ -54,15 +67,19 @@ class ClientData:
         if name in self._parts:
             rows = [self._rows[index] for index in self._parts[name]]
         else:
-            rows = self._read(str(self._files[name]))
+            rows = self._read(str(self._files[name]), self._held.clients.get(name))
         settings = self._settings
         return self._spool.encode(
             *(name, rows, self._template, self._tokenizer),
             *(settings.max_length, settings.loss_on),
         )
 
-    def _read(self, source: str) -> list[Row]:
+    def _read(self, source: str, held: Sequence[Row] | None) -> list[Row]:
+        """The rows of a source, which may be held in memory."""
         settings = self._settings
-        rows = read(source, settings.split, settings.subset, settings.share)
+        if source == MEMORY and held is not None:
+            rows = share_of(held, settings.share)
+        else:
+            rows = read(source, settings.split, settings.subset, settings.share)
         check_columns(rows, settings.fields, source)
         return rows

@@ -6,13 +6,13 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hedgerow.bundled import tasks
 from hedgerow.errors import UserError
-from hedgerow.names import DEMO, NAME
+from hedgerow.names import DEMO, MEMORY, NAME
 from hedgerow.seeds import Seeds
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ def read(source: str, split: str, subset: str | None = None, share: float = 1.0)
         UserError: the source is missing, unreadable, empty, or holds something else than rows.
     """
     path = Path(source)
+    if source == MEMORY:
+        raise UserError(
+            "the run's data were in the memory of the program that began it: hand them over there "
+            "again, or name files in data.clients, data.source or data.test"
+        )
     if source == DEMO:
         rows = _read_demo(split)
     elif path.is_dir() or (not path.exists() and may_be_on_hub(source)):
@@ -57,7 +62,15 @@ def read(source: str, split: str, subset: str | None = None, share: float = 1.0)
         rows = _read_file(path)
     if not rows:
         raise UserError(f"{source}: holds no rows: give at least one example")
-    return rows if share == 1 else [rows[index] for index in _drawn(len(rows), share)]
+    return share_of(rows, share)
+
+
+def share_of(rows: Sequence[Row], share: float) -> list[Row]:
+    """Share of the rows, above 0 and at most 1: drawn at random, always the same, in their order.
+
+    At least one is left.
+    """
+    return list(rows) if share == 1 else [rows[index] for index in _drawn(len(rows), share)]
 
 
 def _drawn(count: int, share: float) -> list[int]:
@@ -99,7 +112,7 @@ def client_files(clients: str | dict[str, str] | list[ClientFile | str]) -> dict
                 "give each a name of its own, as in {name: …, file: …}"
             )
         files[name] = Path(file)
-        if not files[name].is_file():
+        if file != MEMORY and not files[name].is_file():
             raise UserError(f"`data.clients`: {file}, the file of client {name!r}, does not exist")
     return files
 

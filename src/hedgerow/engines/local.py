@@ -13,7 +13,7 @@ from typing import Any
 
 from hedgerow import federation, tracking
 from hedgerow.clock import Clock
-from hedgerow.data import ClientData, Encoded
+from hedgerow.data import ClientData, Encoded, Held
 from hedgerow.errors import ClientFailed, UserError
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment
@@ -38,19 +38,41 @@ class Prepared:
     shards: dict[str, Encoded]
     test: TestSet | None
 
+    @property
+    def note(self) -> str:
+        """What there is, and what is left out of it, for people."""
+        examples = sum(len(shard) for shard in self.shards.values())
+        note = f"{self.base.name}, {len(self.clients)} clients, {examples:,} examples"
+        truncated = sum(shard.truncated for shard in self.shards.values())
+        dropped = sum(shard.dropped for shard in self.shards.values())
+        if truncated:
+            note += f", {truncated:,} cut at max_length"
+        if dropped:
+            note += f", {dropped:,} dropped (no answer left within max_length)"
+            for name, shard in self.shards.items():
+                if shard.dropped > len(shard):
+                    total = len(shard) + shard.dropped
+                    note += f"\n{name} keeps {len(shard):,} of {total:,} examples"
+        return note
 
-def prepare(experiment: Experiment, model: Model | None = None) -> Prepared:
+
+def prepare(
+    experiment: Experiment, model: Model | None = None, held: Held | None = None
+) -> Prepared:
     """Load the model and tokenise everybody's data.
 
     Args:
+        experiment: names them.
         model: the base model where it is loaded already.
+        held: the rows that the experiment calls `(memory)`.
 
     Raises:
         UserError: naming what in the experiment does not fit.
     """
     model = model or Model.load(experiment.model)
     check_max_length(model, experiment.data.max_length)
-    data = ClientData(experiment.data, model.tokenizer, Seeds(experiment.federation.seed))
+    held = held or Held()
+    data = ClientData(experiment.data, model.tokenizer, Seeds(experiment.federation.seed), held)
     shards = {name: data.encode(name) for name in data.names}
     experiment.method.check(model, len(shards), experiment.training)
     if experiment.method.pools_data:
@@ -65,7 +87,7 @@ def prepare(experiment: Experiment, model: Model | None = None) -> Prepared:
         )
     test = None
     if experiment.data.test is not None:
-        test = load_test(experiment.data, experiment.evaluation, model)
+        test = load_test(experiment.data, experiment.evaluation, model, held.test)
     return Prepared(model, Base.of(model), clients, shards, test)
 
 
@@ -118,6 +140,7 @@ def run(
     *,
     resume: bool = False,
     model: Model | None = None,
+    held: Held | None = None,
     on_prepared: Callable[[Prepared], None] = lambda prepared: None,
 ) -> None:
     """Run an experiment in this process; the run directory is written as it goes.
@@ -125,6 +148,7 @@ def run(
     Args:
         resume: go on with the run that is in `out`, if one was begun.
         model: the unchanged base model where it is loaded already; the run changes it.
+        held: the rows that the experiment calls `(memory)`.
         on_prepared: called when model and data are ready, before training.
 
     Raises:
@@ -136,7 +160,7 @@ def run(
         resume = RunDirectory.check_resumable(out, experiment)
     else:
         RunDirectory.check_free(out)
-    prepared = prepare(experiment, model)
+    prepared = prepare(experiment, model, held)
     on_prepared(prepared)
     opener = RunDirectory.resume if resume else RunDirectory.create
     data = {name: shard.digest() for name, shard in prepared.shards.items()}

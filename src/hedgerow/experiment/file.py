@@ -40,7 +40,8 @@ def load(path: Path | str, overrides: Sequence[str] = (), *, smoke: bool = False
     Raises:
         UserError: naming the file or the key that is wrong.
     """
-    content = _read(Path(path), overrides, smoke)
+    path = Path(path)
+    content = resolve(read(path, smoke=smoke), overrides, [Path.cwd(), path.parent], str(path))
     content.pop("compare", None)
     return validate(content, str(path), Experiment)
 
@@ -49,12 +50,20 @@ def load_comparison(
     path: Path, overrides: Sequence[str] = (), *, smoke: bool = False
 ) -> Comparison:
     """What an experiment file says about `hedgerow compare`; for the arguments, see `load`."""
-    content = _read(path, overrides, smoke)
-    return _comparison(content, path)
+    content = resolve(read(path, smoke=smoke), overrides, [Path.cwd(), path.parent], str(path))
+    return comparison_of(content, str(path))
 
 
-def _read(path: Path, overrides: Sequence[str], smoke: bool) -> dict[str, Any]:
-    """The content of an experiment file with all that changes it, and with a method."""
+def read(path: Path, *, smoke: bool = False) -> dict[str, Any]:
+    """Content of an experiment file, with absolute paths.
+
+    Args:
+        path: a YAML file.
+        smoke: put in what the file says under `smoke`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -66,22 +75,38 @@ def _read(path: Path, overrides: Sequence[str], smoke: bool) -> dict[str, Any]:
     content = parse_yaml(text, str(path))
     trial = content.pop("smoke", None)
     make_paths_absolute(content, [path.parent])
-    if smoke:
-        content = changed(content, _smoke_changes(trial, path), [path.parent])
-    compared = _comparison(content, path)
+    return changed(content, _smoke_changes(trial, path), [path.parent]) if smoke else content
+
+
+def resolve(
+    content: Mapping[str, Any], overrides: Sequence[str], folders: Sequence[Path], where: str
+) -> dict[str, Any]:
+    """Content of an experiment with all that changes it, and with a method.
+
+    Args:
+        content: as `read` gives it.
+        overrides: `key.path=value`, each value in YAML.
+        folders: where an override's relative path is looked for.
+        where: what the content is, for messages.
+
+    Raises:
+        UserError: an override is none, or `compare` is wrong.
+    """
+    compared = comparison_of(content, where)
     changes = [split_override(override) for override in overrides]
     if not any(keys in (["method"], ["method", "name"]) for keys, _ in changes):
         changes = [*_default_method(content, compared), *changes]
-    content = changed(content, changes, [Path.cwd(), path.parent])
-    _comparison(content, path)  # an override may have changed it
-    return content
+    resolved = changed(dict(content), changes, folders)
+    comparison_of(resolved, where)  # an override may have changed it
+    return resolved
 
 
-def _comparison(content: Mapping[str, Any], path: Path) -> Comparison:
+def comparison_of(content: Mapping[str, Any], where: str) -> Comparison:
+    """What the content of an experiment file says under `compare`."""
     try:
         return Comparison.model_validate(content.get("compare", {}))
     except ValidationError as error:
-        raise UserError(f"{path}: {sentence(error, Comparison, ('compare',))}") from None
+        raise UserError(f"{where}: {sentence(error, Comparison, ('compare',))}") from None
 
 
 def _smoke_changes(trial: Any, path: Path) -> list[Change]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hedgerow.data.sources import may_be_on_hub
+from hedgerow.names import MEMORY
 
 
 def make_paths_absolute(content: Any, folders: Sequence[Path]) -> None:
@@ -46,7 +47,7 @@ def _absolute_unless_hub_name(path: str, folders: Sequence[Path]) -> Any:
 def absolute(path: Any, folders: Sequence[Path]) -> Any:
     """`path` in the first folder that has it, or in the last."""
     # What is no text is left as it is: validation will name its key.
-    if not isinstance(path, str):
+    if not isinstance(path, str) or path == MEMORY:
         return path
     places = [os.path.abspath(folder / Path(path).expanduser()) for folder in folders]
     return next((p for p in places if Path(p.replace("{}", "0")).exists()), places[-1])

@@ -72,3 +72,25 @@ class Watcher(Protocol):
 
     def round_ends(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl is written."""
+
+
+class Unwatched:
+    """A watcher for runs that nobody watches."""
+
+    def say(self, sentence: str) -> None:
+        """Nothing."""
+
+    def round_begins(self, round: int, rounds: int, clients: int) -> None:
+        """Nothing."""
+
+    def client_answered(self, client: str, failure: str | None) -> None:
+        """Nothing."""
+
+    def tries_again(self, clients: Sequence[str], seconds: float) -> None:
+        """Nothing."""
+
+    def evaluated(self, done: int, total: int) -> None:
+        """Nothing."""
+
+    def round_ends(self, row: dict[str, Any]) -> None:
+        """Nothing."""

@@ -67,7 +67,11 @@ class RunDirectory:
         # What a run that was killed at its very first step has left is nobody's work.
         begun = {LOCK, DATA, f"{DATA}.partial", f"{EXPERIMENT}.partial"}
         if path.is_dir() and any(child.name not in begun for child in path.iterdir()):
-            hint = "add --resume to go on with it, or " if (path / EXPERIMENT).exists() else ""
+            hint = (
+                "go on with it (--resume, or resume=True in Python), or "
+                if (path / EXPERIMENT).exists()
+                else ""
+            )
             raise UserError(f"--out {path} exists already: {hint}name another directory")
 
     @staticmethod

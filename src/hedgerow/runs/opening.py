@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hedgerow.errors import UserError
-from hedgerow.experiment import Experiment, load
+from hedgerow.experiment import Experiment
+from hedgerow.experiment import load as load_experiment
 from hedgerow.ledger import Base, Ledger, unpack
 from hedgerow.model import Model
 from hedgerow.runs.directory import EXPERIMENT
+from hedgerow.settings import ModelSettings
 
 
 @contextmanager
@@ -24,18 +26,24 @@ def opened(path: Path, overrides: list[str]) -> Iterator[tuple[Experiment, Ledge
         with unpack(path) as folder, opened(Path(folder), overrides) as run:
             yield run
     elif (path / EXPERIMENT).is_file():
-        yield load(path / EXPERIMENT, overrides), Ledger.open(path / "ledger")
+        yield load_experiment(path / EXPERIMENT, overrides), Ledger.open(path / "ledger")
     else:
         raise UserError(f"{path} is no run: it is neither a run directory nor a packed ledger")
 
 
-def model_at(experiment: Experiment, ledger: Ledger, round: int) -> Model:
+Loader = Callable[[ModelSettings], Model]
+"""Gives a run's base model, new and unchanged; `Model.load` where it is not in memory."""
+
+
+def model_at(
+    experiment: Experiment, ledger: Ledger, round: int, load: Loader = Model.load
+) -> Model:
     """The run's model after a round; `round` 0 is the base.
 
     Raises:
         UserError: model.path does not hold the ledger's base, or an entry is damaged.
     """
-    model = Model.load(experiment.model)
+    model = load(experiment.model)
     ledger.check_base(Base.of(model), f"model.path {experiment.model.path}")
     ledger.replay(experiment.method, model, round)
     return model

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from hedgerow.data import Row, read
+from hedgerow.data.sources import share_of
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.scores import TestSet, evaluate, perplexity
 from hedgerow.experiment import Experiment, apply_overrides, validate
 from hedgerow.methods.base import Method
 from hedgerow.model import Model
-from hedgerow.runs.opening import check_client, check_round, model_at, opened
+from hedgerow.names import MEMORY
+from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
 from hedgerow.settings import Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
 
@@ -23,25 +25,38 @@ Progress = Callable[[int, int], None]
 """Told how many forward passes or answers are done, of how many."""
 
 
-def load_test(text: TextSettings, settings: EvaluationSettings, model: Model) -> TestSet:
+def load_test(
+    text: TextSettings,
+    settings: EvaluationSettings,
+    model: Model,
+    held: Sequence[Row] | None = None,
+) -> TestSet:
     """The test data of an experiment, ready to be scored.
+
+    Args:
+        text: names them, and how they become text.
+        settings: what is scored.
+        model: whose tokenizer and positions count.
+        held: the rows, where `data.test` is `(memory)`.
 
     Raises:
         UserError: there is none, or it cannot be scored as `settings` ask.
     """
-    rows = test_rows(text)
+    rows = test_rows(text, held)
     check_positions(model, settings)
     return TestSet.prepare(rows, text, settings, model.tokenizer)
 
 
-def test_rows(text: TextSettings) -> list[Row]:
-    """The rows to evaluate on.
+def test_rows(text: TextSettings, held: Sequence[Row] | None = None) -> list[Row]:
+    """The rows to evaluate on; `held` has them where `data.test` is `(memory)`.
 
     Raises:
         UserError: there are none.
     """
     if text.test is None:
         raise UserError("`data.test` is missing: name the file to evaluate on")
+    if text.test == MEMORY and held is not None:
+        return share_of(held, text.test_share)
     return read(text.test, text.test_split, text.test_subset, text.test_share)
 
 
@@ -126,13 +141,20 @@ class Target:
 
 @contextmanager
 def loaded(
-    target: Path, overrides: list[str], round: int | None, client: str | None
+    target: Path,
+    overrides: list[str],
+    round: int | None,
+    client: str | None,
+    load: Loader = Model.load,
 ) -> Iterator[Target]:
     """Load a run's model after a round, or a model folder.
 
     Args:
         target: a run directory, a packed ledger, or a model (or adapter) folder.
         overrides: `key.path=value`, on top of the run's experiment.
+        round: the round of a run, None for the last.
+        client: whose model, of a run without a global one; None for all.
+        load: gives a run's base model.
 
     Raises:
         UserError: naming what does not fit.
@@ -157,7 +179,7 @@ def loaded(
     with opened(target, overrides) as (experiment, ledger):
         clients = check_client(experiment, ledger, client)
         round = check_round(ledger, round)
-        model = model_at(experiment, ledger, round)
+        model = model_at(experiment, ledger, round, load)
         yield Target(
             model=model,
             data=experiment.data,
@@ -176,14 +198,20 @@ def score_target(
     round: int | None,
     client: str | None,
     progress: Progress | None = None,
+    *,
+    load: Loader = Model.load,
+    held: Sequence[Row] | None = None,
 ) -> dict[str, Any]:
     """Scores of a run's model after a round, or of a model folder; the arguments are `loaded`'s.
+
+    Args:
+        held: the test rows, where `data.test` is `(memory)`.
 
     Raises:
         UserError: naming what does not fit.
     """
-    with loaded(target, overrides, round, client) as it:
-        test = load_test(it.data, it.evaluation, it.model)
+    with loaded(target, overrides, round, client, load) as it:
+        test = load_test(it.data, it.evaluation, it.model, held)
         scored = {name: evaluate(it.model, test, it.evaluation, progress) for name in it.models()}
         return by_model(scored) | counts(test)
 

@@ -25,6 +25,7 @@ from hedgerow.engines.flower.fleet import FlowerFleet
 from hedgerow.errors import RunFailed, UserError
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment, validate
+from hedgerow.federation.fleet import Watcher
 from hedgerow.files import replacing
 from hedgerow.ledger import Base
 from hedgerow.model import Model
@@ -74,7 +75,7 @@ def serve(
     grid: Grid,
     loaded: App,
     out: Path,
-    watcher: ProgressWatcher,
+    watcher: Watcher,
     model: Model | None,
     test: TestSet | None,
     data: Mapping[str, str] | None = None,

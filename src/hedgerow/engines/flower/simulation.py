@@ -20,13 +20,13 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from hedgerow import tracking
-from hedgerow.console import ProgressWatcher
 from hedgerow.engines.flower.app import App, check_method
 from hedgerow.engines.flower.messages import Action, Parcel, Request, pack
 from hedgerow.engines.flower.server import serve
 from hedgerow.engines.flower.site import Site
 from hedgerow.engines.local import Prepared, prepare
 from hedgerow.experiment import Experiment
+from hedgerow.federation.fleet import Watcher
 from hedgerow.runs.directory import RunDirectory
 
 _sites: dict[Path, Site] = {}
@@ -36,7 +36,7 @@ _sites: dict[Path, Site] = {}
 def run(
     experiment: Experiment,
     out: Path,
-    watcher: ProgressWatcher,
+    watcher: Watcher,
     *,
     resume: bool = False,
     on_prepared: Callable[[Prepared], None] = lambda prepared: None,

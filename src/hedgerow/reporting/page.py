@@ -14,9 +14,9 @@ from hedgerow import __version__, console
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.files import replacing
-from hedgerow.report import charts, models, tables
-from hedgerow.report.gather import Series, gather, told
-from hedgerow.report.sections import LINES, NOISE, rounds_of, sections, standing_in
+from hedgerow.reporting import charts, models, tables
+from hedgerow.reporting.gather import Series, gather, told
+from hedgerow.reporting.sections import LINES, NOISE, rounds_of, sections, standing_in
 from hedgerow.runs.directory import flat
 from hedgerow.settings import TextSettings
 
@@ -75,7 +75,7 @@ def render(
     common = _common(experiments)
     abouts = {each.first.cell.experiment.about for each in series}
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hedgerow.report", "."),
+        loader=jinja2.PackageLoader("hedgerow.reporting", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from hedgerow import console
-from hedgerow.report import charts, models
-from hedgerow.report.gather import Series
+from hedgerow.reporting import charts, models
+from hedgerow.reporting.gather import Series
 
 LINES = {
     "eval_loss": "loss on the test data",

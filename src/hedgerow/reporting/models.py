@@ -16,7 +16,7 @@ from hedgerow.evaluation.scores import TestSet, answers
 from hedgerow.experiment import Experiment
 from hedgerow.ledger import Ledger
 from hedgerow.model import Model
-from hedgerow.report.gather import Series
+from hedgerow.reporting.gather import Series
 from hedgerow.runs.lender import Lender
 from hedgerow.runs.targets import test_rows
 from hedgerow.seeds import Seeds

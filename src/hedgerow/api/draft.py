@@ -1,0 +1,205 @@
+"""An experiment as Python hands it over: a file, sections as mappings, and objects in memory."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from hedgerow.data.memory import Held, as_rows
+from hedgerow.errors import UserError
+from hedgerow.experiment import Experiment, validate
+from hedgerow.experiment.file import comparison_of, read, resolve
+from hedgerow.experiment.paths import make_paths_absolute
+from hedgerow.methods import Method
+from hedgerow.names import MEMORY
+from hedgerow.settings import Comparison, Section
+
+PathLike = str | os.PathLike[str]
+SectionLike = Mapping[str, Any] | Section
+"""A section of an experiment: a mapping of its keys, or its settings."""
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """What an experiment is made of, before it is checked."""
+
+    content: Mapping[str, Any]
+    """As an experiment file would have it; `(memory)` where objects were handed over."""
+    where: str
+    """What it is called in messages: the file, or the function that was called."""
+    folders: Sequence[Path]
+    """Where an override's relative path is looked for."""
+    held: Held
+    network: Any = None
+    """transformers model, where it is in memory."""
+    tokenizer: Any = None
+
+    def load(self, overrides: Sequence[str] = ()) -> Experiment:
+        """The experiment, checked.
+
+        Raises:
+            UserError: naming the key that is wrong.
+        """
+        content = resolve(self.content, overrides, self.folders, self.where)
+        content.pop("compare", None)
+        return validate(content, self.where, Experiment)
+
+    def comparison(self, overrides: Sequence[str] = ()) -> Comparison:
+        """What the experiment says about comparing."""
+        resolved = resolve(self.content, overrides, self.folders, self.where)
+        return comparison_of(resolved, self.where)
+
+
+def draft(
+    experiment: PathLike | Experiment | Mapping[str, Any] | None,
+    *,
+    where: str,
+    smoke: bool,
+    model: Any,
+    tokenizer: Any,
+    clients: Any,
+    test: Any,
+    method: str | Mapping[str, Any] | Method | None,
+    sections: Mapping[str, SectionLike | None],
+    rounds: int | None,
+) -> Draft:
+    """Put a draft together.
+
+    Args:
+        experiment: a file, an experiment, or its content; None where all is said by the others.
+        where: the function that was called, for messages.
+        smoke: of a file: put in what it says under `smoke`.
+        model: a folder, a name on the Hub, the section's keys, or a transformers model.
+        tokenizer: of a model in memory.
+        clients: a pattern, or a mapping from names to files or rows.
+        test: a file, or rows.
+        method: a name, a mapping with a name, or a method.
+        sections: further keys of the other sections, by the section's name.
+        rounds: `federation.rounds`.
+
+    Raises:
+        UserError: something is of no kind that is known.
+    """
+    folders, content = [Path.cwd()], {}
+    if isinstance(experiment, Experiment):
+        content = experiment.model_dump(mode="json")
+    elif isinstance(experiment, Mapping):
+        content = plain(experiment)
+    elif experiment is not None:
+        path = Path(experiment)
+        where, content = str(path), read(path, smoke=smoke)
+        folders.append(path.parent)
+    given: dict[str, Any] = {
+        name: plain(section) for name, section in sections.items() if section is not None
+    }
+    network = None
+    if isinstance(model, str | os.PathLike):
+        given["model"] = {"path": os.fspath(model)}
+    elif isinstance(model, Mapping | Section):
+        given["model"] = plain(model)
+    elif model is not None:
+        network = model
+        given["model"] = memory_model(model, tokenizer)
+    if network is None and tokenizer is not None:
+        raise UserError(f"{where}: tokenizer= belongs to a model in memory: give model= as well")
+    data = given.setdefault("data", {})
+    held: dict[str, Any] = {}
+    if clients is not None:
+        data["clients"], held["clients"] = _clients(clients)
+    if "source" in data and not isinstance(data["source"], str):
+        held["source"] = as_rows(data["source"], "data.source")
+        data["source"] = MEMORY
+    if test is not None:
+        data["test"] = plain(test) if isinstance(test, os.PathLike) else test
+    if "test" in data and not isinstance(data["test"], str | None):
+        held["test"] = as_rows(data["test"], "the test data")
+        data["test"] = MEMORY
+    if rounds is not None:
+        given.setdefault("federation", {})["rounds"] = rounds
+    if method is not None:
+        given["method"] = {"name": method} if isinstance(method, str) else plain(method)
+    make_paths_absolute(given, [Path.cwd()])
+    return Draft(_merged(content, given), where, folders, Held(**held), network, tokenizer)
+
+
+def plain(value: Any) -> Any:
+    """A section of settings, however nested, as a file would hold it; rows stay as they are."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def memory_model(network: Any, tokenizer: Any) -> dict[str, Any]:
+    """Section `model` of a model in memory.
+
+    Raises:
+        UserError: it is none that can be trained, or has no tokenizer.
+    """
+    if not hasattr(network, "get_input_embeddings") or not hasattr(network, "generate"):
+        raise UserError(
+            "model= must be a causal language model of transformers, a folder or a name on the "
+            f"Hub, not {type(network).__name__}"
+        )
+    if hasattr(network, "peft_config"):
+        raise UserError("model= has an adapter of peft: merge it first, with merge_and_unload()")
+    if tokenizer is None:
+        raise UserError("model= is a model in memory: give its tokenizer= as well")
+    dtype = str(network.dtype).removeprefix("torch.")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"model= is in {dtype}: convert it with model.float() or model.bfloat16()")
+    return {"path": MEMORY, "dtype": dtype, "device": str(network.device)}
+
+
+def _clients(clients: Any) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
+    """`data.clients`, and the rows of those whose data are in memory."""
+    if isinstance(clients, str | os.PathLike):
+        return os.fspath(clients), {}
+    if isinstance(clients, Mapping):
+        named: Iterable[tuple[Any, Any]] = clients.items()
+    elif isinstance(clients, list | tuple):
+        named = ((f"client-{number:03d}", data) for number, data in enumerate(clients))
+    else:
+        raise UserError(
+            "clients= must be a mapping from names to rows or files, a list of them, or a pattern "
+            f"such as train_{{}}.json, not {type(clients).__name__}"
+        )
+    files: dict[str, str] = {}
+    held: dict[str, list[dict[str, Any]]] = {}
+    for name, data in named:
+        if isinstance(data, str | os.PathLike):
+            files[str(name)] = os.fspath(data)
+        else:
+            held[str(name)] = as_rows(data, f"the data of {name}")
+            files[str(name)] = MEMORY
+    return files, held
+
+
+def _merged(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """An experiment's content with the sections that were given beside it."""
+    merged = copy.deepcopy(dict(content))
+    for name, section in given.items():
+        if name == "method" or not isinstance(section, dict):
+            merged[name] = section
+            continue
+        own = merged.get(name)
+        merged[name] = (own if isinstance(own, dict) else {}) | section
+    data, new = merged.get("data", {}), given.get("data", {})
+    # Files for each client, and one source to divide, exclude each other: the later one counts.
+    if "clients" in new and "source" not in new:
+        data.pop("source", None)
+        data.pop("partition", None)
+    elif "source" in new and "clients" not in new:
+        data.pop("clients", None)
+    if not data:
+        merged.pop("data", None)
+    return merged

@@ -1,0 +1,313 @@
+"""A run, to look into: its numbers, its models, and what can be taken along."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hedgerow.errors import UserError
+from hedgerow.runs import model_at, opened
+from hedgerow.runs.opening import Loader, check_client, check_round
+from hedgerow.runs.rows import read_rows
+
+if TYPE_CHECKING:
+    import altair
+    import pandas
+
+    from hedgerow.api.base import BaseInMemory
+    from hedgerow.api.draft import PathLike
+    from hedgerow.experiment import Experiment
+
+
+class Run:
+    """A run in its directory, or in a packed ledger.
+
+    Attributes:
+        path: the run's directory, or the file of its packed ledger.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        overrides: Sequence[str] = (),
+        base: BaseInMemory | None = None,
+        test: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Open a run; `hr.run` and `hr.open_run` do so.
+
+        Args:
+            path: as the attribute.
+            overrides: `key.path=value`, on top of the run's experiment.
+            base: the base model, where it is in memory.
+            test: the test rows, where they are in memory.
+
+        Raises:
+            UserError: there is no run.
+        """
+        self.path = path
+        self._overrides, self._base = list(overrides), base
+        self._test = None if test is None else [dict(row) for row in test]
+        with opened(path, self._overrides) as (experiment, _):
+            self._experiment = experiment
+
+    @property
+    def experiment(self) -> Experiment:
+        """Experiment of the run, with every default."""
+        return self._experiment
+
+    @property
+    def metrics(self) -> pandas.DataFrame:
+        """Numbers of each round: metrics.jsonl, one row a round, round 0 before training."""
+        import pandas
+
+        return pandas.DataFrame(self._rows())
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds that are in the ledger."""
+        with opened(self.path, self._overrides) as (_, ledger):
+            return len(ledger)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the base model, from transformers."""
+        if self._base is not None:
+            return self._base.tokenizer
+        from hedgerow.loading import load_tokenizer
+
+        return load_tokenizer(self._experiment.model)
+
+    def model(self, round: int | None = None, client: str | None = None) -> Any:
+        """Model after a round, adapters merged: a transformers model of your own.
+
+        Args:
+            round: number of the round, 0 for the base; None for the last.
+            client: name of the client whose model is meant, for methods without a global one.
+
+        Raises:
+            UserError: there is no such round or client, or the base is not to be had.
+        """
+        with opened(self.path, self._overrides) as (experiment, ledger):
+            number = check_round(ledger, round)
+            if number:
+                check_client(experiment, ledger, client)
+            model = model_at(experiment, ledger, number, self._load)
+            if number:
+                experiment.method.merge(model, client)
+            return model.network
+
+    def evaluate(
+        self,
+        data: Any = None,
+        *overrides: str,
+        metrics: Sequence[str] | None = None,
+        by: str | None = None,
+        round: int | None = None,
+        client: str | None = None,
+    ) -> dict[str, Any]:
+        """Scores of the model after a round, by name, as in a row of `metrics`.
+
+        Args:
+            data: file or rows to evaluate on; None for the run's own test data.
+            overrides: `key.path=value`, as `data.prompt=plain`.
+            metrics: names of metrics; None for the run's own.
+            by: column whose values are also scored each by itself.
+            round: number of the round; None for the last.
+            client: name of the client whose model is meant; None for all.
+
+        Raises:
+            UserError: naming what does not fit.
+        """
+        from hedgerow.data.memory import as_rows
+        from hedgerow.names import MEMORY
+        from hedgerow.runs.targets import score_target
+        from hedgerow.settings import DEFAULT_TEST
+
+        changes, held = [*self._overrides, *overrides], self._test
+        if data is not None:
+            named = str(data) if isinstance(data, str | Path) else MEMORY
+            held = as_rows(data, "data=") if named == MEMORY else None
+            changes = [*DEFAULT_TEST, *changes, _override("data.test", named)]
+        if metrics is not None:
+            changes.append(_override("evaluation.metrics", list(metrics)))
+        if by is not None:
+            changes.append(_override("evaluation.by", by))
+        return score_target(self.path, changes, round, client, load=self._load, held=held)
+
+    def answer(
+        self,
+        prompts: Sequence[str],
+        *,
+        round: int | None = None,
+        client: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> list[str]:
+        """Greedy answers of the model after a round.
+
+        Args:
+            prompts: instructions, which the run's own template (`data.prompt`) wraps.
+            round: number of the round, 0 for the base; None for the last.
+            client: name of the client whose model is meant, for methods without a global one.
+            max_new_tokens: longest answer in tokens; None for `evaluation.max_new_tokens`.
+
+        Returns:
+            One text for each prompt.
+        """
+        import numpy
+
+        from hedgerow.data import load_template
+        from hedgerow.data.tokens import encode_prompts
+        from hedgerow.evaluation.answers import generate
+        from hedgerow.model import Model
+
+        settings = self._experiment
+        model = Model(self.model(round, client), self.tokenizer, self.path.name)
+        fields = settings.data.fields
+        template = load_template(settings.data.prompt, self.tokenizer, fields)
+        texts = [template.prompt({fields.instruction: prompt}) for prompt in prompts]
+        encoded = encode_prompts(texts, template, self.tokenizer)
+        answers, _ = generate(
+            model,
+            [numpy.array(ids, dtype=numpy.int32) for ids in encoded],
+            max_new_tokens or settings.evaluation.max_new_tokens,
+            settings.evaluation.batch_size,
+            lambda _: None,
+        )
+        return answers
+
+    def chart(self, score: str = "eval_loss") -> altair.Chart:
+        """Chart of a score by round, which notebooks show.
+
+        Args:
+            score: a column of `metrics`.
+
+        Raises:
+            UserError: there is no such score.
+        """
+        import altair
+        import pandas
+
+        rows = [row for row in self._rows() if row.get(score) is not None]
+        if not rows:
+            known = sorted({key for row in self._rows() for key, v in row.items() if _is_number(v)})
+            raise UserError(f"chart: the run has no score {score!r} (known: {', '.join(known)})")
+        values = pandas.DataFrame([{"round": row["round"], score: row[score]} for row in rows])
+        chart: altair.Chart = (
+            altair.Chart(values, title=self.path.name)
+            .mark_line(point=True)
+            .encode(
+                x=altair.X("round:Q", axis=altair.Axis(tickMinStep=1)),
+                y=altair.Y(f"{score}:Q", scale=altair.Scale(zero=False)),
+            )
+        )
+        return chart
+
+    def export_adapter(
+        self,
+        out: PathLike,
+        *,
+        round: int | None = None,
+        client: str | None = None,
+        rank: int | None = None,
+        energy: float | None = None,
+    ) -> Path:
+        """Write all that the run adds to its base as an adapter that peft loads.
+
+        Args:
+            out: folder to make.
+            round: number of the round; None for the last.
+            client: name of the client whose model is meant, for methods without a global one.
+            rank: highest rank of a matrix; None cuts nothing.
+            energy: share of the squared singular values that is kept, above 0 and at most 1.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: the method makes no adapter, or `out` is there already.
+        """
+        from hedgerow import export
+
+        export.to_adapter(
+            self.path,
+            Path(out),
+            round,
+            client,
+            self._overrides,
+            rank=rank,
+            energy=energy,
+            load=self._load,
+        )
+        return Path(out)
+
+    def export_merged(
+        self, out: PathLike, *, round: int | None = None, client: str | None = None
+    ) -> Path:
+        """Write the whole model as a folder that transformers loads.
+
+        Args:
+            out: folder to make.
+            round: number of the round; None for the last.
+            client: name of the client whose model is meant, for methods without a global one.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: `out` is there already, or there is no such round or client.
+        """
+        from hedgerow import export
+
+        export.to_merged(self.path, Path(out), round, client, self._overrides, load=self._load)
+        return Path(out)
+
+    def export_ledger(self, out: PathLike) -> Path:
+        """Write ledger and experiment as one file, which `hr.open_run` opens.
+
+        Args:
+            out: file to make.
+
+        Returns:
+            The file.
+        """
+        from hedgerow import export
+
+        export.to_ledger(self.path, Path(out), self._overrides)
+        return Path(out)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}: {self._experiment.method.name}, {self.rounds} rounds)"
+
+    def _repr_html_(self) -> str:
+        """The run's numbers, in a notebook."""
+        import pandas
+
+        from hedgerow.console import main_scores
+
+        scores = [{"round": row["round"], **main_scores(row)} for row in self._rows()]
+
+        return f"<b>{html.escape(repr(self))}</b>{pandas.DataFrame(scores).to_html(index=False)}"
+
+    @property
+    def _load(self) -> Loader:
+        from hedgerow.model import Model
+
+        return Model.load if self._base is None else self._base.load
+
+    def _rows(self) -> list[dict[str, Any]]:
+        if self.path.is_file():
+            raise UserError(f"{self.path} is a packed ledger, which has no metrics: use evaluate()")
+        return read_rows(self.path)
+
+
+def _override(key: str, value: Any) -> str:
+    return f"{key}={json.dumps(value)}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
