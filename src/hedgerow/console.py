@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
@@ -147,3 +148,41 @@ def table(
     for row in rows:
         grid.add_row(*row)
     out.print(grid)
+
+
+def entry(head: str, text: str, *, indent: int) -> None:
+    """Print a text beside its head, which has `indent` columns, or below a longer one.
+
+    In a terminal lines end at its edge; elsewhere the text is one line, for whoever searches it.
+    """
+    begin = f"{head:<{indent}}" if len(head) < indent else f"{head}  "
+    if not out.is_terminal:
+        out.print(begin + " ".join(text.split()), soft_wrap=True)
+        return
+    out.print(_filled(text, begin, indent), soft_wrap=True)
+
+
+def paragraphs(text: str, *, indent: int = 0) -> None:
+    """Print a text's paragraphs, as wide as is easily read; what is set in is left as it is."""
+    for number, paragraph in enumerate(text.split("\n\n")):
+        if number:
+            out.print()
+        if any(line.startswith(" ") for line in paragraph.splitlines()):
+            out.print(textwrap.indent(paragraph, " " * indent), soft_wrap=True)
+        else:
+            out.print(_filled(paragraph, " " * indent, indent), soft_wrap=True)
+
+
+def _filled(text: str, begin: str, indent: int) -> str:
+    return textwrap.fill(
+        " ".join(text.split()),
+        width=max(min(out.width, _READABLE), indent + 20),
+        initial_indent=begin,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+_READABLE = 100
+"""Columns of a text, however wide the terminal is."""

@@ -30,7 +30,8 @@ class Plugin(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
-    """Name in the experiment file."""
+    """Name in the experiment file: one of hedgerow's own, one that an installed package declares,
+    or `package.module:Class`."""
 
     @classmethod
     def own_name(cls) -> str | None:

@@ -1,4 +1,8 @@
-"""The sections of an experiment: typed, validated, every default documented."""
+"""Sections of an experiment: typed, validated, each key documented for `hedgerow explain`.
+
+The text below a key is its entry there: it begins with the noun, and says the unit, what null means
+and what type and bounds leave open.
+"""
 
 from __future__ import annotations
 
@@ -22,54 +26,64 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 class Section(BaseModel):
-    """A part of the experiment file; unknown keys are mistakes."""
+    """Part of the experiment file; unknown keys are mistakes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
-    """The base model, which stays where it is and is never changed on disk."""
+    """Base model, which stays where it is and is never changed on disk."""
 
     path: str
-    """A folder in Hugging Face format, a model's name on the Hub, or `demo`, the bundled tiny model
-    (where no folder of that name is beside the experiment file)."""
+    """Folder in Hugging Face format, or name of a model on the Hub, or `demo`: the bundled tiny
+    model, where no folder of that name is beside the experiment file."""
     revision: str | None = None
-    """The Hub revision (branch, tag or commit); None is the default branch."""
+    """Branch, tag or commit of a model on the Hub; with null, its default branch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the base weights while training and evaluating; adapters are always float32."""
+    """Number type of the base weights while training and evaluating; adapters are always
+    float32."""
     device: str = "auto"
-    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` …"""
+    """Device that trains and evaluates: `cpu`, `cuda`, `cuda:1` …; `auto` takes a GPU if there is
+    one, else the CPU."""
 
 
 class ClientFile(Section):
-    """One client's data, by name."""
+    """Data of one client, by its name."""
 
     name: str
+    """Name of the client: up to 200 letters, digits, `.`, `_` or `-`, the first a letter or
+    digit."""
     file: str
+    """File of the client's rows: JSON, JSONL, CSV or Parquet."""
 
 
 class Fields(Section):
-    """Which columns hold what."""
+    """Columns of the data that hold the instruction, its input and the answer."""
 
     instruction: str = "instruction"
+    """Column of the instruction, which every row has."""
     input: str | None = "input"
-    """Context of the instruction; rows may leave it empty or out. None: there is no such column."""
+    """Column of the instruction's context, which rows may leave empty or out; with null, there is
+    no such column."""
     output: str = "output"
+    """Column of the answer, which every row has."""
 
 
 class Partition(Section):
-    """How one source is divided into clients."""
+    """Division of one source into clients."""
 
     kind: Literal["iid", "dirichlet", "shard", "column"]
-    """`iid`: equal random parts; `dirichlet`: each value of `column` spread by Dirichlet(alpha);
-    `shard`: sorted by `column`, `shards` pieces for each client; `column`: a client per value."""
+    """Kind of division. `iid`: equal random parts; `dirichlet`: each value of `column` spread over
+    the clients by Dirichlet(`alpha`); `shard`: the rows sorted by `column`, and `shards` pieces for
+    each client; `column`: a client for each value."""
     clients: int | None = Field(None, ge=1)
-    """How many clients; for `column` the number of values decides."""
+    """Number of clients, which every kind needs but `column`, where the values decide (null)."""
     column: str | None = None
+    """Column to divide by, which every kind needs but `iid` (null)."""
     alpha: float = Field(0.5, gt=0)
-    """Dirichlet concentration: small is very uneven, large is nearly iid."""
+    """Concentration of `dirichlet`, without a unit: small is very uneven, large nearly as `iid`."""
     shards: int = Field(2, ge=1)
-    """Shards per client."""
+    """Number of pieces that each client gets, for `shard`."""
 
     @model_validator(mode="after")
     def _complete(self) -> Partition:
@@ -84,28 +98,35 @@ class Partition(Section):
 
 
 class TextSettings(Section):
-    """How rows become text and tokens, and the rows to evaluate on."""
+    """Text and tokens that rows become, and the rows to evaluate on."""
 
     test: str | None = None
-    """What to evaluate on, as `source`; None evaluates nothing."""
+    """Rows to evaluate on: a file, a dataset or `demo`, as for `source`; with null, nothing is
+    evaluated."""
     test_subset: str | None = None
-    """The subset (configuration) to evaluate on where `test` is a Hub dataset that has some."""
+    """Subset (configuration) to evaluate on where `test` is a Hub dataset that has some; with null,
+    the dataset's default."""
     test_split: str = "test"
-    """The split to evaluate on where `test` is a Hub dataset."""
+    """Split to evaluate on where `test` is a Hub dataset; files have none."""
     test_share: float = Field(1.0, gt=0, le=1)
-    """The share of the rows of `test` that counts, drawn at random but the same in every run."""
+    """Share of the rows of `test` that counts, drawn at random but the same in every run."""
     fields: Fields = Fields()
+    """Columns of the clients' data, and of the test data unless `test_fields` says otherwise."""
     test_fields: Fields | None = None
-    """The columns of the test data, where they are not called as `fields` says."""
+    """Columns of the test data; with null, they are called as `fields` says."""
     prompt: str = "alpaca"
-    """`alpaca`, `alpaca-short`, `plain`, `chat` (the tokenizer's own), or a template's file."""
+    """Template that makes a prompt of a row: `alpaca`, `alpaca-short`, `plain`, `chat` (the
+    tokenizer's own), or a text file with `{instruction}` and `{input}`, and `{?input}…{/input}`
+    around what belongs to an input."""
     max_length: int = Field(512, ge=2)
-    """Tokens of prompt and answer together; what is longer is cut at the end, and counted."""
+    """Number of tokens of prompt and answer together; what is longer is cut at the end, and
+    counted."""
     loss_on: Literal["answer", "all"] = "answer"
+    """Tokens that the training loss counts: those of the `answer`, or `all`, with the prompt's."""
 
     @property
     def fields_of_test(self) -> Fields:
-        """The columns of the test data."""
+        """Columns of the test data."""
         return self.test_fields or self.fields
 
 
@@ -118,23 +139,25 @@ DEFAULT_TEST = [
 
 
 class DataSettings(TextSettings):
-    """Who holds what: files per client, or one source and how to divide it."""
+    """Data: a file for each client, or one source and its division; and what to evaluate on."""
 
     clients: str | dict[str, str] | list[ClientFile | str] | None = None
-    """`train_{}.json` ({} = 0, 1, 2 …), a mapping name: file, or a list of {name, file}."""
+    """Files of the clients: a pattern as `train_{}.json` ({} = 0, 1, 2 …), a mapping of names to
+    files, or a list of files or of {name, file}; with null, `source` is given instead."""
     source: str | None = None
-    """Instead of `clients`: a JSON, JSONL, CSV or Parquet file, a dataset's name on the Hub or a
-    folder that holds one, or `demo`, the built-in tasks (where no file of that name is beside the
-    experiment file)."""
+    """Rows of all clients together: a JSON, JSONL, CSV or Parquet file, a dataset's name on the Hub
+    or a folder that holds one, or `demo`: the built-in tasks, where no file of that name is beside
+    the experiment file; with null, `clients` is given instead."""
     subset: str | None = None
-    """The subset (configuration) to train on where `source` is a Hub dataset that has some."""
+    """Subset (configuration) to train on where `source` is a Hub dataset that has some; with null,
+    the dataset's default."""
     split: str = "train"
-    """The split to train on where `source` is a Hub dataset."""
+    """Split to train on where `source` is a Hub dataset; files have none."""
     share: float = Field(1.0, gt=0, le=1)
-    """The share of the rows of `source`, or of each client's file, that counts; drawn at random but
-    the same in every run."""
+    """Share of the rows of `source`, or of each client's file, that counts; drawn at random but the
+    same in every run."""
     partition: Partition | None = None
-    """How `source` is divided."""
+    """Division of `source` into clients, which belongs to it; null where `clients` are given."""
 
     @model_validator(mode="after")
     def _one_kind_of_clients(self) -> DataSettings:
@@ -160,31 +183,40 @@ class DataSettings(TextSettings):
 
 
 class TrainingSettings(Section):
-    """What a client does in a round."""
+    """Training of a client in a round."""
 
     steps: int | None = Field(None, ge=1)
-    """Optimiser steps a round; 10 where neither `steps` nor `epochs` is given."""
+    """Number of optimiser steps of a client in a round; with null, `epochs` decides, or there are
+    10 steps where that is null too."""
     epochs: int | None = Field(None, ge=1)
-    """Instead of `steps`: passes over the client's data a round."""
+    """Number of passes over the client's data in a round, instead of `steps`; with null, `steps`
+    decides."""
     batch_size: int = Field(8, ge=1)
-    """Sequences in one forward pass."""
+    """Number of sequences in one forward pass."""
     gradient_accumulation: int = Field(1, ge=1)
-    """Forward passes per optimiser step."""
+    """Number of forward passes whose gradients make one optimiser step."""
     learning_rate: float = Field(3e-4, gt=0)
+    """Learning rate of the first round, and of all others with a constant `schedule`; what is good
+    differs by method and optimiser."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Of the learning rate over rounds: round t of T trains at (1 - (t-1)/T) of it for `linear`."""
+    """Schedule of the learning rate over rounds, which is constant within one. In round t of T it
+    is `learning_rate` times 1 for `constant`, 1 - (t-1)/T for `linear`, and (1 + cos(π·(t-1)/T))/2
+    for `cosine`."""
     optimizer: str | dict[str, Any] = "adamw"
-    """An optimiser's name, or {name: …} with the options that its file has in
-    `hedgerow/training/optimizers/`; your own is `package.module:Class`."""
+    """Optimiser of the local steps: a name, or a mapping with options, as {name: adamw, betas:
+    [0.9, 0.99]}; your own is `package.module:Class`."""
     momentum: float = Field(0.0, ge=0, lt=1)
-    """The optimiser's own option of this name, where it has one, as `sgd`."""
+    """Momentum of an optimiser that has one, as `sgd`: the share of its last step that each step
+    repeats; 0 is plain SGD."""
     weight_decay: float = Field(0.0, ge=0)
-    """The optimiser's own option of this name."""
+    """Weight decay of the optimiser: the share of each weight, times the learning rate, that a step
+    takes away; with `sgd` and `momentum` it is part of the gradient. 0 is none."""
     max_grad_norm: float | None = Field(1.0, gt=0)
-    """Gradients longer than this are scaled down to it; None leaves them."""
+    """Longest gradient, as the 2-norm over all parameters that train; longer ones are scaled down
+    to it. With null, they are left as they are."""
 
     def most_steps(self, num_examples: int) -> int:
-        """The optimiser steps of a client with so many examples in a round."""
+        """Number of optimiser steps of a client with so many examples in a round."""
         if self.epochs is None:
             return self.steps or 10
         batches = self.epochs * math.ceil(num_examples / self.batch_size)
@@ -198,24 +230,26 @@ class TrainingSettings(Section):
 
 
 class FederationSettings(Section):
-    """Who takes part, and how often."""
+    """Rounds: how many there are, and who takes part."""
 
     rounds: int = Field(10, ge=1)
+    """Number of rounds of the whole run; a finished run goes on where it is raised (`--resume`)."""
     clients_per_round: int | None = Field(None, ge=1)
-    """Drawn at random each round; None is everybody."""
+    """Number of clients that are drawn at random for each round; with null, all take part."""
     min_clients: int = Field(1, ge=1)
-    """The fewest usable updates that close a round."""
+    """Number of usable updates that a round needs at least."""
     deadline: float | None = Field(None, gt=0)
     """Seconds that a run waits for its clients to join, and a round for their updates, on networks;
-    None waits for all. In one process clients train one after another, and none is late."""
+    with null, it waits for all. In one process clients train one after another, and none is
+    late."""
     attempts: int = Field(3, ge=1)
-    """How often a round is tried where too few clients answer; then the run stops."""
+    """Number of times that a round is tried where too few clients answer; then the run stops."""
     backoff: float = Field(10.0, ge=0)
     """Seconds before a round is tried again; twice as many before each further try."""
     seed: int = Field(0, ge=0)
-    """All randomness of a run derives from it."""
+    """Seed that all randomness of the run derives from."""
     keep_updates: bool = False
-    """Keep what each client sent under `updates/`."""
+    """Whether what each client sent is kept, under `updates/` in the run's directory."""
 
     @model_validator(mode="after")
     def _enough_clients(self) -> FederationSettings:
@@ -228,17 +262,19 @@ class FederationSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """What is measured on the test data, and how often."""
+    """Evaluation: what is measured on the test data, and how often."""
 
     every: int = Field(1, ge=1)
-    """Rounds between evaluations; the last round is always evaluated."""
+    """Number of rounds from one evaluation to the next; the last round is always evaluated."""
     metrics: list[str] = ["loss"]
-    """Names of metrics, each once: those that are listed, or `package.module:Class`."""
+    """Names of the metrics of the global model, each once; your own is `package.module:Class`."""
     by: str | None = None
-    """A column of the test data: scores are also given for each of its values."""
+    """Column of the test data for each of whose values there are scores too; with null, there are
+    those of all rows alone."""
     batch_size: int = Field(16, ge=1)
+    """Number of sequences in one forward pass."""
     max_new_tokens: int = Field(64, ge=1)
-    """Tokens of a greedy answer at most, for the metrics that need answers."""
+    """Number of tokens that a greedy answer has at most, for the metrics that need answers."""
 
     @field_validator("metrics")
     @classmethod
@@ -250,14 +286,16 @@ class EvaluationSettings(Section):
 
 
 class TrackingSettings(Section):
-    """Which trackers are told each round's numbers, beside metrics.jsonl."""
+    """Trackers that are told each round's numbers, beside metrics.jsonl."""
 
     to: list[str] = []
-    """`tensorboard`, `wandb`, `mlflow` or `trackio`, or several of them."""
+    """Trackers: `tensorboard`, `wandb`, `mlflow` or `trackio`, or a list of several; by default
+    none."""
     project: str = "hedgerow"
-    """What runs are grouped under: W&B's and trackio's project, MLflow's experiment."""
+    """Name that runs are grouped under: W&B's and trackio's project, MLflow's experiment; up to 128
+    letters, digits, `.`, `_` or `-`, the first a letter or digit."""
     name: str | None = None
-    """Of the run; None is the name of its directory."""
+    """Name of the run in the trackers; with null, that of its directory."""
 
     @field_validator("to", mode="before")
     @classmethod
@@ -285,17 +323,19 @@ class TrackingSettings(Section):
 
 
 class Comparison(Section):
-    """What `hedgerow compare` runs on an experiment where its options do not say it."""
+    """Comparison: what `hedgerow compare` runs on the experiment, unless its options say it."""
 
     methods: list[str] = []
-    """A method's name each, maybe with options, as `--methods` takes them: "ferret over=lora". If
-    the file has no `method`, a run of its own is of the first."""
+    """Methods to compare, each a name, maybe with options, as `--methods` takes them: "ferret
+    over=lora". By default none, so that `--methods` has to name them. If the file has no
+    `method`, a run of its own is of the first."""
     sweep: dict[str, list[str]] = {}
-    """The values of each key that are tried: `{training.learning_rate: [1e-3, 3e-3]}`."""
+    """Values to try of each key: `{training.learning_rate: [1e-3, 3e-3]}`; by default none."""
     seeds: int = Field(1, ge=1)
-    """How many seeds each; they count up from `federation.seed`."""
+    """Number of seeds of each cell; they count up from `federation.seed`."""
     target: float | None = None
-    """The loss to count bytes and rounds to."""
+    """Loss, in nats for each token, to which bytes and rounds are counted; with null, the lowest
+    that all runs have reached that learn anything."""
 
     @field_validator("sweep", mode="before")
     @classmethod
@@ -314,7 +354,7 @@ class Comparison(Section):
 
 
 class Evaluation(Section):
-    """What `hedgerow evaluate` needs of a model that no experiment has made."""
+    """Settings that `hedgerow evaluate` needs of a model that no experiment has made."""
 
     model: ModelSettings
     data: TextSettings

@@ -1,28 +1,169 @@
-"""hedgerow methods, demo: what there is."""
+"""hedgerow methods, explain, demo: what there is."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hedgerow.cli.frame import (
+    AsJson,
     app,
 )
 
+if TYPE_CHECKING:
+    from hedgerow.experiment.reference import Listed, Option, Page
+
 
 @app.command()
-def methods() -> None:
-    """List the methods and their papers.
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One of them, or package.module:Class.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods and their papers; or show one of them, with its algorithm and options.
 
-    Example: hedgerow methods
+    Example: hedgerow methods flora
     """
     from hedgerow import console
-    from hedgerow.methods import METHODS
+    from hedgerow.experiment import reference
 
-    rows = [(name, method.summary, method.reference) for name, method in METHODS.items()]
-    console.table("", ["method", "what it does", "paper"], rows, numbers=False)
+    if name is None:
+        known = reference.listed("method")
+        if as_json:
+            _print_json([asdict(method) for method in known])
+            return
+        rows = [(method.name, method.summary, method.reference) for method in known]
+        console.table("", ["method", "what it does", "paper"], rows, numbers=False)
+        console.out.print("one of them in full: hedgerow methods NAME")
+        return
+    method = reference.about("method", name)
+    description = reference.description("method", name)
+    own, shared = reference.plugin_options("method", name)
+    if as_json:
+        options = {"own_options": _plain(own), "shared_options": _plain(shared)}
+        _print_json({**asdict(method), "description": description, **options})
+        return
+    console.paragraphs(f"{name}: {method.summary}")
+    if method.reference:
+        console.paragraphs(f"paper: {method.reference}")
+    console.out.print()
+    console.paragraphs(description)
+    for title, group in {"its own": own, "shared with other methods": shared}.items():
+        if group:
+            console.out.print(f"\nOptions, {title}:")
+            _say_in_full(group, plugins=False)
+
+
+@app.command()
+def explain(
+    key: Annotated[
+        str | None, typer.Argument(metavar="KEY.PATH", help="A section, or a key in one.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the keys of an experiment file mean: type, range, default; without a key, of all.
+
+    Of a key that names a plug-in, as method, there are the plug-ins (explain method), the options
+    of all (explain method.ranks) and those of one (explain method.flora).
+
+    Example: hedgerow explain training.schedule
+    """
+    from hedgerow import console
+    from hedgerow.experiment import reference
+
+    page = reference.page(key or "")
+    if as_json:
+        plugins = [asdict(plugin) for plugin in page.plugins]
+        _print_json({"key": page.key, "keys": _plain(page.options), "plugins": plugins})
+    elif key is None:
+        _say_all(page)
+    elif key in reference.REGISTRIES:
+        _say_plugins(page)
+    else:
+        for plugin in page.plugins:
+            console.paragraphs(f"{plugin.name}: {_about(plugin)}")
+        _say_in_full(page.options, plugins=not page.plugins)
+
+
+def _say_all(page: Page) -> None:
+    """Every key in a line, below its section's."""
+    from hedgerow import console
+
+    for option in page.options:
+        if "." not in option.key:
+            console.out.print()
+            console.entry(option.key, option.first_sentence, indent=_KEYS)
+        else:
+            console.entry(f"  {option.key}", _line(option), indent=_KEYS)
+    console.out.print("\none of them in full: hedgerow explain KEY.PATH")
+
+
+def _say_plugins(page: Page) -> None:
+    """What may stand at a key, and the options of each in a line."""
+    from hedgerow import console
+
+    place, *options = page.options
+    _say_in_full([place])
+    console.out.print()
+    for plugin in page.plugins:
+        console.entry(f"  {plugin.name}", _about(plugin), indent=_KEYS)
+    console.out.print("\nTheir options:\n")
+    for option in options:
+        console.entry(f"  {option.key}", _line(option), indent=_KEYS)
+    console.out.print(f"\none of them in full: hedgerow explain {place.key}.NAME")
+
+
+_KEYS = 34
+"""Columns of a key beside its line."""
+
+
+def _about(plugin: Listed) -> str:
+    return f"{plugin.summary} ({plugin.reference})" if plugin.reference else plugin.summary
+
+
+def _line(option: Option) -> str:
+    having = f" [{_having(option.plugins)}]" if option.plugins else ""
+    return f"{option.first_sentence} ({option.type}; {_default(option)}){having}"
+
+
+def _having(plugins: Sequence[str]) -> str:
+    return ", ".join(plugins) if len(plugins) <= 3 else f"{len(plugins)} have it"
+
+
+def _say_in_full(options: Sequence[Option], *, plugins: bool = True) -> None:
+    """Everything about each key."""
+    from hedgerow import console
+
+    for number, option in enumerate(options):
+        if number or not plugins:
+            console.out.print()
+        console.out.print(option.key, style="bold")
+        bounds = f"; {option.range}" if option.range else ""
+        console.paragraphs(f"{option.type}{bounds}; {_default(option)}", indent=4)
+        if option.plugins and plugins:
+            console.paragraphs(f"of {', '.join(option.plugins)}", indent=4)
+        console.paragraphs(option.meaning, indent=4)
+
+
+def _default(option: Option) -> str:
+    if option.required:
+        return "required"
+    plain = option.default if isinstance(option.default, str) else json.dumps(option.default)
+    return f"default {plain}"
+
+
+def _plain(options: Sequence[Option]) -> list[dict[str, Any]]:
+    return [asdict(option) for option in options]
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, ensure_ascii=False, indent=2))
 
 
 @app.command()

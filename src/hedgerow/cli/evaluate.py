@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from hedgerow.cli.frame import (
+    AsJson,
     Overrides,
     app,
     check_installed,
@@ -47,7 +48,7 @@ def evaluate(
     limit: Annotated[
         float | None, typer.Option(min=0, help="Questions of each lm-eval task; below 1, a share.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score a run's model, or any causal language model in a folder, on test data.
 

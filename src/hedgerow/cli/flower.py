@@ -28,9 +28,10 @@ def flower_init(
     from hedgerow import experiment as experiments
 
     check_installed("flwr", "Flower", "flower")
+    loaded = experiments.load(experiment, overrides or [])
+    # After a mistake has been found: it imports torch.
     from hedgerow.engines.flower import app as apps
 
-    loaded = experiments.load(experiment, overrides or [])
     made = apps.init(loaded, folder, experiment.stem)
     console.out.print(
         f"{folder}: a Flower app for {', '.join(made.clients)}, whose base is {made.base.name} "

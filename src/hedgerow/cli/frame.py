@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import typer.core
 
 from hedgerow import __version__
 from hedgerow.errors import UserError
 
+# Where rich is installed typer escapes `[required]` for rich's markup, even with none in use; and
+# without it, help needs not import rich.
+typer.core.HAS_RICH = False
+
 app = typer.Typer(
-    help="Federated fine-tuning of large language models.\n\nTry it: hedgerow demo",
+    help="Federated fine-tuning of large language models.\n\nTry it: hedgerow demo\n\n"
+    "Every key of an experiment file: hedgerow explain",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -23,19 +29,23 @@ app = typer.Typer(
 
 
 ledger_app = typer.Typer(
-    help="Look at a run's ledger.", no_args_is_help=True, rich_markup_mode=None
+    help="Look at a run's ledger.\n\nExample: hedgerow ledger verify runs/first",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 
 flower_app = typer.Typer(
-    help="Run an experiment on real networks, with Flower.",
+    help="Run an experiment on real networks, with Flower.\n\n"
+    "Example: hedgerow flower init experiment.yaml app",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 
 mt_bench_app = typer.Typer(
-    help="MT-bench: answer questions of two turns, and have the answers judged.",
+    help="MT-bench: answer questions of two turns, and have the answers judged.\n\n"
+    "Example: hedgerow mt-bench answer runs/first --questions question.jsonl --out answers.jsonl",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -53,6 +63,9 @@ Overrides = Annotated[
 Smoke = Annotated[
     bool, typer.Option("--smoke", help="The file's variant of itself that takes seconds.")
 ]
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 RunPath = Annotated[Path, typer.Argument(metavar="DIR", help="A run, or its packed ledger.")]

@@ -1,4 +1,4 @@
-"""A whole experiment: its sections, and the method with its options."""
+"""Whole experiments: their sections, and the method with its options."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ from hedgerow.settings import (
 
 
 class Experiment(Section):
-    """A whole experiment."""
+    """Whole experiment."""
 
     about: str | None = None
-    """What it is for, in a sentence: which table of which paper, say."""
+    """Sentence that says what the experiment is for: which table of which paper, say; null is
+    none."""
     model: ModelSettings
     data: DataSettings
     method: SerializeAsAny[Method]
+    """Method, by its name or as {name: flora, ranks: 16} with its options."""
     training: TrainingSettings = TrainingSettings()
     federation: FederationSettings = FederationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -69,13 +71,13 @@ class Experiment(Section):
         return self
 
     def dump(self, include: set[str] | None = None) -> str:
-        """The experiment (or some of its sections) as YAML, with every default written out."""
+        """Experiment (or some of its sections) as YAML, with every default written out."""
         content = self.model_dump(mode="json", include=include)
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def without_folders(experiment: Experiment) -> Experiment:
-    """The experiment for others: with its files' names alone, and without its trackers.
+    """Experiment for others: with its files' names alone, and without its trackers.
 
     Where the data lie and the run is followed is their owner's business.
     """

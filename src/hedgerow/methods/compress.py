@@ -32,19 +32,23 @@ UNEVEN = 2
 
 
 class Compress(BaseModel):
-    """`method.compress` of flora; without `energy` and `rank`, by size."""
+    """Cut of the broadcast; without `energy` and `rank`, to the size of the largest client's
+    update."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     energy: float | None = Field(None, gt=0, le=1)
-    """The share of the squared singular values of a round's step that is kept."""
+    """Share of the squared singular values of a round's step that is kept; with null, `rank` or the
+    size decides."""
     rank: int | None = Field(None, ge=1)
-    """The rank that a matrix of the broadcast has at most, on average over matrices by size."""
+    """Rank that a matrix of the broadcast has at most, on average over matrices by size; with null,
+    `energy` or the size decides."""
     bits: Bits = 8
-    """Of each number of the broadcast; more components in fewer bits lose less for their bytes."""
+    """Number of bits of each number of the broadcast; more components in fewer bits lose less for
+    their bytes."""
     carry: bool = True
-    """What was cut or rounded away is added to the next round's aggregate, as far as it can be
-    carried: at most `UNEVEN` times the components that are broadcast."""
+    """Whether what was cut or rounded away is added to the next round's aggregate, as far as it can
+    be carried: at most twice the components that are broadcast."""
 
     def largest(self, rank: int) -> int | None:
         """The rank that bounds the broadcast where `rank` is that of the largest client.

@@ -29,7 +29,7 @@ class FedKSeed(ZerothOrderMethod):
     reference: ClassVar[str] = "FedKSeed, arXiv 2312.06353"
 
     candidates: int = Field(4096, ge=1)
-    """K."""
+    """Number of candidate seeds of directions, K: the same for everybody in all rounds."""
 
     def directions(self, turn: Turn) -> Callable[[int], Sequence[int]]:
         """One of the candidates, at random."""

@@ -25,7 +25,7 @@ class FedZO(ZerothOrderMethod):
     reference: ClassVar[str] = "FedZO, arXiv 2201.09531, with MeZO's steps, arXiv 2305.17333"
 
     directions_per_step: int = Field(1, ge=1)
-    """b₂: directions whose estimates a step averages."""
+    """Number of directions whose estimates a step averages, b₂; each costs two forward passes."""
 
     def directions(self, turn: Turn) -> Callable[[int], Sequence[int]]:
         """New ones for every client, round and step."""

@@ -85,39 +85,48 @@ class Ferret(HeldAdapter):
     reference: ClassVar[str] = "Ferret, arXiv 2409.06277"
 
     over: Literal["full", "lora"] = "full"
-    """What is trained and sketched: all parameters, or one adapter (with LoRA's options)."""
+    """Parameters that are trained and sketched: `full`, all of the model's, or `lora`, those of one
+    adapter, for which the options of LoRA count."""
     basis: Basis = "hadamard"
-    """hadamard, uniform (the paper's), rademacher or gaussian."""
+    """Distribution of the random bases; `hadamard` is the fastest, `uniform` the paper's."""
     budget: Annotated[int, Field(ge=1)] | None = None
-    """K = Σ K_l, the coordinates of an update."""
+    """Number of coordinates of an update, K = Σ K_l over blocks; with null, `compression`
+    decides."""
     compression: Annotated[float, Field(ge=1)] | None = None
-    """Instead of `budget`: how many times smaller an update is than what is trained (all
-    parameters, or the adapter) in float32; 128 where neither is given."""
+    """Number of times that an update is smaller, in bytes, than what is trained (all parameters, or
+    the adapter) in float32; with null, `budget` decides, or it is 128 where that is null too."""
     bits: Bits = 1
-    """Of a coordinate on its way up; 32 sends it as it is."""
+    """Number of bits of a coordinate on its way up; 32 sends it as it is."""
     broadcast_bits: Bits = 2
-    """Of a coordinate on its way down: what is lost there, no average over clients makes good."""
+    """Number of bits of a coordinate on its way down: what is lost there, no average over clients
+    makes good."""
     allocation: Literal["size", "norm"] = "size"
-    """K_l in proportion to the block's size, or (the paper's) to the norm of its update."""
+    """Allocation of the coordinates K_l to blocks of parameters: in proportion to the block's
+    `size`, or to the `norm` of its update, as in the paper."""
     seeds: Literal["round", "client"] = "round"
-    """One seed for all clients of a round, so that their coordinates add; or (the paper's) one for
-    each, so that their errors are independent and the broadcast grows with their number."""
+    """Seeds of the bases. `round`: one for all clients of a round, so that their coordinates add;
+    `client`: one for each, as in the paper, so that their errors are independent and the broadcast
+    grows with their number."""
     server_learning_rate: float = Field(1.0, gt=0)
-    """η_1, what the average update is multiplied by."""
+    """Learning rate of the server in the first round, η_1: the factor of the average update."""
     anneal: float = Field(1.0, gt=0, le=1)
-    """η_t = η_1·annealᵗ⁻¹."""
+    """Factor by which the server's learning rate changes from round to round, η_t = η_1·annealᵗ⁻¹;
+    1 keeps it."""
     shrink: bool = True
-    """A sketch whose expected error is ω‖Δ_k‖² is sent min(1, 1.5/√(1 + ω)) times as long: where
-    the error is large, a whole step would be mostly noise."""
+    """Whether a sketch whose expected error is ω‖Δ_k‖² is sent min(1, 1.5/√(1 + ω)) times as long:
+    where the error is large, a whole step would be mostly noise."""
     clip: Annotated[float, Field(gt=0)] | None = None
-    """The longest step ‖γ_j v_j‖ on one base."""
+    """Longest step on one base, as the 2-norm ‖γ_j v_j‖; longer ones are cut to it. With null, they
+    are left as they are."""
     momentum: float = Field(0.0, ge=0, lt=1)
-    """Of the global steps; costs every participant a vector of the model's size in float32."""
+    """Momentum of the global steps: the share of its last step that each repeats; 0 is none, else
+    every participant keeps a vector of the model's size in float32."""
     error_feedback: bool = False
-    """A client adds to its update what its last sketch has lost, and shrinks what it sends to
-    1/(1 + ω) of its length; it keeps a vector of the model's size in float32 on disk."""
+    """Whether a client adds to its update what its last sketch has lost, and shrinks what it sends
+    to 1/(1 + ω) of its length; it keeps a vector of the model's size in float32 on disk."""
     paper: StrictBool = False
-    """The paper's settings, for all options above that are not given."""
+    """Whether options that are not given are as in the paper: `basis` uniform, `budget` 4096, 32
+    bits both ways, `allocation` norm, `seeds` client, no `shrink`, `clip` 10."""
 
     same_rank: ClassVar[bool] = True
     entries_accumulate: ClassVar[bool] = True

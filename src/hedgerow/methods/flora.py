@@ -104,19 +104,20 @@ class FLoRA(ResidualAdapter):
     reference: ClassVar[str] = "FLoRA, arXiv 2409.05976"
 
     restart: Literal["warm", "own", "shared", "zero"] = "warm"
-    """What adapters start from in a round: `zero` anew, as in the paper; `own` the client's own A
-    and moments; `shared` the average of all adapters, and own moments; `warm` the latter two,
-    whichever fits the number of local steps."""
+    """Start of the adapters in a round. `zero`: anew, as in the paper; `own`: the client's own A
+    and moments; `shared`: the average of all adapters, and own moments; `warm`: `shared` with fewer
+    than 8 local steps a round, else `own`."""
     scaling: Scaling = "size"
-    """What clients count: `size`, `uniform`, a number, a list of numbers, or `adaptive`: by size,
-    in steps as long as clients' losses along the last step advise (three more forward passes of one
-    batch for each client in a round)."""
+    """Scaling factors p_k, by which clients' updates are added. `size`: each client's share of the
+    round's examples; `uniform`: 1/N for each of N clients; a number for each client, or a list with
+    one for each; `adaptive`: by size, in steps as long as clients' losses along the last step
+    advise (three more forward passes of one batch for each client in a round)."""
     compress: Annotated[Compress | None, BeforeValidator(_as_compress)] = None
-    """How far the broadcast is cut (`energy`, `rank`, `bits`, `carry`); `true`: to the size of the
-    largest client's update. By default it is exact. Of updates of more than `MOST_SPOOLED` bytes
-    sketches are added up, if `compress` bounds the broadcast."""
+    """Cut of the broadcast (`energy`, `rank`, `bits`, `carry`); with `true`, to the size of the
+    largest client's update; with null or `false`, it is exact. Of updates of more than 8 GiB in a
+    round sketches are added up, if `compress` bounds the broadcast."""
     upload_bits: Bits = 32
-    """Of each number of an update."""
+    """Number of bits of each number of an update; 32 sends it as it is."""
 
     @property
     def clients_remember(self) -> bool:

@@ -43,9 +43,9 @@ class FLoRAAdaLoRA(StackedAdapter):
     reference: ClassVar[str] = "FLoRA, arXiv 2409.05976, with AdaLoRA, 2303.10512"
 
     initial: float = Field(1.5, ge=1)
-    """The rank before the first step, as a multiple of r_k."""
+    """Rank of each matrix before the first step, as a multiple of the client's rank r_k."""
     orthogonality: float = Field(0.5, ge=0)
-    """What the distance of P and Q from orthogonal ones counts in the loss."""
+    """Weight in the loss of the distance of P and Q from orthogonal ones; 0 leaves it out."""
 
     def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
         """New P and Q with Λ = 0.

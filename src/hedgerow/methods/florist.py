@@ -39,7 +39,7 @@ class FLoRIST(StackedAdapter):
     reference: ClassVar[str] = "FLoRIST, arXiv 2506.09199"
 
     threshold: float = Field(0.9, gt=0, le=1)
-    """The share of the squared singular values of each matrix that is kept."""
+    """Share of the squared singular values of each matrix that is kept."""
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """It has a pair for each module, each of a rank that the stack may have had."""

@@ -39,20 +39,24 @@ def _valid_alpha(value: float | str) -> float | str:
 
 
 class LoraMethod(Method):
-    """The options of every method that trains adapters, and what they share."""
+    """Options of every method that trains adapters, and what they share."""
 
     ranks: (
         Annotated[int, Field(ge=1)]
         | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
     ) = 16
-    """One rank for all clients, or a list with one for each."""
+    """Rank of a client's adapter: one number for all clients, or a list with one for each; at most
+    that of the largest adapted matrix."""
     alpha: Annotated[float | str, AfterValidator(_valid_alpha)] = "2r"
-    """LoRA's alpha: a number, or a multiple of the client's rank."""
+    """Alpha of LoRA, above 0: a number, or a multiple of the client's rank as `2r`. An adapter
+    changes a matrix by alpha/r·B·A."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that training leaves out at random; 0 is none."""
     targets: str | list[str] = "all-linear"
-    """`all-linear` (every linear layer but the output), or names such as [q_proj, v_proj]."""
+    """Modules that get an adapter: `all-linear` (every linear layer but the output), a list of
+    names as [q_proj, v_proj], or a regular expression."""
     rslora: bool = False
-    """Scale by alpha/√r instead of alpha/r (arXiv 2312.03732)."""
+    """Whether adapters are scaled by alpha/√r instead of alpha/r (arXiv 2312.03732)."""
 
     same_rank: ClassVar[bool] = False
     """The method needs one rank for all clients."""

@@ -44,7 +44,8 @@ class ZerothOrderMethod(Method):
     """
 
     epsilon: float = Field(1e-3, gt=0)
-    """How far from the weights the two losses are measured."""
+    """Distance from the weights at which the two losses of a step are measured, ε, in multiples of
+    a direction of normal numbers."""
 
     @abstractmethod
     def directions(self, turn: Turn) -> Callable[[int], Sequence[int]]:
