@@ -119,6 +119,7 @@ def run(
     resume: bool = False,
     model: Model | None = None,
     on_prepared: Callable[[Prepared], None] = lambda prepared: None,
+    fleet: type[LocalFleet] = LocalFleet,
 ) -> None:
     """Run an experiment in this process; the run directory is written as it goes.
 
@@ -126,6 +127,7 @@ def run(
         resume: go on with the run that is in `out`, if one was begun.
         model: the unchanged base model where it is loaded already; the run changes it.
         on_prepared: called when model and data are ready, before training.
+        fleet: who has the clients train.
 
     Raises:
         UserError: something in the experiment or in `out` is wrong; nothing has been written.
@@ -144,5 +146,4 @@ def run(
     with opener(out, experiment, prepared.base, data, trained) as directory:
         directory.ledger.replay(experiment.method, prepared.model)
         with tracking.tracked(experiment, directory, watcher) as tracked:
-            fleet = LocalFleet(experiment, prepared, directory)
-            federation.run(experiment, fleet, directory, tracked)
+            federation.run(experiment, fleet(experiment, prepared, directory), directory, tracked)

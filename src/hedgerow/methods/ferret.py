@@ -120,6 +120,7 @@ class Ferret(HeldAdapter):
     """The paper's settings, for all options above that are not given."""
 
     same_rank: ClassVar[bool] = True
+    averages: ClassVar[bool] = False
     entries_accumulate: ClassVar[bool] = True
 
     @model_validator(mode="before")
