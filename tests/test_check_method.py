@@ -1,4 +1,4 @@
-"""What every method is tested with passes for hedgerow's own, and finds what is wrong with others."""
+"""What every method is tested with: hedgerow's own pass, and what is wrong with others is found."""
 
 from __future__ import annotations
 
