@@ -26,11 +26,11 @@ def check_method(method: Method) -> None:
 
     - its options are the same after a way through an experiment file;
     - a client gives the model back as it was;
-    - the global model becomes the mean of the clients' models, Σ p_k w_k, by as much as the
-      metric `aggregation_error` of a round says, or exactly where there is none (methods that do
-      something else say so by `averages`);
+    - the global model becomes the mean of the clients' models, Σ p_k w_k, in float64: it is off by
+      what the round's metric `aggregation_error` says, or exact where there is none (methods that
+      do something else say so by `averages`);
     - a run's ledger has the same bytes when it is run again, whichever client is first, and when
-      it is interrupted and resumed by a new process; replayed, it gives the run's model;
+      it is interrupted and resumed by a new object; replayed, it gives the run's model;
     - updates and entries that are wrong in any way are refused with `InvalidMessage`;
     - the server does not keep all updates, unless what it broadcasts has to grow with them;
     - the model can be evaluated and exported (as an adapter or merged), or refuses in a sentence.

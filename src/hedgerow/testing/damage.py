@@ -37,7 +37,7 @@ def check_wrong(case: Case, direction: Direction, inputs: int) -> tuple[int, int
     for number in range(inputs):
         way, file = ways[number % len(ways)], File.of(whole)
         data = way(rng, file) or file.bytes()
-        what = f"{_WHAT[direction]} wrong by `{way.__name__}`"
+        what = f"{_WHAT[direction]} wrong by `{way.__name__}` ({way.__doc__})"
         assert data != whole, f"{what} is as it was"
         assert isinstance(_received(case, direction, data, what), InvalidMessage), (
             f"{_CHECK[direction]} accepts {what}, which must be refused with InvalidMessage; it "

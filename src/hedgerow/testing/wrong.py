@@ -21,34 +21,41 @@ Direction = Literal["up", "down"]
 
 
 def a_tensor(rng: Random, file: File) -> str:
+    """Name of one of the tensors."""
     return rng.choice(list(file.tensors))
 
 
 def a_float_tensor(rng: Random, file: File) -> str:
+    """Name of one of the tensors in float32."""
     return rng.choice([n for n, (dtype, *_) in file.tensors.items() if dtype == "F32"])
 
 
 def renamed(rng: Random, file: File) -> None:
+    """A tensor has another name."""
     name = a_tensor(rng, file)
     other = rng.choice([name + "x", name.upper(), "/" + name, "\x1b[2J" + name, "", "__meta__"])
     file.tensors = {other if n == name else n: t for n, t in file.tensors.items()}
 
 
 def dropped(rng: Random, file: File) -> None:
+    """Tensors are missing."""
     for _ in range(rng.randint(1, len(file.tensors))):
         del file.tensors[a_tensor(rng, file)]
 
 
 def added(rng: Random, file: File) -> None:
+    """There is a tensor more."""
     name = rng.choice(["more", a_tensor(rng, file) + ".more", "base_model.model.x.lora_A.weight"])
     file.tensors[name] = ("F32", [1], bytes(4))
 
 
 def twice(rng: Random, file: File) -> bytes:
+    """The header has a part two times."""
     return file.bytes(twice=rng.choice(["__metadata__", a_tensor(rng, file)]))
 
 
 def other_shape(rng: Random, file: File) -> None:
+    """A tensor has another shape, of as many numbers or of none."""
     name = a_tensor(rng, file)
     dtype, shape, data = file.tensors[name]
     shapes = [[*shape, 1], [1, *shape], shape[::-1], [math.prod(shape)], [1] * 9]
@@ -56,6 +63,7 @@ def other_shape(rng: Random, file: File) -> None:
 
 
 def absurd_shape(rng: Random, file: File) -> None:
+    """A tensor's shape is none, or larger than any memory."""
     name = a_tensor(rng, file)
     dtype, _, data = file.tensors[name]
     shapes: list[Any] = [
@@ -74,6 +82,7 @@ def absurd_shape(rng: Random, file: File) -> None:
 
 
 def longer(rng: Random, file: File) -> None:
+    """A tensor has a row more or less."""
     name = rng.choice([name for name, (_, shape, _) in file.tensors.items() if shape])
     dtype, shape, data = file.tensors[name]
     one = len(data) // shape[0]
@@ -83,6 +92,7 @@ def longer(rng: Random, file: File) -> None:
 
 
 def other_dtype(rng: Random, file: File) -> None:
+    """A tensor has another type."""
     name = a_tensor(rng, file)
     tensor = file.loaded()[name]
     types = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64]
@@ -90,6 +100,7 @@ def other_dtype(rng: Random, file: File) -> None:
 
 
 def unknown_dtype(rng: Random, file: File) -> None:
+    """A tensor's type is none that anybody reads."""
     name = a_tensor(rng, file)
     _, shape, data = file.tensors[name]
     types: list[Any] = ["F8_E4M3", "C64", "BOOL", "X" * 999, "", 7]
@@ -97,6 +108,7 @@ def unknown_dtype(rng: Random, file: File) -> None:
 
 
 def not_finite(rng: Random, file: File) -> None:
+    """A number is infinite, or none."""
     name = a_float_tensor(rng, file)
     tensor = file.loaded()[name]
     value = rng.choice([math.nan, math.inf, -math.inf])
@@ -105,6 +117,7 @@ def not_finite(rng: Random, file: File) -> None:
 
 
 def huge(rng: Random, file: File) -> None:
+    """A number is larger than any that is accepted."""
     name = a_float_tensor(rng, file)
     tensor = file.loaded()[name]
     tensor.view(-1)[rng.randrange(tensor.numel())] = rng.choice([1e18, -1e18, 3e38])
@@ -112,20 +125,24 @@ def huge(rng: Random, file: File) -> None:
 
 
 def cut(rng: Random, file: File) -> bytes:
+    """The file ends early."""
     data = file.bytes()
     return data[: rng.randrange(len(data))]
 
 
 def extended(rng: Random, file: File) -> bytes:
+    """There are bytes after the end."""
     return file.bytes() + rng.randbytes(rng.randint(1, 99))
 
 
 def announced_longer(rng: Random, file: File) -> bytes:
+    """The header is said to be longer than it is."""
     data = file.bytes()
     return rng.choice([2**63, 2**64 - 1, MAX_HEADER_BYTES, 10**8]).to_bytes(8, "little") + data[8:]
 
 
 def overlapping(rng: Random, file: File) -> bytes:
+    """A tensor is not where its neighbours end and begin."""
     header_length = int.from_bytes(file.bytes()[:8], "little")
     header = json.loads(file.bytes()[8 : 8 + header_length])
     name = a_tensor(rng, file)
@@ -137,6 +154,7 @@ def overlapping(rng: Random, file: File) -> bytes:
 
 
 def unreadable(rng: Random, file: File) -> bytes:
+    """The header is no mapping that can be read."""
     headers = [b"[" * 100_000, b'{"a":' * 50_000, b"{}", b"[]", b"null", b"\xff\xfe{}", b" {}"]
     header = rng.choice([*headers, b'{"__metadata__":{},"__metadata__":{}}', b"9" * 9999])
     return len(header).to_bytes(8, "little") + header
@@ -159,65 +177,79 @@ NO_NUMBERS = [
 
 
 def other_metadata(key: str, *values: str) -> Way:
+    """A way to be wrong: the metadata have another of `values` under `key`."""
+
     def wrong(rng: Random, file: File) -> None:
         file.metadata[key] = rng.choice([v for v in values if v != file.metadata[key]])
 
-    wrong.__name__ = f"other_{key}"
+    wrong.__name__, wrong.__doc__ = f"other_{key}", f"The {key} of the metadata is another."
     return wrong
 
 
 def lacking(rng: Random, file: File) -> None:
+    """A key of the metadata is missing."""
     del file.metadata[rng.choice([k for k in file.metadata if k != "options"])]
 
 
 def more_metadata(rng: Random, file: File) -> None:
+    """The metadata have a key more."""
     file.metadata |= rng.choice([{"x": "1"}, {"x" * 9999: "1"}, {"\x1b[2J": "1"}, {"x": 1}])
 
 
 def no_texts(rng: Random, file: File) -> None:
+    """A value of the metadata is no text, or one that nobody expects."""
     values: list[Any] = [7, None, ["a"], {}, "x" * 100_000, "a\nb", "\udcff", True]
     file.metadata[rng.choice(list(file.metadata))] = rng.choice(values)
 
 
 def participants(change: Callable[[Random, list[Any], dict[str, Any]], Any]) -> Way:
+    """A way to be wrong: `change` makes another list of an entry's participants."""
+
     def wrong(rng: Random, file: File) -> None:
         everybody = json.loads(file.metadata["participants"])
         someone = rng.choice(everybody)
         changed = change(rng, everybody, someone)
         file.metadata["participants"] = json.dumps(everybody if changed is None else changed)
 
-    wrong.__name__ = f"participants_{change.__name__}"
+    wrong.__name__, wrong.__doc__ = f"participants_{change.__name__}", change.__doc__
     return wrong
 
 
 def nobody(rng: Random, everybody: list[Any], someone: dict[str, Any]) -> Any:
+    """There are no participants."""
     return rng.choice([[], {}, "client-000", [[]], [None]])
 
 
 def one_less(rng: Random, everybody: list[Any], someone: dict[str, Any]) -> None:
+    """A participant is missing, while the others weigh what they did."""
     everybody.remove(someone)
 
 
 def one_twice(rng: Random, everybody: list[Any], someone: dict[str, Any]) -> None:
+    """A participant is there two times."""
     everybody.append(dict(someone))
     for each in everybody:
         each["weight"] = each["num_examples"] / sum(p["num_examples"] for p in everybody)
 
 
 def bad_name(rng: Random, everybody: list[Any], someone: dict[str, Any]) -> None:
+    """A participant's name is none."""
     someone["client"] = rng.choice(["", "../x", "a/b", ".x", "x\n", "\x1b[2J", "x" * 300, 7, None])
 
 
 def bad_size(rng: Random, everybody: list[Any], someone: dict[str, Any]) -> None:
+    """A participant's number of examples is none."""
     someone["num_examples"] = rng.choice([0, -1, "7", True, 7.0, None, 2**63, 10**400])
 
 
 def bad_weight(rng: Random, everybody: list[Any], someone: dict[str, Any]) -> None:
+    """A participant's weight is none, or not the method's."""
     weights = [0, -0.1, 1.5, math.nan, math.inf, "0.5", True, None, someone["weight"] + 1e-5]
     someone["weight"] = rng.choice(weights)
 
 
 def bad_key(rng: Random, everybody: list[Any], someone: dict[str, Any]) -> None:
+    """A participant has a key more or less."""
     if rng.random() < 0.5:
         someone["x"] = 1
     else:
@@ -225,6 +257,7 @@ def bad_key(rng: Random, everybody: list[Any], someone: dict[str, Any]) -> None:
 
 
 def other_options(rng: Random, file: File) -> None:
+    """The options are not the method's, which has none."""
     file.metadata["options"] = rng.choice(['{"x": 1}', "[]", "null", "", "{" * 9999])
 
 

@@ -81,20 +81,23 @@ def with_counts(change: Callable[[Random, list[int]], None]) -> Way:
             file.put(name.replace("counts", part), torch.zeros(sum(each), dtype=dtype))
         file.put(name, torch.tensor(counts, dtype=torch.int32))
 
-    wrong.__name__ = change.__name__
+    wrong.__name__, wrong.__doc__ = change.__name__, change.__doc__
     return wrong
 
 
 def other_counts(rng: Random, counts: list[int]) -> None:
+    """A block has other counts than its budget gives."""
     counts[rng.randrange(len(counts))] += rng.choice([1, 1000])
 
 
 def no_coordinate_of_a_block(rng: Random, counts: list[int]) -> None:
+    """A block has no coordinate, and another has its."""
     first, second = rng.sample(range(len(counts)), 2)
     counts[first], counts[second] = 0, counts[second] + counts[first]
 
 
 def other_seed(rng: Random, file: File) -> None:
+    """A seed is not the round's or the client's."""
     name = rng.choice([name for name in file.tensors if name.endswith(("seed", "seeds"))])
     seeds = file.loaded()[name]
     seeds[rng.randrange(len(seeds))] = rng.choice([-1, 12345, -(2**63)])
@@ -102,6 +105,7 @@ def other_seed(rng: Random, file: File) -> None:
 
 
 def negative_seed(rng: Random, file: File) -> None:
+    """A seed is below 0."""
     name = rng.choice([name for name in file.tensors if name.endswith(("seed", "seeds"))])
     file.put(name, -1 - file.loaded()[name])
 
@@ -127,12 +131,14 @@ def other_sketches(rng: Random, file: File) -> None:
 
 
 def one_seed_twice(rng: Random, file: File) -> None:
+    """A seed is there two times."""
     seeds = file.loaded()["seeds"]
     seeds[-1] = seeds[0]
     file.put("seeds", seeds)
 
 
 def too_many_steps(rng: Random, file: File) -> None:
+    """There are more steps than anybody has taken."""
     count = rng.randint(65, 200)
     file.put("seeds", torch.arange(count))
     file.put("coordinates", torch.ones(count))
