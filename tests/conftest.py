@@ -75,6 +75,7 @@ def hedgerow(
 
     def run(*arguments: object) -> Output:
         monkeypatch.setattr(sys, "argv", ["hedgerow", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", [*sys.path])  # to which the working directory is added
         capsys.readouterr()
         try:
             cli.main()

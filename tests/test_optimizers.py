@@ -127,7 +127,7 @@ def test_overrides_reach_the_options(experiment, optimizer, overrides, is_):
             "training.optimizer.beta=[0.9, 0.99]",
             ["`training.optimizer.beta` is not a known key", "did you mean `betas`", "amsgrad"],
         ),
-        ("training.optimizer.betas=[0.9, 1]", ["`training.optimizer.betas.1`", "less than 1"]),
+        ("training.optimizer.betas=[0.9, 1]", ["`training.optimizer.betas.1`", "below 1"]),
         (
             "training.optimizer={name: sgd, betas: [0, 0]}",
             ["`training.optimizer.betas`", "momentum"],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
+from pathlib import Path
 
 from hedgerow.cli.frame import app
 from hedgerow.environment import quieten
@@ -25,6 +27,7 @@ import hedgerow.cli.catalogue  # noqa: F401
 def main() -> None:
     """The entry point: mistakes become one sentence and an exit code."""
     quieten()
+    _find_modules_beside_the_user()
     try:
         app()
     except UserError as error:
@@ -49,6 +52,13 @@ _MENDABLE = dict.fromkeys(
     "name a place that you may write to",
 )
 _MENDABLE[errno.EFBIG] = "raise the limit on file sizes (a run goes on with --resume)"
+
+
+def _find_modules_beside_the_user() -> None:
+    """Have a method named `module:Class` found in the working directory, after all else."""
+    with contextlib.suppress(FileNotFoundError):  # someone has removed it
+        if (here := str(Path.cwd())) not in sys.path:
+            sys.path.append(here)
 
 
 def _stop(sentence: str, code: int) -> None:

@@ -142,6 +142,7 @@ def run(
     model: Model | None = None,
     held: Held | None = None,
     on_prepared: Callable[[Prepared], None] = lambda prepared: None,
+    fleet: type[LocalFleet] = LocalFleet,
 ) -> None:
     """Run an experiment in this process; the run directory is written as it goes.
 
@@ -150,6 +151,7 @@ def run(
         model: the unchanged base model where it is loaded already; the run changes it.
         held: the rows that the experiment calls `(memory)`.
         on_prepared: called when model and data are ready, before training.
+        fleet: who has the clients train.
 
     Raises:
         UserError: something in the experiment or in `out` is wrong; nothing has been written.
@@ -168,5 +170,4 @@ def run(
     with opener(out, experiment, prepared.base, data, trained) as directory:
         directory.ledger.replay(experiment.method, prepared.model)
         with tracking.tracked(experiment, directory, watcher) as tracked:
-            fleet = LocalFleet(experiment, prepared, directory)
-            federation.run(experiment, fleet, directory, tracked)
+            federation.run(experiment, fleet(experiment, prepared, directory), directory, tracked)

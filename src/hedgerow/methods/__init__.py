@@ -1,7 +1,8 @@
 """The methods: one file per paper, each reading like the paper's algorithm.
 
 To add one, put a subclass of `hedgerow.methods.base.Method` (or `LoraMethod`) into a file here, or
-anywhere: `method: {name: "package.module:Class"}`.
+anywhere: `method: {name: "package.module:Class"}`, as in `examples/own_method.py`.
+`hedgerow.testing.check_method` checks what it promises.
 """
 
 from __future__ import annotations

@@ -145,6 +145,9 @@ class Method(Plugin, ABC):
     """Whether updates and entries travel; where they don't, no bytes are counted."""
     has_global_model: ClassVar[bool] = True
     """Whether clients end with one model; else there is one for each, and `--client` names it."""
+    averages: ClassVar[bool] = True
+    """Whether the global model becomes the mean Σ p_k w_k of the clients' models, but for the
+    `aggregation_error` that a round's metrics state; `hedgerow.testing.check_method` checks it."""
     entries_accumulate: ClassVar[bool] = True
     """Whether a client that was away needs every entry that it missed, or only the last."""
 

@@ -129,6 +129,7 @@ class Ferret(HeldAdapter):
     bits both ways, `allocation` norm, `seeds` client, no `shrink`, `clip` 10."""
 
     same_rank: ClassVar[bool] = True
+    averages: ClassVar[bool] = False
     entries_accumulate: ClassVar[bool] = True
 
     @model_validator(mode="before")

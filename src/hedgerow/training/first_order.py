@@ -21,35 +21,57 @@ State = dict[str, "Tensor"]
 """An optimiser's, by the parameter's name and what it is: `{name}/exp_avg` …"""
 
 
-def train(job: Job, parameters: Mapping[str, nn.Parameter]) -> float:
+AfterBackward = Callable[[Mapping[str, "nn.Parameter"]], None]
+"""Called in each step with the parameters by name, when their gradients are complete and before
+they are clipped: adds a regulariser's, say. The first call is before any step was taken."""
+
+
+def train(
+    job: Job,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    after_backward: AfterBackward | None = None,
+) -> float:
     """Train `parameters` of the job's network in place.
 
-    Without clipping and accumulation, an optimiser that needs no gradient but that of one tensor at
-    a time, as plain SGD, applies and frees each as soon as the backward pass has it.
+    Without clipping, accumulation and a hook, an optimiser that needs no gradient but that of one
+    tensor at a time, as plain SGD, applies and frees each as soon as the backward pass has it.
+
+    Args:
+        job: the client's data and settings.
+        parameters: what is trained, by name.
+        after_backward: changes each step's gradients.
 
     Returns:
-        The mean loss per answer token over all steps.
+        The mean loss per answer token over all steps, without what a hook adds to it.
 
     Raises:
         Diverged: the loss is not finite.
     """
-    return continue_training(job, parameters, {})[0]
+    return continue_training(job, parameters, {}, after_backward=after_backward)[0]
 
 
 def continue_training(
-    job: Job, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
+    job: Job,
+    parameters: Mapping[str, nn.Parameter],
+    state: Mapping[str, Tensor],
+    *,
+    after_backward: AfterBackward | None = None,
 ) -> tuple[float, State]:
     """`train` with an optimiser that goes on from where it was.
 
     Args:
         state: as an earlier call with this optimiser returned it; for a parameter of which it has
             nothing, or what belongs to another shape, the optimiser begins anew.
+        after_backward: as in `train`.
 
     Returns:
         The mean loss as `train` has it, and the optimiser's state.
     """
     network, settings, trainable = job.network, job.settings, list(parameters.values())
-    immediate_step = _immediate_step(settings, job.learning_rate)
+    immediate_step = None
+    if after_backward is None:
+        immediate_step = _immediate_step(settings, job.learning_rate)
     optimizer = None
     if immediate_step is None:
         optimizer = make_optimizer(parameters, settings, job.learning_rate)
@@ -65,6 +87,8 @@ def continue_training(
         torch.manual_seed(job.dropout_seed)
         for step, (collated, step_tokens) in enumerate(job.steps(), start=1):
             loss_sum = backward(network, collated, step_tokens, step)
+            if after_backward is not None:
+                after_backward(parameters)
             if optimizer is not None:
                 if settings.max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
