@@ -38,11 +38,12 @@ VOCABULARY = 32_000
 def main() -> None:
     """Run the stages and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in [
-        *(("--hidden", 2048), ("--layers", 22), ("--intermediate", 5632), ("--heads", 32)),
-        *(("--kv-heads", 4), ("--tokens", 128)),
-    ]:
-        parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--intermediate", type=int, default=5632)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128)
     options = vars(parser.parse_args())
     tokens = options.pop("tokens")
     network = random_llama(**options)
@@ -106,8 +107,12 @@ def stages(network: Any, tokens: int) -> dict[str, int]:
 
     with tempfile.TemporaryDirectory() as folder:
         changes = [
-            *("training.optimizer=sgd", "training.max_grad_norm=null", "training.steps=2"),
-            *("training.batch_size=1", f"data.max_length={tokens}", "training.learning_rate=1e-3"),
+            "training.optimizer=sgd",
+            "training.max_grad_norm=null",
+            "training.steps=2",
+            "training.batch_size=1",
+            f"data.max_length={tokens}",
+            "training.learning_rate=1e-3",
         ]
         experiment = load(demo.prepare(Path(folder)), changes)
         tokenizer = Model.load(experiment.model).tokenizer

@@ -92,7 +92,10 @@ def test_every_choice_runs_and_replays_to_the_same_bits(run, options):
 def test_the_paper_s_settings_are_defaults_that_one_may_still_change(experiment):
     paper = load(experiment(), ["method={name: ferret, paper: true, clip: 1}"]).method
     assert (paper.basis, paper.bits, paper.seeds, paper.allocation) == (
-        *("uniform", 32, "client", "norm"),
+        "uniform",
+        32,
+        "client",
+        "norm",
     )
     assert (paper.budget, paper.clip) == (4096, 1)
     assert load(experiment(), ["method={name: ferret, paper: true, compression: 8}"]).method

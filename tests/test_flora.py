@@ -118,8 +118,14 @@ def play(method, sizes, rounds, check, absent=lambda round, client: False, moves
             along = (1.2, 1.0, 0.9) if method.scaling == "adaptive" and round > 1 else ()
             tensors, about = method.update(model, turn, Trained(parameters, 1.0, along=along))
             update = Update(
-                *(method.name, round, client.name, "p", client.num_examples, 1.0),
-                *(tensors, about),
+                method=method.name,
+                round=round,
+                client=client.name,
+                parent="p",
+                num_examples=client.num_examples,
+                train_loss=1.0,
+                tensors=tensors,
+                about=about,
             )
             method.check_update(client, update, expected)
             updates.append(update)

@@ -109,7 +109,9 @@ def make(experiment, tmp_path, tiny_model):
         init(load(path, ["data.test=null", *overrides]), tmp_path / "app", "tiny")
         nodes = [
             Node(
-                *(index + 2, tmp_path / "app", tmp_path / "sites" / name),
+                index + 2,
+                tmp_path / "app",
+                tmp_path / "sites" / name,
                 name=name,
                 data=str(tmp_path / f"client_{index}.json"),
                 model=str(tiny_model),

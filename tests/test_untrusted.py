@@ -142,8 +142,14 @@ class Case:
             steps = {seed: 0.01 * (step + 1) for step in range(3) for seed in directions(step)}
         payload = self.method.update(self.model, turn, Trained(parameters, 1.5, steps))
         data = Update(
-            *(self.method.name, ROUND, client.name, PARENT, client.num_examples, 1.5),
-            *(payload.tensors, payload.about),
+            method=self.method.name,
+            round=ROUND,
+            client=client.name,
+            parent=PARENT,
+            num_examples=client.num_examples,
+            train_loss=1.5,
+            tensors=payload.tensors,
+            about=payload.about,
         ).encode()
         self.model.release()
         return data
@@ -154,10 +160,15 @@ class Case:
         total = sum(update.num_examples for update in updates)
         metrics = {"train_loss": sum(u.num_examples / total * u.train_loss for u in updates)}
         entry = Entry(
-            *(self.method.name, ROUND, PARENT),
-            [Participant(u.client, u.num_examples, u.num_examples / total) for u in updates],
-            *(metrics | {"bytes_up": 1000} | aggregate.metrics, aggregate.tensors),
-            self.method.entry_options(),
+            method=self.method.name,
+            round=ROUND,
+            parent=PARENT,
+            participants=[
+                Participant(u.client, u.num_examples, u.num_examples / total) for u in updates
+            ],
+            metrics=metrics | {"bytes_up": 1000} | aggregate.metrics,
+            tensors=aggregate.tensors,
+            options=self.method.entry_options(),
         )
         with self.path.open("wb") as file:
             entry.write(file)
@@ -551,9 +562,26 @@ def bad_key(rng, everybody, someone):
 
 
 ANY_FILE = [
-    *(renamed, dropped, added, twice, other_shape, absurd_shape, longer, other_dtype, not_finite),
-    *(unknown_dtype, huge, cut, extended, announced_longer, overlapping, unreadable, lacking),
-    *(more_metadata, no_texts, other_metadata("format", "hedgerow.update/2", "pt", "")),
+    renamed,
+    dropped,
+    added,
+    twice,
+    other_shape,
+    absurd_shape,
+    longer,
+    other_dtype,
+    not_finite,
+    unknown_dtype,
+    huge,
+    cut,
+    extended,
+    announced_longer,
+    overlapping,
+    unreadable,
+    lacking,
+    more_metadata,
+    no_texts,
+    other_metadata("format", "hedgerow.update/2", "pt", ""),
     other_metadata("method", "flora", "fedavg", "", "x" * 400),
     other_metadata("round", "1", "3", *NO_NUMBERS),
     other_metadata("parent", "ab" * 31, "cd" * 32, "", "AB" * 32),

@@ -64,7 +64,11 @@ def load(settings: ModelSettings) -> tuple[Any, Any]:
             words, revision=settings.revision, trust_remote_code=False
         )
     except (
-        *(OSError, ValueError, KeyError, RuntimeError, ImportError),
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        ImportError,
         safetensors.SafetensorError,
     ) as error:
         reason = " ".join(str(error).split())[:300]

@@ -57,8 +57,12 @@ class ClientData:
             rows = self._read(str(self._files[name]))
         settings = self._settings
         return self._spool.encode(
-            *(name, rows, self._template, self._tokenizer),
-            *(settings.max_length, settings.loss_on),
+            name,
+            rows,
+            template=self._template,
+            tokenizer=self._tokenizer,
+            max_length=settings.max_length,
+            loss_on=settings.loss_on,
         )
 
     def _read(self, source: str) -> list[Row]:

@@ -96,8 +96,13 @@ class Answers:
         train_loss = sum(p * loss for p, loss in zip(shares, losses.values(), strict=True))
         metrics = {"train_loss": train_loss, "bytes_up": self._bytes, **aggregate.metrics}
         return Entry(
-            *(self._method.name, self._round, self._ledger.head, participants, metrics),
-            *(aggregate.tensors, self._method.entry_options()),
+            method=self._method.name,
+            round=self._round,
+            parent=self._ledger.head,
+            participants=participants,
+            metrics=metrics,
+            tensors=aggregate.tensors,
+            options=self._method.entry_options(),
         )
 
     def _receive(self, answer: Answer) -> None:
@@ -137,8 +142,11 @@ class Answers:
         client, content = answer.client, answer.update
         update = Update.decode(content) if isinstance(content, bytes) else Update.read(content)
         update.check(
-            *(self._method.name, self._round, self._ledger.head),
-            *(client.name, client.num_examples),
+            method=self._method.name,
+            round=self._round,
+            parent=self._ledger.head,
+            client=client.name,
+            num_examples=client.num_examples,
         )
         self._method.check_update(client, update, self.turn.expected)
         if self._settings.keep_updates:

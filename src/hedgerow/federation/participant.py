@@ -41,11 +41,11 @@ def train_client(
     """
     method, client = experiment.method, turn.client
     job = Job(
-        model.network,
-        examples,
-        experiment.training,
-        learning_rate(experiment.training, turn.round, experiment.federation.rounds),
-        model.tokenizer.pad_token_id,
+        network=model.network,
+        data=examples,
+        settings=experiment.training,
+        learning_rate=learning_rate(experiment.training, turn.round, experiment.federation.rounds),
+        pad_id=model.tokenizer.pad_token_id,
         order=turn.seeds.numpy("batches", turn.round, client.name),
         dropout_seed=turn.seeds.derive("dropout", turn.round, client.name),
     )
@@ -64,6 +64,12 @@ def train_client(
         with clock("start"):
             model.release()
     return Update(
-        *(method.name, turn.round, client.name, parent, client.num_examples, trained.loss),
-        *(tensors, about),
+        method=method.name,
+        round=turn.round,
+        client=client.name,
+        parent=parent,
+        num_examples=client.num_examples,
+        train_loss=trained.loss,
+        tensors=tensors,
+        about=about,
     )

@@ -337,9 +337,11 @@ class FLoRA(ResidualAdapter):
         arrived: Stacks | SketchedSums
         if bound and self._spooled(turn) > MOST_SPOOLED:
             arrived = SketchedSums(
-                *(updates, start),
-                lambda u: scaling.counts_as(self.scaling, u.client, u.num_examples, places),
-                *(bound, turn.expected.seeds.torch("sketch", turn.round)),
+                updates,
+                start=start,
+                weigh=lambda u: scaling.counts_as(self.scaling, u.client, u.num_examples, places),
+                rank=bound,
+                generator=turn.expected.seeds.torch("sketch", turn.round),
             )
         else:
             arrived = Stacks(updates)

@@ -89,9 +89,8 @@ class Stacks:
             fitting = takewhile(lambda end: end <= most, accumulate(ranks[first:]))
             last = first + max(len(list(fitting)), 1)
             own = slice(first, last)
-            given = zip(
-                *(accumulate(ranks[own]), ranks[own], weights[own], self._scales[own]), strict=True
-            )
+            ends = accumulate(ranks[own])
+            given = zip(ends, ranks[own], weights[own], self._scales[own], strict=True)
             parts = [Part(slice(end - rank, end), weight, s) for end, rank, weight, s in given]
             yield self._stacks[module].factors(first, last), parts
             first = last

@@ -66,8 +66,12 @@ class Scorer:
         if self._test is None:
             return {}
         return score_method(
-            *(self._experiment.method, self._model, self._clients, self._test),
-            *(self._experiment.evaluation, progress),
+            self._experiment.method,
+            self._model,
+            clients=self._clients,
+            test=self._test,
+            settings=self._experiment.evaluation,
+            progress=progress,
         )
 
 

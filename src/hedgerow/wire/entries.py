@@ -98,8 +98,13 @@ class Entry:
                 raise InvalidMessage(f"its metadata have {min(said)[:LONGEST_TEXT]}")
             everybody = [_participant(p) for p in read_json("participants", participants, list)]
             return Entry(
-                *(method, natural("round", round), parent, everybody, _metrics(metrics)),
-                *(tensors, options),
+                method=method,
+                round=natural("round", round),
+                parent=parent,
+                participants=everybody,
+                metrics=_metrics(metrics),
+                tensors=tensors,
+                options=options,
             )
         except (InvalidMessage, OSError) as error:
             raise UserError(f"{path} is not a ledger entry: {error}") from None

@@ -109,17 +109,20 @@ class Update:
 def _update(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Update:
     """The update of a file's metadata and tensors, checked."""
     about = dict(metadata)
-    method, round, client, parent, num_examples, train_loss = take(
-        about,
-        UPDATE_FORMAT,
-        *("method", "round", "client", "parent", "num_examples", "train_loss"),
-    )
+    names = ("method", "round", "client", "parent", "num_examples", "train_loss")
+    method, round, client, parent, num_examples, train_loss = take(about, UPDATE_FORMAT, *names)
     if max(map(len, (*about, *metadata.values()))) > LONGEST_TEXT:
         raise InvalidMessage(f"its metadata have more than {LONGEST_TEXT} characters in one place")
     if not _NUMBER.fullmatch(train_loss) or not abs(float(train_loss)) <= LARGEST_SENT:
         raise InvalidMessage(f"its train_loss is {train_loss}")
     check_numbers(tensors, LARGEST_SENT)
     return Update(
-        *(method, natural("round", round), client, parent),
-        *(natural("num_examples", num_examples), float(train_loss), tensors, about),
+        method=method,
+        round=natural("round", round),
+        client=client,
+        parent=parent,
+        num_examples=natural("num_examples", num_examples),
+        train_loss=float(train_loss),
+        tensors=tensors,
+        about=about,
     )

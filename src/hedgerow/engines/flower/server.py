@@ -105,8 +105,14 @@ def serve(
         arrived.mkdir()
         try:
             fleet = FlowerFleet(
-                *(grid, experiment, loaded.clients, directory.ledger),
-                *(_run_name(directory), arrived, scorer, watcher.say),
+                grid,
+                experiment=experiment,
+                names=loaded.clients,
+                ledger=directory.ledger,
+                run=_run_name(directory),
+                folder=arrived,
+                scorer=scorer,
+                say=watcher.say,
             )
             with tracking.tracked(experiment, directory, watcher) as tracked:
                 federation.run(experiment, fleet, directory, tracked)
