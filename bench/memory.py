@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hedgerow import console, demo
 from hedgerow.engines.local import encode_clients
 from hedgerow.experiment import load
-from hedgerow.methods.base import Client, Expected, ServerTurn, Turn
+from hedgerow.methods.base import Client, ClientRound, Expected, ServerRound
 from hedgerow.methods.ferret import DEFAULT_COMPRESSION, Ferret
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
@@ -120,22 +120,22 @@ def stages(network: Any, tokens: int) -> dict[str, int]:
     model = Model(network, tokenizer, "random")
     method, seeds = Ferret(), Seeds(0)
     client = Client(0, "client-000", len(shard))
-    turn = Turn(client, 1, seeds, experiment.training, Forgetful())
+    client_round = ClientRound(client, 1, seeds, experiment.training, Forgetful())
     order = seeds.numpy("batches")
     job = Job(network, shard, experiment.training, 1e-3, tokenizer.pad_token_id, order, 0)
     Path("/proc/self/clear_refs").write_text("5")
     stage("weights")
-    parameters = method.start(model, turn)
+    parameters = method.start(model, client_round)
     stage("snapshot")
-    trained = method.train(job, turn, parameters)
+    trained = method.train(job, client_round, parameters)
     stage("training")
-    tensors, about = method.update(model, turn, trained)
+    tensors, about = method.update(model, client_round, trained)
     stage("sketch")
     model.release()
     update = Update("ferret", 1, client.name, "", len(shard), trained.loss, tensors, about)
     aggregate = method.aggregate(
         [update],
-        ServerTurn(1, [client], None, Expected(seeds, {}, experiment.training), Forgetful()),
+        ServerRound(1, [client], None, Expected(seeds, {}, experiment.training), Forgetful()),
     )
     stage("server, without the model")
     method.apply(model, Entry("ferret", 1, "", [], {}, aggregate.tensors))

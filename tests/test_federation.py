@@ -3,9 +3,9 @@
 import random
 
 import pytest
+from support.doubles import Nobody
 from support.experiments import dolly
 from support.runs import rows_of
-from support.turns import Nobody
 
 from hedgerow import federation
 from hedgerow.engines import local

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.doubles import Nobody
 from support.runs import rows_of
-from support.turns import Nobody
 
 from hedgerow import federation, runs
 from hedgerow.engines import local

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.doubles import no_past
 from support.runs import rows_of
-from support.turns import no_past
 from torch import nn
 
 from hedgerow.adapters import adapter_pairs, adapter_tensors
@@ -18,7 +18,7 @@ from hedgerow.experiment import load
 from hedgerow.ledger import Ledger
 from hedgerow.lowrank import Factors, Projections, SumSketch
 from hedgerow.methods import flora
-from hedgerow.methods.base import Client, Expected, ServerTurn, Trained, Turn
+from hedgerow.methods.base import Client, ClientRound, Expected, ServerRound, Trained
 from hedgerow.methods.compress import Compress, ranks_to_keep
 from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.integers import decode, encode
@@ -102,8 +102,10 @@ def play(method, sizes, rounds, check, absent=lambda round, client: False, moves
         before = model.function()
         updates, changes = [], []
         for client in present:
-            turn = Turn(client, round, SEEDS, training, memories[client.name], no_past)
-            parameters = method.start(model, turn)
+            client_round = ClientRound(
+                client, round, SEEDS, training, memories[client.name], no_past
+            )
+            parameters = method.start(model, client_round)
             rank = method.rank(client)
             start = model.function_with(parameters, method.scale(rank))
             for m in SHAPES:  # every participant starts from the same function
@@ -116,7 +118,9 @@ def play(method, sizes, rounds, check, absent=lambda round, client: False, moves
             changed = model.function_with(parameters, method.scale(rank))
             changes.append({m: changed[m] - start[m] for m in SHAPES})
             along = (1.2, 1.0, 0.9) if method.scaling == "adaptive" and round > 1 else ()
-            tensors, about = method.update(model, turn, Trained(parameters, 1.0, along=along))
+            tensors, about = method.update(
+                model, client_round, Trained(parameters, 1.0, along=along)
+            )
             update = Update(
                 method=method.name,
                 round=round,
@@ -129,12 +133,12 @@ def play(method, sizes, rounds, check, absent=lambda round, client: False, moves
             )
             method.check_update(client, update, expected)
             updates.append(update)
-        turn = ServerTurn(round, present, previous, expected, server)
-        aggregate = method.aggregate(updates, turn)
+        server_round = ServerRound(round, present, previous, expected, server)
+        aggregate = method.aggregate(updates, server_round)
         weights = aggregate.weights
         exact = {m: sum(p * c[m] for p, c in zip(weights, changes, strict=True)) for m in SHAPES}
         for update, change in zip(updates, changes, strict=True):
-            shown = method.kept(update, turn)
+            shown = method.kept(update, server_round)
             s = float(shown.about["lora_alpha"]) / int(shown.about["r"])
             for m, pair in adapter_pairs(shown.tensors):
                 error = float((s * pair.B.double() @ pair.A.double() - change[m]).norm())
@@ -291,10 +295,10 @@ def test_the_largest_updates_make_an_entry_that_everybody_accepts(restart, compr
         tensors = {name: LARGEST_SENT * t for name, t in adapter_tensors(pairs).items()}
         about = {"r": str(rank), "lora_alpha": str(2 * rank)}
         updates.append(Update("flora", 1, client.name, "p", 5, 1.0, tensors, about))
-    turn = ServerTurn(
+    server_round = ServerRound(
         1, clients, None, Expected(SEEDS, SHAPES, TrainingSettings(steps=3)), Remembering()
     )
-    aggregate = method.aggregate(updates, turn)
+    aggregate = method.aggregate(updates, server_round)
     parts = [Participant(c.name, 5, 1 / 3) for c in clients]
     entry = Entry("flora", 1, "p", parts, {}, aggregate.tensors)
     check_numbers(entry.tensors, LARGEST_BROADCAST)

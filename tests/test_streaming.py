@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from support.turns import Forgetful
+from support.doubles import Forgetful
 from torch import Tensor
 
 from hedgerow.adapters import adapter_tensors
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Client, Expected, ServerTurn
+from hedgerow.methods.base import Client, Expected, ServerRound
 from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.florist import FLoRIST
 from hedgerow.methods.integers import encode
@@ -84,7 +84,7 @@ def test_a_module_is_merged_before_the_next_is_read(method, bits):
 
 def server_turn(previous):
     expected = Expected(Seeds(0), SHAPES, TrainingSettings(steps=2))
-    return ServerTurn(2, [Client(0, "c", 5)], previous, expected, Forgetful())
+    return ServerRound(2, [Client(0, "c", 5)], previous, expected, Forgetful())
 
 
 @pytest.mark.parametrize("bits", [8, 32])

@@ -23,12 +23,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.configurations import METHOD_OPTIONS
-from support.turns import Forgetful, no_past
+from support.doubles import Forgetful, no_past
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.ledger import Base, Ledger
 from hedgerow.methods import METHODS
-from hedgerow.methods.base import Client, Expected, Method, ServerTurn, Trained, Turn, check_entry
+from hedgerow.methods.base import (
+    Client,
+    ClientRound,
+    Expected,
+    Method,
+    ServerRound,
+    Trained,
+    check_entry,
+)
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
 from hedgerow.settings import ModelSettings, TrainingSettings
@@ -130,17 +138,17 @@ class Case:
         self.entry = self._entry(list(map(Update.decode, self.updates)))
 
     def _update(self, client: Client) -> bytes:
-        turn = Turn(client, ROUND, SEEDS, TrainingSettings(), Forgetful(), no_past)
-        parameters = self.method.start(self.model, turn)
+        client_round = ClientRound(client, ROUND, SEEDS, TrainingSettings(), Forgetful(), no_past)
+        parameters = self.method.start(self.model, client_round)
         generator = torch.Generator().manual_seed(client.index)
         with torch.no_grad():
             for parameter in parameters.values():
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
         steps: dict[int, float] = {}
         if hasattr(self.method, "directions"):
-            directions = self.method.directions(turn)
+            directions = self.method.directions(client_round)
             steps = {seed: 0.01 * (step + 1) for step in range(3) for seed in directions(step)}
-        payload = self.method.update(self.model, turn, Trained(parameters, 1.5, steps))
+        payload = self.method.update(self.model, client_round, Trained(parameters, 1.5, steps))
         data = Update(
             method=self.method.name,
             round=ROUND,
@@ -155,8 +163,8 @@ class Case:
         return data
 
     def _entry(self, updates: list[Update]) -> bytes:
-        turn = ServerTurn(ROUND, self.clients, None, self.expected, Forgetful())
-        aggregate = self.method.aggregate(updates, turn)
+        server_round = ServerRound(ROUND, self.clients, None, self.expected, Forgetful())
+        aggregate = self.method.aggregate(updates, server_round)
         total = sum(update.num_examples for update in updates)
         metrics = {"train_loss": sum(u.num_examples / total * u.train_loss for u in updates)}
         entry = Entry(

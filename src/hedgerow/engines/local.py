@@ -20,7 +20,7 @@ from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import Answer, Watcher
 from hedgerow.federation.participant import check_max_length, train_client
 from hedgerow.ledger import Base
-from hedgerow.methods.base import Client, Turn
+from hedgerow.methods.base import Client, ClientRound
 from hedgerow.model import Model
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.runs.targets import Progress, Scorer, load_test
@@ -90,17 +90,21 @@ class LocalFleet:
         for client in clients:
             memory = self._directory.memory(client.name, round)
             past = self._directory.ledger.read
-            turn = Turn(client, round, self._seeds, self._experiment.training, memory, past)
+            client_round = ClientRound(
+                client, round, self._seeds, self._experiment.training, memory, past
+            )
             examples = self._prepared.shards[client.name]
             try:
-                yield self._trained(turn, examples, parent, clock)
+                yield self._trained(client_round, examples, parent, clock)
             except ClientFailed as error:
                 yield Answer(client, failure=str(error))
 
-    def _trained(self, turn: Turn, examples: Encoded, parent: str, clock: Clock) -> Answer:
-        update = train_client(self._experiment, self._model, examples, turn, parent, clock)
+    def _trained(
+        self, client_round: ClientRound, examples: Encoded, parent: str, clock: Clock
+    ) -> Answer:
+        update = train_client(self._experiment, self._model, examples, client_round, parent, clock)
         with clock("wire"):
-            return Answer(turn.client, update.encode())
+            return Answer(client_round.client, update.encode())
 
     def advance(self, entry: Entry) -> None:
         """Advance the one model that all clients share."""

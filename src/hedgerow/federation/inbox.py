@@ -10,7 +10,7 @@ from hedgerow.clock import Clock
 from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import Answer, Fleet, Watcher
-from hedgerow.methods.base import Aggregate, Client, Expected, ServerTurn
+from hedgerow.methods.base import Aggregate, Client, Expected, ServerRound
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry, Participant, Update
@@ -39,7 +39,7 @@ class Answers:
         seeds = Seeds(experiment.federation.seed)
         expected = Expected(seeds, self._ledger.trained, experiment.training)
         memory = directory.server_memory(round)
-        self.turn = ServerTurn(round, clients, previous, expected, memory)
+        self.server_round = ServerRound(round, clients, previous, expected, memory)
         self._directory, self._watcher = directory, watcher
         self._arrived: dict[str, tuple[Answer, Update]] = {}
         self._absent: set[str] = set()
@@ -148,9 +148,9 @@ class Answers:
             client=client.name,
             num_examples=client.num_examples,
         )
-        self._method.check_update(client, update, self.turn.expected)
+        self._method.check_update(client, update, self.server_round.expected)
         if self._settings.keep_updates:
-            self._directory.keep_update(self._method.kept(update, self.turn))
+            self._directory.keep_update(self._method.kept(update, self.server_round))
         return update
 
     def _too_few(self, attempts: int) -> str:

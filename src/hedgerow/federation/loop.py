@@ -61,7 +61,7 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         watcher.round_begins(round, settings.rounds, len(answers.clients))
 
         with clock("aggregate"):
-            aggregate = method.aggregate(answers.usable(fleet, clock), answers.turn)
+            aggregate = method.aggregate(answers.usable(fleet, clock), answers.server_round)
         with clock("ledger"):
             previous = entry = ledger.append(answers.entry(aggregate))
         del aggregate  # from here on the entry's tensors are read from its file

@@ -51,7 +51,7 @@ class Memory(Protocol):
 
 
 @dataclass(frozen=True)
-class Turn:
+class ClientRound:
     """One client's part in one round."""
 
     client: Client
@@ -86,7 +86,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class ServerTurn:
+class ServerRound:
     """The server's part in one round."""
 
     round: int
@@ -162,10 +162,12 @@ class Method(Plugin, ABC):
         """Raise a `UserError` where the options do not fit the model, the clients or training."""
 
     @abstractmethod
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """Attach what this client trains to the model; returns the trainable parameters."""
 
-    def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
+    def train(
+        self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
+    ) -> Trained:
         """Local training: first-order steps, where a method has none of its own.
 
         Raises:
@@ -177,7 +179,7 @@ class Method(Plugin, ABC):
         return Trained(parameters, first_order.train(job, parameters))
 
     @abstractmethod
-    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """After local training: what travels up."""
 
     def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
@@ -208,12 +210,12 @@ class Method(Plugin, ABC):
             shapes: `trained_shapes` of the participant's model.
         """
 
-    def kept(self, update: Update, turn: ServerTurn) -> Update:
+    def kept(self, update: Update, server_round: ServerRound) -> Update:
         """What `federation.keep_updates` keeps: the update, or one that shows its change alone."""
         return update
 
     @abstractmethod
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """On the server, without the model: fold the updates in as they arrive."""
 
     def check_weights(self, participants: Sequence[Participant]) -> None:

@@ -27,7 +27,7 @@ from hedgerow.adapters import adapter_tensors
 from hedgerow.errors import UserError
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, Client, Expected, ServerTurn, Turn
+from hedgerow.methods.base import Aggregate, Client, ClientRound, Expected, ServerRound
 from hedgerow.methods.factors import factor_kinds
 from hedgerow.methods.fedit import HeldAdapter
 from hedgerow.methods.one_factor import average_factor
@@ -60,9 +60,9 @@ class FedSB(HeldAdapter):
                 f"{self.largest_rank}: give a lower rank, or other targets"
             )
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """The global core between the bases, which are frozen."""
-        rank = self.rank(turn.client)
+        rank = self.rank(client_round.client)
         bases = adapter_tensors(self._bases(model))
         parameters = model.attach(self.config(rank), core=True)
         held = model.factors or {}
@@ -85,7 +85,7 @@ class FedSB(HeldAdapter):
         """There is a core for each module."""
         check_kinds(kinds(entry.tensors), self._cores(shapes))
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """R = Σ p_k s_k R_k."""
         exact = average_factor(updates)
         cores = {name: core.float() for name, core in exact.items()}

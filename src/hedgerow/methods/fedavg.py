@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, ClassVar
 from hedgerow.methods.base import (
     Aggregate,
     Client,
+    ClientRound,
     Expected,
     Method,
     Payload,
-    ServerTurn,
+    ServerRound,
     Trained,
-    Turn,
     weight_shapes,
 )
 from hedgerow.wire import check_kinds, in_float32, kinds
@@ -45,11 +45,11 @@ class FedAvg(Method):
         """Of all weights."""
         return weight_shapes(model)
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """All weights."""
         return model.unfreeze()
 
-    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """Δ_k, in float32."""
         return Payload(dict(model.trained_delta()), {})
 
@@ -62,7 +62,7 @@ class FedAvg(Method):
         """It has the change of each weight."""
         check_kinds(kinds(entry.tensors), in_float32(shapes))
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Σ n_k Δ_k / Σ n_k, folded in as they arrive."""
         total = 0
         sums: dict[str, Tensor] = {}

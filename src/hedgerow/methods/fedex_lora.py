@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, ServerTurn
+from hedgerow.methods.base import Aggregate, ServerRound
 from hedgerow.methods.factors import check_factors, check_pairs
 from hedgerow.methods.fedit import average
 from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
@@ -42,7 +42,7 @@ class FedExLoRA(ResidualAdapter):
         most = (len(entry.participants) + 1) * self.largest_rank
         check_pairs(residual, shapes, {m: min(*shape, most) for m, shape in shapes.items()})
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """The averages of A and B apart, and what they lack of Σ p_k s_k B_k A_k."""
         stacks = Stacks(updates)
         shares = stacks.shares()

@@ -18,7 +18,7 @@ from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import UserError
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, ServerTurn, Turn
+from hedgerow.methods.base import Aggregate, ClientRound, ServerRound
 from hedgerow.methods.factors import copy_factors, init_factors
 from hedgerow.methods.lora import LoraMethod
 from hedgerow.methods.stacks import Part, aggregate_adapters
@@ -35,16 +35,16 @@ class AveragedAdapter(LoraMethod):
 
     entries_accumulate: ClassVar[bool] = False
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """The global adapter; in the first round one that the run's seed draws for everybody."""
-        rank = self.rank(turn.client)
+        rank = self.rank(client_round.client)
         parameters = model.attach(self.config(rank))
-        init_factors(parameters, turn.seeds.torch("adapter"), self.largest_rank)
+        init_factors(parameters, client_round.seeds.torch("adapter"), self.largest_rank)
         if model.factors is not None:
             copy_factors(parameters, model.factors, self.scale(rank))
         return parameters
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Average A and B apart."""
         return aggregate_adapters(updates, lambda stacked, parts, _: average(stacked, parts))
 

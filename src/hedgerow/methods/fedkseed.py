@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from hedgerow.methods.base import Client, Expected, Turn
+from hedgerow.methods.base import Client, ClientRound, Expected
 from hedgerow.methods.zeroth_order import ZerothOrderMethod, check_steps
 
 if TYPE_CHECKING:
@@ -31,10 +31,12 @@ class FedKSeed(ZerothOrderMethod):
     candidates: int = Field(4096, ge=1)
     """K."""
 
-    def directions(self, turn: Turn) -> Callable[[int], Sequence[int]]:
+    def directions(self, client_round: ClientRound) -> Callable[[int], Sequence[int]]:
         """One of the candidates, at random."""
-        draws = turn.seeds.numpy("directions", turn.round, turn.client.name)
-        return lambda step: [turn.seeds.derive("candidate", int(draws.integers(self.candidates)))]
+        draws = client_round.seeds.numpy("directions", client_round.round, client_round.client.name)
+        return lambda step: [
+            client_round.seeds.derive("candidate", int(draws.integers(self.candidates)))
+        ]
 
     def possible(self, client: Client, round: int, expected: Expected) -> set[int]:
         """The candidates."""

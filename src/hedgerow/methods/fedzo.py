@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from hedgerow.methods.base import Client, Expected, Turn
+from hedgerow.methods.base import Client, ClientRound, Expected
 from hedgerow.methods.zeroth_order import ZerothOrderMethod
 from hedgerow.seeds import Seeds
 
@@ -27,10 +27,12 @@ class FedZO(ZerothOrderMethod):
     directions_per_step: int = Field(1, ge=1)
     """b₂: directions whose estimates a step averages."""
 
-    def directions(self, turn: Turn) -> Callable[[int], Sequence[int]]:
+    def directions(self, client_round: ClientRound) -> Callable[[int], Sequence[int]]:
         """New ones for every client, round and step."""
 
-        return lambda step: self._of_step(turn.seeds, turn.round, turn.client, step)
+        return lambda step: self._of_step(
+            client_round.seeds, client_round.round, client_round.client, step
+        )
 
     def possible(self, client: Client, round: int, expected: Expected) -> set[int]:
         """The client's own, as many as it has steps."""

@@ -29,12 +29,12 @@ from hedgerow.lazy import torch
 from hedgerow.methods.base import (
     Aggregate,
     Client,
+    ClientRound,
     Expected,
     Method,
     Payload,
-    ServerTurn,
+    ServerRound,
     Trained,
-    Turn,
     weight_shapes,
 )
 from hedgerow.methods.factors import init_factors
@@ -173,19 +173,19 @@ class Ferret(HeldAdapter):
                 f"(one for each block) to {most}: give {advice}, another budget or other bits"
             )
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """All weights, or the global adapter; with a snapshot, for Δ_k."""
         if self.over == "full":
             return model.unfreeze()
-        parameters = super().start(model, turn)
+        parameters = super().start(model, client_round)
         model.remember(parameters)
         return parameters
 
-    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """The coordinates of Δ_k."""
         blocks = group({name: p.shape for name, p in trained.parameters.items()})
-        seed = self._seed(turn.seeds, turn.round, turn.client)
-        lost = turn.memory.load() if self.error_feedback else {}
+        seed = self._seed(client_round.seeds, client_round.round, client_round.client)
+        lost = client_round.memory.load() if self.error_feedback else {}
 
         def delta() -> Iterator[tuple[str, Tensor]]:
             for name, change in model.trained_delta():
@@ -202,11 +202,11 @@ class Ferret(HeldAdapter):
             raise Diverged(
                 "its update is not finite: a lower training.learning_rate may help"
             ) from None
-        tensors |= self._seed_tensors(seed, turn.seeds)
+        tensors |= self._seed_tensors(seed, client_round.seeds)
         if self.error_feedback:
             sent = self._decoded(tensors, self.bits, up=True)
             rebuilt = self._rebuilt([sent], blocks, model.device)
-            turn.keep(
+            client_round.keep(
                 {
                     name: change.sub_(estimate).cpu()
                     for (name, change), (_, estimate) in zip(delta(), rebuilt, strict=True)
@@ -254,7 +254,7 @@ class Ferret(HeldAdapter):
         if any(int(entry.tensors[name]) < 0 for name in given if name.endswith("seed")):
             raise InvalidMessage("its seeds are not of 63 bits")
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """η_t Σ p_k γ_k: coordinates on the same bases add, those on others stand beside them."""
         total, rate = 0, 0.0
         sums: dict[tuple[int, ...], list[Tensor]] = {}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
-from hedgerow.methods.base import Aggregate, ServerTurn
+from hedgerow.methods.base import Aggregate, ServerRound
 from hedgerow.methods.factors import draw_adapter
 from hedgerow.methods.fedit import HeldAdapter
 from hedgerow.methods.one_factor import OneFactor, only
@@ -55,15 +55,17 @@ class FFALoRA(HeldAdapter, OneFactor):
         if int(entry.tensors["adapter_seed"]) < 0:
             raise InvalidMessage("its adapter_seed is not of 63 bits")
 
-    def shared_adapter(self, turn: ServerTurn) -> Mapping[str, Tensor]:
+    def shared_adapter(self, server_round: ServerRound) -> Mapping[str, Tensor]:
         """The one that was drawn: A is never another."""
-        return self._drawn(turn.expected.shapes, turn.expected.seeds.derive("adapter"))
+        return self._drawn(
+            server_round.expected.shapes, server_round.expected.seeds.derive("adapter")
+        )
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Average B; A is for everybody to draw."""
-        whole = super().aggregate(updates, turn)
+        whole = super().aggregate(updates, server_round)
         tensors = {name: B for name, B in whole.tensors.items() if ".lora_B." in name}
-        seed = torch.tensor([turn.expected.seeds.derive("adapter")])
+        seed = torch.tensor([server_round.expected.seeds.derive("adapter")])
         return whole._replace(tensors=tensors | {"adapter_seed": seed})
 
     def apply(self, model: Model, entry: Entry) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow import lowrank
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, ServerTurn
+from hedgerow.methods.base import Aggregate, ServerRound
 from hedgerow.methods.fedit import AveragedAdapter
 from hedgerow.methods.stacks import Part, aggregate_adapters
 
@@ -32,7 +32,7 @@ class FlexLoRA(AveragedAdapter):
     summary: ClassVar[str] = "LoRA of different ranks, summed exactly and cut by SVD to the largest"
     reference: ClassVar[str] = "FlexLoRA, arXiv 2402.11505"
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """The best approximation of the exact sum by the largest rank; its error is reported."""
         return aggregate_adapters(updates, cut)
 

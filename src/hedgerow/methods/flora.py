@@ -43,11 +43,11 @@ from hedgerow.methods import scaling
 from hedgerow.methods.base import (
     Aggregate,
     Client,
+    ClientRound,
     Expected,
     Payload,
-    ServerTurn,
+    ServerRound,
     Trained,
-    Turn,
 )
 from hedgerow.methods.compress import Compress, cut
 from hedgerow.methods.factors import (
@@ -146,39 +146,45 @@ class FLoRA(ResidualAdapter):
 
     # --- at a client ----------------------------------------------------------------------------
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """The first r_k rows of the global adapter; or B_k = 0 beside the client's A_k or a new."""
-        rank = self.rank(turn.client)
-        if self._is_shared(turn.training):
+        rank = self.rank(client_round.client)
+        if self._is_shared(client_round.training):
             parameters = model.attach(self.config(rank), _beyond(model.factors or {}, rank))
-            init_factors(parameters, turn.seeds.torch("adapter"), self.largest_rank)
+            init_factors(parameters, client_round.seeds.torch("adapter"), self.largest_rank)
             if model.factors is not None:
                 copy_factors(parameters, model.factors, self.scale(rank))
             return parameters
         parameters = model.attach(self.config(rank))
-        init_factors(parameters, turn.seeds.torch("adapter", turn.round, turn.client.name), rank)
-        kept = turn.memory.load() if self.restart != "zero" else {}
+        init_factors(
+            parameters,
+            client_round.seeds.torch("adapter", client_round.round, client_round.client.name),
+            rank,
+        )
+        kept = client_round.memory.load() if self.restart != "zero" else {}
         with torch.no_grad():
             for name in parameters.keys() & kept.keys():
                 parameters[name].copy_(kept[name])
         return parameters
 
-    def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
+    def train(
+        self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
+    ) -> Trained:
         """Local steps; those of a warm start go on with the client's optimiser."""
-        along = self._along(job, turn)
+        along = self._along(job, client_round)
         if self.restart == "zero":
-            return dataclasses.replace(super().train(job, turn, parameters), along=along)
+            return dataclasses.replace(super().train(job, client_round, parameters), along=along)
         from hedgerow.training import first_order  # as in Method.train
 
-        loss, state = first_order.continue_training(job, parameters, turn.memory.load())
-        if not self._is_shared(turn.training):
+        loss, state = first_order.continue_training(job, parameters, client_round.memory.load())
+        if not self._is_shared(client_round.training):
             state |= {n: p.detach().cpu() for n, p in parameters.items() if ".lora_A." in n}
-        turn.keep(state)
+        client_round.keep(state)
         return Trained(parameters, loss, along=along)
 
-    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """The client's factors, in so many bits, and what it knows of rounding and step sizes."""
-        tensors, about = super().update(model, turn, trained)
+        tensors, about = super().update(model, client_round, trained)
         if trained.along:
             about[_ALONG] = " ".join(
                 f"{loss if loss <= LARGEST_SENT else LARGEST_SENT:.9g}" for loss in trained.along
@@ -211,9 +217,9 @@ class FLoRA(ResidualAdapter):
         check_kinds(kinds(update.tensors), encoded_kinds(pair, self.upload_bits))
         check_steps(update.tensors, self.upload_bits, LARGEST_SENT)
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """The stack; or the averages and what they lack of it, re-factorised and maybe cut."""
-        start = self._start(turn)
+        start = self._start(server_round)
         said: list[tuple[int, Mapping[str, str]]] = []
 
         def arriving() -> Iterator[Update]:
@@ -221,29 +227,29 @@ class FLoRA(ResidualAdapter):
                 said.append((update.num_examples, update.about))
                 yield decoded(update)
 
-        sums, weights, metrics = self._sums(arriving(), said, start, turn)
+        sums, weights, metrics = self._sums(arriving(), said, start, server_round)
         if self.compress is None:
             whole = with_residuals((m, each.average(), each.exact()) for m, each in sums)
             tensors = whole.tensors
             metrics |= whole.metrics
         else:
-            owed, shapes = turn.memory.load(), turn.expected.shapes
+            owed, shapes = server_round.memory.load(), server_round.expected.shapes
             tensors, left, errors = cut(self.compress, sums, owed, shapes, self.largest_rank)
             metrics |= errors
             if self.compress.carry:
-                turn.memory.save(left)
+                server_round.memory.save(left)
         if self.upload_bits < 32:
             metrics["upload_error"] = sum(float(x[_ROUNDING]) for _, x in said) / len(said)
         if isinstance(sums, SketchedSums):
             metrics["sketch_error"] = sums.relative_error
         return Aggregate(tensors, finite(metrics), weights)
 
-    def kept(self, update: Update, turn: ServerTurn) -> Update:
+    def kept(self, update: Update, server_round: ServerRound) -> Update:
         """The client's change as one adapter, ΔW_k = s_k·(B_k·A_k - B_0·A_0), decoded."""
-        if turn.previous is None or not self._is_shared(turn.expected.training):
+        if server_round.previous is None or not self._is_shared(server_round.expected.training):
             return decoded(update)  # B_0 = 0
         s, rank = update_scale(update), int(update.about["r"])
-        start = decode(split(turn.previous.tensors)[0])
+        start = decode(split(server_round.previous.tensors)[0])
         pairs = zip(adapter_pairs(decode(update.tensors)), adapter_pairs(start), strict=True)
         change = {}
         for (module, pair), (_, whole) in pairs:
@@ -291,24 +297,28 @@ class FLoRA(ResidualAdapter):
             return training.epochs is None and training.most_steps(0) < FEW_STEPS
         return self.restart == "shared"
 
-    def _start(self, turn: ServerTurn) -> dict[str, Factors]:
+    def _start(self, server_round: ServerRound) -> dict[str, Factors]:
         """The global adapter that this round's clients went on from; nothing where they did not."""
-        expected = turn.expected
+        expected = server_round.expected
         if not self._is_shared(expected.training):
             return {}
-        if turn.previous is not None:
-            return dict(adapter_pairs(decode(split(turn.previous.tensors)[0])))
+        if server_round.previous is not None:
+            return dict(adapter_pairs(decode(split(server_round.previous.tensors)[0])))
         drawn = expected.seeds.torch("adapter")
         return dict(adapter_pairs(draw_adapter(expected.shapes, drawn, self.largest_rank)))
 
-    def _along(self, job: Job, turn: Turn) -> tuple[float, ...]:
+    def _along(self, job: Job, client_round: ClientRound) -> tuple[float, ...]:
         """The global model's loss along the last round's step, where that is asked for."""
-        if self.scaling != "adaptive" or turn.round == 1:
+        if self.scaling != "adaptive" or client_round.round == 1:
             return ()
         from hedgerow.training.line_search import losses_along  # as in Method.train
 
-        start, residual = map(decode, split(turn.past(turn.round - 1).tensors))
-        earlier = turn.past(turn.round - 2).tensors if start and turn.round > 2 else {}
+        start, residual = map(decode, split(client_round.past(client_round.round - 1).tensors))
+        earlier = (
+            client_round.past(client_round.round - 2).tensors
+            if start and client_round.round > 2
+            else {}
+        )
         before = decode(split(earlier)[0])
 
         def step() -> Iterator[tuple[str, Factors]]:
@@ -317,7 +327,9 @@ class FLoRA(ResidualAdapter):
                 gone = old and old._replace(B=-old.B)
                 yield module, lowrank.stack([p for p in (pair, new, gone) if p is not None])
 
-        order = turn.seeds.numpy("line search", turn.round, turn.client.name)
+        order = client_round.seeds.numpy(
+            "line search", client_round.round, client_round.client.name
+        )
         return losses_along(job, step(), scaling.LENGTHS, order)
 
     def _sums(
@@ -325,27 +337,27 @@ class FLoRA(ResidualAdapter):
         updates: Iterable[Update],
         said: Sequence[tuple[int, Mapping[str, str]]],
         start: Mapping[str, Factors],
-        turn: ServerTurn,
+        server_round: ServerRound,
     ) -> tuple[StackedSums | SketchedSums, list[float], dict[str, float]]:
         """The round's sums, p_k of each update, and the adaptive step's size.
 
         Args:
             said: |D_k| of the updates that have been read, and what they say of themselves.
         """
-        places = {client.name: client.index for client in turn.clients}
+        places = {client.name: client.index for client in server_round.clients}
         bound = self.compress.largest(self.largest_rank) if self.compress else None
         arrived: Stacks | SketchedSums
-        if bound and self._spooled(turn) > MOST_SPOOLED:
+        if bound and self._spooled(server_round) > MOST_SPOOLED:
             arrived = SketchedSums(
                 updates,
                 start=start,
                 weigh=lambda u: scaling.counts_as(self.scaling, u.client, u.num_examples, places),
                 rank=bound,
-                generator=turn.expected.seeds.torch("sketch", turn.round),
+                generator=server_round.expected.seeds.torch("sketch", server_round.round),
             )
         else:
             arrived = Stacks(updates)
-        counts, size = arrived.num_examples, self._step_size(said, turn)
+        counts, size = arrived.num_examples, self._step_size(said, server_round)
         weights = [size * p for p in scaling.fixed(self.scaling, arrived.clients, counts, places)]
         metrics = {"step_size": size} if self.scaling == "adaptive" else {}
         if isinstance(arrived, SketchedSums):
@@ -354,18 +366,20 @@ class FLoRA(ResidualAdapter):
         as_sent = self.restart == "zero" and self.compress is None
         return StackedSums(arrived, start, weights, whole=as_sent), weights, metrics
 
-    def _step_size(self, said: Sequence[tuple[int, Mapping[str, str]]], turn: ServerTurn) -> float:
+    def _step_size(
+        self, said: Sequence[tuple[int, Mapping[str, str]]], server_round: ServerRound
+    ) -> float:
         """What the updates' scaling factors are multiplied with."""
-        if self.scaling != "adaptive" or turn.previous is None:
+        if self.scaling != "adaptive" or server_round.previous is None:
             return 1.0
-        last = sum(participant.weight for participant in turn.previous.participants)
+        last = sum(participant.weight for participant in server_round.previous.participants)
         losses = [[float(loss) for loss in about[_ALONG].split()] for _, about in said]
         return scaling.adaptive(last, losses, [count for count, _ in said])
 
-    def _spooled(self, turn: ServerTurn) -> int:
+    def _spooled(self, server_round: ServerRound) -> int:
         """The bytes of all clients' factors."""
-        rows = sum(self.rank(client) for client in turn.clients)
-        return 4 * rows * sum(sum(shape) for shape in turn.expected.shapes.values())
+        rows = sum(self.rank(client) for client in server_round.clients)
+        return 4 * rows * sum(sum(shape) for shape in server_round.expected.shapes.values())
 
 
 def _beyond(factors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:

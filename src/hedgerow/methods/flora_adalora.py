@@ -21,7 +21,15 @@ from pydantic import Field
 
 from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import peft, torch
-from hedgerow.methods.base import Aggregate, Client, Expected, Payload, ServerTurn, Trained, Turn
+from hedgerow.methods.base import (
+    Aggregate,
+    Client,
+    ClientRound,
+    Expected,
+    Payload,
+    ServerRound,
+    Trained,
+)
 from hedgerow.methods.factors import check_pairs
 from hedgerow.methods.stacked import StackedAdapter
 from hedgerow.methods.stacks import aggregate_adapters
@@ -47,24 +55,26 @@ class FLoRAAdaLoRA(StackedAdapter):
     orthogonality: float = Field(0.5, ge=0)
     """What the distance of P and Q from orthogonal ones counts in the loss."""
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """New P and Q with Λ = 0.
 
         They are orthogonal from the start. AdaLoRA draws small ones and leaves that to the
         regulariser, but here they begin anew in each round, which may have only a few steps.
         """
-        initial = self.initial_rank(self.rank(turn.client))
+        initial = self.initial_rank(self.rank(client_round.client))
         config = peft.AdaLoraConfig(
             init_r=initial,
             # peft divides it by the initial rank, and s_k is that of r_k.
-            lora_alpha=self.scale(self.rank(turn.client)) * initial,
+            lora_alpha=self.scale(self.rank(client_round.client)) * initial,
             lora_dropout=self.dropout,
             target_modules=self.targets,
             init_lora_weights=False,
             total_step=1,  # the layers don't ask; `training.adalora` has the schedule
         )
         parameters = model.attach(config)
-        generator = turn.seeds.torch("adapter", turn.round, turn.client.name)
+        generator = client_round.seeds.torch(
+            "adapter", client_round.round, client_round.client.name
+        )
         with torch.no_grad():
             for name, parameter in sorted(parameters.items()):
                 if name.endswith(".lora_E"):
@@ -74,20 +84,22 @@ class FLoRAAdaLoRA(StackedAdapter):
                     parameter.copy_(torch.nn.init.orthogonal_(drawn, generator=generator))
         return parameters
 
-    def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
+    def train(
+        self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
+    ) -> Trained:
         """AdaLoRA's steps."""
         # Not at the top: the experiment file, which names methods, says how to train.
         from hedgerow.training import adalora
 
-        rank = self.rank(turn.client)
+        rank = self.rank(client_round.client)
         sizes = {"initial": self.initial_rank(rank), "target": rank}
         loss = adalora.train(job, parameters, **sizes, orthogonality=self.orthogonality)
         return Trained(parameters, loss)
 
-    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """The components that are left, as ordinary factors; one of zeros where none is."""
         tensors = {}
-        initial = self.initial_rank(self.rank(turn.client))
+        initial = self.initial_rank(self.rank(client_round.client))
         factors = {name: factor.detach().cpu() for name, factor in trained.parameters.items()}
         for key in factors:
             if key.endswith(".lora_E"):
@@ -98,7 +110,7 @@ class FLoRAAdaLoRA(StackedAdapter):
                 values = factors[key][left] * (initial / (initial + 1e-5))
                 tensors[f"{module}.lora_A.weight"] = values * factors[f"{module}.lora_A"][left]
                 tensors[f"{module}.lora_B.weight"] = factors[f"{module}.lora_B"][:, left]
-        return Payload(tensors, self._about(self.rank(turn.client)))
+        return Payload(tensors, self._about(self.rank(client_round.client)))
 
     def initial_rank(self, rank: int) -> int:
         """The rank of each matrix before training, of a client of this rank."""
@@ -116,7 +128,7 @@ class FLoRAAdaLoRA(StackedAdapter):
         largest = self.possible_ranks(count)[-count:]
         self._check_within_budget(kinds(entry.tensors), shapes, largest)
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Stack the factors, as many of each matrix as the clients have."""
         return aggregate_adapters(updates, lambda stacked, parts, exact: exact.float())
 

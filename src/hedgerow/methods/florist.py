@@ -21,7 +21,7 @@ from pydantic import Field
 
 from hedgerow import lowrank
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, ServerTurn
+from hedgerow.methods.base import Aggregate, ServerRound
 from hedgerow.methods.factors import check_pairs
 from hedgerow.methods.stacked import StackedAdapter
 from hedgerow.methods.stacks import Part, aggregate_adapters
@@ -47,7 +47,7 @@ class FLoRIST(StackedAdapter):
         most = sum(self.possible_ranks(count)[-count:])
         check_pairs(kinds(entry.tensors), shapes, {m: min(*mn, most) for m, mn in shapes.items()})
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """The leading components of the sum; `aggregation_error` is what was cut."""
 
         def cut(stacked: Factors, parts: Sequence[Part], exact: Factors) -> Factors:

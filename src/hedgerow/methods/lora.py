@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.lazy import peft
-from hedgerow.methods.base import Client, Expected, Method, Payload, Trained, Turn
+from hedgerow.methods.base import Client, ClientRound, Expected, Method, Payload, Trained
 from hedgerow.methods.factors import check_factors
 from hedgerow.wire import kinds
 
@@ -106,10 +106,10 @@ class LoraMethod(Method):
         """Of the adapted matrices, (m, n) by module."""
         return model.adapted_shapes(self.targets)
 
-    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """The client's factors, with PEFT's key names."""
         tensors = {name: factor.detach().cpu() for name, factor in trained.parameters.items()}
-        return Payload(tensors, self._about(self.rank(turn.client)))
+        return Payload(tensors, self._about(self.rank(client_round.client)))
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """The rank and scale are the client's, and there is a pair of that rank for each module."""

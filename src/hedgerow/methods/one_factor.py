@@ -13,7 +13,7 @@ from hedgerow import lowrank
 from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, Client, Expected, ServerTurn, Turn
+from hedgerow.methods.base import Aggregate, Client, ClientRound, Expected, ServerRound
 from hedgerow.methods.factors import draw_adapter, factor_kinds
 from hedgerow.methods.fedit import AveragedAdapter
 from hedgerow.methods.lora import update_scale
@@ -36,10 +36,10 @@ class OneFactor(AveragedAdapter):
         """Which one."""
         return "lora_B"
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """The global adapter, of which one factor is frozen."""
-        factor = self.trained_factor(turn.round)
-        parameters = super().start(model, turn)
+        factor = self.trained_factor(client_round.round)
+        parameters = super().start(model, client_round)
         for name, parameter in parameters.items():
             parameter.requires_grad_(f".{factor}." in name)
         return {name: p for name, p in parameters.items() if p.requires_grad}
@@ -51,9 +51,9 @@ class OneFactor(AveragedAdapter):
         factor = self.trained_factor(update.round)
         check_kinds(kinds(update.tensors), only(factor, expected.shapes, rank))
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Average the trained factor beside the shared one."""
-        shared = self.shared_adapter(turn)
+        shared = self.shared_adapter(server_round)
         pairs = dict(adapter_pairs({**shared, **average_factor(updates)}))
         # Where ranks differ, clients of the largest may be away.
         exact = {m: Factors(A[: B.shape[1]], B).double() for m, (A, B) in pairs.items()}
@@ -61,11 +61,11 @@ class OneFactor(AveragedAdapter):
         error = lowrank.relative_error((applied[module], exact[module]) for module in exact)
         return Aggregate(adapter_tensors(applied), finite({"aggregation_error": error}))
 
-    def shared_adapter(self, turn: ServerTurn) -> Mapping[str, Tensor]:
+    def shared_adapter(self, server_round: ServerRound) -> Mapping[str, Tensor]:
         """The adapter that clients went on from: the last entry's, or the one that was drawn."""
-        if turn.previous is not None:
-            return turn.previous.tensors
-        expected = turn.expected
+        if server_round.previous is not None:
+            return server_round.previous.tensors
+        expected = server_round.expected
         return draw_adapter(expected.shapes, expected.seeds.torch("adapter"), self.largest_rank)
 
     def refactor(self, pair: Factors) -> Factors:

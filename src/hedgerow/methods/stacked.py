@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from hedgerow.methods.base import Turn
+from hedgerow.methods.base import ClientRound
 from hedgerow.methods.factors import init_factors
 from hedgerow.methods.residual import ResidualAdapter
 
@@ -24,10 +24,12 @@ class StackedAdapter(ResidualAdapter):
     There is no global adapter: all of an entry is residual.
     """
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """A new adapter of rank r_k on the merged weights."""
-        rank = self.rank(turn.client)
+        rank = self.rank(client_round.client)
         parameters = model.attach(self.config(rank))
-        generator = turn.seeds.torch("adapter", turn.round, turn.client.name)
+        generator = client_round.seeds.torch(
+            "adapter", client_round.round, client_round.client.name
+        )
         init_factors(parameters, generator, rank)
         return parameters

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import InvalidMessage, UserError
-from hedgerow.methods.base import Aggregate, ServerTurn, Turn
+from hedgerow.methods.base import Aggregate, ClientRound, ServerRound
 from hedgerow.methods.factors import check_factors, copy_factors, init_factors
 from hedgerow.methods.lora import LoraMethod, update_scale
 from hedgerow.wire import kinds
@@ -35,11 +35,11 @@ class Standalone(LoraMethod):
     communicates: ClassVar[bool] = False
     has_global_model: ClassVar[bool] = False
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """The client's own adapter as it left it."""
-        client, rank = turn.client, self.rank(turn.client)
+        client, rank = client_round.client, self.rank(client_round.client)
         parameters = model.attach(self.config(rank))
-        init_factors(parameters, turn.seeds.torch("adapter", client.name), rank)
+        init_factors(parameters, client_round.seeds.torch("adapter", client.name), rank)
         if own := of_client(model.factors or {}, client.name):
             copy_factors(parameters, own, self.scale(rank))
         return parameters
@@ -52,7 +52,7 @@ class Standalone(LoraMethod):
         for name in names:
             check_factors(of_client(given, name), shapes, self.possible_ranks(len(names)))
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Nothing is combined: each client's factors, under its name."""
         tensors = {}
         for update in updates:

@@ -19,12 +19,12 @@ from hedgerow.lazy import torch
 from hedgerow.methods.base import (
     Aggregate,
     Client,
+    ClientRound,
     Expected,
     Method,
     Payload,
-    ServerTurn,
+    ServerRound,
     Trained,
-    Turn,
 )
 from hedgerow.wire import Kind, check_kinds, kinds
 
@@ -47,22 +47,24 @@ class ZerothOrderMethod(Method):
     """How far from the weights the two losses are measured."""
 
     @abstractmethod
-    def directions(self, turn: Turn) -> Callable[[int], Sequence[int]]:
+    def directions(self, client_round: ClientRound) -> Callable[[int], Sequence[int]]:
         """From a local step's number to the seeds of its directions."""
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """All weights; the snapshot is only there to give the model back."""
         return model.unfreeze()
 
-    def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
+    def train(
+        self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
+    ) -> Trained:
         """MeZO steps."""
         from hedgerow.training import zeroth_order
 
-        directions = self.directions(turn)
+        directions = self.directions(client_round)
         loss, steps = zeroth_order.train(job, parameters.values(), directions, self.epsilon)
         return Trained(parameters, loss, _summed(zip(*steps, strict=True)))
 
-    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """Each direction's seed, and how far the client went along it."""
         return Payload(_tensors(trained.steps), {})
 
@@ -89,7 +91,7 @@ class ZerothOrderMethod(Method):
         """It has seeds of directions, and as many coordinates; whose seeds it cannot know."""
         check_steps(entry.tensors)
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Σ p_k c_k, direction by direction."""
         total, weighted = 0, []
         for update in updates:

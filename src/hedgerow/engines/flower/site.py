@@ -26,7 +26,7 @@ from hedgerow.experiment import validate
 from hedgerow.federation.participant import check_max_length, train_client
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger, Record
-from hedgerow.methods.base import Client, Turn, check_entry
+from hedgerow.methods.base import Client, ClientRound, check_entry
 from hedgerow.model import Model
 from hedgerow.runs.directory import EXPERIMENT
 from hedgerow.runs.memory import RoundMemory
@@ -236,8 +236,10 @@ class Site:
         model = self._advanced(ledger)
         client = Client(self._app.clients.index(name), name, len(examples))
         memory = RoundMemory((self._memory or self._place / "clients") / name, round)
-        turn = Turn(client, round, self._seeds, self._experiment.training, memory, ledger.read)
-        update = train_client(self._experiment, model, examples, turn, parent, Clock())
+        client_round = ClientRound(
+            client, round, self._seeds, self._experiment.training, memory, ledger.read
+        )
+        update = train_client(self._experiment, model, examples, client_round, parent, Clock())
         before = sorted(folder.glob("*.safetensors"), key=lambda old: old.stat().st_mtime_ns)
         with replacing(path) as file:
             update.write(file)

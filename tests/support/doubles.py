@@ -6,7 +6,7 @@ from typing import Any
 
 
 def no_past(round: int) -> Any:
-    """The earlier entries of a turn in which nobody reads them."""
+    """The earlier entries of a round in which nobody reads them."""
     raise AssertionError("nobody reads an earlier entry")
 
 
