@@ -16,7 +16,7 @@ from hedgerow.engines import local
 from hedgerow.errors import InvalidMessage
 from hedgerow.evaluation.scores import evaluate
 from hedgerow.experiment import load
-from hedgerow.federation.fleet import Answer
+from hedgerow.federation.fleet import ClientResult
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Client, Expected
 from hedgerow.model import Model
@@ -141,7 +141,7 @@ class Postman:
     def train(self, round, parent, clients, clock):
         for client in clients:
             file = self._updates / f"round-{round:04d}" / f"{client.name}.safetensors"
-            yield Answer(client, file.read_bytes())
+            yield ClientResult(client, file.read_bytes())
 
     def advance(self, entry) -> None:
         pass

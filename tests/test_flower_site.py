@@ -28,7 +28,7 @@ from hedgerow.engines.flower.messages import (
     pack,
 )
 from hedgerow.engines.flower.server import serve
-from hedgerow.engines.flower.worker import Host, Question
+from hedgerow.engines.flower.worker import Host, WorkerRequest
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
 from hedgerow.experiment import load
 from hedgerow.model import Model
@@ -52,8 +52,8 @@ class Node:
         self.actions.append(Action(message.metadata.message_type))
         parcel = Parcel(message.content, Request)
         files = parcel.save_all(inbox)
-        question = Question(app=self.app, node=self.config, request=parcel.words, files=files)
-        answer = self.host.answer(question)
+        request = WorkerRequest(app=self.app, node=self.config, request=parcel.words, files=files)
+        answer = self.host.handle(request)
         content = pack(answer.reply, [] if answer.update is None else [answer.update])
         return self.answer(content)
 
@@ -394,8 +394,8 @@ def test_a_site_refuses_entries_that_the_method_would_not_make(make):
         dataclasses.replace(first, tensors=tensors).write(file)
     node = made.nodes[1].config | {"folder": str(made.out.parent / "another site")}
     request = Request(run="1" * 32, records=[info(forged)], files=[info(forged)], train=True)
-    question = Question(app=made.nodes[1].app, node=node, request=request, files=[forged])
-    reply = Host().answer(question).reply
+    asked = WorkerRequest(app=made.nodes[1].app, node=node, request=request, files=[forged])
+    reply = Host().handle(asked).reply
     assert "sent an entry that it does not accept" in reply.refused
     assert not ledger(Path(node["folder"]))
 

@@ -17,7 +17,7 @@ from hedgerow.data import ClientData, Encoded
 from hedgerow.errors import ClientFailed, UserError
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment
-from hedgerow.federation.fleet import Answer, Watcher
+from hedgerow.federation.fleet import ClientResult, Watcher
 from hedgerow.federation.participant import check_max_length, train_client
 from hedgerow.ledger import Base
 from hedgerow.methods.base import Client, ClientRound
@@ -85,7 +85,7 @@ class LocalFleet:
 
     def train(
         self, round: int, parent: str, clients: Sequence[Client], clock: Clock
-    ) -> Iterator[Answer]:
+    ) -> Iterator[ClientResult]:
         """Train one client after another; each borrows the model and gives it back."""
         for client in clients:
             memory = self._directory.memory(client.name, round)
@@ -97,14 +97,14 @@ class LocalFleet:
             try:
                 yield self._trained(client_round, examples, parent, clock)
             except ClientFailed as error:
-                yield Answer(client, failure=str(error))
+                yield ClientResult(client, failure=str(error))
 
     def _trained(
         self, client_round: ClientRound, examples: Encoded, parent: str, clock: Clock
-    ) -> Answer:
+    ) -> ClientResult:
         update = train_client(self._experiment, self._model, examples, client_round, parent, clock)
         with clock("wire"):
-            return Answer(client_round.client, update.encode())
+            return ClientResult(client_round.client, update.encode())
 
     def advance(self, entry: Entry) -> None:
         """Advance the one model that all clients share."""

@@ -13,8 +13,8 @@ from hedgerow.wire import Entry
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A client's answer: its update, or why there is none."""
+class ClientResult:
+    """What a client has made of a round: its update, or why there is none."""
 
     client: Client
     update: bytes | Path = b""
@@ -38,8 +38,8 @@ class Fleet(Protocol):
 
     def train(
         self, round: int, parent: str, clients: Sequence[Client], clock: Clock
-    ) -> Iterator[Answer]:
-        """Have `clients` train from the global model; yields an answer for each, as they come."""
+    ) -> Iterator[ClientResult]:
+        """Have `clients` train from the global model; yields the result of each, as they come."""
 
     def advance(self, entry: Entry) -> None:
         """Advance every participant's global model by one entry."""
@@ -61,8 +61,8 @@ class Watcher(Protocol):
     def round_begins(self, round: int, rounds: int, clients: int) -> None:
         """A round begins, with so many clients."""
 
-    def client_answered(self, client: str, failure: str | None) -> None:
-        """A client's update has arrived, or it has failed."""
+    def client_finished(self, client: str, failure: str | None) -> None:
+        """A client's update has arrived, or the client has failed."""
 
     def tries_again(self, clients: Sequence[str], seconds: float) -> None:
         """A round has too few updates: after so many seconds these clients are asked again."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hedgerow.names import NAME
 
 IDLE = 600.0
-"""Seconds without a question after which a worker ends, where the node config does not say."""
+"""Seconds without a request after which a worker ends, where the node config does not say."""
 
 
 class SiteSettings(BaseModel):
