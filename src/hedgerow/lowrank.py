@@ -1,7 +1,7 @@
 """Exact algebra on low-rank factors: stack, measure, re-factorise.
 
 A matrix update is a pair of factors, ΔW = B·A with A of shape (r, n) and B of shape (m, r). A sum
-of such updates is again such a pair (the stack), so nothing here ever needs the m×n matrix, except
+of such updates is again such a pair (stacked), so nothing here ever needs the m×n matrix, except
 where the pair has become larger than the matrix itself.
 
 Sources: FLoRA (arXiv 2409.05976), section 3, for stacking; FLoRIST (arXiv 2506.09199) for the
@@ -93,14 +93,14 @@ def total(pairs: Iterable[Factors]) -> Factors:
     return Factors(matrix, identity) if m <= n else Factors(identity, matrix)
 
 
-class SpooledStack:
-    """A stack whose pairs arrive one by one and wait on disk until all of it is asked for.
+class SpooledFactors:
+    """Stacked pairs that arrive one by one, and wait on disk until they are read.
 
     While clients train one after another, what the earlier ones sent is then not in memory.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        """Keep the pairs in `file`, unbuffered and open for both, which other stacks may share."""
+        """Keep the pairs in `file`, unbuffered and open for both, which others may share."""
         self._file = file
         self._places: list[tuple[int, int]] = []
         self._like: Factors | None = None
@@ -118,12 +118,12 @@ class SpooledStack:
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of the matrix."""
-        assert self._like is not None, "a stack has at least one pair"
+        assert self._like is not None, "no pair has been added"
         return self._like.B.shape[1], self._like.A.shape[1]
 
     def factors(self, first: int = 0, last: int | None = None) -> Factors:
-        """The stack, or that of the pairs from `first` to before `last`, read into memory."""
-        assert self._like is not None, "a stack has at least one pair"
+        """The stacked pairs from `first` to before `last` (default: all), read into memory."""
+        assert self._like is not None, "no pair has been added"
         places = self._places[first:last]
         total = sum(rank for _, rank in places)
         A, B = (like.new_empty(total, like.shape[1]) for like in self._like)

@@ -25,7 +25,7 @@ from hedgerow.methods.residual import START
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hedgerow.methods.sums import SketchedSums, StackedSums
+    from hedgerow.methods.sums import ExactSums, SketchedSums
 
 UNEVEN = 2
 """How many times the average rank a matrix of a bounded broadcast may have at most."""
@@ -60,7 +60,7 @@ class Compress(BaseModel):
 
 def cut(
     compress: Compress,
-    sums: StackedSums | SketchedSums,
+    sums: ExactSums | SketchedSums,
     owed: Mapping[str, Tensor],
     shapes: Mapping[str, Sequence[int]],
     largest_rank: int,

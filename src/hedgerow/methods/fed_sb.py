@@ -31,7 +31,7 @@ from hedgerow.methods.base import Aggregate, Client, ClientRound, Expected, Serv
 from hedgerow.methods.factors import factor_kinds
 from hedgerow.methods.fedit import HeldAdapter
 from hedgerow.methods.one_factor import average_factor
-from hedgerow.methods.stacks import finite
+from hedgerow.methods.stacking import finite
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from hedgerow.methods.base import Aggregate, ServerRound
 from hedgerow.methods.factors import check_factors, check_pairs
 from hedgerow.methods.fedit import average
 from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
-from hedgerow.methods.stacks import Stacks, exact_sum
+from hedgerow.methods.stacking import StackedFactors, exact_sum
 from hedgerow.wire import kinds
 
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ class FedExLoRA(ResidualAdapter):
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """The averages of A and B apart, and what they lack of Σ p_k s_k B_k A_k."""
-        stacks = Stacks(updates)
-        shares = stacks.shares()
+        arrived = StackedFactors(updates)
+        shares = arrived.shares()
 
         def sums() -> Iterator[tuple[str, Factors, Factors]]:
-            for module in stacks:
-                stacked, parts = stacks.stack(module, shares)
+            for module in arrived:
+                stacked, parts = arrived.read(module, shares)
                 exact = exact_sum(stacked, parts)
                 yield module, average(stacked, parts), exact
 

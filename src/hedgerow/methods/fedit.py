@@ -21,7 +21,7 @@ from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, ClientRound, ServerRound
 from hedgerow.methods.factors import copy_factors, init_factors
 from hedgerow.methods.lora import LoraMethod
-from hedgerow.methods.stacks import Part, aggregate_adapters
+from hedgerow.methods.stacking import Part, aggregate_adapters
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -19,7 +19,7 @@ from hedgerow import lowrank
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, ServerRound
 from hedgerow.methods.fedit import AveragedAdapter
-from hedgerow.methods.stacks import Part, aggregate_adapters
+from hedgerow.methods.stacking import Part, aggregate_adapters
 
 if TYPE_CHECKING:
     from hedgerow.wire import Update

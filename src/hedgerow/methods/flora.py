@@ -15,7 +15,7 @@ What a client's adapter starts from is `restart`. In the paper it is a new rando
 starts keep the optimiser's moments at the client, and what they belong to: its A_k (`own`), or,
 where rounds are so short that a B_k which begins anew never gets far, the averages of both factors
 (`shared`). Then the aggregate is the averages' product and what it lacks of the exact sum, which is
-merged as the stack is:
+merged as the stacked factors are:
 
     every round (shared):
       client k:  go on from the first r_k rows of the global adapter (A, B); its other rows take
@@ -62,8 +62,8 @@ from hedgerow.methods.integers import Bits, check_steps, decode, decoded, encode
 from hedgerow.methods.lora import update_scale
 from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
 from hedgerow.methods.scaling import Scaling
-from hedgerow.methods.stacks import Stacks, finite
-from hedgerow.methods.sums import SketchedSums, StackedSums
+from hedgerow.methods.stacking import StackedFactors, finite
+from hedgerow.methods.sums import ExactSums, SketchedSums
 from hedgerow.wire import LARGEST_BROADCAST, LARGEST_SENT, check_kinds, kinds
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ class FLoRA(ResidualAdapter):
         check_steps(update.tensors, self.upload_bits, LARGEST_SENT)
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
-        """The stack; or the averages and what they lack of it, re-factorised and maybe cut."""
+        """Stacked factors; or averages and what these lack of them, re-factorised and maybe cut."""
         start = self._start(server_round)
         said: list[tuple[int, Mapping[str, str]]] = []
 
@@ -338,7 +338,7 @@ class FLoRA(ResidualAdapter):
         said: Sequence[tuple[int, Mapping[str, str]]],
         start: Mapping[str, Factors],
         server_round: ServerRound,
-    ) -> tuple[StackedSums | SketchedSums, list[float], dict[str, float]]:
+    ) -> tuple[ExactSums | SketchedSums, list[float], dict[str, float]]:
         """The round's sums, p_k of each update, and the adaptive step's size.
 
         Args:
@@ -346,7 +346,7 @@ class FLoRA(ResidualAdapter):
         """
         places = {client.name: client.index for client in server_round.clients}
         bound = self.compress.largest(self.largest_rank) if self.compress else None
-        arrived: Stacks | SketchedSums
+        arrived: StackedFactors | SketchedSums
         if bound and self._spooled(server_round) > MOST_SPOOLED:
             arrived = SketchedSums(
                 updates,
@@ -356,7 +356,7 @@ class FLoRA(ResidualAdapter):
                 generator=server_round.expected.seeds.torch("sketch", server_round.round),
             )
         else:
-            arrived = Stacks(updates)
+            arrived = StackedFactors(updates)
         counts, size = arrived.num_examples, self._step_size(said, server_round)
         weights = [size * p for p in scaling.fixed(self.scaling, arrived.clients, counts, places)]
         metrics = {"step_size": size} if self.scaling == "adaptive" else {}
@@ -364,7 +364,7 @@ class FLoRA(ResidualAdapter):
             arrived.normalise(size * scaling.normalisation(self.scaling, counts))
             return arrived, weights, metrics
         as_sent = self.restart == "zero" and self.compress is None
-        return StackedSums(arrived, start, weights, whole=as_sent), weights, metrics
+        return ExactSums(arrived, start, weights, whole=as_sent), weights, metrics
 
     def _step_size(
         self, said: Sequence[tuple[int, Mapping[str, str]]], server_round: ServerRound

@@ -31,8 +31,8 @@ from hedgerow.methods.base import (
     Trained,
 )
 from hedgerow.methods.factors import check_pairs
-from hedgerow.methods.stacked import StackedAdapter
-from hedgerow.methods.stacks import aggregate_adapters
+from hedgerow.methods.restarted import RestartedAdapter
+from hedgerow.methods.stacking import aggregate_adapters
 from hedgerow.wire import Kind, kinds
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from hedgerow.wire import Entry, Update
 
 
-class FLoRAAdaLoRA(StackedAdapter):
+class FLoRAAdaLoRA(RestartedAdapter):
     """Adapters whose ranks differ by client and by matrix, stacked: the aggregate is exact."""
 
     name: str = "flora_adalora"

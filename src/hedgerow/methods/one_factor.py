@@ -17,7 +17,7 @@ from hedgerow.methods.base import Aggregate, Client, ClientRound, Expected, Serv
 from hedgerow.methods.factors import draw_adapter, factor_kinds
 from hedgerow.methods.fedit import AveragedAdapter
 from hedgerow.methods.lora import update_scale
-from hedgerow.methods.stacks import finite
+from hedgerow.methods.stacking import finite
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:

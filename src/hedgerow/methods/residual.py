@@ -18,7 +18,7 @@ from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate
 from hedgerow.methods.fedit import AveragedAdapter
 from hedgerow.methods.integers import decode
-from hedgerow.methods.stacks import finite
+from hedgerow.methods.stacking import finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ class ResidualAdapter(AveragedAdapter):
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
-        """The stack of all residuals and the last start adapter."""
+        """All residuals and the last start adapter, stacked."""
         parts: list[Mapping[str, Tensor]] = []
         start: Mapping[str, Tensor] = {}
         for entry in entries:
@@ -54,11 +54,11 @@ class ResidualAdapter(AveragedAdapter):
             raise UserError("round 0 is the base model: there is no adapter to export yet")
         if start:
             parts.append(start)
-        stacks = {}
+        whole = {}
         for pairs in zip(*map(adapter_pairs, parts), strict=True):
             module, _ = pairs[0]
-            stacks[module] = lowrank.stack([pair for _, pair in pairs])
-        return adapter_tensors(stacks)
+            whole[module] = lowrank.stack([pair for _, pair in pairs])
+        return adapter_tensors(whole)
 
 
 def with_residuals(sums: Iterable[tuple[str, Factors | None, Factors]]) -> Aggregate:

@@ -1,6 +1,6 @@
 """Adapters that begin anew in every round and end in the base: what FLoRA's relatives share.
 
-Wang et al., FLoRA, arXiv 2409.05976, algorithm 1, but for what the server makes of the stack.
+Wang et al., FLoRA, arXiv 2409.05976, algorithm 1, but for what the server makes of the factors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hedgerow.model import Model
 
 
-class StackedAdapter(ResidualAdapter):
+class RestartedAdapter(ResidualAdapter):
     """New adapters of any ranks in every round, merged into everybody's base after it.
 
     There is no global adapter: all of an entry is residual.
