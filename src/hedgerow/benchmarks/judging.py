@@ -23,7 +23,7 @@ from hedgerow.benchmarks.judge_prompts import Prompt
 from hedgerow.benchmarks.mt_bench import Answer, Question, read_questions
 from hedgerow.errors import InvalidMessage, UserError, readable
 from hedgerow.files import appending_json_lines, read_json_lines
-from hedgerow.runs.targets import Progress
+from hedgerow.runs.scoring import Progress
 
 NEED_REFERENCE = ("math", "reasoning", "coding")
 """Categories whose judges are given a right answer, as published."""

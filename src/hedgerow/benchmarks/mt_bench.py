@@ -25,7 +25,7 @@ from hedgerow.evaluation.answers import Draw, generate
 from hedgerow.evaluation.likelihood import Tick
 from hedgerow.files import appending_json_lines, read_json_lines
 from hedgerow.model import max_positions
-from hedgerow.runs.targets import Progress, Target, loaded
+from hedgerow.runs.scoring import Progress, Subject, loaded
 from hedgerow.seeds import Seeds
 
 TEMPERATURES = {
@@ -106,7 +106,7 @@ def read_questions(path: Path) -> list[Question]:
 
 @torch.inference_mode()
 def answer(
-    target: Path,
+    path: Path,
     overrides: list[str],
     round: int | None,
     client: str | None,
@@ -126,7 +126,7 @@ def answer(
     with the same answers.
 
     Args:
-        target: a run directory, a packed ledger, or a model (or adapter) folder.
+        path: a run directory, a packed ledger, or a model (or adapter) folder.
         questions: question.jsonl.
         out: the answers, appended; those that are there already are kept.
         model_id: what the model is called in the answers; its folder's name and the round if None.
@@ -136,7 +136,7 @@ def answer(
         UserError: naming what does not fit, as answers of another model in `out`.
     """
     asked = read_questions(questions)
-    with loaded(target, overrides, round, client) as it:
+    with loaded(path, overrides, round, client) as it:
         if len(it.clients) > 1:
             known = ", ".join(it.clients)
             raise UserError(
@@ -191,7 +191,7 @@ def answer(
 
 
 def _answer_both(
-    it: Target, questions: Sequence[Question], template: Template, length: int, tick: Tick
+    it: Subject, questions: Sequence[Question], template: Template, length: int, tick: Tick
 ) -> tuple[list[list[str]], int]:
     """Each question's two answers, and how many prompts were cut."""
     answers: list[list[str]] = [[] for _ in questions]
@@ -227,7 +227,7 @@ def _draw(seed: int, question: Question, turn: int) -> Draw | None:
 
 
 def _answer_ids(
-    it: Target, questions: Sequence[Question], template: Template, length: int
+    it: Subject, questions: Sequence[Question], template: Template, length: int
 ) -> dict[int | str, str]:
     """A name for each answer that tells it from any other model's, round's or setting's.
 

@@ -63,7 +63,7 @@ def evaluate(
         check_installed("lm_eval", "lm-eval", "harness")
         from hedgerow.benchmarks import harness as lm_eval
 
-        found = lm_eval.score_target(
+        found = lm_eval.score_path(
             *(target, overrides or [], round, client, names),
             include_path=include_path,
             num_fewshot=num_fewshot,
@@ -76,7 +76,7 @@ def evaluate(
         return
     if (include_path, num_fewshot, limit) != (None, None, None):
         raise UserError("--include-path, --num-fewshot and --limit belong to --harness")
-    from hedgerow.runs.targets import score_target
+    from hedgerow.runs.scoring import score_path
     from hedgerow.settings import DEFAULT_TEST
 
     changes = list(overrides or [])
@@ -87,7 +87,7 @@ def evaluate(
     if metrics is not None:
         changes.append(f"evaluation.metrics=[{metrics}]")
     with console.ProgressWatcher("evaluation") as watcher:
-        scores = score_target(target, changes, round, client, watcher.evaluated)
+        scores = score_path(target, changes, round, client, watcher.evaluated)
     if as_json:
         print(json.dumps(scores))
         return

@@ -23,7 +23,7 @@ from hedgerow.ledger import Base
 from hedgerow.methods.base import Client, ClientRound
 from hedgerow.model import Model
 from hedgerow.runs.directory import RunDirectory
-from hedgerow.runs.targets import Progress, Scorer, load_test
+from hedgerow.runs.scoring import Progress, Scorer, load_test
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry
 

@@ -22,7 +22,7 @@ from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import ClientResult
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Client
-from hedgerow.runs.targets import Scorer
+from hedgerow.runs.scoring import Scorer
 from hedgerow.wire import MAX_HEADER_BYTES, Entry
 
 BATCH = 256 << 20

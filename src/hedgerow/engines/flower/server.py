@@ -29,7 +29,7 @@ from hedgerow.files import replacing
 from hedgerow.ledger import Base
 from hedgerow.model import Model
 from hedgerow.runs.directory import RunDirectory
-from hedgerow.runs.targets import Scorer, load_test
+from hedgerow.runs.scoring import Scorer, load_test
 
 RUN = "flower.json"
 """The file of a run directory that says what the run is called at its sites."""

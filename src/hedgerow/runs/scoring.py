@@ -104,7 +104,7 @@ def by_model(scores: dict[str | None, dict[str, Any]]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class Subject:
     """A run's model after a round, or a model from a folder, and the settings to score it with."""
 
     model: Model
@@ -130,24 +130,24 @@ class Target:
 
 @contextmanager
 def loaded(
-    target: Path, overrides: list[str], round: int | None, client: str | None
-) -> Iterator[Target]:
+    path: Path, overrides: list[str], round: int | None, client: str | None
+) -> Iterator[Subject]:
     """Load a run's model after a round, or a model folder.
 
     Args:
-        target: a run directory, a packed ledger, or a model (or adapter) folder.
+        path: a run directory, a packed ledger, or a model (or adapter) folder.
         overrides: `key.path=value`, on top of the run's experiment.
 
     Raises:
         UserError: naming what does not fit.
     """
-    if (target / "config.json").is_file() or (target / "adapter_config.json").is_file():
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         if round is not None or client is not None:
-            raise UserError(f"{target} is a model, not a run: leave out --round and --client")
-        content: dict[str, Any] = {"model": {"path": str(target.absolute())}, "data": {}}
-        asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(target), Evaluation)
+            raise UserError(f"{path} is a model, not a run: leave out --round and --client")
+        content: dict[str, Any] = {"model": {"path": str(path.absolute())}, "data": {}}
+        asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(path), Evaluation)
         model = Model.load(asked.model)
-        yield Target(
+        yield Subject(
             model=model,
             data=asked.data,
             evaluation=asked.evaluation,
@@ -158,15 +158,15 @@ def loaded(
             clients=(),
         )
         return
-    with opened(target, overrides) as (experiment, ledger):
+    with opened(path, overrides) as (experiment, ledger):
         clients = check_client(experiment, ledger, client)
         round = check_round(ledger, round)
         model = model_at(experiment, ledger, round)
-        yield Target(
+        yield Subject(
             model=model,
             data=experiment.data,
             evaluation=experiment.evaluation,
-            name=f"{target.absolute().name}-round-{round}",
+            name=f"{path.absolute().name}-round-{round}",
             entry=ledger.parent(round + 1),
             seed=experiment.federation.seed,
             method=experiment.method,
@@ -174,8 +174,8 @@ def loaded(
         )
 
 
-def score_target(
-    target: Path,
+def score_path(
+    path: Path,
     overrides: list[str],
     round: int | None,
     client: str | None,
@@ -186,7 +186,7 @@ def score_target(
     Raises:
         UserError: naming what does not fit.
     """
-    with loaded(target, overrides, round, client) as it:
+    with loaded(path, overrides, round, client) as it:
         test = load_test(it.data, it.evaluation, it.model)
         scored = {name: evaluate(it.model, test, it.evaluation, progress) for name in it.models()}
         return by_model(scored) | counts(test)
