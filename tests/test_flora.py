@@ -138,7 +138,7 @@ def play(method, sizes, rounds, check, absent=lambda round, client: False, moves
         weights = aggregate.weights
         exact = {m: sum(p * c[m] for p, c in zip(weights, changes, strict=True)) for m in SHAPES}
         for update, change in zip(updates, changes, strict=True):
-            shown = method.kept(update, server_round)
+            shown = method.shown(update, server_round)
             s = float(shown.about["lora_alpha"]) / int(shown.about["r"])
             for m, pair in adapter_pairs(shown.tensors):
                 error = float((s * pair.B.double() @ pair.A.double() - change[m]).norm())

@@ -82,7 +82,7 @@ def test_a_module_is_merged_before_the_next_is_read(method, bits):
     assert (model.factors is not None) == has_start
 
 
-def server_turn(previous):
+def server_round(previous):
     expected = Expected(Seeds(0), SHAPES, TrainingSettings(steps=2))
     return ServerRound(2, [Client(0, "c", 5)], previous, expected, Forgetful())
 
@@ -91,13 +91,13 @@ def server_turn(previous):
 def test_a_server_reads_of_the_entry_before_what_clients_start_from(bits):
     given, tensors = entry(bits)
     method = FLoRA(ranks=4, restart="shared")
-    method._start(server_turn(given))
+    method._start(server_round(given))
     begun = [name for name in tensors if name.startswith(START)]
     assert sorted(tensors.read) == sorted(begun)
     tensors.read.clear()
     about = {"r": "4", "lora_alpha": "8"}
     update = Update("flora", 2, "c", "p", 5, 1.0, factors(4), about)
-    method.kept(update, server_turn(given))
+    method.shown(update, server_round(given))
     assert sorted(tensors.read) == sorted(begun)
 
 

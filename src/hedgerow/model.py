@@ -181,10 +181,10 @@ class Model:
         """Make all weights trainable, with a snapshot to give them back; returns them by name."""
         parameters = dict(self.network.named_parameters())
         self.network.requires_grad_(True)
-        self.remember(parameters)
+        self.take_snapshot(parameters)
         return parameters
 
-    def remember(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def take_snapshot(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take the snapshot that `trained_delta` compares with, in host memory."""
         # `.to` alone would hand out the weights themselves where they are on the CPU already.
         self._snapshot = {
@@ -194,7 +194,7 @@ class Model:
         self._trained = dict(parameters)
 
     def trained_delta(self) -> Iterator[tuple[str, Tensor]]:
-        """What training has added to each parameter since `remember`, in float32, one by one."""
+        """What training has added to each parameter since its snapshot, in float32, one by one."""
         for name, parameter in self._trained.items():
             before = self._snapshot[name].to(parameter.device)
             yield name, parameter.detach().to(torch.float32, copy=True).sub_(before)

@@ -150,7 +150,7 @@ class Inbox:
         )
         self._method.check_update(client, update, self.server_round.expected)
         if self._settings.keep_updates:
-            self._directory.keep_update(self._method.kept(update, self.server_round))
+            self._directory.keep_update(self._method.shown(update, self.server_round))
         return update
 
     def _too_few(self, attempts: int) -> str:

@@ -41,13 +41,13 @@ class Client:
 
 
 class Memory(Protocol):
-    """What a client, or the server, keeps for itself from one of its rounds to the next."""
+    """Tensors that a client, or the server, remembers from one of its rounds to the next."""
 
     def load(self) -> Mapping[str, Tensor]:
-        """What it kept in the last round before this one that it took part in; maybe nothing."""
+        """Tensors of the last round before this one that it took part in, by name; maybe none."""
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors."""
+        """Remember tensors, by name, on the CPU, for the next round."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class ClientRound:
     past: Callable[[int], Entry]
     """Reads the entry of an earlier round."""
 
-    def keep(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors for the client's next round, which begins anew where they are absurd."""
+    def remember(self, tensors: Mapping[str, Tensor]) -> None:
+        """Save tensors in `memory`; none where one is absurd, so that the next round begins anew."""
         try:
             check_numbers(tensors, LARGEST_SENT)
         except InvalidMessage:
-            # What is made of them is refused, in this round and, were they kept, in every other.
+            # What is made of them is refused, in this round and, were they saved, in every other.
             tensors = {}
         self.memory.save(tensors)
 
@@ -131,7 +131,7 @@ class Aggregate(NamedTuple):
 class Method(Plugin, ABC):
     """A federated method: its fields are the options under `method:` in the experiment file.
 
-    The functions are pure but for the model that they are handed: a method keeps no state, so that
+    The functions are pure but for the model that they are handed: a method has no state, so that
     the ledger is all that a participant needs.
     """
 
@@ -150,12 +150,12 @@ class Method(Plugin, ABC):
 
     @property
     def clients_remember(self) -> bool:
-        """Whether a client whose update is accepted has kept something for its next round."""
+        """Whether a client whose update is accepted remembers something for its next round."""
         return False
 
     @property
     def server_remembers(self) -> bool:
-        """Whether the server keeps something for the next round in each."""
+        """Whether the server remembers something in each round for the next."""
         return False
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
@@ -210,8 +210,8 @@ class Method(Plugin, ABC):
             shapes: `trained_shapes` of the participant's model.
         """
 
-    def kept(self, update: Update, server_round: ServerRound) -> Update:
-        """What `federation.keep_updates` keeps: the update, or one that shows its change alone."""
+    def shown(self, update: Update, server_round: ServerRound) -> Update:
+        """The update as `federation.keep_updates` keeps it for people: its own change alone."""
         return update
 
     @abstractmethod

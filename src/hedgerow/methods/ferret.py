@@ -153,7 +153,7 @@ class Ferret(HeldAdapter):
 
     @property
     def clients_remember(self) -> bool:
-        """What their sketches have lost, with error feedback."""
+        """With error feedback: what their sketches have lost."""
         return self.error_feedback
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
@@ -178,7 +178,7 @@ class Ferret(HeldAdapter):
         if self.over == "full":
             return model.unfreeze()
         parameters = super().start(model, client_round)
-        model.remember(parameters)
+        model.take_snapshot(parameters)
         return parameters
 
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
@@ -206,7 +206,7 @@ class Ferret(HeldAdapter):
         if self.error_feedback:
             sent = self._decoded(tensors, self.bits, up=True)
             rebuilt = self._rebuilt([sent], blocks, model.device)
-            client_round.keep(
+            client_round.remember(
                 {
                     name: change.sub_(estimate).cpu()
                     for (name, change), (_, estimate) in zip(delta(), rebuilt, strict=True)

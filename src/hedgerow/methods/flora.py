@@ -179,7 +179,7 @@ class FLoRA(ResidualAdapter):
         loss, state = first_order.continue_training(job, parameters, client_round.memory.load())
         if not self._is_shared(client_round.training):
             state |= {n: p.detach().cpu() for n, p in parameters.items() if ".lora_A." in n}
-        client_round.keep(state)
+        client_round.remember(state)
         return Trained(parameters, loss, along=along)
 
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
@@ -244,7 +244,7 @@ class FLoRA(ResidualAdapter):
             metrics["sketch_error"] = sums.relative_error
         return Aggregate(tensors, finite(metrics), weights)
 
-    def kept(self, update: Update, server_round: ServerRound) -> Update:
+    def shown(self, update: Update, server_round: ServerRound) -> Update:
         """The client's change as one adapter, ΔW_k = s_k·(B_k·A_k - B_0·A_0), decoded."""
         if server_round.previous is None or not self._is_shared(server_round.expected.training):
             return decoded(update)  # B_0 = 0

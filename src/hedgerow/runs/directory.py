@@ -133,8 +133,8 @@ class RunDirectory:
         """A run to go on with; metrics of rounds that the ledger has not are dropped.
 
         Raises:
-            UserError: the base or a client's data are not those that the run began with; or what
-                the server or a client has kept is missing or damaged.
+            UserError: the base or a client's data are not those that the run began with; or the
+                memory of the server or a client is missing or damaged.
         """
         lock = _locked(path)
         ledger = Ledger.open(path / "ledger")
@@ -171,20 +171,20 @@ class RunDirectory:
             os.fsync(file.fileno())
 
     def server_memory(self, round: int) -> RoundMemory:
-        """What the server keeps for itself."""
+        """The server's memory in a round."""
         return RoundMemory(self.path / "server", round)
 
     def memory(self, client: str, round: int) -> RoundMemory:
-        """What a client of this engine keeps for itself."""
+        """The memory of a client of this engine in a round."""
         return RoundMemory(self.path / "clients" / client, round)
 
     def _check_memories(
         self, method: Method, clients: Iterable[str], rows: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Raise a `UserError` unless everybody has what it kept.
+        """Raise a `UserError` unless everybody's memory is there.
 
         Args:
-            clients: those that keep it in this directory.
+            clients: those whose memory is in this directory.
             rows: which say who took part in which round.
         """
         round = len(self.ledger) + 1

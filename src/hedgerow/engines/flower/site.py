@@ -5,7 +5,7 @@ A site's folder is a run directory of its own, so that the result can be exporte
     FOLDER/RUN/experiment.yaml    the experiment, with the site's own paths
     FOLDER/RUN/ledger/            the entries so far
     FOLDER/RUN/updates/NAME/      the last updates, and the digest of the data that they are from
-    FOLDER/RUN/clients/NAME/      what the client keeps for itself from round to round
+    FOLDER/RUN/clients/NAME/      the client's memory from round to round
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Site:
         Args:
             app: with this site's model and data in its experiment.
             folder: as in the module's text.
-            memory: what clients keep, where it is not in `folder`.
+            memory: the folder of the clients' memories, where it is not in `folder`.
         """
         self._app, self._folder, self._memory = app, folder, memory
         self._experiment = app.experiment
