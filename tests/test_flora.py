@@ -22,7 +22,7 @@ from hedgerow.methods.base import Client, ClientRound, Expected, ServerRound, Tr
 from hedgerow.methods.compress import Compress, ranks_to_keep
 from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.integers import decode, encode
-from hedgerow.methods.scaling import LENGTHS, LONGEST, SHORTEST, adaptive
+from hedgerow.methods.weighting import LENGTHS, LONGEST, SHORTEST, adaptive_step
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
@@ -368,22 +368,22 @@ def test_a_default_cut_is_as_large_as_the_largest_client():
 def test_adaptive_steps_go_to_the_minimum_of_the_loss_along_the_last(best, last):
     losses = [(length - best) ** 2 + 5 for length in LENGTHS]
     expected = last * min(max(best, 1 / 1.5), 1.5)
-    assert adaptive(last, [losses] * 3, [5, 1, 2]) == pytest.approx(expected, rel=1e-6)
+    assert adaptive_step(last, [losses] * 3, [5, 1, 2]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_adaptive_steps_where_there_is_no_minimum_go_downhill_within_bounds():
-    assert adaptive(1.0, [[3.0, 2.5, 1.0]], [1]) == 1.5
-    assert adaptive(1.0, [[1.0, 2.5, 3.0]], [1]) == pytest.approx(1 / 1.5)
-    assert adaptive(LONGEST, [[3.0, 2.0, 1.0]], [1]) == LONGEST
-    assert adaptive(SHORTEST, [[1.0, 2.0, 3.0]], [1]) == SHORTEST
-    assert adaptive(0.7, [[3.0, 3.0, 3.0]], [1]) == 0.7
-    assert adaptive(0.7, [[LARGEST_SENT] * 3], [1]) == 0.7
+    assert adaptive_step(1.0, [[3.0, 2.5, 1.0]], [1]) == 1.5
+    assert adaptive_step(1.0, [[1.0, 2.5, 3.0]], [1]) == pytest.approx(1 / 1.5)
+    assert adaptive_step(LONGEST, [[3.0, 2.0, 1.0]], [1]) == LONGEST
+    assert adaptive_step(SHORTEST, [[1.0, 2.0, 3.0]], [1]) == SHORTEST
+    assert adaptive_step(0.7, [[3.0, 3.0, 3.0]], [1]) == 0.7
+    assert adaptive_step(0.7, [[LARGEST_SENT] * 3], [1]) == 0.7
 
 
 def test_nobody_decides_an_adaptive_step_alone():
     honest = [[2.0, 2.1, 2.5]] * 20
     for liar in ([LARGEST_SENT, LARGEST_SENT / 2, 0.0], [0.0, LARGEST_SENT / 2, LARGEST_SENT]):
-        assert adaptive(1.0, [*honest, liar], [1] * 21) == adaptive(1.0, honest, [1] * 20)
+        assert adaptive_step(1.0, [*honest, liar], [1] * 21) == adaptive_step(1.0, honest, [1] * 20)
 
 
 @pytest.mark.parametrize("steps", [3, 10])

@@ -65,7 +65,7 @@ class ClientRound:
     """Reads the entry of an earlier round."""
 
     def remember(self, tensors: Mapping[str, Tensor]) -> None:
-        """Save tensors in `memory`; none where one is absurd, so that the next round begins anew."""
+        """Save tensors in `memory`; none where one is absurd: the next round begins anew."""
         try:
             check_numbers(tensors, LARGEST_SENT)
         except InvalidMessage:
@@ -109,7 +109,7 @@ class Trained:
     steps: Mapping[int, float] = field(default_factory=dict)
     """How far it went along each direction, by the direction's seed (zeroth-order)."""
     along: Sequence[float] = ()
-    """The loss along the last round's step, before training, at `scaling.LENGTHS`."""
+    """The loss along the last round's step, before training, at `weighting.LENGTHS`."""
 
 
 class Payload(NamedTuple):

@@ -39,7 +39,7 @@ from hedgerow.adapters import adapter_pair, adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods import scaling
+from hedgerow.methods import weighting
 from hedgerow.methods.base import (
     Aggregate,
     Client,
@@ -61,9 +61,9 @@ from hedgerow.methods.factors import (
 from hedgerow.methods.integers import Bits, check_steps, decode, decoded, encode, encoded_kinds
 from hedgerow.methods.lora import update_scale
 from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
-from hedgerow.methods.scaling import Scaling
 from hedgerow.methods.stacking import StackedFactors, finite
 from hedgerow.methods.sums import ExactSums, SketchedSums
+from hedgerow.methods.weighting import Weighting
 from hedgerow.wire import LARGEST_BROADCAST, LARGEST_SENT, check_kinds, kinds
 
 if TYPE_CHECKING:
@@ -85,9 +85,9 @@ sketches are added up."""
 _ROUNDING = "rounding_error"
 """What an update in fewer bits says of itself: ‖ΔW sent - ΔW‖ / ‖ΔW‖."""
 _ALONG = "losses_along"
-"""The loss along the last round's step, at `scaling.LENGTHS`."""
+"""The loss along the last round's step, at `weighting.LENGTHS`."""
 _LOSSES = re.compile(
-    " ".join([r"[0-9]{1,11}(\.[0-9]{1,12})?(e[+-][0-9]{2})?"] * len(scaling.LENGTHS))
+    " ".join([r"[0-9]{1,11}(\.[0-9]{1,12})?(e[+-][0-9]{2})?"] * len(weighting.LENGTHS))
 )
 _SHARE = re.compile(r"0|1|1\.0|0\.[0-9]{1,10}|[0-9](\.[0-9]{1,3})?e-[0-9]{2}")
 
@@ -107,7 +107,7 @@ class FLoRA(ResidualAdapter):
     """What adapters start from in a round: `zero` anew, as in the paper; `own` the client's own A
     and moments; `shared` the average of all adapters, and own moments; `warm` the latter two,
     whichever fits the number of local steps."""
-    scaling: Scaling = "size"
+    scaling: Weighting = "size"
     """What clients count: `size`, `uniform`, a number, a list of numbers, or `adaptive`: by size,
     in steps as long as clients' losses along the last step advise (three more forward passes of one
     batch for each client in a round)."""
@@ -129,7 +129,7 @@ class FLoRA(ResidualAdapter):
         return self.compress is not None and self.compress.carry
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
-        """As for every adapter; the scaling factors and the bound on ranks fit the clients."""
+        """As for every adapter; the weights and the bound on ranks fit the clients."""
         super().check(model, num_clients, training)
         if isinstance(self.scaling, list) and len(self.scaling) != num_clients:
             raise UserError(
@@ -261,7 +261,7 @@ class FLoRA(ResidualAdapter):
 
     def check_weights(self, participants: Sequence[Participant]) -> None:
         """They are those of `scaling`."""
-        scaling.check(self.scaling, participants)
+        weighting.check(self.scaling, participants)
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """A pair for each module, and for a shared start another, of the largest rank."""
@@ -330,7 +330,7 @@ class FLoRA(ResidualAdapter):
         order = client_round.seeds.numpy(
             "line search", client_round.round, client_round.client.name
         )
-        return losses_along(job, step(), scaling.LENGTHS, order)
+        return losses_along(job, step(), weighting.LENGTHS, order)
 
     def _sums(
         self,
@@ -351,17 +351,21 @@ class FLoRA(ResidualAdapter):
             arrived = SketchedSums(
                 updates,
                 start=start,
-                weigh=lambda u: scaling.counts_as(self.scaling, u.client, u.num_examples, places),
+                weigh=lambda u: weighting.relative_weight(
+                    self.scaling, u.client, u.num_examples, places
+                ),
                 rank=bound,
                 generator=server_round.expected.seeds.torch("sketch", server_round.round),
             )
         else:
             arrived = StackedFactors(updates)
         counts, size = arrived.num_examples, self._step_size(said, server_round)
-        weights = [size * p for p in scaling.fixed(self.scaling, arrived.clients, counts, places)]
+        weights = [
+            size * p for p in weighting.fixed_weights(self.scaling, arrived.clients, counts, places)
+        ]
         metrics = {"step_size": size} if self.scaling == "adaptive" else {}
         if isinstance(arrived, SketchedSums):
-            arrived.normalise(size * scaling.normalisation(self.scaling, counts))
+            arrived.normalise(size * weighting.normalisation(self.scaling, counts))
             return arrived, weights, metrics
         as_sent = self.restart == "zero" and self.compress is None
         return ExactSums(arrived, start, weights, whole=as_sent), weights, metrics
@@ -369,12 +373,12 @@ class FLoRA(ResidualAdapter):
     def _step_size(
         self, said: Sequence[tuple[int, Mapping[str, str]]], server_round: ServerRound
     ) -> float:
-        """What the updates' scaling factors are multiplied with."""
+        """The factor of all weights: the global step size η."""
         if self.scaling != "adaptive" or server_round.previous is None:
             return 1.0
         last = sum(participant.weight for participant in server_round.previous.participants)
         losses = [[float(loss) for loss in about[_ALONG].split()] for _, about in said]
-        return scaling.adaptive(last, losses, [count for count, _ in said])
+        return weighting.adaptive_step(last, losses, [count for count, _ in said])
 
     def _spooled(self, server_round: ServerRound) -> int:
         """The bytes of all clients' factors."""

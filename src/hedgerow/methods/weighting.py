@@ -1,7 +1,7 @@
-"""What each client counts in an aggregate: the scaling factors p_k of FLoRA (section 3, eq. 5).
+"""Weights p_k of clients in an aggregate: FLoRA's scaling factors (section 3, eq. 5).
 
 FLoRA's paper finds that the best factor differs by data set (section 4, "impact of scaling
-factor"), and leaves the choice to the user. `adaptive` chooses from the updates' geometry.
+factor"), and leaves the choice to the user. `adaptive` chooses by the clients' losses.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pydantic import Field
 from hedgerow.errors import InvalidMessage
 from hedgerow.wire import LARGEST_WEIGHT, Participant
 
-Factor = Annotated[float, Field(gt=0, le=LARGEST_WEIGHT)]
-Scaling = (
-    Literal["size", "uniform", "adaptive"] | Factor | Annotated[list[Factor], Field(min_length=1)]
+Weight = Annotated[float, Field(gt=0, le=LARGEST_WEIGHT)]
+Weighting = (
+    Literal["size", "uniform", "adaptive"] | Weight | Annotated[list[Weight], Field(min_length=1)]
 )
 """`size`: p_k = n_k / Σ n. `uniform`: 1 / N. A number: that for each client, as in the paper's
-study. A list: one number for each client. `adaptive`: see `adaptive`."""
+study. A list: one number for each client. `adaptive`: see `adaptive_step`."""
 
 LENGTHS = (0.5, 1.0, 1.5)
 """Where clients measure the loss for `adaptive`, in units of the last round's step."""
@@ -33,39 +33,49 @@ _FASTEST = 1.5
 """By what factor they change from round to round at most."""
 
 
-def fixed(
-    scaling: Scaling, clients: Sequence[str], num_examples: Sequence[int], places: Mapping[str, int]
+def fixed_weights(
+    weighting: Weighting,
+    clients: Sequence[str],
+    num_examples: Sequence[int],
+    places: Mapping[str, int],
 ) -> list[float]:
-    """The scaling factors of one round's participants, where they do not depend on the updates.
+    """Weights of one round's participants, where they do not depend on the updates.
 
     Args:
         clients: their names.
         num_examples: n_k of each.
-        places: which of the experiment's clients they are, for a list of factors.
+        places: which of the experiment's clients they are, for a list of weights.
+
+    Returns:
+        p_k of each client.
     """
     pairs = zip(clients, num_examples, strict=True)
-    relative = [counts_as(scaling, client, count, places) for client, count in pairs]
-    factor = normalisation(scaling, num_examples)
+    relative = [relative_weight(weighting, client, count, places) for client, count in pairs]
+    factor = normalisation(weighting, num_examples)
     return [weight * factor for weight in relative]
 
 
-def counts_as(scaling: Scaling, client: str, num_examples: int, places: Mapping[str, int]) -> float:
-    """What one client counts beside the others, before it is known who they are."""
-    if isinstance(scaling, list):
-        return scaling[places[client]]
-    if isinstance(scaling, float):
-        return scaling
-    return 1.0 if scaling == "uniform" else float(num_examples)
+def relative_weight(
+    weighting: Weighting, client: str, num_examples: int, places: Mapping[str, int]
+) -> float:
+    """Weight of one client relative to the others, before it is known who they are."""
+    if isinstance(weighting, list):
+        return weighting[places[client]]
+    if isinstance(weighting, float):
+        return weighting
+    return 1.0 if weighting == "uniform" else float(num_examples)
 
 
-def normalisation(scaling: Scaling, num_examples: Sequence[int]) -> float:
-    """What makes p_k of `counts_as`."""
-    if isinstance(scaling, list | float):
+def normalisation(weighting: Weighting, num_examples: Sequence[int]) -> float:
+    """Factor that makes p_k of `relative_weight`."""
+    if isinstance(weighting, list | float):
         return 1.0
-    return 1 / (len(num_examples) if scaling == "uniform" else sum(num_examples))
+    return 1 / (len(num_examples) if weighting == "uniform" else sum(num_examples))
 
 
-def adaptive(last: float, losses: Sequence[Sequence[float]], num_examples: Sequence[int]) -> float:
+def adaptive_step(
+    last: float, losses: Sequence[Sequence[float]], num_examples: Sequence[int]
+) -> float:
     """The global step size η of a round, by a line search along the last one's step.
 
     Clients have the model after that step, and report their loss before they train, where the step
@@ -101,15 +111,15 @@ def _mean_of_bounded(values: Sequence[float], num_examples: Sequence[int]) -> fl
     return sum(min(max(value, -most), most) * n for value, n in pairs) / sum(num_examples)
 
 
-def check(scaling: Scaling, participants: Sequence[Participant]) -> None:
-    """Raise `InvalidMessage` unless an entry's weights may be those of such factors."""
-    if isinstance(scaling, list):
-        if strangers := [p for p in participants if p.weight not in scaling]:
+def check(weighting: Weighting, participants: Sequence[Participant]) -> None:
+    """Raise `InvalidMessage` unless an entry's weights are those of `weighting`."""
+    if isinstance(weighting, list):
+        if strangers := [p for p in participants if p.weight not in weighting]:
             raise InvalidMessage(f"the weight of {strangers[0].client} is {strangers[0].weight}")
     else:
         clients = [p.client for p in participants]
-        weights = fixed(scaling, clients, [p.num_examples for p in participants], {})
-        if scaling == "adaptive":
+        weights = fixed_weights(weighting, clients, [p.num_examples for p in participants], {})
+        if weighting == "adaptive":
             total = sum(p.weight for p in participants)
             if not SHORTEST * (1 - 1e-9) <= total <= LONGEST * (1 + 1e-9):
                 raise InvalidMessage(f"its weights sum to {total}, not {SHORTEST} to {LONGEST}")
