@@ -19,9 +19,9 @@ from hedgerow.ledger import Ledger
 from hedgerow.lowrank import Factors, Projections, SumSketch
 from hedgerow.methods import flora
 from hedgerow.methods.base import Client, ClientRound, Expected, ServerRound, Trained
-from hedgerow.methods.compress import Compress, ranks_to_keep
 from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.integers import decode, encode
+from hedgerow.methods.truncation import Compress, ranks_to_keep
 from hedgerow.methods.weighting import LENGTHS, LONGEST, SHORTEST, adaptive_step
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds

@@ -49,7 +49,6 @@ from hedgerow.methods.base import (
     ServerRound,
     Trained,
 )
-from hedgerow.methods.compress import Compress, cut
 from hedgerow.methods.factors import (
     check_factors,
     check_pairs,
@@ -63,6 +62,7 @@ from hedgerow.methods.lora import update_scale
 from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
 from hedgerow.methods.stacking import StackedFactors, finite
 from hedgerow.methods.sums import ExactSums, SketchedSums
+from hedgerow.methods.truncation import Compress, truncate_sums
 from hedgerow.methods.weighting import Weighting
 from hedgerow.wire import LARGEST_BROADCAST, LARGEST_SENT, check_kinds, kinds
 
@@ -234,7 +234,9 @@ class FLoRA(ResidualAdapter):
             metrics |= whole.metrics
         else:
             owed, shapes = server_round.memory.load(), server_round.expected.shapes
-            tensors, left, errors = cut(self.compress, sums, owed, shapes, self.largest_rank)
+            tensors, left, errors = truncate_sums(
+                self.compress, sums, owed, shapes, self.largest_rank
+            )
             metrics |= errors
             if self.compress.carry:
                 server_round.memory.save(left)

@@ -58,7 +58,7 @@ class Compress(BaseModel):
         return self.rank
 
 
-def cut(
+def truncate_sums(
     compress: Compress,
     sums: ExactSums | SketchedSums,
     owed: Mapping[str, Tensor],
