@@ -20,7 +20,7 @@ from hedgerow.lowrank import Factors, Projections, SumSketch
 from hedgerow.methods import flora
 from hedgerow.methods.base import Client, ClientRound, Expected, ServerRound, Trained
 from hedgerow.methods.flora import FLoRA
-from hedgerow.methods.integers import decode, encode
+from hedgerow.methods.quantization import dequantize, quantize
 from hedgerow.methods.truncation import Compress, ranks_to_keep
 from hedgerow.methods.weighting import LENGTHS, LONGEST, SHORTEST, adaptive_step
 from hedgerow.model import Model
@@ -317,12 +317,12 @@ def test_updates_in_fewer_bits_are_nearly_the_same(bits):
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
-def test_encoding_is_as_fine_as_its_bits(bits):
+def test_quantization_is_as_fine_as_its_bits(bits):
     generator = torch.Generator().manual_seed(0)
     pair = Factors(torch.randn(4, 9, generator=generator), torch.randn(6, 4, generator=generator))
     pair.A[1] = 0
     tensors = adapter_tensors({"q": pair})
-    back = decode(encode(tensors, bits))
+    back = dequantize(quantize(tensors, bits))
     for name, factor in tensors.items():
         dim = 1 if ".lora_A." in name else 0
         step = factor.abs().amax(dim, keepdim=True) / (2 ** (bits - 1) - 1)

@@ -12,7 +12,7 @@ from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Client, Expected, ServerRound
 from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.florist import FLoRIST
-from hedgerow.methods.integers import encode
+from hedgerow.methods.quantization import quantize
 from hedgerow.methods.residual import START
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
@@ -49,7 +49,7 @@ def factors(rank, bits=32):
         )
         for module, (m, n) in SHAPES.items()
     }
-    return encode(adapter_tensors(pairs), bits)
+    return quantize(adapter_tensors(pairs), bits)
 
 
 def entry(bits, start=True):

@@ -9,7 +9,7 @@ from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods.integers import Bits, encoded_kinds
+from hedgerow.methods.quantization import Bits, quantized_kinds
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def check_pairs(
         given: what they are, by PEFT's key names.
         shapes: (m, n) of the adapted matrices, by module.
         most: the largest rank that each module may have.
-        bits: of each number, as `encoding.encode` has them.
+        bits: of each number, as `quantize` has them.
         least: the smallest rank that each module may have; 1 if not given.
 
     Returns:
@@ -61,7 +61,7 @@ def check_pairs(
         if ranks[module] > most[module]:
             raise InvalidMessage(f"{module} has rank {ranks[module]}, above {most[module]}")
         expected |= factor_kinds({module: shape}, ranks[module])
-    check_kinds(given, encoded_kinds(expected, bits))
+    check_kinds(given, quantized_kinds(expected, bits))
     for module, rank in (least or {}).items():
         if ranks[module] < rank:
             raise InvalidMessage(f"{module} has rank {ranks[module]}, below {rank}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from hedgerow.methods.base import Client, ClientRound, Expected
-from hedgerow.methods.zeroth_order import ZerothOrderMethod, check_steps
+from hedgerow.methods.zeroth_order import ZerothOrderMethod, check_local_steps
 
 if TYPE_CHECKING:
     from hedgerow.wire import Entry
@@ -44,4 +44,4 @@ class FedKSeed(ZerothOrderMethod):
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """It has at most K seeds of directions."""
-        check_steps(entry.tensors, self.candidates)
+        check_local_steps(entry.tensors, self.candidates)

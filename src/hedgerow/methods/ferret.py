@@ -204,7 +204,7 @@ class Ferret(HeldAdapter):
             ) from None
         tensors |= self._seed_tensors(seed, client_round.seeds)
         if self.error_feedback:
-            sent = self._decoded(tensors, self.bits, up=True)
+            sent = self._unpacked(tensors, self.bits, up=True)
             rebuilt = self._rebuilt([sent], blocks, model.device)
             client_round.remember(
                 {
@@ -263,7 +263,7 @@ class Ferret(HeldAdapter):
             total += update.num_examples
             rate = self.server_learning_rate * self.anneal ** (update.round - 1)
             beside = {n: t for n, t in update.tensors.items() if n == "adapter_seed"}
-            seed, gammas = self._decoded(update.tensors, self.bits, up=True)
+            seed, gammas = self._unpacked(update.tensors, self.bits, up=True)
             # Which rows a hadamard sketch samples depends on how many; other bases do not.
             key = (seed, *gammas.counts) if self.basis == "hadamard" else (seed,)
             _add(sums.setdefault(key, []), gammas, update.num_examples)
@@ -282,7 +282,7 @@ class Ferret(HeldAdapter):
             prefix = f"{len(sketches)}."
             own = {n.removeprefix(prefix): n for n in entry.tensors if n.startswith(prefix)}
             tensors = {name: entry.tensors[key] for name, key in own.items()}
-            sketches.append(self._decoded(tensors, self.broadcast_bits, up=False))
+            sketches.append(self._unpacked(tensors, self.broadcast_bits, up=False))
         weights: Mapping[str, Tensor] = dict(model.network.named_parameters())
         if self.over == "lora":
             weights = self._global_adapter(model, int(entry.tensors["adapter_seed"]))
@@ -340,7 +340,7 @@ class Ferret(HeldAdapter):
         adapter = {"adapter_seed": torch.tensor([seeds.derive("adapter")])}
         return {"seed": torch.tensor([seed])} | (adapter if self.over == "lora" else {})
 
-    def _decoded(self, tensors: Mapping[str, Tensor], bits: Bits, *, up: bool) -> _Sketch:
+    def _unpacked(self, tensors: Mapping[str, Tensor], bits: Bits, *, up: bool) -> _Sketch:
         packed = {n: t for n, t in tensors.items() if n not in ("seed", "adapter_seed")}
         seed = int(tensors["seed"])
         return _Sketch(seed, Packed(packed, bits, _rotation(seed, up=up)))

@@ -57,8 +57,15 @@ from hedgerow.methods.factors import (
     factor_kinds,
     init_factors,
 )
-from hedgerow.methods.integers import Bits, check_steps, decode, decoded, encode, encoded_kinds
 from hedgerow.methods.lora import update_scale
+from hedgerow.methods.quantization import (
+    Bits,
+    check_step_sizes,
+    dequantize,
+    dequantize_update,
+    quantize,
+    quantized_kinds,
+)
 from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
 from hedgerow.methods.stacking import StackedFactors, finite
 from hedgerow.methods.sums import ExactSums, SketchedSums
@@ -191,12 +198,12 @@ class FLoRA(ResidualAdapter):
             )
         if self.upload_bits == 32:
             return Payload(tensors, about)
-        encoded = encode(tensors, self.upload_bits)
-        sent = (pair for _, pair in adapter_pairs(decode(encoded)))
+        quantized = quantize(tensors, self.upload_bits)
+        sent = (pair for _, pair in adapter_pairs(dequantize(quantized)))
         error = lowrank.relative_error(
             zip(sent, dict(adapter_pairs(tensors)).values(), strict=True)
         )
-        return Payload(encoded, about | {_ROUNDING: f"{min(error, 1.0):.3g}"})
+        return Payload(quantized, about | {_ROUNDING: f"{min(error, 1.0):.3g}"})
 
     # --- at the server --------------------------------------------------------------------------
 
@@ -214,8 +221,8 @@ class FLoRA(ResidualAdapter):
         if any(float(loss) > LARGEST_SENT for loss in own.get(_ALONG, "").split()):
             raise InvalidMessage(f"its {_ALONG} has numbers above {LARGEST_SENT:g}")
         pair = factor_kinds(expected.shapes, rank)
-        check_kinds(kinds(update.tensors), encoded_kinds(pair, self.upload_bits))
-        check_steps(update.tensors, self.upload_bits, LARGEST_SENT)
+        check_kinds(kinds(update.tensors), quantized_kinds(pair, self.upload_bits))
+        check_step_sizes(update.tensors, self.upload_bits, LARGEST_SENT)
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Stacked factors; or averages and what these lack of them, re-factorised and maybe cut."""
@@ -225,7 +232,7 @@ class FLoRA(ResidualAdapter):
         def arriving() -> Iterator[Update]:
             for update in updates:
                 said.append((update.num_examples, update.about))
-                yield decoded(update)
+                yield dequantize_update(update)
 
         sums, weights, metrics = self._sums(arriving(), said, start, server_round)
         if self.compress is None:
@@ -247,12 +254,12 @@ class FLoRA(ResidualAdapter):
         return Aggregate(tensors, finite(metrics), weights)
 
     def shown(self, update: Update, server_round: ServerRound) -> Update:
-        """The client's change as one adapter, ΔW_k = s_k·(B_k·A_k - B_0·A_0), decoded."""
+        """The client's change as one adapter, ΔW_k = s_k·(B_k·A_k - B_0·A_0), in float32."""
         if server_round.previous is None or not self._is_shared(server_round.expected.training):
-            return decoded(update)  # B_0 = 0
+            return dequantize_update(update)  # B_0 = 0
         s, rank = update_scale(update), int(update.about["r"])
-        start = decode(split(server_round.previous.tensors)[0])
-        pairs = zip(adapter_pairs(decode(update.tensors)), adapter_pairs(start), strict=True)
+        start = dequantize(split(server_round.previous.tensors)[0])
+        pairs = zip(adapter_pairs(dequantize(update.tensors)), adapter_pairs(start), strict=True)
         change = {}
         for (module, pair), (_, whole) in pairs:
             before = whole.leading(rank)
@@ -274,7 +281,7 @@ class FLoRA(ResidualAdapter):
         if start:
             if self.restart in ("zero", "own"):
                 raise InvalidMessage("it has an adapter to start from, and clients have their own")
-            check_kinds(start, encoded_kinds(factor_kinds(shapes, self.largest_rank), bits))
+            check_kinds(start, quantized_kinds(factor_kinds(shapes, self.largest_rank), bits))
         ranks = self.possible_ranks(count)
         # More is known only where all clients take part, or all have one rank.
         fewest, most = sum(ranks[:count]), sum(ranks[-count:])
@@ -289,7 +296,7 @@ class FLoRA(ResidualAdapter):
                 for rank in (fewest, most)
             )
             check_pairs(residual, shapes, largest, least=least)
-        check_steps(entry.tensors, bits, LARGEST_BROADCAST)
+        check_step_sizes(entry.tensors, bits, LARGEST_BROADCAST)
 
     # --- details --------------------------------------------------------------------------------
 
@@ -305,7 +312,7 @@ class FLoRA(ResidualAdapter):
         if not self._is_shared(expected.training):
             return {}
         if server_round.previous is not None:
-            return dict(adapter_pairs(decode(split(server_round.previous.tensors)[0])))
+            return dict(adapter_pairs(dequantize(split(server_round.previous.tensors)[0])))
         drawn = expected.seeds.torch("adapter")
         return dict(adapter_pairs(draw_adapter(expected.shapes, drawn, self.largest_rank)))
 
@@ -315,13 +322,13 @@ class FLoRA(ResidualAdapter):
             return ()
         from hedgerow.training.line_search import losses_along  # as in Method.train
 
-        start, residual = map(decode, split(client_round.past(client_round.round - 1).tensors))
+        start, residual = map(dequantize, split(client_round.past(client_round.round - 1).tensors))
         earlier = (
             client_round.past(client_round.round - 2).tensors
             if start and client_round.round > 2
             else {}
         )
-        before = decode(split(earlier)[0])
+        before = dequantize(split(earlier)[0])
 
         def step() -> Iterator[tuple[str, Factors]]:
             for module, pair in adapter_pairs(residual):

@@ -2,7 +2,7 @@
 
 Whatever adapter clients are to go on from, it differs from the exact sum of theirs by a matrix of
 low rank. An entry holds both: under `start.` and PEFT's keys the adapter, and under PEFT's keys
-alone the residual, of a rank for each matrix and at least 1; both may be encoded in fewer bits. The
+alone the residual, of a rank for each matrix and at least 1; both may be quantized. The
 global model is the base with all residuals merged, and the last start adapter beside it.
 """
 
@@ -17,7 +17,7 @@ from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate
 from hedgerow.methods.fedit import AveragedAdapter
-from hedgerow.methods.integers import decode
+from hedgerow.methods.quantization import dequantize
 from hedgerow.methods.stacking import finite
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class ResidualAdapter(AveragedAdapter):
 
     def apply(self, model: Model, entry: Entry) -> None:
         """W <- W + the residual, module by module; the global adapter is the entry's."""
-        start, residual = map(decode, split(entry.tensors))
+        start, residual = map(dequantize, split(entry.tensors))
         for module, factors in adapter_pairs(residual):
             model.merge(module, factors)
         model.factors = dict(start) or None
@@ -48,7 +48,7 @@ class ResidualAdapter(AveragedAdapter):
         parts: list[Mapping[str, Tensor]] = []
         start: Mapping[str, Tensor] = {}
         for entry in entries:
-            start, residual = map(decode, split(entry.tensors))
+            start, residual = map(dequantize, split(entry.tensors))
             parts.append(residual)
         if not parts:
             raise UserError("round 0 is the base model: there is no adapter to export yet")

@@ -19,7 +19,7 @@ from hedgerow import lowrank
 from hedgerow.adapters import adapter_pair, adapter_tensors
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods.integers import Bits, decode, encode
+from hedgerow.methods.quantization import Bits, dequantize, quantize
 from hedgerow.methods.residual import START
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ def truncate_sums(
         past = adapter_pair(owed, module)
         due = exact if past is None else lowrank.stack([exact, past.double()])
         if average is not None:
-            start = _encoded(module, average, compress.bits)
+            start = _quantized(module, average, compress.bits)
             tensors |= {START + name: tensor for name, tensor in start.items()}
-            due = lowrank.difference(due, _decoded(module, start))
+            due = lowrank.difference(due, _dequantized(module, start))
             room -= largest_rank * sum(shapes[module])
         room += (bound or math.inf) * sum(shapes[module])
         decomposed = lowrank.svd(due)
@@ -116,9 +116,9 @@ def truncate_sums(
     for module in list(leading):
         pair, rank = leading.pop(module), ranks[module]
         kept = pair.leading(rank)
-        encoded = _encoded(module, kept, compress.bits)
-        tensors |= encoded
-        sent = _decoded(module, encoded)
+        quantized = _quantized(module, kept, compress.bits)
+        tensors |= quantized
+        sent = _dequantized(module, quantized)
         # What is left out is orthogonal to what is kept, and so to its rounding.
         missed += float(spectra[module][rank:].square().sum()) + lowrank.distance(kept, sent) ** 2
         if compress.carry:
@@ -133,14 +133,14 @@ def truncate_sums(
     return tensors, adapter_tensors(left), metrics
 
 
-def _encoded(module: str, pair: Factors, bits: Bits) -> dict[str, Tensor]:
+def _quantized(module: str, pair: Factors, bits: Bits) -> dict[str, Tensor]:
     """A module's factors as they are broadcast."""
-    return encode(adapter_tensors({module: pair.float()}), bits)
+    return quantize(adapter_tensors({module: pair.float()}), bits)
 
 
-def _decoded(module: str, tensors: Mapping[str, Tensor]) -> Factors:
+def _dequantized(module: str, tensors: Mapping[str, Tensor]) -> Factors:
     """What participants make of them."""
-    pair = adapter_pair(decode(tensors), module)
+    pair = adapter_pair(dequantize(tensors), module)
     assert pair is not None
     return pair
 

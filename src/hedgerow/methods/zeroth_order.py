@@ -84,12 +84,12 @@ class ZerothOrderMethod(Method):
         """It has seeds of directions that the client may have taken, and as many coordinates."""
         update.check_about({})
         possible = self.possible(client, update.round, expected)
-        if not check_steps(update.tensors, len(possible)) <= possible:
+        if not check_local_steps(update.tensors, len(possible)) <= possible:
             raise InvalidMessage("it has seeds that are not its own")
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """It has seeds of directions, and as many coordinates; whose seeds it cannot know."""
-        check_steps(entry.tensors)
+        check_local_steps(entry.tensors)
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Σ p_k c_k, direction by direction."""
@@ -134,7 +134,7 @@ def _steps(tensors: Mapping[str, Tensor]) -> dict[int, float]:
     return dict(zip(tensors["seeds"].tolist(), tensors["coordinates"].tolist(), strict=True))
 
 
-def check_steps(tensors: Mapping[str, Tensor], most: float = math.inf) -> set[int]:
+def check_local_steps(tensors: Mapping[str, Tensor], most: float = math.inf) -> set[int]:
     """The seeds of at most so many steps.
 
     Raises:
