@@ -352,7 +352,7 @@ def with_counts(counts):
 def test_an_update_that_is_not_what_was_asked_for_is_refused(run, damage):
     directory = run(federation={"rounds": 1})
     data = (directory / "updates/round-0001/client-000.safetensors").read_bytes()
-    update = Update.decode(data)
+    update = Update.from_bytes(data)
     tensors = dict(update.tensors)
     damage(tensors)
     bad = Update(**{**vars(update), "tensors": tensors})
@@ -361,7 +361,7 @@ def test_an_update_that_is_not_what_was_asked_for_is_refused(run, damage):
     client = Client(0, update.client, update.num_examples)
     experiment.method.check_update(client, update, expected)
     with pytest.raises(InvalidMessage):
-        experiment.method.check_update(client, Update.decode(bad.encode()), expected)
+        experiment.method.check_update(client, Update.from_bytes(bad.to_bytes()), expected)
 
 
 def test_sgd_steps_in_the_backward_pass_are_sgd_s(run, monkeypatch):

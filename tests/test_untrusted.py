@@ -135,7 +135,7 @@ class Case:
         # As the server has them, from ledger.json.
         self.expected = Expected(SEEDS, json.loads(json.dumps(self.shapes)), TRAINING)
         self.updates = [self._update(client) for client in self.clients]
-        self.entry = self._entry(list(map(Update.decode, self.updates)))
+        self.entry = self._entry(list(map(Update.from_bytes, self.updates)))
 
     def _update(self, client: Client) -> bytes:
         client_round = ClientRound(client, ROUND, SEEDS, TrainingSettings(), Forgetful(), no_past)
@@ -158,7 +158,7 @@ class Case:
             train_loss=1.5,
             tensors=payload.tensors,
             about=payload.about,
-        ).encode()
+        ).to_bytes()
         self.model.release()
         return data
 
@@ -193,7 +193,7 @@ class Case:
 
         overwrite(self.path, data)
         try:
-            update = checked(Update.decode(data))
+            update = checked(Update.from_bytes(data))
         except InvalidMessage as error:
             assert_readable(error)
             with pytest.raises(InvalidMessage):
@@ -221,7 +221,7 @@ class Case:
 
     def check_accepted_update(self, update: Update) -> None:
         """The server goes on with it, to an entry that all participants accept."""
-        others = map(Update.decode, self.updates[1:])
+        others = map(Update.from_bytes, self.updates[1:])
         self.check_accepted_entry(self.arrive(self._entry([update, *others])))
 
     def check_accepted_entry(self, entry: Entry) -> None:
@@ -778,11 +778,11 @@ def tensor(**changes):
 def test_a_reader_refuses_what_nobody_asked_it_about(change, says):
     """Before a method compares an update with what it expects."""
     update = Update("fedavg", 1, "a", PARENT, 7, 1.5, {"x": torch.ones(1)}, {"about": "x"})
-    file = File.of(update.encode())
+    file = File.of(update.to_bytes())
     file.tensors = change.get("tensors", file.tensors)
     file.metadata |= {key: text for key, text in change.items() if key != "tensors"}
     with pytest.raises(InvalidMessage, match=says):
-        Update.decode(file.bytes())
+        Update.from_bytes(file.bytes())
 
 
 @pytest.mark.parametrize(
@@ -809,7 +809,7 @@ def test_a_participant_has_a_name_a_size_and_a_weight(tmp_path, participant, say
 
 def test_an_update_of_another_client_round_or_model_is_named(case):
     client = case.clients[0]
-    update = Update.decode(case.updates[0])
+    update = Update.from_bytes(case.updates[0])
     asked = [case.method.name, ROUND, PARENT, client.name, client.num_examples]
     update.check(*asked)
     for place, (what, other) in enumerate(
@@ -896,7 +896,7 @@ def test_a_replay_refuses_an_entry_that_is_not_the_methods(case, tmp_path):
 def test_a_file_is_checked_with_one_tensor_in_memory(tmp_path, monkeypatch):
     path = tmp_path / "update.safetensors"
     tensors = {f"t{i}": torch.full((1000,), float(i)) for i in range(20)}
-    path.write_bytes(Update("fedavg", 1, "c", PARENT, 7, 1.0, tensors).encode())
+    path.write_bytes(Update("fedavg", 1, "c", PARENT, 7, 1.0, tensors).to_bytes())
     alive: list[weakref.ref[torch.Tensor]] = []
     read = FileTensors.__getitem__
 
@@ -924,7 +924,7 @@ def test_a_header_takes_a_bounded_multiple_of_its_size(piece):
     text = "".join(piece % number for number in range(10_000)).rstrip(",")
     for header in ("{" + text + "}", '{"__metadata__":{' + text + "}}", '{"x":{' + text + "}}"):
         data = len(header).to_bytes(8, "little") + header.encode()
-        assert memory(lambda data=data: Update.decode(data)) < 40 * len(data)
+        assert memory(lambda data=data: Update.from_bytes(data)) < 40 * len(data)
 
 
 def test_a_header_that_announces_gigabytes_is_not_read(tmp_path):
@@ -967,7 +967,7 @@ def refused_or_right(data: bytes, path: Path) -> bool:
         assert_readable(error)
         taken = False
     try:
-        update = Update.decode(data)
+        update = Update.from_bytes(data)
     except InvalidMessage as error:
         assert_readable(error)
         with pytest.raises(InvalidMessage):

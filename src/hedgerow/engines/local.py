@@ -104,7 +104,7 @@ class LocalFleet:
     ) -> ClientResult:
         update = train_client(self._experiment, self._model, examples, client_round, parent, clock)
         with clock("wire"):
-            return ClientResult(client_round.client, update.encode())
+            return ClientResult(client_round.client, update.to_bytes())
 
     def advance(self, entry: Entry) -> None:
         """Advance the one model that all clients share."""

@@ -140,7 +140,7 @@ class Inbox:
         if result.failure is not None:
             raise InvalidMessage(result.failure)
         client, content = result.client, result.update
-        update = Update.decode(content) if isinstance(content, bytes) else Update.read(content)
+        update = Update.from_bytes(content) if isinstance(content, bytes) else Update.read(content)
         update.check(
             method=self._method.name,
             round=self._round,

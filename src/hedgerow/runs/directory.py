@@ -14,7 +14,7 @@ from hedgerow.experiment import Experiment, load
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger
 from hedgerow.runs.memory import RoundMemory
-from hedgerow.runs.rows import METRICS, encoded_row, read_rows
+from hedgerow.runs.rows import METRICS, read_rows, to_line
 from hedgerow.settings import TrackingSettings
 from hedgerow.wire import Update
 
@@ -156,7 +156,7 @@ class RunDirectory:
         with replacing(path / EXPERIMENT) as file:
             file.write(experiment.dump().encode())
         with replacing(path / METRICS) as file:
-            file.writelines(encoded_row(row) for row in rows)
+            file.writelines(to_line(row) for row in rows)
         return directory
 
     def rows(self) -> list[dict[str, Any]]:
@@ -166,7 +166,7 @@ class RunDirectory:
     def write_row(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl."""
         with (self.path / METRICS).open("ab") as file:
-            file.write(encoded_row(row))
+            file.write(to_line(row))
             file.flush()
             os.fsync(file.fileno())
 

@@ -46,7 +46,7 @@ class Update:
     about: Mapping[str, str] = field(default_factory=dict)
     """What the method says of the tensors, as `r` and `lora_alpha` of an adapter."""
 
-    def encode(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """The update as a safetensors file."""
         return b"".join(self._parts())
 
@@ -56,7 +56,7 @@ class Update:
             file.write(part)
 
     @staticmethod
-    def decode(data: bytes) -> Update:
+    def from_bytes(data: bytes) -> Update:
         """The update in `data`.
 
         Raises:
@@ -71,7 +71,7 @@ class Update:
         """The update in a file; its tensors are read when they are asked for.
 
         Raises:
-            InvalidMessage: as in `decode`.
+            InvalidMessage: as in `from_bytes`.
             OSError: the file cannot be read.
         """
         tensors = FileTensors(path)
