@@ -13,7 +13,7 @@ import torch
 from support.models import byte_tokenizer, random_llama
 
 from hedgerow.benchmarks import mt_bench
-from hedgerow.data import encode_prompts, load_template
+from hedgerow.data import load_template, tokenize_prompts
 from hedgerow.evaluation.answers import Draw, generate
 from hedgerow.model import Model
 from hedgerow.settings import Fields, ModelSettings
@@ -328,7 +328,7 @@ def test_a_folder_that_is_not_there(answer, tiny_model, tmp_path):
 def test_prompts_have_no_eos_at_their_end():
     tokenizer = byte_tokenizer()
     template = load_template("plain", tokenizer, Fields())
-    [ids] = encode_prompts(["ab"], template, tokenizer)
+    [ids] = tokenize_prompts(["ab"], template, tokenizer)
     assert len(ids) == 3
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field
 
-from hedgerow.data import Template, encode_prompts, load_template
+from hedgerow.data import Template, load_template, tokenize_prompts
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import Draw, generate
 from hedgerow.evaluation.likelihood import Tick
@@ -201,7 +201,7 @@ def _answer_both(
             template.conversation([question.turns[0], *given, question.turns[1]][: 2 * turn - 1])
             for question, given in zip(questions, answers, strict=True)
         ]
-        prompts = encode_prompts(texts, template, it.model.tokenizer)
+        prompts = tokenize_prompts(texts, template, it.model.tokenizer)
         new, cut_here = generate(
             it.model,
             [np.array(prompt, dtype=np.int32) for prompt in prompts],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hedgerow.data.partition import partition
 from hedgerow.data.sources import Row, check_columns, client_files, read
 from hedgerow.data.templates import load as load_template
-from hedgerow.data.tokens import Encoded, Spool
+from hedgerow.data.tokens import Spool, Tokenized
 from hedgerow.seeds import Seeds
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class ClientData:
         self._parts = partition(self._rows, settings.partition, seeds.derive("clients"))
         self.names = list(self._parts)
 
-    def encode(self, name: str) -> Encoded:
+    def tokenize(self, name: str) -> Tokenized:
         """One client's examples.
 
         Raises:
@@ -56,7 +56,7 @@ class ClientData:
         else:
             rows = self._read(str(self._files[name]))
         settings = self._settings
-        return self._spool.encode(
+        return self._spool.tokenize(
             name,
             rows,
             template=self._template,

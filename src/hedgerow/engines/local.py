@@ -13,7 +13,7 @@ from typing import Any
 
 from hedgerow import federation, tracking
 from hedgerow.clock import Clock
-from hedgerow.data import ClientData, Encoded
+from hedgerow.data import ClientData, Tokenized
 from hedgerow.errors import ClientFailed, UserError
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment
@@ -35,7 +35,7 @@ class Prepared:
     model: Model
     base: Base
     clients: list[Client]
-    shards: dict[str, Encoded]
+    shards: dict[str, Tokenized]
     test: TestSet | None
 
 
@@ -51,10 +51,10 @@ def prepare(experiment: Experiment, model: Model | None = None) -> Prepared:
     model = model or Model.load(experiment.model)
     check_max_length(model, experiment.data.max_length)
     data = ClientData(experiment.data, model.tokenizer, Seeds(experiment.federation.seed))
-    shards = {name: data.encode(name) for name in data.names}
+    shards = {name: data.tokenize(name) for name in data.names}
     experiment.method.check(model, len(shards), experiment.training)
     if experiment.method.pools_data:
-        shards = {"pooled": Encoded.concatenate(list(shards.values()))}
+        shards = {"pooled": Tokenized.concatenate(list(shards.values()))}
     clients = [
         Client(index, name, len(shard)) for index, (name, shard) in enumerate(shards.items())
     ]
@@ -100,7 +100,7 @@ class LocalFleet:
                 yield ClientResult(client, failure=str(error))
 
     def _trained(
-        self, client_round: ClientRound, examples: Encoded, parent: str, clock: Clock
+        self, client_round: ClientRound, examples: Tokenized, parent: str, clock: Clock
     ) -> ClientResult:
         update = train_client(self._experiment, self._model, examples, client_round, parent, clock)
         with clock("wire"):

@@ -12,7 +12,7 @@ from hedgerow.wire import Update
 
 if TYPE_CHECKING:
     from hedgerow.clock import Clock
-    from hedgerow.data import Encoded
+    from hedgerow.data import Tokenized
     from hedgerow.experiment import Experiment
     from hedgerow.methods.base import ClientRound
     from hedgerow.model import Model
@@ -31,7 +31,7 @@ def check_max_length(model: Model, max_length: int) -> None:
 def train_client(
     experiment: Experiment,
     model: Model,
-    examples: Encoded,
+    examples: Tokenized,
     client_round: ClientRound,
     parent: str,
     clock: Clock,

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hedgerow.clock import Clock
-from hedgerow.data import ClientData, Encoded
+from hedgerow.data import ClientData, Tokenized
 from hedgerow.engines.flower.app import App, without_test
 from hedgerow.engines.flower.messages import Held, Reply, Request, info
 from hedgerow.engines.flower.node import SiteSettings, place_of
@@ -85,7 +85,7 @@ class Site:
         self._shapes: Mapping[str, Sequence[int]] = {}
         self._applied: list[str] = []
         self._data: ClientData | None = None
-        self._examples: dict[str, Encoded] = {}
+        self._examples: dict[str, Tokenized] = {}
 
     def handle(
         self, name: str, request: Request, files: Sequence[Path]
@@ -157,7 +157,7 @@ class Site:
             self._shapes = self._experiment.method.trained_shapes(model)
             self._model, self._applied = model, []
 
-    def _examples_of(self, name: str) -> Encoded:
+    def _examples_of(self, name: str) -> Tokenized:
         """A client's examples; those that it began the run with."""
         assert self._model is not None
         if name not in self._app.clients:
@@ -165,7 +165,7 @@ class Site:
         if name not in self._examples:
             settings, tokenizer = self._experiment.data, self._model.tokenizer
             self._data = self._data or ClientData(settings, tokenizer, self._seeds)
-            examples = self._data.encode(name)
+            examples = self._data.tokenize(name)
             path = self._place / "updates" / name / "data.sha256"
             if path.exists() and path.read_text() != examples.digest():
                 raise Refused("its data have changed since the run began")
@@ -224,7 +224,7 @@ class Site:
         if strangers := {p.client for p in entry.participants} - set(self._app.clients):
             raise InvalidMessage(f"it has a participant {min(strangers)}, who is no client")
 
-    def _train(self, name: str, ledger: Ledger, examples: Encoded) -> Path:
+    def _train(self, name: str, ledger: Ledger, examples: Tokenized) -> Path:
         """The client's update of the next round, in a file."""
         round, parent = len(ledger) + 1, ledger.head
         folder = self._place / "updates" / name
