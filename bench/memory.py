@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hedgerow import console, demo
-from hedgerow.engines.local import encode_clients
+from hedgerow.data import ClientData
 from hedgerow.experiment import load
 from hedgerow.methods.base import Client, ClientRound, Expected, ServerRound
 from hedgerow.methods.ferret import DEFAULT_COMPRESSION, Ferret
@@ -116,13 +116,22 @@ def stages(network: Any, tokens: int) -> dict[str, int]:
         ]
         experiment = load(demo.prepare(Path(folder)), changes)
         tokenizer = Model.load(experiment.model).tokenizer
-        shard = next(iter(encode_clients(experiment, tokenizer).values()))
+        data = ClientData(experiment.data, tokenizer, Seeds(0))
+        shard = data.tokenize(data.names[0])
     model = Model(network, tokenizer, "random")
     method, seeds = Ferret(), Seeds(0)
     client = Client(0, "client-000", len(shard))
-    client_round = ClientRound(client, 1, seeds, experiment.training, Forgetful())
+    client_round = ClientRound(client, 1, seeds, experiment.training, Forgetful(), no_past)
     order = seeds.numpy("batches")
-    job = Job(network, shard, experiment.training, 1e-3, tokenizer.pad_token_id, order, 0)
+    job = Job(
+        network=network,
+        data=shard,
+        settings=experiment.training,
+        learning_rate=1e-3,
+        pad_id=tokenizer.pad_token_id,
+        order=order,
+        dropout_seed=0,
+    )
     Path("/proc/self/clear_refs").write_text("5")
     stage("weights")
     parameters = method.start(model, client_round)
@@ -132,15 +141,32 @@ def stages(network: Any, tokens: int) -> dict[str, int]:
     tensors, about = method.update(model, client_round, trained)
     stage("sketch")
     model.release()
-    update = Update("ferret", 1, client.name, "", len(shard), trained.loss, tensors, about)
+    update = Update(
+        method="ferret",
+        round=1,
+        client=client.name,
+        parent="",
+        num_examples=len(shard),
+        train_loss=trained.loss,
+        tensors=tensors,
+        about=about,
+    )
     aggregate = method.aggregate(
         [update],
         ServerRound(1, [client], None, Expected(seeds, {}, experiment.training), Forgetful()),
     )
     stage("server, without the model")
-    method.apply(model, Entry("ferret", 1, "", [], {}, aggregate.tensors))
+    entry = Entry(
+        method="ferret", round=1, parent="", participants=[], metrics={}, tensors=aggregate.tensors
+    )
+    method.apply(model, entry)
     stage("apply an entry")
     return peaks
+
+
+def no_past(round: int) -> Entry:
+    """Nothing: Ferret reads no earlier entry."""
+    raise AssertionError("nobody reads an earlier entry")
 
 
 class Forgetful:
@@ -151,7 +177,7 @@ class Forgetful:
         return {}
 
     def save(self, tensors: object) -> None:
-        """Nothing is kept."""
+        """Forget them."""
 
 
 def llama(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int) -> Any:

@@ -225,8 +225,8 @@ def test_error_feedback_keeps_what_a_sketch_has_lost(run):
     exact = load_file(plain / "updates/round-0001/client-001.safetensors")
     blocks = group({name: tensor.shape for name, tensor in delta_of(plain, 1).items()})
     device = torch.device("cpu")
-    estimate = dict(method._rebuilt([method._decoded(sent, 1, up=True)], blocks, device))
-    trained = dict(method._rebuilt([method._decoded(exact, 32, up=True)], blocks, device))
+    estimate = dict(method._rebuilt([method._unpacked(sent, 1, up=True)], blocks, device))
+    trained = dict(method._rebuilt([method._unpacked(exact, 32, up=True)], blocks, device))
     for name in trained:
         assert torch.allclose(kept[name] + estimate[name], trained[name], atol=1e-6)
 
