@@ -297,7 +297,7 @@ def test_an_update_that_is_not_finite_is_the_client_s_failure(experiment, hedger
     method = f"method={{name: ferret, budget: 100, bits: {bits}}}"
     done = hedgerow("run", path, method, "--out", tmp_path / "run")
     assert done.code == 1
-    assert "its update is not finite" in done.err
+    assert "the update contains NaN or infinity" in done.err
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,7 @@ def test_who_answered_is_not_asked_again_and_a_second_answer_is_the_first(make):
 
     made.grid.before = lose_one_answer
     rows = made.run()
-    assert rows[1]["failures"] == {"client-000": "it has no words"}
+    assert rows[1]["failures"] == {"client-000": "the message has no words"}
     assert asked == [2, 3, 4]
 
 
@@ -344,8 +344,8 @@ def test_what_a_site_says_cannot_hurt_the_server(make, capsys):
     rows = made.run()
     assert [row["participants"] for row in rows[1:]] == [CLIENTS[:2]] * 5
     failures = [row["failures"]["client-002"] for row in rows[1:]]
-    assert "its message cannot be read" in failures
-    assert any("not as they should be" in failure for failure in failures)
+    assert "the message cannot be read" in failures
+    assert any("invalid words" in failure for failure in failures)
     out = capsys.readouterr().out
     for text in [out.replace("\n", ""), *failures]:
         assert "\x1b" not in text
@@ -427,7 +427,7 @@ def test_a_site_may_come_back_under_another_id(make):
 def test_an_update_larger_than_any_can_be_is_not_written(make, monkeypatch):
     made = make()
     monkeypatch.setattr("hedgerow.engines.flower.fleet.MAX_HEADER_BYTES", -20000)
-    with pytest.raises(RunFailed, match="which no update can be"):
+    with pytest.raises(RunFailed, match="an update must have at most"):
         made.run()
 
 

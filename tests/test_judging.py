@@ -307,10 +307,10 @@ def test_a_reply_or_an_error_that_has_no_end(
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"<html>", "no chat completion"),
-        (b'{"choices": []}', "no chat completion"),
-        (b'{"choices": [{"message": {"content": null}}]}', "no chat completion"),
-        (b'{"choices": [{"message": {"content": ["[[5]]"]}}]}', "no chat completion"),
+        (b"<html>", "not a chat completion"),
+        (b'{"choices": []}', "not a chat completion"),
+        (b'{"choices": [{"message": {"content": null}}]}', "not a chat completion"),
+        (b'{"choices": [{"message": {"content": ["[[5]]"]}}]}', "not a chat completion"),
     ],
 )
 def test_garbage_is_no_judgment(judge, endpoint, files, body, words):

@@ -283,7 +283,7 @@ def test_answers_leave_half_of_the_positions_to_prompts(hedgerow, questions, tin
         ('{"category": "math", "turns": ["a", "b"]}', ["line 2", "question_id"]),
         ('{"question_id": 1, "turns": ["a", "b"]}', ["line 2", "category"]),
         ("no json", ["line 2", "JSON"]),
-        (json.dumps(QUESTIONS[0]), ["question 81 stands there twice"]),
+        (json.dumps(QUESTIONS[0]), ["question 81 appears twice"]),
     ],
 )
 def test_bad_questions(answer, questions, tiny_model, tmp_path, line, words):

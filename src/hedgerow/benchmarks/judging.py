@@ -150,7 +150,7 @@ class Judge:
         self._key, self._key_name = key, key_name
         if key is not None and not (key.isascii() and key.isprintable()):
             raise UserError(
-                f"{key_name}: holds characters that no key has: set it to the key alone"
+                f"{key_name}: contains characters that cannot be in a key: set it to the key alone"
             )
         # The client wants some key; without one it would look for others in the environment.
         self._client = openai.OpenAI(
@@ -187,7 +187,7 @@ class Judge:
             reason = f"{error} {error.__cause__ or ''}".strip()
             raise InvalidMessage(self._safe(f"{self.endpoint}: {reason}")) from None
         except ValidationError:
-            raise InvalidMessage("the answer is no chat completion") from None
+            raise InvalidMessage("the answer is not a chat completion") from None
         return self._without_key(reply.choices[0].message.content)
 
     def close(self) -> None:

@@ -97,7 +97,7 @@ def read_questions(path: Path) -> list[Question]:
     seen = set()
     for question in questions:
         if question.question_id in seen:
-            raise UserError(f"{path}: question {question.question_id} stands there twice")
+            raise UserError(f"{path}: question {question.question_id} appears twice")
         seen.add(question.question_id)
     if not questions:
         raise UserError(f"{path}: holds no questions")

@@ -92,7 +92,7 @@ class Tokenized:
             ValueError: the parts are not of one spool, or differ in `loss_on`.
         """
         if len({(id(part.spool), part.loss_on) for part in parts}) != 1:
-            raise ValueError("the parts must be of one spool and have one `loss_on`")
+            raise ValueError("parts must share one spool and one `loss_on`")
         return Tokenized(
             spool=parts[0].spool,
             starts=np.concatenate([part.starts for part in parts]),

@@ -224,7 +224,7 @@ class Method(Plugin, ABC):
         for p in participants:
             share = p.num_examples / total
             if not math.isclose(p.weight, share, rel_tol=1e-9):
-                raise InvalidMessage(f"the weight of {p.client} is {p.weight}, not {share}")
+                raise InvalidMessage(f"weight of {p.client} must be {share}, got {p.weight}")
 
     @abstractmethod
     def apply(self, model: Model, entry: Entry) -> None:
@@ -285,13 +285,13 @@ def check_entry(
     """
     if entry.method != method.name:
         raise InvalidMessage(
-            f"round {round} is an entry of {entry.method[:LONGEST_TEXT]}, but the experiment's "
-            f"method is {method.name}"
+            f"method of round {round} must be {method.name}, as in the experiment, got "
+            f"{entry.method[:LONGEST_TEXT]}"
         )
     if dict(entry.options) != method.entry_options():
         raise InvalidMessage(
-            f"round {round} was made with {str(dict(entry.options))[:LONGEST_TEXT]}, but the "
-            f"experiment's method has {method.entry_options()}"
+            f"options of round {round} must be {method.entry_options()}, as in the experiment, got "
+            f"{str(dict(entry.options))[:LONGEST_TEXT]}"
         )
     check_equal({"round": entry.round, "parent": entry.parent}, {"round": round, "parent": parent})
     check_participants(entry.participants)

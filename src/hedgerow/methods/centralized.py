@@ -30,5 +30,5 @@ class Centralized(AveragedAdapter):
     def entry_ranks(self, participants: int) -> Sequence[int]:
         """That of the one participant."""
         if participants > 1:
-            raise InvalidMessage(f"it has {participants} participants, not one")
+            raise InvalidMessage(f"expected 1 participant, got {participants}")
         return [self.largest_rank]

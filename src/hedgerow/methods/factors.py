@@ -30,7 +30,7 @@ def check_factors(
     rank = given[first].shape[0] if first in given and given[first].shape else ranks[0]
     if rank not in ranks:
         possible = " to ".join(str(rank) for rank in sorted({ranks[0], ranks[-1]}))
-        raise InvalidMessage(f"it is an adapter of rank {rank}, not {possible}")
+        raise InvalidMessage(f"expected an adapter of rank {possible}, got rank {rank}")
     check_kinds(given, factor_kinds(shapes, rank))
 
 
@@ -59,12 +59,14 @@ def check_pairs(
         first = next(iter(factor_kinds({module: shape}, 1)))
         ranks[module] = given[first].shape[0] if first in given and given[first].shape else 1
         if ranks[module] > most[module]:
-            raise InvalidMessage(f"{module} has rank {ranks[module]}, above {most[module]}")
+            raise InvalidMessage(
+                f"rank of {module} must be at most {most[module]}, got {ranks[module]}"
+            )
         expected |= factor_kinds({module: shape}, ranks[module])
     check_kinds(given, quantized_kinds(expected, bits))
     for module, rank in (least or {}).items():
         if ranks[module] < rank:
-            raise InvalidMessage(f"{module} has rank {ranks[module]}, below {rank}")
+            raise InvalidMessage(f"rank of {module} must be at least {rank}, got {ranks[module]}")
     return ranks
 
 

@@ -200,7 +200,7 @@ class Ferret(HeldAdapter):
             tensors = pack(shrunk, self.bits, _rotation(seed, up=True))
         except ValueError:
             raise Diverged(
-                "its update is not finite: a lower training.learning_rate may help"
+                "the update contains NaN or infinity: a lower training.learning_rate may help"
             ) from None
         tensors |= self._seed_tensors(seed, client_round.seeds)
         if self.error_feedback:
@@ -223,7 +223,7 @@ class Ferret(HeldAdapter):
         check_kinds(kinds(update.tensors), _sketch_kinds(counts, self.bits) | kinds(seeds))
         for name, seed in seeds.items():
             if not torch.equal(update.tensors[name], seed):
-                raise InvalidMessage(f"its {name} is not the round's")
+                raise InvalidMessage(f"{name} must be the one that the run derives for this round")
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """It has as many sketches of all blocks as `aggregate` makes of so many updates."""
@@ -234,8 +234,11 @@ class Ferret(HeldAdapter):
         by_counts = self.basis == "hadamard" and self.allocation == "norm"
         sketches = sum(name.endswith(".seed") for name in given)
         most = clients if one_each or by_counts else 1
-        if not (most if one_each else 1) <= sketches <= most:
-            raise InvalidMessage(f"it has {sketches} sketches of {clients} participants")
+        least = most if one_each else 1
+        if not least <= sketches <= most:
+            raise InvalidMessage(
+                f"expected {least} to {most} sketches of {clients} participants, got {sketches}"
+            )
         # On other bases, coordinates add up to as many as the longest have.
         summed = 1 if one_each or by_counts else clients
         counts = [
@@ -250,9 +253,12 @@ class Ferret(HeldAdapter):
         seeds = [int(entry.tensors[f"{index}.seed"]) for index in range(sketches)]
         bases = [(seed, *own) for seed, own in zip(seeds, counts, strict=True)]
         if bases != sorted(set(bases)) or len(set(seeds)) != (clients if one_each else 1):
-            raise InvalidMessage("its seeds are not one for each sketch that it may have")
+            raise InvalidMessage(
+                "sketches must be on distinct bases, in ascending order, with "
+                + ("a seed for each client" if one_each else "one seed")
+            )
         if any(int(entry.tensors[name]) < 0 for name in given if name.endswith("seed")):
-            raise InvalidMessage("its seeds are not of 63 bits")
+            raise InvalidMessage("seeds must be non-negative")
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """η_t Σ p_k γ_k: coordinates on the same bases add, those on others stand beside them."""
@@ -382,7 +388,9 @@ class Ferret(HeldAdapter):
             InvalidMessage: they are not as this method allocates them.
         """
         if kinds(tensors).get(name) != Kind(torch.int32, (len(blocks),)):
-            raise InvalidMessage(f"it has no {name} of the {len(blocks)} blocks of the model")
+            raise InvalidMessage(
+                f"expected {name} of dtype int32, one for each of the model's {len(blocks)} blocks"
+            )
         counts: list[int] = tensors[name].tolist()
         budget = self._budget(blocks)
         if self.allocation == "size":
@@ -392,7 +400,7 @@ class Ferret(HeldAdapter):
             possible = all(1 <= count <= limit for count, limit in limits)
             possible = possible and budget <= sum(counts) <= budget * summed
         if not possible:
-            raise InvalidMessage(f"its {name} are not an allocation of {budget} coordinates")
+            raise InvalidMessage(f"{name} must allocate {budget} coordinates to blocks")
         return counts
 
     def _shrinkage(self, block: Block, gamma: Tensor) -> float:

@@ -50,10 +50,12 @@ class FFALoRA(HeldAdapter, OneFactor):
         shape = given[first].shape if (first := min(only("lora_B", shapes, 1))) in given else ()
         rank = shape[1] if len(shape) == 2 else ranks[0]
         if rank not in ranks:
-            raise InvalidMessage(f"it is an adapter of rank {rank}, not {ranks[0]} to {ranks[-1]}")
+            raise InvalidMessage(
+                f"expected an adapter of rank {ranks[0]} to {ranks[-1]}, got rank {rank}"
+            )
         check_kinds(given, only("lora_B", shapes, rank) | {"adapter_seed": seed_kind()})
         if int(entry.tensors["adapter_seed"]) < 0:
-            raise InvalidMessage("its adapter_seed is not of 63 bits")
+            raise InvalidMessage("adapter_seed must be non-negative")
 
     def shared_adapter(self, server_round: ServerRound) -> Mapping[str, Tensor]:
         """The one that was drawn: A is never another."""

@@ -217,9 +217,9 @@ class FLoRA(ResidualAdapter):
         update.check_about(self._about(rank) | own)
         for name, form in forms.items():
             if not form.fullmatch(own[name]):
-                raise InvalidMessage(f"its {name} is {own[name]!r:.60}")
+                raise InvalidMessage(f"{name} has an invalid value: {own[name]!r:.60}")
         if any(float(loss) > LARGEST_SENT for loss in own.get(_ALONG, "").split()):
-            raise InvalidMessage(f"its {_ALONG} has numbers above {LARGEST_SENT:g}")
+            raise InvalidMessage(f"{_ALONG} contains values above {LARGEST_SENT:g}")
         pair = factor_kinds(expected.shapes, rank)
         check_kinds(kinds(update.tensors), quantized_kinds(pair, self.upload_bits))
         check_step_sizes(update.tensors, self.upload_bits, LARGEST_SENT)
@@ -277,10 +277,12 @@ class FLoRA(ResidualAdapter):
         start, residual = split(kinds(entry.tensors))
         count, bits = len(entry.participants), self.compress.bits if self.compress else 32
         if not start and self.restart == "shared":
-            raise InvalidMessage("it has no adapter for clients to start from")
+            raise InvalidMessage("the adapter that clients start from is missing")
         if start:
             if self.restart in ("zero", "own"):
-                raise InvalidMessage("it has an adapter to start from, and clients have their own")
+                raise InvalidMessage(
+                    f"unexpected adapter to start from, with restart: {self.restart}"
+                )
             check_kinds(start, quantized_kinds(factor_kinds(shapes, self.largest_rank), bits))
         ranks = self.possible_ranks(count)
         # More is known only where all clients take part, or all have one rank.

@@ -143,4 +143,4 @@ class FLoRAAdaLoRA(RestartedAdapter):
         total = sum(check_pairs(given, shapes, dict.fromkeys(shapes, most)).values())
         budget = sum(ranks) * len(shapes) + len(ranks) * (len(shapes) - 1)
         if total > budget:
-            raise InvalidMessage(f"its ranks are {total} in all, above the budget of {budget}")
+            raise InvalidMessage(f"ranks must sum to at most {budget}, got {total}")

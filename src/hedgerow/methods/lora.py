@@ -138,7 +138,10 @@ class LoraMethod(Method):
         if isinstance(self.ranks, int):
             return [self.ranks] * participants
         if participants > len(self.ranks):
-            raise InvalidMessage(f"it has {participants} participants of {len(self.ranks)} clients")
+            raise InvalidMessage(
+                f"expected at most {len(self.ranks)} participants, one for each of method.ranks, "
+                f"got {participants}"
+            )
         return sorted(self.ranks)
 
     def adapter(

@@ -100,7 +100,7 @@ def check_step_sizes(tensors: Mapping[str, Tensor], bits: Bits, largest: float) 
     most = largest / 2 ** (bits - 1)
     for name in tensors:
         if name.endswith(".step") and not tensors[name].abs().max() <= most:
-            raise InvalidMessage(f"{name} has numbers above {most:g}")
+            raise InvalidMessage(f"{name} contains values above {most:g}")
 
 
 def _across(name: str) -> int:

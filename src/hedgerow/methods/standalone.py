@@ -48,7 +48,7 @@ class Standalone(LoraMethod):
         """It has an adapter of each participant, and of nobody else."""
         given, names = kinds(entry.tensors), sorted(p.client for p in entry.participants)
         if client_names(given) != names:
-            raise InvalidMessage("it has adapters of others than its participants")
+            raise InvalidMessage("expected one adapter for each participant, and no other")
         for name in names:
             check_factors(of_client(given, name), shapes, self.possible_ranks(len(names)))
 

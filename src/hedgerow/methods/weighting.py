@@ -115,15 +115,18 @@ def check(weighting: Weighting, participants: Sequence[Participant]) -> None:
     """Raise `InvalidMessage` unless an entry's weights are those of `weighting`."""
     if isinstance(weighting, list):
         if strangers := [p for p in participants if p.weight not in weighting]:
-            raise InvalidMessage(f"the weight of {strangers[0].client} is {strangers[0].weight}")
+            raise InvalidMessage(
+                f"weight of {strangers[0].client} must be one of method.scaling, "
+                f"got {strangers[0].weight}"
+            )
     else:
         clients = [p.client for p in participants]
         weights = fixed_weights(weighting, clients, [p.num_examples for p in participants], {})
         if weighting == "adaptive":
             total = sum(p.weight for p in participants)
             if not SHORTEST * (1 - 1e-9) <= total <= LONGEST * (1 + 1e-9):
-                raise InvalidMessage(f"its weights sum to {total}, not {SHORTEST} to {LONGEST}")
+                raise InvalidMessage(f"weights must sum to {SHORTEST} to {LONGEST}, got {total}")
             weights = [total * weight for weight in weights]
         for p, weight in zip(participants, weights, strict=True):
             if not math.isclose(p.weight, weight, rel_tol=1e-9):
-                raise InvalidMessage(f"the weight of {p.client} is {p.weight}, not {weight}")
+                raise InvalidMessage(f"weight of {p.client} must be {weight}, got {p.weight}")

@@ -85,7 +85,7 @@ class ZerothOrderMethod(Method):
         update.check_about({})
         possible = self.possible(client, update.round, expected)
         if not check_local_steps(update.tensors, len(possible)) <= possible:
-            raise InvalidMessage("it has seeds that are not its own")
+            raise InvalidMessage("seeds must be those of directions that the client may take")
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """It has seeds of directions, and as many coordinates; whose seeds it cannot know."""
@@ -145,8 +145,10 @@ def check_local_steps(tensors: Mapping[str, Tensor], most: float = math.inf) -> 
     each = {"seeds": Kind(torch.int64, (count,)), "coordinates": Kind(torch.float32, (count,))}
     check_kinds(given, each)
     if not 1 <= count <= most:
-        raise InvalidMessage(f"it has {count} steps, not 1 to {most}")
+        raise InvalidMessage(
+            f"expected at most {most} steps, got {count}" if count else "seeds must not be empty"
+        )
     seeds = set(tensors["seeds"].tolist())
     if len(seeds) < count or min(seeds) < 0:
-        raise InvalidMessage("its seeds are not different numbers of 63 bits")
+        raise InvalidMessage("seeds must be distinct and non-negative")
     return seeds

@@ -56,8 +56,8 @@ def allocate(budget: int, weights: Sequence[float], most: Sequence[int]) -> list
     limits, share = np.asarray(most, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     if not len(limits) <= budget <= limits.sum():
         raise ValueError(
-            f"a budget of {budget} does not fit {len(limits)} blocks, "
-            f"which take {len(limits)} to {int(limits.sum())} coordinates"
+            f"budget must be {len(limits)} to {int(limits.sum())} for {len(limits)} blocks, "
+            f"got {budget}"
         )
     share = np.clip(share / share.max(), 1e-12, 1) if share.max() > 0 else np.ones(len(limits))
     # The common factor at which what is left after the limits is the budget.
@@ -120,8 +120,8 @@ def _flat(tensors: Iterator[tuple[str, Tensor]], block: Block) -> Tensor:
     parts = []
     for expected, (name, tensor) in zip(block.shapes, tensors, strict=False):
         if name != expected:
-            raise ValueError(f"{name} comes where {expected} is due")
+            raise ValueError(f"expected tensor {expected}, got {name}")
         parts.append(tensor.reshape(-1))
     if len(parts) != len(block.shapes):
-        raise ValueError("there are fewer tensors than the blocks have")
+        raise ValueError("expected as many tensors as the blocks have, got fewer")
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -59,7 +59,7 @@ def quantize(coordinates: Tensor, bits: Bits, seed: int) -> Quantized:
     k = len(coordinates)
     gamma = project(coordinates, seed, k).cpu().double().numpy()
     if not np.isfinite(gamma).all():
-        raise ValueError("coordinates are not finite")
+        raise ValueError("coordinates must be finite")
     lengths = groups(k)
     starts = np.cumsum(lengths) - lengths
     energy = np.add.reduceat(gamma * gamma, starts)
@@ -141,7 +141,7 @@ def pack(coordinates: Iterable[Tensor], bits: Bits, seed: int) -> dict[str, Tens
         elif gamma.isfinite().all():
             parts.append((gamma.float().cpu(),))
         else:
-            raise ValueError("coordinates are not finite")
+            raise ValueError("coordinates must be finite")
     joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     names = ("coordinates",) if bits == 32 else ("codes", "scales")
     tensors = dict(zip(names, joined, strict=True))
@@ -161,17 +161,17 @@ class Packed(Sequence["Tensor"]):
     def __init__(self, tensors: Mapping[str, Tensor], bits: Bits, seed: int) -> None:
         expected = {"counts", *lengths([], bits)}
         if set(tensors) != expected:
-            raise ValueError(f"its tensors are {sorted(tensors)}, not {sorted(expected)}")
+            raise ValueError(f"expected tensors {sorted(expected)}, got {sorted(tensors)}")
         counts = tensors["counts"]
         if counts.dtype != torch.int32 or counts.dim() != 1 or not len(counts) or counts.min() < 1:
-            raise ValueError("its counts are not positive numbers, one for each block")
+            raise ValueError("counts must be positive numbers of dtype int32, one for each block")
         self.counts: list[int] = counts.tolist()
         self._bits, self._seed = bits, seed
         self._parts = []
         for name, (dtype, parts) in lengths(self.counts, bits).items():
             tensor = tensors[name]
             if tensor.dtype != dtype or tensor.shape != (sum(parts),):
-                raise ValueError(f"its {name} are not {sum(parts)} numbers of {dtype}")
+                raise ValueError(f"{name} must be {sum(parts)} numbers of {dtype}")
             self._parts.append(torch.split(tensor, parts))
 
     def __len__(self) -> int:

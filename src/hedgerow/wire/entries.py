@@ -95,7 +95,7 @@ class Entry:
             )
             options = read_json("options", said.pop("options", "{}"), dict)
             if said:
-                raise InvalidMessage(f"its metadata have {min(said)[:LONGEST_TEXT]}")
+                raise InvalidMessage(f"unexpected metadata {min(said)[:LONGEST_TEXT]}")
             everybody = [_participant(p) for p in read_json("participants", participants, list)]
             return Entry(
                 method=method,
@@ -111,14 +111,16 @@ class Entry:
 
 
 def check_participants(participants: Sequence[Participant]) -> None:
-    """There are some, each once, and none of them has an absurd weight."""
+    """Raise `InvalidMessage` unless there are participants, each once, with sensible weights."""
     if not participants:
-        raise InvalidMessage("it has no participants")
+        raise InvalidMessage("an entry must have at least one participant")
     if len({p.client for p in participants}) < len(participants):
-        raise InvalidMessage("it has a participant twice")
+        raise InvalidMessage("participants must be distinct")
     for p in participants:
         if not 0 <= p.weight <= LARGEST_WEIGHT:
-            raise InvalidMessage(f"the weight of {p.client} is {p.weight}")
+            raise InvalidMessage(
+                f"weight of {p.client} must be between 0 and {LARGEST_WEIGHT:g}, got {p.weight}"
+            )
 
 
 def _participant(content: Any) -> Participant:
@@ -130,7 +132,9 @@ def _participant(content: Any) -> Participant:
             and math.isfinite(weight)
         ):
             return Participant(client, n, weight)
-    raise InvalidMessage("its participants are not names, numbers of examples and weights")
+    raise InvalidMessage(
+        "participants must each have a client, num_examples and a weight, and nothing else"
+    )
 
 
 def _metrics(text: str) -> dict[str, float]:
@@ -139,5 +143,5 @@ def _metrics(text: str) -> dict[str, float]:
         # Beyond a float's range is an integer of JSON's, or infinity; a NaN is in no range.
         is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
         if not is_number or not _METRIC.fullmatch(name):
-            raise InvalidMessage("its metrics are not finite numbers by name")
+            raise InvalidMessage("metrics must map names to finite numbers")
     return metrics

@@ -41,7 +41,7 @@ class Kind(NamedTuple):
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{code_of(self.dtype)} {list(self.shape)}"
+        return f"dtype {str(self.dtype).removeprefix('torch.')} of shape {list(self.shape)}"
 
 
 def in_float32(shapes: Mapping[str, Sequence[int]]) -> dict[str, Kind]:
@@ -57,9 +57,9 @@ def seed_kind() -> Kind:
 def check_kinds(given: Mapping[str, Kind], expected: Mapping[str, Kind]) -> None:
     """Raise `InvalidMessage` unless tensors of exactly the expected names and kinds are given."""
     if missing := expected.keys() - given.keys():
-        raise InvalidMessage(f"it lacks {min(missing)}")
+        raise InvalidMessage(f"tensor {min(missing)} is missing")
     if unknown := given.keys() - expected.keys():
-        raise InvalidMessage(f"it has {min(unknown)}, which does not belong there")
+        raise InvalidMessage(f"unexpected tensor {min(unknown)}")
     for name, kind in expected.items():
         if given[name] != kind:
-            raise InvalidMessage(f"{name} is {given[name]}, not {kind}")
+            raise InvalidMessage(f"{name}: expected {kind}, got {given[name]}")

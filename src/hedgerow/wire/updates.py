@@ -112,9 +112,11 @@ def _update(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Updat
     names = ("method", "round", "client", "parent", "num_examples", "train_loss")
     method, round, client, parent, num_examples, train_loss = take(about, UPDATE_FORMAT, *names)
     if max(map(len, (*about, *metadata.values()))) > LONGEST_TEXT:
-        raise InvalidMessage(f"its metadata have more than {LONGEST_TEXT} characters in one place")
+        raise InvalidMessage(f"metadata must be strings of at most {LONGEST_TEXT} characters")
     if not _NUMBER.fullmatch(train_loss) or not abs(float(train_loss)) <= LARGEST_SENT:
-        raise InvalidMessage(f"its train_loss is {train_loss}")
+        raise InvalidMessage(
+            f"train_loss must be a number of magnitude up to {LARGEST_SENT:g}, got {train_loss}"
+        )
     check_numbers(tensors, LARGEST_SENT)
     return Update(
         method=method,

@@ -23,7 +23,7 @@ def _relay(message: Message, context: Context) -> Message:
         return _relayed(message, dict(context.node_config))
     except Exception as error:
         # Flower sends an exception's text to the server, and its trace to this site's log.
-        raise RuntimeError("something at the site went wrong: its log says what") from error
+        raise RuntimeError("an error occurred at the site: see its log") from error
 
 
 def _relayed(message: Message, node: dict[str, str | int | float | bool]) -> Message:

@@ -319,7 +319,9 @@ class FlowerFleet:
             if not errand.trains and member.held == len(self._ledger):
                 return ClientResult(client)
             if errand.restarts == RESTARTS:
-                raise InvalidMessage("its copy of the ledger does not become the server's")
+                raise InvalidMessage(
+                    f"its copy of the ledger still differs after {RESTARTS} attempts"
+                )
             # It is not what it was thought to be.
             again = self._errand(member, len(self._ledger) + 1, trains=errand.trains)
             errand.batches, errand.restarts = again.batches, errand.restarts + 1
@@ -329,7 +331,7 @@ class FlowerFleet:
 
     def _reply(self, message: Message | None) -> Parcel[Reply]:
         if message is None:
-            raise InvalidMessage("its message cannot be read")
+            raise InvalidMessage("the message cannot be read")
         if message.has_error():
             raise _Absent(f"Flower says: {message.error.reason}")
         return Parcel(message.content, Reply)
@@ -337,9 +339,9 @@ class FlowerFleet:
     def _saved(self, parcel: Parcel[Reply], client: Client) -> Path:
         """The update's file."""
         if len(parcel.words.files) != 1:
-            raise InvalidMessage(f"it has sent {len(parcel.words.files)} files, not one update")
+            raise InvalidMessage(f"expected one file, the update, got {len(parcel.words.files)}")
         if parcel.words.files[0].bytes > self._largest:
-            raise InvalidMessage(f"it is larger than {self._largest} bytes, which no update can be")
+            raise InvalidMessage(f"an update must have at most {self._largest} bytes")
         path = self._folder / f"{client.name}.safetensors"
         parcel.save(0, path)
         return path

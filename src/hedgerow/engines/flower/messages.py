@@ -130,13 +130,11 @@ class Parcel(Generic[W]):
             text = content.config_records["words"]["json"]
             self.words = kind.model_validate_json(text if isinstance(text, str) else "")
         except KeyError:
-            raise InvalidMessage("it has no words") from None
+            raise InvalidMessage("the message has no words") from None
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"]))
-            raise InvalidMessage(
-                f"its words are not as they should be: {place}: {first['msg']}"
-            ) from None
+            raise InvalidMessage(f"invalid words: {place}: {first['msg']}") from None
         self._content = content
 
     def save(self, index: int, path: Path) -> None:
@@ -149,18 +147,20 @@ class Parcel(Generic[W]):
         try:
             pieces = self._content.array_records[f"file-{index}"]
         except KeyError:
-            raise InvalidMessage("it lacks a file that it announces") from None
+            raise InvalidMessage(f"announced file {index} is missing") from None
         digest, size = hashlib.sha256(), 0
         with replacing(path) as file:
             for name in sorted(pieces):
                 data = pieces.pop(name).data
                 size += len(data)
                 if size > announced.bytes:
-                    raise InvalidMessage(f"it is larger than the {announced.bytes} bytes announced")
+                    raise InvalidMessage(
+                        f"file {index} exceeds the {announced.bytes} bytes announced"
+                    )
                 digest.update(data)
                 file.write(data)
             if (size, digest.hexdigest()) != (announced.bytes, announced.sha256):
-                raise InvalidMessage("it is not the file that it announces")
+                raise InvalidMessage(f"size and SHA-256 of file {index} must be as announced")
 
     def save_all(self, folder: Path) -> list[Path]:
         """Write all files into a folder; as `save`."""

@@ -215,14 +215,14 @@ class Site:
     def _check(self, record: Record, file: Path, parent: str) -> None:
         """Raise `InvalidMessage` unless a file is the entry that comes after `parent`."""
         if info(file).model_dump() != {"bytes": record.bytes, "sha256": record.sha256}:
-            raise InvalidMessage(f"the entry of round {record.round} is not the one announced")
+            raise InvalidMessage(f"size and SHA-256 of round {record.round} must be as announced")
         try:
             entry = Entry.read(file)
         except UserError:
             raise InvalidMessage(f"the entry of round {record.round} cannot be read") from None
         check_entry(entry, self._experiment.method, self._shapes, record.round, parent)
         if strangers := {p.client for p in entry.participants} - set(self._app.clients):
-            raise InvalidMessage(f"it has a participant {min(strangers)}, who is no client")
+            raise InvalidMessage(f"participant {min(strangers)} is not a client of the experiment")
 
     def _train(self, name: str, ledger: Ledger, examples: Tokenized) -> Path:
         """The client's update of the next round, in a file."""
