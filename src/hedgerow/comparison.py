@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hedgerow.errors import RunFailed, UserError
 from hedgerow.experiment import Experiment, load, method_changes, split_at
 from hedgerow.runs.directory import RunDirectory
+from hedgerow.runs.lender import Lender
 from hedgerow.runs.rows import read_rows
 
 if TYPE_CHECKING:
@@ -144,9 +145,9 @@ def run(
     Raises:
         UserError: a cell's folder holds another experiment's run; nothing has been run.
     """
-    # Not at the top: torch and peft take seconds to import, and a mistake should not.
+    # Not at the top: scoring and tracking import torch, which takes seconds, and a mistake in what
+    # is to be compared should be told at once.
     from hedgerow.engines import local
-    from hedgerow.runs.lender import Lender
 
     missing = [cell for cell in cells if not _is_done(cell)]
     lender, failures = Lender(), {}
@@ -173,7 +174,7 @@ def _check_tracking(settings: TrackingSettings) -> None:
             "tracking.name: leave it out: a run of a comparison is called as its folder"
         )
     if settings.to:
-        from hedgerow import tracking  # not at the top, as it imports torch
+        from hedgerow import tracking  # not at the top, as `local` in `run`
 
         tracking.check(settings)
 

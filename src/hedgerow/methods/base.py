@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.plugins import Plugin
+from hedgerow.training import first_order
 from hedgerow.wire import (
     LARGEST_BROADCAST,
     LARGEST_SENT,
@@ -173,9 +174,6 @@ class Method(Plugin, ABC):
         Raises:
             Diverged: the loss is no longer a number.
         """
-        # Not at the top: the experiment file, which names methods, says how to train.
-        from hedgerow.training import first_order
-
         return Trained(parameters, first_order.train(job, parameters))
 
     @abstractmethod

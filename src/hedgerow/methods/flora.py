@@ -71,6 +71,7 @@ from hedgerow.methods.stacking import StackedFactors, finite
 from hedgerow.methods.sums import ExactSums, SketchedSums
 from hedgerow.methods.truncation import Compress, truncate_sums
 from hedgerow.methods.weighting import Weighting
+from hedgerow.training import first_order, line_search
 from hedgerow.wire import LARGEST_BROADCAST, LARGEST_SENT, check_kinds, kinds
 
 if TYPE_CHECKING:
@@ -181,8 +182,6 @@ class FLoRA(ResidualAdapter):
         along = self._along(job, client_round)
         if self.restart == "zero":
             return dataclasses.replace(super().train(job, client_round, parameters), along=along)
-        from hedgerow.training import first_order  # as in Method.train
-
         loss, state = first_order.continue_training(job, parameters, client_round.memory.load())
         if not self._is_shared(client_round.training):
             state |= {n: p.detach().cpu() for n, p in parameters.items() if ".lora_A." in n}
@@ -322,8 +321,6 @@ class FLoRA(ResidualAdapter):
         """The global model's loss along the last round's step, where that is asked for."""
         if self.scaling != "adaptive" or client_round.round == 1:
             return ()
-        from hedgerow.training.line_search import losses_along  # as in Method.train
-
         start, residual = map(dequantize, split(client_round.past(client_round.round - 1).tensors))
         earlier = (
             client_round.past(client_round.round - 2).tensors
@@ -341,7 +338,7 @@ class FLoRA(ResidualAdapter):
         order = client_round.seeds.numpy(
             "line search", client_round.round, client_round.client.name
         )
-        return losses_along(job, step(), weighting.LENGTHS, order)
+        return line_search.losses_along(job, step(), weighting.LENGTHS, order)
 
     def _sums(
         self,

@@ -33,6 +33,7 @@ from hedgerow.methods.base import (
 from hedgerow.methods.factors import check_pairs
 from hedgerow.methods.restarted import RestartedAdapter
 from hedgerow.methods.stacking import aggregate_adapters
+from hedgerow.training import adalora
 from hedgerow.wire import Kind, kinds
 
 if TYPE_CHECKING:
@@ -88,9 +89,6 @@ class FLoRAAdaLoRA(RestartedAdapter):
         self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
     ) -> Trained:
         """AdaLoRA's steps."""
-        # Not at the top: the experiment file, which names methods, says how to train.
-        from hedgerow.training import adalora
-
         rank = self.rank(client_round.client)
         sizes = {"initial": self.initial_rank(rank), "target": rank}
         loss = adalora.train(job, parameters, **sizes, orthogonality=self.orthogonality)

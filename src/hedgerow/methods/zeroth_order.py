@@ -26,6 +26,8 @@ from hedgerow.methods.base import (
     ServerRound,
     Trained,
 )
+from hedgerow.training import zeroth_order
+from hedgerow.training.zeroth_order import direction, pieces
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
@@ -58,8 +60,6 @@ class ZerothOrderMethod(Method):
         self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
     ) -> Trained:
         """MeZO steps."""
-        from hedgerow.training import zeroth_order
-
         directions = self.directions(client_round)
         loss, steps = zeroth_order.train(job, parameters.values(), directions, self.epsilon)
         return Trained(parameters, loss, _summed(zip(*steps, strict=True)))
@@ -103,8 +103,6 @@ class ZerothOrderMethod(Method):
 
     def apply(self, model: Model, entry: Entry) -> None:
         """w <- w + Σ c_z z, weight by weight."""
-        from hedgerow.training.zeroth_order import direction, pieces
-
         steps = _steps(entry.tensors)
         for index, (name, weight) in enumerate(model.network.named_parameters()):
             total = torch.zeros(weight.numel(), device=weight.device)

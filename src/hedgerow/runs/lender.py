@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from hedgerow.ledger import Base, Ledger
 from hedgerow.model import Model
 from hedgerow.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Lender:

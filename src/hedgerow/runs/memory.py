@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.files import replacing
 from hedgerow.wire import FileTensors, to_safetensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RoundMemory:
