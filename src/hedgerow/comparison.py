@@ -30,24 +30,24 @@ _OWN = {"federation.seed": "--seeds", "method": "--methods", "method.name": "--m
 """Keys that have an option of their own."""
 
 _LONGEST = 120
-"""Of a folder's name."""
+"""Largest number of characters of a folder's name."""
 
 
 class Cell(NamedTuple):
     """One run of a comparison."""
 
     method: str
-    """As it was named, with its options."""
+    """Method as it was named, with its options."""
     sweep: dict[str, str]
     """The values of the keys that are swept."""
     seed: int
     experiment: Experiment
     folder: Path
-    """Of the run."""
+    """Folder of the run."""
 
 
 class Outcome(NamedTuple):
-    """What a cell came to."""
+    """Outcome of a cell."""
 
     cell: Cell
     rows: list[dict[str, Any]]
@@ -162,7 +162,7 @@ def run(
 
 
 def title(cell: Cell) -> str:
-    """A cell in words."""
+    """Description of a cell, in words."""
     values = [f"{key.rpartition('.')[2]}={value}" for key, value in cell.sweep.items()]
     return ", ".join([cell.method, *values, f"seed {cell.seed}"])
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def location(path: str) -> str:
-    """Where transformers and peft find the model that `model.path` names."""
+    """Folder, or name on the Hub, for transformers and peft, of what `model.path` names."""
     return str(MODEL) if path == DEMO else path
 
 
@@ -83,7 +83,7 @@ def load(settings: ModelSettings) -> tuple[Any, Any]:
 
 
 def tokenization(tokenizer: Any) -> dict[str, Any]:
-    """What decides a tokenizer's output, without the padding that its last call asked for."""
+    """State that decides a tokenizer's output, without the padding that its last call asked for."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return dict(tokenizer.get_vocab())

@@ -201,7 +201,7 @@ class Svd(NamedTuple):
 
 
 def svd(pair: Factors) -> Svd:
-    """By QR of both factors and an SVD of the small core, of min(r, m, n) singular values.
+    """Decompose B·A, by QR of both factors and an SVD of the small core.
 
     Args:
         pair: factors with A of shape (r, n) and B of shape (m, r).
@@ -222,7 +222,7 @@ class Projections(NamedTuple):
 
     @staticmethod
     def draw(m: int, n: int, rank: int, generator: torch.Generator) -> Projections:
-        """For sums of shape (m, n) that `rank` components should stand for; l is twice that."""
+        """Draw matrices for `rank` components of sums of shape (m, n); l is twice that."""
         width = min(2 * rank + 1, m, n)
         right = torch.randn(n, width + _PROBES, generator=generator)
         return Projections(right, torch.randn(min(3 * width + 1, m), m, generator=generator))
@@ -239,7 +239,7 @@ class SumSketch:
     """
 
     def __init__(self, tests: Projections) -> None:
-        """Of nothing, yet; sketches of matrices of one shape may share their `tests`."""
+        """Sketch nothing yet; sketches of matrices of one shape may share their `tests`."""
         self._tests = tests
         self._range = torch.zeros(tests.left.shape[1], tests.right.shape[1])
         self._corange = torch.zeros(tests.left.shape[0], tests.right.shape[0])

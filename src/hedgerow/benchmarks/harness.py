@@ -41,7 +41,7 @@ def score_path(
     num_fewshot: int | None = None,
     limit: float | None = None,
 ) -> dict[str, Any]:
-    """What a run's model after a round, or a model folder, scores on tasks of the harness.
+    """Score a run's model after a round, or a model folder, on tasks of the harness.
 
     Args:
         path: a run directory, a packed ledger, or a model (or adapter) folder.

@@ -38,7 +38,7 @@ TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }
-"""As published; other categories are answered at that of writing."""
+"""Temperature of each category, as published; others are answered at that of writing."""
 
 _Text = Annotated[str, Field(min_length=1)]
 
@@ -72,19 +72,19 @@ class Answer(BaseModel):
 
 @dataclass(frozen=True)
 class Answered:
-    """What `answer` has done."""
+    """Result of `answer`."""
 
     model_id: str
     prompt: str
     """The template: `chat` is the tokenizer's own."""
     max_new_tokens: int
-    """Of a turn."""
+    """Largest number of new tokens in a turn."""
     resumed: int
-    """Answers that were there already."""
+    """Number of answers that were there already."""
     answers: int
-    """All there are now."""
+    """Number of answers that there are now."""
     cut: int
-    """Prompts of new answers that were cut on the left."""
+    """Number of prompts of new answers that were cut on the left."""
 
 
 def read_questions(path: Path) -> list[Question]:

@@ -46,7 +46,7 @@ class ClientData:
         self.names = list(self._parts)
 
     def tokenize(self, name: str) -> Tokenized:
-        """One client's examples.
+        """Tokenise one client's examples.
 
         Raises:
             UserError: they cannot be read, or nothing of them is left to learn from.

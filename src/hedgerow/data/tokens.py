@@ -86,7 +86,7 @@ class Tokenized:
 
     @staticmethod
     def concatenate(parts: Sequence[Tokenized]) -> Tokenized:
-        """All examples of `parts`, in order; no token is copied.
+        """Concatenate the examples of `parts`, in order; no token is copied.
 
         Raises:
             ValueError: the parts are not of one spool, or differ in `loss_on`.
@@ -226,7 +226,7 @@ def _prompts_and_answers(
 def tokenize_prompts(
     texts: Sequence[str], template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    """The tokens of prompts that `template` has made, for an answer to follow."""
+    """Tokenise prompts that `template` has made, for an answer to follow."""
     own_tokens = not template.has_special_tokens
     prompts = _ids(tokenizer, texts, own_tokens)
     for prompt in prompts:

@@ -80,7 +80,7 @@ class LocalFleet:
         self._scorer = Scorer(experiment, prepared.model, names, prepared.test)
 
     def gather(self) -> Sequence[Client]:
-        """All of them."""
+        """Clients of the run, in their order."""
         return self._prepared.clients
 
     def train(

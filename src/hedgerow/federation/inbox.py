@@ -1,4 +1,4 @@
-"""What arrives in one round, checked and accounted for."""
+"""Inbox of one round: what arrives is checked and accounted for."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Inbox:
 
     @property
     def losses(self) -> dict[str, float]:
-        """The training loss that each client reports, in the clients' order."""
+        """Training loss that each client reports, in the clients' order."""
         names = (client.name for client in self.clients)
         return {name: self._losses[name] for name in names if name in self._losses}
 

@@ -57,9 +57,9 @@ class ClientRound:
 
     client: Client
     round: int
-    """1, 2, …"""
+    """Number of the round, from 1."""
     seeds: Seeds
-    """The run's."""
+    """Seeds of the run."""
     training: TrainingSettings
     memory: Memory
     past: Callable[[int], Entry]
@@ -77,12 +77,12 @@ class ClientRound:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a server knows, without the model, of the updates that it asks for."""
+    """Knowledge of a server, without the model, of the updates that it asks for."""
 
     seeds: Seeds
-    """The run's."""
+    """Seeds of the run."""
     shapes: Mapping[str, Sequence[int]]
-    """Of what clients train (`Method.trained_shapes`), as the ledger has it."""
+    """Shapes of what clients train (`Method.trained_shapes`), as the ledger has them."""
     training: TrainingSettings
 
 
@@ -91,9 +91,9 @@ class ServerRound:
     """The server's part in one round."""
 
     round: int
-    """1, 2, …"""
+    """Number of the round, from 1."""
     clients: Sequence[Client]
-    """Who was asked, in their order."""
+    """Clients that were asked, in their order."""
     previous: Entry | None
     """The entry of the round before; None in the first."""
     expected: Expected
@@ -102,31 +102,31 @@ class ServerRound:
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training leaves."""
+    """Result of local training."""
 
     parameters: Mapping[str, nn.Parameter]
     loss: float
     """The mean training loss."""
     steps: Mapping[int, float] = field(default_factory=dict)
-    """How far it went along each direction, by the direction's seed (zeroth-order)."""
+    """Distance along each direction, by the direction's seed (zeroth-order)."""
     along: Sequence[float] = ()
     """The loss along the last round's step, before training, at `weighting.LENGTHS`."""
 
 
 class Payload(NamedTuple):
-    """What travels up: tensors, and what the method says of them."""
+    """Content of an update: tensors by name, and metadata of the method's."""
 
     tensors: dict[str, Tensor]
     about: dict[str, str]
 
 
 class Aggregate(NamedTuple):
-    """What travels down and enters the ledger, and what the server learnt while making it."""
+    """Content of an entry: tensors by name, and what the server learnt while making them."""
 
     tensors: dict[str, Tensor]
     metrics: dict[str, float]
     weights: Sequence[float] | None = None
-    """What each update counted, in their order, where that is not p_k = n_k / Σ n."""
+    """Weight of each update, in their order, where that is not p_k = n_k / Σ n."""
 
 
 class Method(Plugin, ABC):
@@ -169,7 +169,7 @@ class Method(Plugin, ABC):
     def train(
         self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
     ) -> Trained:
-        """Local training: first-order steps, where a method has none of its own.
+        """Train locally: by first-order steps, where a method has none of its own.
 
         Raises:
             Diverged: the loss is no longer a number.
@@ -178,7 +178,7 @@ class Method(Plugin, ABC):
 
     @abstractmethod
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
-        """After local training: what travels up."""
+        """Make what travels up, after local training."""
 
     def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
         """The shapes of what clients train, where updates and entries depend on them; else empty.
@@ -188,19 +188,19 @@ class Method(Plugin, ABC):
         return {}
 
     def entry_options(self) -> dict[str, Any]:
-        """The options without which an entry's tensors mean something else."""
+        """Options without which an entry's tensors mean something else."""
         return {}
 
     @abstractmethod
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """On the server: raise `InvalidMessage` where an update is not what the client should send.
+        """Raise `InvalidMessage`, on the server, unless an update is what the client should send.
 
         `Update.check` has been called; that no number is absurd was checked when it was read.
         """
 
     @abstractmethod
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """At every participant: raise `InvalidMessage` unless `aggregate` makes such tensors.
+        """Raise `InvalidMessage`, at every participant, unless `aggregate` makes such tensors.
 
         A part of `wire.check_entry`, which has checked what the entry says of itself.
 
@@ -214,7 +214,7 @@ class Method(Plugin, ABC):
 
     @abstractmethod
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
-        """On the server, without the model: fold the updates in as they arrive."""
+        """Aggregate updates on the server, without the model: each is folded in as it arrives."""
 
     def check_weights(self, participants: Sequence[Participant]) -> None:
         """Raise `InvalidMessage` unless an entry's weights are the method's: p_k = n_k / Σ n."""
@@ -226,7 +226,7 @@ class Method(Plugin, ABC):
 
     @abstractmethod
     def apply(self, model: Model, entry: Entry) -> None:
-        """At every participant: advance the global model by one entry."""
+        """Advance the global model by one entry, at every participant."""
 
     def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:
         """Put the model that the method has made into `model` while the caller evaluates it.
@@ -238,7 +238,7 @@ class Method(Plugin, ABC):
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
-        """All that `entries` add to the base, as one adapter with its scale in its factors.
+        """Adapter of all that `entries` add to the base, with its scale in its factors.
 
         Args:
             entries: the ledger from its first entry on.
@@ -269,7 +269,7 @@ def check_entry(
     round: int,
     parent: str,
 ) -> None:
-    """What every participant does with an entry from elsewhere before it applies it.
+    """Check an entry from elsewhere, as every participant does before it applies it.
 
     Args:
         entry: as it was read; its tensors are read one by one.
@@ -283,13 +283,13 @@ def check_entry(
     """
     if entry.method != method.name:
         raise InvalidMessage(
-            f"method of round {round} must be {method.name}, as in the experiment, got "
-            f"{entry.method[:LONGEST_TEXT]}"
+            f"round {round} is an entry of {entry.method[:LONGEST_TEXT]}, but the experiment's "
+            f"method is {method.name}"
         )
     if dict(entry.options) != method.entry_options():
         raise InvalidMessage(
-            f"options of round {round} must be {method.entry_options()}, as in the experiment, got "
-            f"{str(dict(entry.options))[:LONGEST_TEXT]}"
+            f"round {round} was made with {str(dict(entry.options))[:LONGEST_TEXT]}, but the "
+            f"experiment's method has {method.entry_options()}"
         )
     check_equal({"round": entry.round, "parent": entry.parent}, {"round": round, "parent": parent})
     check_participants(entry.participants)

@@ -71,7 +71,7 @@ def check_pairs(
 
 
 def factor_kinds(shapes: Mapping[str, Sequence[int]], rank: int) -> dict[str, Kind]:
-    """What the factors of an adapter of this rank are, for matrices of these shapes (m, n)."""
+    """Kinds of an adapter's factors, of this rank, for matrices of these shapes (m, n)."""
     with torch.device("meta"):
         pairs = {
             module: Factors(torch.empty(rank, n), torch.empty(m, rank))
@@ -81,7 +81,7 @@ def factor_kinds(shapes: Mapping[str, Sequence[int]], rank: int) -> dict[str, Ki
 
 
 def init_factors(parameters: Mapping[str, Tensor], generator: torch.Generator, rows: int) -> None:
-    """A new adapter that changes nothing yet: A as peft draws it, B zero.
+    """Initialise an adapter that changes nothing yet: A as peft draws it, B zero.
 
     `rows` rows of A are drawn and the first r kept, so that clients of different ranks that share
     a generator's seed share rows.

@@ -51,7 +51,7 @@ class FedSB(HeldAdapter):
     same_rank: ClassVar[bool] = True
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
-        """Every matrix has so many singular vectors."""
+        """Check that every matrix has so many singular vectors."""
         super().check(model, num_clients, training)
         module, shape = min(self.trained_shapes(model).items(), key=lambda item: min(item[1]))
         if self.largest_rank > min(shape):
@@ -61,7 +61,7 @@ class FedSB(HeldAdapter):
             )
 
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
-        """The global core between the bases, which are frozen."""
+        """Attach the global core between the bases, which are frozen."""
         rank = self.rank(client_round.client)
         bases = adapter_tensors(self._bases(model))
         parameters = model.attach(self.config(rank), core=True)
@@ -77,12 +77,12 @@ class FedSB(HeldAdapter):
         return {name: p for name, p in parameters.items() if name not in bases}
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """The rank and scale are the client's, and there is a core for each module."""
+        """Check the client's rank and scale, and that there is a core for each module."""
         update.check_about(self._about(self.rank(client)))
         check_kinds(kinds(update.tensors), self._cores(expected.shapes))
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """There is a core for each module."""
+        """Check that there is a core for each module."""
         check_kinds(kinds(entry.tensors), self._cores(shapes))
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
@@ -97,7 +97,7 @@ class FedSB(HeldAdapter):
         return Aggregate(cores, finite({"aggregation_error": error}))
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """The global adapter is (A, B·R), and R is kept beside it."""
+        """Make (A, B·R) the global adapter, with R beside it."""
         cores = dict(entry.tensors)
         pairs = {}
         for module, (A, B) in self._bases(model).items():

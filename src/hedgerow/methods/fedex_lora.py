@@ -36,7 +36,7 @@ class FedExLoRA(ResidualAdapter):
     same_rank: ClassVar[bool] = True
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """A start adapter of one rank, and a residual of up to the rank of all that is in it."""
+        """Check for a start adapter of one rank, and a residual of up to the rank of all in it."""
         start, residual = split(kinds(entry.tensors))
         check_factors(start, shapes, self.entry_ranks(len(entry.participants)))
         most = (len(entry.participants) + 1) * self.largest_rank

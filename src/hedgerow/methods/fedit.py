@@ -36,7 +36,7 @@ class AveragedAdapter(LoraMethod):
     entries_accumulate: ClassVar[bool] = False
 
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
-        """The global adapter; in the first round one that the run's seed draws for everybody."""
+        """Attach the global adapter; in round 1 one that the run's seed draws for everybody."""
         rank = self.rank(client_round.client)
         parameters = model.attach(self.config(rank))
         init_factors(parameters, client_round.seeds.torch("adapter"), self.largest_rank)
@@ -49,11 +49,11 @@ class AveragedAdapter(LoraMethod):
         return aggregate_adapters(updates, lambda stacked, parts, _: average(stacked, parts))
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """The global adapter is the entry's."""
+        """Make the entry's adapter the global one."""
         model.factors = dict(entry.tensors)
 
     def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:
-        """The base with the global adapter."""
+        """Attach the global adapter to the base."""
         if model.factors is None:
             yield None
         else:
@@ -61,7 +61,7 @@ class AveragedAdapter(LoraMethod):
                 yield None
 
     def merge(self, model: Model, client: str | None) -> None:
-        """W + B·A."""
+        """Add the global adapter to the weights, W + B·A."""
         for module, factors in adapter_pairs(model.factors or {}):
             model.merge(module, factors)
 
@@ -72,7 +72,7 @@ class HeldAdapter(AveragedAdapter):
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
-        """What the model holds after the entries."""
+        """Adapter that the model holds after the entries."""
         factors = load_model().factors
         if factors is None:
             raise UserError("round 0 is the base model: there is no adapter to export yet")

@@ -32,16 +32,16 @@ class FedKSeed(ZerothOrderMethod):
     """K."""
 
     def directions(self, client_round: ClientRound) -> Callable[[int], Sequence[int]]:
-        """One of the candidates, at random."""
+        """Draw one of the candidates for each step."""
         draws = client_round.seeds.numpy("directions", client_round.round, client_round.client.name)
         return lambda step: [
             client_round.seeds.derive("candidate", int(draws.integers(self.candidates)))
         ]
 
     def possible(self, client: Client, round: int, expected: Expected) -> set[int]:
-        """The candidates."""
+        """Seeds of all candidates."""
         return {expected.seeds.derive("candidate", index) for index in range(self.candidates)}
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has at most K seeds of directions."""
+        """Check that it has at most K seeds of directions."""
         check_local_steps(entry.tensors, self.candidates)

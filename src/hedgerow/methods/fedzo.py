@@ -28,14 +28,14 @@ class FedZO(ZerothOrderMethod):
     """b₂: directions whose estimates a step averages."""
 
     def directions(self, client_round: ClientRound) -> Callable[[int], Sequence[int]]:
-        """New ones for every client, round and step."""
+        """Derive new directions for every client, round and step."""
 
         return lambda step: self._of_step(
             client_round.seeds, client_round.round, client_round.client, step
         )
 
     def possible(self, client: Client, round: int, expected: Expected) -> set[int]:
-        """The client's own, as many as it has steps."""
+        """Seeds of the client's own directions, for as many steps as it has."""
         steps = range(expected.training.most_steps(client.num_examples))
         each = [self._of_step(expected.seeds, round, client, step) for step in steps]
         return {seed for seeds in each for seed in seeds}

@@ -137,7 +137,7 @@ class Ferret(HeldAdapter):
         return self
 
     def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
-        """Of all weights, or of the adapter."""
+        """Shapes of all weights, or of the adapter."""
         if self.over == "full":
             return weight_shapes(model)
         parameters = model.attach(self.config(self.largest_rank))
@@ -145,7 +145,7 @@ class Ferret(HeldAdapter):
         return {name: tuple(p.shape) for name, p in parameters.items()}
 
     def entry_options(self) -> dict[str, Any]:
-        """What rebuilding a step takes beside its coordinates."""
+        """Options that rebuilding a step takes beside its coordinates."""
         names = ["over", "basis", "broadcast_bits", "momentum"]
         if self.over == "lora":
             names += ["ranks", "alpha", "rslora", "targets"]
@@ -153,11 +153,11 @@ class Ferret(HeldAdapter):
 
     @property
     def clients_remember(self) -> bool:
-        """With error feedback: what their sketches have lost."""
+        """Whether there is error feedback: clients remember what their sketches have lost."""
         return self.error_feedback
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
-        """The budget fits the blocks (and the adapter the model)."""
+        """Check that the budget fits the blocks (and the adapter the model)."""
         if self.over == "lora":
             LoraMethod.check(self, model, num_clients, training)
         blocks = group(self.trained_shapes(model))
@@ -174,7 +174,7 @@ class Ferret(HeldAdapter):
             )
 
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
-        """All weights, or the global adapter; with a snapshot, for Δ_k."""
+        """Unfreeze all weights, or attach the global adapter; with a snapshot, for Δ_k."""
         if self.over == "full":
             return model.unfreeze()
         parameters = super().start(model, client_round)
@@ -182,7 +182,7 @@ class Ferret(HeldAdapter):
         return parameters
 
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
-        """The coordinates of Δ_k."""
+        """Project Δ_k: its coordinates travel up."""
         blocks = group({name: p.shape for name, p in trained.parameters.items()})
         seed = self._seed(client_round.seeds, client_round.round, client_round.client)
         lost = client_round.memory.load() if self.error_feedback else {}
@@ -215,7 +215,7 @@ class Ferret(HeldAdapter):
         return Payload(tensors, {})
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """It has the round's seed, and as many coordinates for each block as it may."""
+        """Check for the round's seed, and as many coordinates for each block as there may be."""
         update.check_about({})
         blocks = group(expected.shapes)
         counts = self._checked_counts(update.tensors, "counts", blocks)
@@ -226,7 +226,7 @@ class Ferret(HeldAdapter):
                 raise InvalidMessage(f"{name} must be the one that the run derives for this round")
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has as many sketches of all blocks as `aggregate` makes of so many updates."""
+        """Check for as many sketches of all blocks as `aggregate` makes of so many updates."""
         clients, blocks = len(entry.participants), group(shapes)
         given = kinds(entry.tensors)
         one_each = self.seeds == "client"
@@ -261,7 +261,7 @@ class Ferret(HeldAdapter):
             raise InvalidMessage("seeds must be non-negative")
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
-        """η_t Σ p_k γ_k: coordinates on the same bases add, those on others stand beside them."""
+        """Sum coordinates, η_t Σ p_k γ_k: those on other bases stand beside each other."""
         total, rate = 0, 0.0
         sums: dict[tuple[int, ...], list[Tensor]] = {}
         beside: dict[str, Tensor] = {}
@@ -282,7 +282,7 @@ class Ferret(HeldAdapter):
         return Aggregate(tensors, {})
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """w <- w + Σ_l Σ_j γ_lj v_lj, or that plus momentum."""
+        """Add the rebuilt step, w <- w + Σ_l Σ_j γ_lj v_lj, or that plus momentum."""
         sketches: list[_Sketch] = []
         while f"{len(sketches)}.seed" in entry.tensors:
             prefix = f"{len(sketches)}."
@@ -318,7 +318,7 @@ class Ferret(HeldAdapter):
     def _rebuilt(
         self, sketches: Sequence[_Sketch], blocks: Sequence[Block], device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
-        """What the sketches stand for, all together, tensor by tensor."""
+        """Sum of the estimates of all sketches, tensor by tensor."""
         for index, block in enumerate(blocks):
             total: dict[str, Tensor] = {}
             for seed, coordinates in sketches:
@@ -337,12 +337,12 @@ class Ferret(HeldAdapter):
         return model.factors
 
     def _seed(self, seeds: Seeds, round: int, client: Client) -> int:
-        """Of a client's bases in a round."""
+        """Seed of a client's bases in a round."""
         sender = [client.name] if self.seeds == "client" else []
         return seeds.derive("bases", round, *sender)
 
     def _seed_tensors(self, seed: int, seeds: Seeds) -> dict[str, Tensor]:
-        """What an update says of seeds: of its bases, and of the adapter that all began with."""
+        """Tensors of an update's seeds: of its bases, and of the adapter that all began with."""
         adapter = {"adapter_seed": torch.tensor([seeds.derive("adapter")])}
         return {"seed": torch.tensor([seed])} | (adapter if self.over == "lora" else {})
 
@@ -352,7 +352,7 @@ class Ferret(HeldAdapter):
         return _Sketch(seed, Packed(packed, bits, _rotation(seed, up=up)))
 
     def _budget(self, blocks: Sequence[Block]) -> int:
-        """K."""
+        """Number of coordinates in all, K."""
         if self.budget is not None:
             return self.budget
         size = sum(block.size for block in blocks)
@@ -404,7 +404,7 @@ class Ferret(HeldAdapter):
         return counts
 
     def _shrinkage(self, block: Block, gamma: Tensor) -> float:
-        """How long a sketch is to be, by its expected error."""
+        """Factor of a sketch's length, by its expected error."""
         one = 0 if self.basis == "hadamard" else 1
         omega = (block.size / len(gamma) + one) * (1 + ERROR[self.bits]) - 1
         if self.error_feedback:
@@ -419,7 +419,7 @@ class Ferret(HeldAdapter):
 
 
 def _sketch_kinds(counts: Sequence[int], bits: Bits) -> dict[str, Kind]:
-    """What `pack` makes of so many coordinates by block."""
+    """Kinds of what `pack` makes of so many coordinates by block."""
     parts = {name: Kind(t, (sum(each),)) for name, (t, each) in lengths(counts, bits).items()}
     return {"counts": Kind(torch.int32, (len(counts),)), **parts}
 

@@ -41,11 +41,11 @@ class FFALoRA(HeldAdapter, OneFactor):
     reference: ClassVar[str] = "FFA-LoRA, arXiv 2403.12313"
 
     def entry_options(self) -> dict[str, Any]:
-        """As many rows of A are drawn."""
+        """Largest rank: as many rows of A are drawn."""
         return {"largest_rank": self.largest_rank}
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has B of each module, of one rank that its participants may give it, and a seed."""
+        """Check for B of each module, of one rank that its participants may give it, and a seed."""
         given, ranks = kinds(entry.tensors), self.entry_ranks(len(entry.participants))
         shape = given[first].shape if (first := min(only("lora_B", shapes, 1))) in given else ()
         rank = shape[1] if len(shape) == 2 else ranks[0]
@@ -58,7 +58,7 @@ class FFALoRA(HeldAdapter, OneFactor):
             raise InvalidMessage("adapter_seed must be non-negative")
 
     def shared_adapter(self, server_round: ServerRound) -> Mapping[str, Tensor]:
-        """The one that was drawn: A is never another."""
+        """Adapter that was drawn: A is never another."""
         return self._drawn(
             server_round.expected.shapes, server_round.expected.seeds.derive("adapter")
         )
@@ -71,7 +71,7 @@ class FFALoRA(HeldAdapter, OneFactor):
         return whole._replace(tensors=tensors | {"adapter_seed": seed})
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """The global adapter is the entry's B on the rows of A that go with it."""
+        """Make the entry's B, on the rows of A that go with it, the global adapter."""
         drawn = self._drawn(model.adapted_shapes(self.targets), int(entry.tensors["adapter_seed"]))
         pairs = dict(adapter_pairs({**drawn, **entry.tensors}))
         model.factors = adapter_tensors(

@@ -33,12 +33,12 @@ class FlexLoRA(AveragedAdapter):
     reference: ClassVar[str] = "FlexLoRA, arXiv 2402.11505"
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
-        """The best approximation of the exact sum by the largest rank; its error is reported."""
+        """Approximate the exact sum by the largest rank, and report the error."""
         return aggregate_adapters(updates, cut)
 
 
 def cut(stacked: Factors, parts: Sequence[Part], exact: Factors) -> Factors:
-    """The leading components of Σ p_k s_k B_k A_k, in descending order, of the largest rank.
+    """Leading components of Σ p_k s_k B_k A_k, in descending order, of the largest rank.
 
     A matrix that has not so many is filled with zeros, which no training could make more of: its
     own rank is used up.

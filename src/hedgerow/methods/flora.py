@@ -128,16 +128,16 @@ class FLoRA(ResidualAdapter):
 
     @property
     def clients_remember(self) -> bool:
-        """Where they start warm."""
+        """Whether they start warm."""
         return self.restart != "zero"
 
     @property
     def server_remembers(self) -> bool:
-        """What it owes, where it carries that."""
+        """Whether it carries what it owes."""
         return self.compress is not None and self.compress.carry
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
-        """As for every adapter; the weights and the bound on ranks fit the clients."""
+        """Check, as for every adapter; and that weights and the bound on ranks fit the clients."""
         super().check(model, num_clients, training)
         if isinstance(self.scaling, list) and len(self.scaling) != num_clients:
             raise UserError(
@@ -155,7 +155,7 @@ class FLoRA(ResidualAdapter):
     # --- at a client ----------------------------------------------------------------------------
 
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
-        """The first r_k rows of the global adapter; or B_k = 0 beside the client's A_k or a new."""
+        """Attach the first r_k rows of the global adapter; or B_k = 0 and its own or a new A_k."""
         rank = self.rank(client_round.client)
         if self._is_shared(client_round.training):
             parameters = model.attach(self.config(rank), _beyond(model.factors or {}, rank))
@@ -178,7 +178,7 @@ class FLoRA(ResidualAdapter):
     def train(
         self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
     ) -> Trained:
-        """Local steps; those of a warm start go on with the client's optimiser."""
+        """Train locally; a warm start goes on with the client's optimiser."""
         along = self._along(job, client_round)
         if self.restart == "zero":
             return dataclasses.replace(super().train(job, client_round, parameters), along=along)
@@ -207,7 +207,7 @@ class FLoRA(ResidualAdapter):
     # --- at the server --------------------------------------------------------------------------
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """The rank and scale are the client's, and there is a pair of that rank for each module."""
+        """Check rank and scale, and that there is a pair of the client's rank for each module."""
         rank = self.rank(client)
         forms = {_ROUNDING: _SHARE} if self.upload_bits < 32 else {}
         if self.scaling == "adaptive" and update.round > 1:
@@ -224,7 +224,7 @@ class FLoRA(ResidualAdapter):
         check_step_sizes(update.tensors, self.upload_bits, LARGEST_SENT)
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
-        """Stacked factors; or averages and what these lack of them, re-factorised and maybe cut."""
+        """Stack the factors; or average them, and re-factorise and maybe cut what averages lack."""
         start = self._start(server_round)
         said: list[tuple[int, Mapping[str, str]]] = []
 
@@ -253,7 +253,7 @@ class FLoRA(ResidualAdapter):
         return Aggregate(tensors, finite(metrics), weights)
 
     def shown(self, update: Update, server_round: ServerRound) -> Update:
-        """The client's change as one adapter, ΔW_k = s_k·(B_k·A_k - B_0·A_0), in float32."""
+        """Client's change as one adapter, ΔW_k = s_k·(B_k·A_k - B_0·A_0), in float32."""
         if server_round.previous is None or not self._is_shared(server_round.expected.training):
             return dequantize_update(update)  # B_0 = 0
         s, rank = update_scale(update), int(update.about["r"])
@@ -268,11 +268,11 @@ class FLoRA(ResidualAdapter):
         return dataclasses.replace(update, tensors=adapter_tensors(change), about=about)
 
     def check_weights(self, participants: Sequence[Participant]) -> None:
-        """They are those of `scaling`."""
+        """Raise `InvalidMessage` unless the weights are those of `scaling`."""
         weighting.check(self.scaling, participants)
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """A pair for each module, and for a shared start another, of the largest rank."""
+        """Check for a pair for each module, and for a shared start another, of the largest rank."""
         start, residual = split(kinds(entry.tensors))
         count, bits = len(entry.participants), self.compress.bits if self.compress else 32
         if not start and self.restart == "shared":

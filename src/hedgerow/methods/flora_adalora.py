@@ -57,7 +57,7 @@ class FLoRAAdaLoRA(RestartedAdapter):
     """What the distance of P and Q from orthogonal ones counts in the loss."""
 
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
-        """New P and Q with Λ = 0.
+        """Attach new P and Q with Λ = 0.
 
         They are orthogonal from the start. AdaLoRA draws small ones and leaves that to the
         regulariser, but here they begin anew in each round, which may have only a few steps.
@@ -88,14 +88,14 @@ class FLoRAAdaLoRA(RestartedAdapter):
     def train(
         self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
     ) -> Trained:
-        """AdaLoRA's steps."""
+        """Train by AdaLoRA's steps."""
         rank = self.rank(client_round.client)
         sizes = {"initial": self.initial_rank(rank), "target": rank}
         loss = adalora.train(job, parameters, **sizes, orthogonality=self.orthogonality)
         return Trained(parameters, loss)
 
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
-        """The components that are left, as ordinary factors; one of zeros where none is."""
+        """Make ordinary factors of the components that are left; one of zeros where none is."""
         tensors = {}
         initial = self.initial_rank(self.rank(client_round.client))
         factors = {name: factor.detach().cpu() for name, factor in trained.parameters.items()}
@@ -115,13 +115,13 @@ class FLoRAAdaLoRA(RestartedAdapter):
         return math.ceil(self.initial * rank)
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """The scale is the client's, and there is a pair for each module, within the budget."""
+        """Check the client's scale, and for a pair for each module, within the budget."""
         rank = self.rank(client)
         update.check_about(self._about(rank))
         self._check_within_budget(kinds(update.tensors), expected.shapes, [rank])
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has a pair for each module, within the budgets of its participants."""
+        """Check for a pair for each module, within the budgets of its participants."""
         count = len(entry.participants)
         largest = self.possible_ranks(count)[-count:]
         self._check_within_budget(kinds(entry.tensors), shapes, largest)

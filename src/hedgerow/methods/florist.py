@@ -42,13 +42,13 @@ class FLoRIST(RestartedAdapter):
     """The share of the squared singular values of each matrix that is kept."""
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has a pair for each module, each of a rank that the stacked factors may have had."""
+        """Check for a pair for each module, of a rank that the stacked factors may have had."""
         count = len(entry.participants)
         most = sum(self.possible_ranks(count)[-count:])
         check_pairs(kinds(entry.tensors), shapes, {m: min(*mn, most) for m, mn in shapes.items()})
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
-        """The leading components of the sum; `aggregation_error` is what was cut."""
+        """Cut the sum to its leading components; `aggregation_error` is what was cut."""
 
         def cut(stacked: Factors, parts: Sequence[Part], exact: Factors) -> Factors:
             return lowrank.truncate(exact, energy=self.threshold).float()

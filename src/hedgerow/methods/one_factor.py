@@ -33,11 +33,11 @@ class OneFactor(AveragedAdapter):
     """One global adapter; in each round clients train one of its factors."""
 
     def trained_factor(self, round: int) -> Factor:
-        """Which one."""
+        """Factor that clients train in a round."""
         return "lora_B"
 
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
-        """The global adapter, of which one factor is frozen."""
+        """Attach the global adapter, of which one factor is frozen."""
         factor = self.trained_factor(client_round.round)
         parameters = super().start(model, client_round)
         for name, parameter in parameters.items():
@@ -45,7 +45,7 @@ class OneFactor(AveragedAdapter):
         return {name: p for name, p in parameters.items() if p.requires_grad}
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """The rank and scale are the client's, and it has the trained factor of each module."""
+        """Check the client's rank and scale, and for the trained factor of each module."""
         rank = self.rank(client)
         update.check_about(self._about(rank))
         factor = self.trained_factor(update.round)
@@ -69,18 +69,18 @@ class OneFactor(AveragedAdapter):
         return draw_adapter(expected.shapes, expected.seeds.torch("adapter"), self.largest_rank)
 
     def refactor(self, pair: Factors) -> Factors:
-        """The next global adapter, of the same product as the exact sum and the same rank."""
+        """Make the next global adapter, of the exact sum's product and rank."""
         return pair
 
 
 def only(factor: Factor, shapes: Mapping[str, Sequence[int]], rank: int) -> dict[str, Kind]:
-    """What this factor of an adapter is in each module."""
+    """Kinds of this factor of an adapter, in each module."""
     every = factor_kinds(shapes, rank)
     return {name: kind for name, kind in every.items() if f".{factor}." in name}
 
 
 def average_factor(updates: Iterable[Update]) -> dict[str, Tensor]:
-    """Σ p_k A_k, Σ p_k s_k B_k or Σ p_k s_k R_k in float64, folded as they arrive.
+    """Average the trained factor, Σ p_k A_k, Σ p_k s_k B_k or Σ p_k s_k R_k, in float64.
 
     Columns of B that a client of a lower rank has not are zeros of its.
     """

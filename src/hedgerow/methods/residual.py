@@ -35,7 +35,7 @@ class ResidualAdapter(AveragedAdapter):
     entries_accumulate: ClassVar[bool] = True
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """W <- W + the residual, module by module; the global adapter is the entry's."""
+        """Merge the residual into W, module by module; the global adapter is the entry's."""
         start, residual = map(dequantize, split(entry.tensors))
         for module, factors in adapter_pairs(residual):
             model.merge(module, factors)
@@ -44,7 +44,7 @@ class ResidualAdapter(AveragedAdapter):
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
-        """All residuals and the last start adapter, stacked."""
+        """Stack all residuals and the last start adapter."""
         parts: list[Mapping[str, Tensor]] = []
         start: Mapping[str, Tensor] = {}
         for entry in entries:
@@ -62,7 +62,7 @@ class ResidualAdapter(AveragedAdapter):
 
 
 def with_residuals(sums: Iterable[tuple[str, Factors | None, Factors]]) -> Aggregate:
-    """What is broadcast where nothing is lost, module by module.
+    """Make the broadcast in which nothing is lost, module by module.
 
     Args:
         sums: of each module the adapter that clients go on from, if any, and the exact sum.

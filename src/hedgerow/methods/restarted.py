@@ -25,7 +25,7 @@ class RestartedAdapter(ResidualAdapter):
     """
 
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
-        """A new adapter of rank r_k on the merged weights."""
+        """Attach a new adapter of rank r_k to the merged weights."""
         rank = self.rank(client_round.client)
         parameters = model.attach(self.config(rank))
         generator = client_round.seeds.torch(

@@ -26,9 +26,9 @@ class Part(NamedTuple):
     rows: slice
     """Its rows of A and columns of B."""
     weight: float
-    """p_k."""
+    """Weight of the client, p_k."""
     scale: float
-    """s_k."""
+    """Scale of its factors, s_k."""
 
 
 class StackedFactors:
@@ -60,11 +60,11 @@ class StackedFactors:
         return iter(sorted(self._spooled))
 
     def shape(self, module: str) -> tuple[int, int]:
-        """(m, n) of the adapted matrix."""
+        """Shape of the adapted matrix, (m, n)."""
         return self._spooled[module].shape
 
     def shares(self) -> list[float]:
-        """p_k = n_k / Σ n."""
+        """Weights by size, p_k = n_k / Σ n."""
         total = sum(self.num_examples)
         return [count / total for count in self.num_examples]
 
@@ -102,7 +102,7 @@ class StackedFactors:
 
 
 def exact_sum(stacked: Factors, parts: Sequence[Part]) -> Factors:
-    """Σ p_k s_k B_k A_k as one pair, in float64: A = [p_1 s_1 A_1; …], B = [B_1 …].
+    """Exact sum, Σ p_k s_k B_k A_k, as one pair in float64: A = [p_1 s_1 A_1; …], B = [B_1 …].
 
     Args:
         stacked: A of shape (Σ r_k, n) and B of shape (m, Σ r_k), which stay as they are.
@@ -144,5 +144,5 @@ def aggregate_adapters(
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:
-    """Without what is infinite: clients can make the exact sum zero, to which errors relate."""
+    """Metrics that are finite: clients can make the exact sum zero, to which errors relate."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -1,4 +1,4 @@
-"""What a server makes of a round's adapters, module by module: exact sums and averages."""
+"""Exact sums and averages of a round's adapters, module by module."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class Sum(NamedTuple):
     trained: Factors
     """Σ p_k s_k B_k A_k."""
     continued: Continued | None = None
-    """What clients went on from, unless each began at zero."""
+    """Adapter that clients went on from, unless each began at zero."""
 
     def exact(self) -> Factors:
-        """What the global adapter becomes: B_0 A_0 + Σ p_k (s_k B_k A_k - B_0 A_0)."""
+        """Next function of the global adapter: B_0 A_0 + Σ p_k (s_k B_k A_k - B_0 A_0)."""
         if self.continued is None:
             return self.trained
         start, _, shares = self.continued
@@ -67,7 +67,7 @@ class Sum(NamedTuple):
         return Factors(A + start.A * untouched[:, None], B + start.B * untouched)
 
     def step(self) -> Factors:
-        """What the round adds to the global function: `exact` - B_0 A_0."""
+        """Change of the global function by the round: `exact` - B_0 A_0."""
         exact = self.exact()
         if self.continued is None:
             return exact
@@ -184,7 +184,7 @@ class SketchedSums:
         self._missed = self._size = 0.0
 
     def normalise(self, factor: float) -> None:
-        """Say that p_k is `factor` times what `weigh` said."""
+        """Make p_k `factor` times what `weigh` said."""
         self._factor = factor
 
     @property

@@ -1,4 +1,4 @@
-"""How far a broadcast is cut: by singular values, by bits, or not at all.
+"""Truncation of a broadcast: by singular values, by bits, or not at all.
 
 The server re-factorises the aggregate by small SVDs (as FLoRIST does, arXiv 2506.09199), which is
 lossless at its numeric rank. Beyond that, what is cut goes first where it is small for the numbers
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hedgerow.methods.sums import ExactSums, SketchedSums
 
 UNEVEN = 2
-"""How many times the average rank a matrix of a bounded broadcast may have at most."""
+"""Largest rank of a matrix of a bounded broadcast, in units of the average rank."""
 
 
 class Compress(BaseModel):
@@ -65,7 +65,7 @@ def truncate_sums(
     shapes: Mapping[str, Sequence[int]],
     largest_rank: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
-    """What is broadcast of a round's sums and of what is owed, as far as `compress` allows.
+    """Truncate a round's sums, and what is owed, to what `compress` allows.
 
     A few clients' factors are in memory at a time: of each module those components that may be
     kept, once its sum has been read.
@@ -139,7 +139,7 @@ def _quantized(module: str, pair: Factors, bits: Bits) -> dict[str, Tensor]:
 
 
 def _dequantized(module: str, tensors: Mapping[str, Tensor]) -> Factors:
-    """What participants make of them."""
+    """Factors in float32 again, as participants see them."""
     pair = adapter_pair(dequantize(tensors), module)
     assert pair is not None
     return pair
@@ -151,7 +151,7 @@ def ranks_to_keep(
     numbers: float,
     energy: float,
 ) -> dict[str, int]:
-    """How many leading components of each matrix to keep.
+    """Number of leading components of each matrix to keep.
 
     Args:
         spectra: singular values of each, descending, shape (k,).

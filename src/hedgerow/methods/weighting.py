@@ -24,13 +24,13 @@ Weighting = (
 study. A list: one number for each client. `adaptive`: see `adaptive_step`."""
 
 LENGTHS = (0.5, 1.0, 1.5)
-"""Where clients measure the loss for `adaptive`, in units of the last round's step."""
+"""Lengths at which clients measure the loss for `adaptive`, in units of the last round's step."""
 
 SHORTEST, LONGEST = 1 / 8, 8.0
-"""The global step sizes of `adaptive`, in units of the mean update."""
+"""Range of the global step size of `adaptive`, in units of the mean update."""
 
 _FASTEST = 1.5
-"""By what factor they change from round to round at most."""
+"""Largest factor by which it changes from one round to the next."""
 
 
 def fixed_weights(
@@ -76,7 +76,7 @@ def normalisation(weighting: Weighting, num_examples: Sequence[int]) -> float:
 def adaptive_step(
     last: float, losses: Sequence[Sequence[float]], num_examples: Sequence[int]
 ) -> float:
-    """The global step size η of a round, by a line search along the last one's step.
+    """Global step size η of a round, by a line search along the last one's step.
 
     Clients have the model after that step, and report their loss before they train, where the step
     had been shorter and longer. The parabola through the means has its minimum at the length that

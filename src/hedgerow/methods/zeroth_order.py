@@ -1,4 +1,4 @@
-"""What the zeroth-order methods share: their steps are seeds of directions, and coordinates.
+"""Zeroth-order methods, whose steps are seeds of directions, and coordinates: what they share.
 
 client k:  c_k,z <- c_k,z - η·g along direction z, for each local step
 server:    c_z = Σ p_k c_k,z
@@ -50,26 +50,26 @@ class ZerothOrderMethod(Method):
 
     @abstractmethod
     def directions(self, client_round: ClientRound) -> Callable[[int], Sequence[int]]:
-        """From a local step's number to the seeds of its directions."""
+        """Function from a local step's number to the seeds of its directions."""
 
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
-        """All weights; the snapshot is only there to give the model back."""
+        """Unfreeze all weights; the snapshot is only there to give the model back."""
         return model.unfreeze()
 
     def train(
         self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
     ) -> Trained:
-        """MeZO steps."""
+        """Train by MeZO's steps."""
         directions = self.directions(client_round)
         loss, steps = zeroth_order.train(job, parameters.values(), directions, self.epsilon)
         return Trained(parameters, loss, _summed(zip(*steps, strict=True)))
 
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
-        """Each direction's seed, and how far the client went along it."""
+        """Collect each direction's seed, and how far the client went along it."""
         return Payload(_tensors(trained.steps), {})
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
-        """The weights resolve small steps."""
+        """Check that the weights resolve small steps."""
         if model.network.dtype != torch.float32:
             raise UserError(
                 f"method.name: {self.name} takes steps that {model.network.dtype} rounds away: "
@@ -81,18 +81,18 @@ class ZerothOrderMethod(Method):
         """The seeds of all directions that a client's steps of a round may have."""
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """It has seeds of directions that the client may have taken, and as many coordinates."""
+        """Check for seeds of directions that the client may take, and as many coordinates."""
         update.check_about({})
         possible = self.possible(client, update.round, expected)
         if not check_local_steps(update.tensors, len(possible)) <= possible:
             raise InvalidMessage("seeds must be those of directions that the client may take")
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has seeds of directions, and as many coordinates; whose seeds it cannot know."""
+        """Check for seeds of directions, whosever they are, and as many coordinates."""
         check_local_steps(entry.tensors)
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
-        """Σ p_k c_k, direction by direction."""
+        """Sum coordinates, Σ p_k c_k, direction by direction."""
         total, weighted = 0, []
         for update in updates:
             total += update.num_examples
@@ -102,7 +102,7 @@ class ZerothOrderMethod(Method):
         return Aggregate(_tensors({seed: c / total for seed, c in summed.items()}), {})
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """w <- w + Σ c_z z, weight by weight."""
+        """Add the steps, w <- w + Σ c_z z, weight by weight."""
         steps = _steps(entry.tensors)
         for index, (name, weight) in enumerate(model.network.named_parameters()):
             total = torch.zeros(weight.numel(), device=weight.device)

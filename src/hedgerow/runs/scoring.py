@@ -1,4 +1,4 @@
-"""What is scored: the model that a method has made, a run's, or any model in a folder."""
+"""Scoring of models: that of a running method, a run's after a round, or one in a folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hedgerow.settings import Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
 
 Progress = Callable[[int, int], None]
-"""Told how many forward passes or answers are done, of how many."""
+"""Callback that is told how many forward passes or answers are done, of how many."""
 
 
 def load_test(text: TextSettings, settings: EvaluationSettings, model: Model) -> TestSet:
@@ -115,10 +115,10 @@ class Subject:
     entry: str | None
     """The hash of the run's last entry that is in the model, or of its base; None of a folder."""
     seed: int
-    """Of the run, for what is drawn at random."""
+    """Seed of the run, for what is drawn at random."""
     method: Method | None
     clients: Sequence[str]
-    """Whose models are meant, where a run has no global one."""
+    """Clients whose models are meant, where a run has no global one."""
 
     def models(self) -> Iterator[str | None]:
         """Put what is to be scored into `model`, as `Method.models` does."""
@@ -193,7 +193,7 @@ def score_path(
 
 
 def counts(test: TestSet) -> dict[str, int]:
-    """How many test rows were scored, cut or left out."""
+    """Numbers of test rows that were scored, cut or left out."""
     return {
         "rows": len(test),
         "truncated": test.truncated,

@@ -25,11 +25,11 @@ class Block:
     """Consecutive tensors that are sketched together."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    """Of each tensor, by name."""
+    """Shape of each tensor, by name."""
 
     @property
     def size(self) -> int:
-        """d_l: the entries of all its tensors."""
+        """Number of entries of all its tensors, d_l."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
@@ -81,7 +81,7 @@ def project_blocks(
     counts: Sequence[int],
     basis: Basis,
 ) -> Iterator[Tensor]:
-    """The coordinates of each block.
+    """Coordinates of each block, float32 of shape (K_l,), one block after another.
 
     Args:
         tensors: name and tensor, in the blocks' order; each is asked for when its block is due.
@@ -94,7 +94,7 @@ def project_blocks(
 
 
 def norms(tensors: Iterator[tuple[str, Tensor]], blocks: Sequence[Block]) -> list[float]:
-    """‖Δ_l‖ of each block."""
+    """Euclidean norm of each block, ‖Δ_l‖."""
     return [float(torch.linalg.vector_norm(_flat(tensors, block))) for block in blocks]
 
 

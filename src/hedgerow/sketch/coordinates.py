@@ -40,9 +40,9 @@ class Quantized(NamedTuple):
     """Coordinates in few bits."""
 
     codes: Tensor
-    """uint8: 8/bits numbers in a byte, the first in its lowest bits."""
+    """Levels, uint8: 8/bits numbers in a byte, the first in its lowest bits."""
     scales: Tensor
-    """float32: what a group's levels are multiplied by."""
+    """Factors of the groups' levels, float32."""
 
 
 def quantize(coordinates: Tensor, bits: Bits, seed: int) -> Quantized:
@@ -75,7 +75,7 @@ def quantize(coordinates: Tensor, bits: Bits, seed: int) -> Quantized:
 
 
 def dequantize(quantized: Quantized, bits: Bits, k: int, seed: int) -> Tensor:
-    """The k coordinates of as many codes and scales as they have; float32, on the CPU."""
+    """Coordinates from their codes and scales: float32 of shape (k,), on the CPU."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     digits = quantized.codes.numpy()[:, None] >> shifts & (2**bits - 1)
     level = digits.reshape(-1)[:k].astype(np.float32) - np.float32(2 ** (bits - 1) - 0.5)
@@ -84,7 +84,7 @@ def dequantize(quantized: Quantized, bits: Bits, k: int, seed: int) -> Tensor:
 
 
 def groups(k: int) -> NDArray[np.int64]:
-    """How many of k rotated numbers share each scale: those that were rotated together."""
+    """Sizes of the groups of k numbers that share a scale: those that were rotated together."""
     own = [length for _, length in layout.segments(k) if length >= SMALLEST_GROUP]
     lengths = [layout.TILE] * (k // layout.TILE) + own
     rest = k - sum(lengths)
@@ -98,17 +98,17 @@ def num_groups(k: int) -> int:
 
 
 def num_codes(k: int, bits: Bits) -> int:
-    """The bytes that the codes of k coordinates take."""
+    """Number of bytes of the codes of k coordinates."""
     return -(-k * bits // 8)
 
 
 def nbytes(k: int, bits: Bits) -> int:
-    """What k coordinates of one block weigh: codes and scales, or float32 numbers."""
+    """Bytes of k coordinates of one block: codes and scales, or float32 numbers."""
     return 4 * k if bits == 32 else num_codes(k, bits) + 4 * num_groups(k)
 
 
 def lengths(counts: Sequence[int], bits: Bits) -> dict[str, tuple[torch.dtype, list[int]]]:
-    """What `pack` makes of so many coordinates by block, beside `counts`.
+    """Types and sizes of what `pack` makes of so many coordinates by block, beside `counts`.
 
     Returns:
         By name: the type of a tensor, and how much of it each block has.
@@ -122,7 +122,7 @@ def lengths(counts: Sequence[int], bits: Bits) -> dict[str, tuple[torch.dtype, l
 
 
 def pack(coordinates: Iterable[Tensor], bits: Bits, seed: int) -> dict[str, Tensor]:
-    """The coordinates of all blocks as a few tensors.
+    """Pack the coordinates of all blocks into a few tensors.
 
     Args:
         coordinates: γ_l of each block, shape (K_l,); each is asked for when the last is packed.
@@ -149,7 +149,7 @@ def pack(coordinates: Iterable[Tensor], bits: Bits, seed: int) -> dict[str, Tens
 
 
 class Packed(Sequence["Tensor"]):
-    """What `pack` has made: the coordinates of each block, unpacked when they are asked for.
+    """Coordinates of each block, unpacked from what `pack` has made when they are asked for.
 
     Args:
         tensors: from `pack`, with the same `bits` and `seed`.

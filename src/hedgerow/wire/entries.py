@@ -24,12 +24,13 @@ ENTRY_FORMAT = "hedgerow.entry/1"
 
 
 LARGEST_BROADCAST = 1e17
-"""What a participant accepts of a number in an entry: sums of what servers accept, times scales and
-learning rates; products of two, summed over all ranks, are within float32's range."""
+"""Largest magnitude that a participant accepts of a number in an entry: sums of what servers accept,
+times scales and learning rates; products of two, summed over all ranks, are within float32's range.
+"""
 
 
 LARGEST_WEIGHT = 100.0
-"""What an update may count for in an entry; weights mostly sum to 1."""
+"""Largest weight of an update in an entry; weights mostly sum to 1."""
 
 
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -46,7 +47,7 @@ class Participant:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the server broadcasts after a round: one step of the global model."""
+    """Broadcast of the server after a round: one step of the global model."""
 
     method: str
     round: int
@@ -54,7 +55,7 @@ class Entry:
     """Hash of the entry before, or the base model's fingerprint."""
     participants: list[Participant]
     metrics: dict[str, float]
-    """What is known without the model and without a clock: equal runs give equal bytes."""
+    """Numbers that need neither the model nor a clock: equal runs give equal bytes."""
     tensors: Mapping[str, Tensor]
     options: Mapping[str, Any] = field(default_factory=dict)
     """The options of the method without which the tensors mean something else."""

@@ -110,7 +110,7 @@ def to_safetensors(
 
 
 class Place(NamedTuple):
-    """Where in a file a tensor is."""
+    """Place of a tensor in a file."""
 
     kind: Kind
     begin: int
@@ -168,7 +168,7 @@ def read_header(file: io.BufferedIOBase) -> tuple[dict[str, str], dict[str, Plac
 
 
 def _check_described(name: str, content: Any) -> None:
-    """Whether this is a tensor's description in a header, of what is written here."""
+    """Raise `InvalidMessage` unless this describes a tensor in a header, as it is written here."""
     if not 0 < len(name) <= LONGEST_TEXT or not name.isprintable():
         raise InvalidMessage(
             f"tensor names must have 1 to {LONGEST_TEXT} characters, all printable"

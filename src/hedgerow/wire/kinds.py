@@ -1,4 +1,4 @@
-"""What tensors are, whatever their numbers: types, shapes and names that are expected of them."""
+"""Kinds of tensors, whatever their numbers: types, shapes and names that are expected."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def dtype_of(code: str) -> torch.dtype:
 
 
 class Kind(NamedTuple):
-    """What a tensor is, whatever its numbers."""
+    """Type and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -45,12 +45,12 @@ class Kind(NamedTuple):
 
 
 def in_float32(shapes: Mapping[str, Sequence[int]]) -> dict[str, Kind]:
-    """The kinds of float32 tensors of these shapes."""
+    """Kinds of float32 tensors of these shapes, by name."""
     return {name: Kind(torch.float32, tuple(shape)) for name, shape in shapes.items()}
 
 
 def seed_kind() -> Kind:
-    """What a seed that travels is: an int64 of shape (1,)."""
+    """Kind of a seed that travels: int64 of shape (1,)."""
     return Kind(torch.int64, (1,))
 
 

@@ -1,4 +1,4 @@
-"""What a file says of itself: texts by name, read with suspicion."""
+"""Metadata of files: strings by name, read with suspicion."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def take(metadata: dict[str, str], format: str, *names: str) -> list[str]:
-    """Take what has these names out of the metadata of a file in a format."""
+    """Remove the values of these names from the metadata of a file, and return them.
+
+    Raises:
+        InvalidMessage: the file is of another format, or lacks one of the names.
+    """
     if metadata.pop("format", None) != format:
         raise InvalidMessage(f"format must be {format}")
     for name in names:
@@ -49,7 +53,11 @@ def take(metadata: dict[str, str], format: str, *names: str) -> list[str]:
 
 
 def natural(what: str, text: str) -> int:
-    """1, 2, … as `str` writes them, of at most 63 bits."""
+    """Positive integer of at most 63 bits, from its decimal digits.
+
+    Raises:
+        InvalidMessage: it is something else; `what` names it.
+    """
     if not _NATURAL.fullmatch(text) or int(text) >= 2**63:
         raise InvalidMessage(
             f"{what} must be a positive integer below 2^63, got {text[:LONGEST_TEXT]!r}"

@@ -25,7 +25,7 @@ UPDATE_FORMAT = "hedgerow.update/1"
 
 
 LARGEST_SENT = 1e10
-"""What a server accepts of a number in an update."""
+"""Largest magnitude that a server accepts of a number in an update."""
 
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
@@ -33,7 +33,7 @@ _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
 
 @dataclass(frozen=True)
 class Update:
-    """What one client sends after its local training."""
+    """Update that one client sends after its local training."""
 
     method: str
     round: int
@@ -44,7 +44,7 @@ class Update:
     train_loss: float
     tensors: Mapping[str, Tensor]
     about: Mapping[str, str] = field(default_factory=dict)
-    """What the method says of the tensors, as `r` and `lora_alpha` of an adapter."""
+    """Further metadata of the method's, as `r` and `lora_alpha` of an adapter."""
 
     def to_bytes(self) -> bytes:
         """The update as a safetensors file."""

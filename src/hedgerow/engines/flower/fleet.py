@@ -28,7 +28,7 @@ from hedgerow.wire import MAX_HEADER_BYTES, Entry
 BATCH = 256 << 20
 """Bytes of entries in one message to a site that has missed many."""
 RESTARTS = 5
-"""How often a site's copy of the ledger may turn out to be another than it was thought to be."""
+"""Number of times that a site's copy of the ledger may prove other than it was thought to be."""
 PATIENCE = 60.0
 """Seconds to wait for sites that are only to be told the end."""
 POLL = 0.2
@@ -49,7 +49,7 @@ class Member:
 
 @dataclass
 class Errand:
-    """What a node is being asked, in as many messages as it takes."""
+    """Errand to a node, in as many messages as it takes."""
 
     node: int
     member: Member | None = None

@@ -1,4 +1,4 @@
-"""What travels between server and sites: a few words in JSON, and files in wire.py's format.
+"""Messages between server and sites: a few words in JSON, and files in the format of `wire`.
 
 Files travel in pieces, so that neither end ever holds one twice. What arrives is validated here as
 far as the words go; what is in the files, by whoever reads them.
@@ -31,7 +31,7 @@ Sentence = Annotated[str, Field(max_length=1000), AfterValidator(readable)]
 
 
 class Action(StrEnum):
-    """What a message asks of a site; the values are Flower's message types."""
+    """Action that a message asks of a site; the values are Flower's message types."""
 
     invite = "query.invite"
     entries = "query.entries"
@@ -62,7 +62,7 @@ class Words(BaseModel):
 
 
 class Request(Words):
-    """From the server to a site."""
+    """Words from the server to a site."""
 
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     """Names the run, whose state a site keeps apart from other runs'."""
@@ -75,7 +75,7 @@ class Request(Words):
 
 
 class Held(BaseModel):
-    """How far a site's copy of the ledger goes."""
+    """Head of a site's copy of the ledger."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -84,7 +84,7 @@ class Held(BaseModel):
 
 
 class Reply(Words):
-    """From a site to the server."""
+    """Words from a site to the server."""
 
     name: Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
     num_examples: Annotated[int, Field(ge=1, lt=2**63)] | None = None

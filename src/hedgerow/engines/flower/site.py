@@ -70,7 +70,7 @@ class Site:
     """A process that trains for one client (in a simulation, for several), on one base model."""
 
     def __init__(self, app: App, folder: Path, memory: Path | None = None) -> None:
-        """Nothing is loaded before the first request.
+        """Load nothing before the first request.
 
         Args:
             app: with this site's model and data in its experiment.

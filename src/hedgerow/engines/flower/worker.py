@@ -32,7 +32,7 @@ ADDRESS = "worker.socket"
 
 
 class WorkerRequest(BaseModel):
-    """What the ClientApp hands to the worker."""
+    """Request of the ClientApp to the worker."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,7 +45,7 @@ class WorkerRequest(BaseModel):
 
 
 class WorkerReply(BaseModel):
-    """What the worker hands back."""
+    """Reply of the worker to the ClientApp."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
