@@ -59,7 +59,14 @@ class Factors(NamedTuple):
 
 
 def stack(pairs: Sequence[Factors]) -> Factors:
-    """The pair whose product is the sum of the pairs' products, of rank Σ r_k (FLoRA, eq. 5)."""
+    """Stack pairs: the product is the sum of theirs, of rank Σ r_k (FLoRA, section 3, eq. 5).
+
+    Args:
+        pairs: at least one; A of shape (r_k, n) and B of shape (m, r_k), of one dtype and device.
+
+    Returns:
+        A of shape (Σ r_k, n) and B of shape (m, Σ r_k), in the same dtype.
+    """
     return Factors(torch.cat([p.A for p in pairs], dim=0), torch.cat([p.B for p in pairs], dim=1))
 
 
@@ -144,7 +151,7 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def norm(pair: Factors) -> float:
-    """The Frobenius norm of B·A, computed in float64."""
+    """Frobenius norm of B·A, computed in float64."""
     if pair.rank >= min(pair.A.shape[1], pair.B.shape[0]):
         return float(torch.linalg.matrix_norm(_product64(pair)))
     # ‖B·A‖ = ‖R_B·R_Aᵀ‖, since the orthogonal factors of both QRs keep lengths.
@@ -154,7 +161,7 @@ def norm(pair: Factors) -> float:
 
 
 def distance(first: Factors, second: Factors) -> float:
-    """The Frobenius norm of the difference of two products, computed in float64."""
+    """Frobenius norm of the difference of two products of one shape, computed in float64."""
     if first.rank + second.rank >= min(first.A.shape[1], first.B.shape[0]):
         return float(torch.linalg.matrix_norm(_product64(first) - _product64(second)))
     return norm(difference(first, second))
@@ -187,7 +194,7 @@ class Svd(NamedTuple):
     """Shape (k, n), orthonormal rows."""
 
     def rank(self, beside: float) -> int:
-        """The numeric rank: the rest is nothing for float32 beside a matrix of this norm."""
+        """Numeric rank: what is beyond it is nothing for float32 beside a matrix of this norm."""
         tails = self.values.square().flip(0).cumsum(0).flip(0).sqrt()
         return int((tails > 2e-7 * beside).sum())
 
@@ -204,7 +211,10 @@ def svd(pair: Factors) -> Svd:
     """Decompose B·A, by QR of both factors and an SVD of the small core.
 
     Args:
-        pair: factors with A of shape (r, n) and B of shape (m, r).
+        pair: factors with A of shape (r, n) and B of shape (m, r), finite.
+
+    Returns:
+        min(r, m, n) singular values and their vectors, float64, on the factors' device.
     """
     q_b, r_b = torch.linalg.qr(pair.B.double())
     q_a, r_a = torch.linalg.qr(pair.A.double().T)

@@ -32,17 +32,13 @@ DATA = "data.json"
 LOCK = ".lock"
 
 
-FREE: set[tuple[str, ...]]
-
-
-FREE = {("federation", key) for key in ("rounds", "min_clients", "deadline", "attempts", "backoff")}
-
-
-FREE |= {("about",), ("evaluation", "every")}
-
-
-FREE |= {("tracking", key) for key in TrackingSettings.model_fields}
-"""What a resumed run may change, as no entry depends on it (only a schedule, on the rounds)."""
+FREE: set[tuple[str, ...]] = {
+    ("about",),
+    ("evaluation", "every"),
+    *(("federation", k) for k in ("rounds", "min_clients", "deadline", "attempts", "backoff")),
+    *(("tracking", key) for key in TrackingSettings.model_fields),
+}
+"""Keys that a resumed run may change: no entry depends on them (only a schedule, on the rounds)."""
 
 
 class RunDirectory:

@@ -88,6 +88,9 @@ def project_blocks(
         seed: block l is projected with `seed + l`.
         counts: K_l.
         basis: the kind of bases.
+
+    Raises:
+        ValueError: a tensor comes out of order or is missing, or a count is not possible.
     """
     for index, (block, count) in enumerate(zip(blocks, counts, strict=True)):
         yield project(_flat(tensors, block), _seed(seed, index), count, basis)

@@ -24,9 +24,9 @@ ENTRY_FORMAT = "hedgerow.entry/1"
 
 
 LARGEST_BROADCAST = 1e17
-"""Largest magnitude that a participant accepts of a number in an entry: sums of what servers accept,
-times scales and learning rates; products of two, summed over all ranks, are within float32's range.
-"""
+"""Largest magnitude that a participant accepts of a number in an entry: sums of what servers
+accept, times scales and learning rates; products of two, summed over all ranks, are within
+float32's range."""
 
 
 LARGEST_WEIGHT = 100.0
