@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.lowrank import Factors, Projections
-from hedgerow.methods.base import Client, Expected, ServerTurn
+from hedgerow.methods.base import Client, Expected, ServerRound
 from hedgerow.methods.flora import FLoRA
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
@@ -71,8 +71,8 @@ def main() -> None:
 
     expected = Expected(Seeds(0), shapes, TrainingSettings())
     began = time.perf_counter()
-    turn = ServerTurn(1, clients, None, expected, Forgetful())
-    aggregate = method.aggregate(updates(), turn)
+    server_round = ServerRound(1, clients, None, expected, Forgetful())
+    aggregate = method.aggregate(updates(), server_round)
     seconds = time.perf_counter() - began
     result = sum(tensor.nbytes for tensor in aggregate.tensors.values())
     above = (peak() - before) / size

@@ -96,8 +96,13 @@ def print_table(curves: dict[str, list[dict[str, Any]]]) -> None:
             )
         )
     header = [
-        *("method", f"loss after {len(reference) - 1} rounds", "beside the first"),
-        *("bytes up", "up and down", f"to loss {GOAL:g}", "bytes to it"),
+        "method",
+        f"loss after {len(reference) - 1} rounds",
+        "beside the first",
+        "bytes up",
+        "up and down",
+        f"to loss {GOAL:g}",
+        "bytes to it",
     ]
     console.table("", header, table)
 

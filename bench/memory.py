@@ -21,9 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hedgerow import console, demo
-from hedgerow.engines.local import encode_clients
+from hedgerow.data import ClientData
 from hedgerow.experiment import load
-from hedgerow.methods.base import Client, Expected, ServerTurn, Turn
+from hedgerow.methods.base import Client, ClientRound, Expected, ServerRound
 from hedgerow.methods.ferret import DEFAULT_COMPRESSION, Ferret
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
@@ -38,11 +38,12 @@ VOCABULARY = 32_000
 def main() -> None:
     """Run the stages and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in [
-        *(("--hidden", 2048), ("--layers", 22), ("--intermediate", 5632), ("--heads", 32)),
-        *(("--kv-heads", 4), ("--tokens", 128)),
-    ]:
-        parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--intermediate", type=int, default=5632)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128)
     options = vars(parser.parse_args())
     tokens = options.pop("tokens")
     network = random_llama(**options)
@@ -106,36 +107,66 @@ def stages(network: Any, tokens: int) -> dict[str, int]:
 
     with tempfile.TemporaryDirectory() as folder:
         changes = [
-            *("training.optimizer=sgd", "training.max_grad_norm=null", "training.steps=2"),
-            *("training.batch_size=1", f"data.max_length={tokens}", "training.learning_rate=1e-3"),
+            "training.optimizer=sgd",
+            "training.max_grad_norm=null",
+            "training.steps=2",
+            "training.batch_size=1",
+            f"data.max_length={tokens}",
+            "training.learning_rate=1e-3",
         ]
         experiment = load(demo.prepare(Path(folder)), changes)
         tokenizer = Model.load(experiment.model).tokenizer
-        shard = next(iter(encode_clients(experiment, tokenizer).values()))
+        data = ClientData(experiment.data, tokenizer, Seeds(0))
+        shard = data.tokenize(data.names[0])
     model = Model(network, tokenizer, "random")
     method, seeds = Ferret(), Seeds(0)
     client = Client(0, "client-000", len(shard))
-    turn = Turn(client, 1, seeds, experiment.training, Forgetful())
+    client_round = ClientRound(client, 1, seeds, experiment.training, Forgetful(), no_past)
     order = seeds.numpy("batches")
-    job = Job(network, shard, experiment.training, 1e-3, tokenizer.pad_token_id, order, 0)
+    job = Job(
+        network=network,
+        data=shard,
+        settings=experiment.training,
+        learning_rate=1e-3,
+        pad_id=tokenizer.pad_token_id,
+        order=order,
+        dropout_seed=0,
+    )
     Path("/proc/self/clear_refs").write_text("5")
     stage("weights")
-    parameters = method.start(model, turn)
+    parameters = method.start(model, client_round)
     stage("snapshot")
-    trained = method.train(job, turn, parameters)
+    trained = method.train(job, client_round, parameters)
     stage("training")
-    tensors, about = method.update(model, turn, trained)
+    tensors, about = method.update(model, client_round, trained)
     stage("sketch")
     model.release()
-    update = Update("ferret", 1, client.name, "", len(shard), trained.loss, tensors, about)
+    update = Update(
+        method="ferret",
+        round=1,
+        client=client.name,
+        parent="",
+        num_examples=len(shard),
+        train_loss=trained.loss,
+        tensors=tensors,
+        about=about,
+    )
     aggregate = method.aggregate(
         [update],
-        ServerTurn(1, [client], None, Expected(seeds, {}, experiment.training), Forgetful()),
+        ServerRound(1, [client], None, Expected(seeds, {}, experiment.training), Forgetful()),
     )
     stage("server, without the model")
-    method.apply(model, Entry("ferret", 1, "", [], {}, aggregate.tensors))
+    entry = Entry(
+        method="ferret", round=1, parent="", participants=[], metrics={}, tensors=aggregate.tensors
+    )
+    method.apply(model, entry)
     stage("apply an entry")
     return peaks
+
+
+def no_past(round: int) -> Entry:
+    """Nothing: Ferret reads no earlier entry."""
+    raise AssertionError("nobody reads an earlier entry")
 
 
 class Forgetful:
@@ -146,7 +177,7 @@ class Forgetful:
         return {}
 
     def save(self, tensors: object) -> None:
-        """Nothing is kept."""
+        """Forget them."""
 
 
 def llama(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int) -> Any:

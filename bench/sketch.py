@@ -47,8 +47,15 @@ def compare(size: int, dense_k: list[int], device: torch.device) -> None:
         ("copy", "torch", "", ms(copy), ms(copy), "1.0", "1.0", "", ""),
         ("trunc_normal_ loop", "torch", "1", ms(loop), ms(loop_back), "", "", "1", "1"),
         (
-            *("uniform", "reference", "1", ms(own), ms(own_back), "", ""),
-            *(f"{loop / own:.2f}", f"{loop_back / own_back:.2f}"),
+            "uniform",
+            "reference",
+            "1",
+            ms(own),
+            ms(own_back),
+            "",
+            "",
+            f"{loop / own:.2f}",
+            f"{loop_back / own_back:.2f}",
         ),
     ]
     backend = "numba" if device.type == "cpu" else "Triton"
@@ -59,21 +66,27 @@ def compare(size: int, dense_k: list[int], device: torch.device) -> None:
             up = best(lambda basis=basis, c=coordinates: reconstruct(c, 1, size, basis), device)
             rows.append(
                 (
-                    *(
-                        basis,
-                        backend,
-                        f"{k:,}",
-                        ms(down),
-                        ms(up),
-                        f"{down / copy:.1f}",
-                        f"{up / copy:.1f}",
-                    ),
-                    *(f"{loop * k / down:,.0f}", f"{loop_back * k / up:,.0f}"),
+                    basis,
+                    backend,
+                    f"{k:,}",
+                    ms(down),
+                    ms(up),
+                    f"{down / copy:.1f}",
+                    f"{up / copy:.1f}",
+                    f"{loop * k / down:,.0f}",
+                    f"{loop_back * k / up:,.0f}",
                 )
             )
     header = [
-        *("basis", "backend", "K", "project ms", "rebuild ms", "project/copy", "rebuild/copy"),
-        *("loop/project", "loop/rebuild"),
+        "basis",
+        "backend",
+        "K",
+        "project ms",
+        "rebuild ms",
+        "project/copy",
+        "rebuild/copy",
+        "loop/project",
+        "loop/rebuild",
     ]
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     console.table(f"{size:,} entries on {device}{threads}", header, rows)

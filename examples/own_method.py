@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import nn
 
 from hedgerow.methods import FedAvg
-from hedgerow.methods.base import Trained, Turn
+from hedgerow.methods.base import ClientRound, Trained
 from hedgerow.training import first_order
 from hedgerow.training.job import Job
 
@@ -35,7 +35,9 @@ class FedProx(FedAvg):
     mu: float = Field(0.01, ge=0)
     """Strength μ of the proximal term; 0 is FedAvg, and the paper tries 0.001 to 1."""
 
-    def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
+    def train(
+        self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
+    ) -> Trained:
         """Steps down F_k(w_k) + μ/2 ‖w_k - w‖², whose second part has the gradient μ (w_k - w)."""
         start = {name: w.detach().clone() for name, w in parameters.items()}
 

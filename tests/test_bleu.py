@@ -8,7 +8,7 @@ from support.runs import rows_of
 
 from hedgerow.evaluation.metrics.bleu import Bleu
 from hedgerow.evaluation.scores import answers
-from hedgerow.runs.targets import load_test, loaded
+from hedgerow.runs.scoring import load_test, loaded
 
 
 @pytest.fixture

@@ -117,8 +117,15 @@ def test_a_loss_that_nothing_is_left_of_is_an_error(model):
 def test_batch_size_changes_nothing(model):
     one = score(model, metrics=ALL, batch_size=1)
     assert set(one) == {
-        *["eval_loss", "eval_perplexity", "rouge_l", "exact_match", "answer_prompts_cut"],
-        *["accuracy", "accuracy_norm", "accuracy_chance", "choice_prompts_cut"],
+        "eval_loss",
+        "eval_perplexity",
+        "rouge_l",
+        "exact_match",
+        "answer_prompts_cut",
+        "accuracy",
+        "accuracy_norm",
+        "accuracy_chance",
+        "choice_prompts_cut",
     }
     assert score(model, metrics=ALL, batch_size=3) == pytest.approx(one, rel=1e-5)
     assert score(model, metrics=ALL, batch_size=64) == pytest.approx(one, rel=1e-5)

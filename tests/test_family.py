@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from support.adapters import SHAPES, TURN, clients, error, exact, updates
+from support.adapters import SERVER_ROUND, SHAPES, clients, error, exact, updates
+from support.doubles import Forgetful, no_past
 from support.models import logits
 from support.runs import rows_of
-from support.turns import Forgetful, no_past
 from transformers import AutoModelForCausalLM
 
 from hedgerow.adapters import adapter_pairs
@@ -21,7 +21,7 @@ from hedgerow.engines.local import prepare
 from hedgerow.experiment import load
 from hedgerow.lowrank import Factors
 from hedgerow.methods import METHODS
-from hedgerow.methods.base import Client, Expected, ServerTurn, Trained, Turn
+from hedgerow.methods.base import Client, ClientRound, Expected, ServerRound, Trained
 from hedgerow.methods.factors import draw_adapter
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
@@ -80,8 +80,10 @@ def test_the_global_model_is_the_average_of_the_clients_models(model, name):
         average = {module: torch.zeros(shape) for module, shape in shapes.items()}
         sent = []
         for client in present:
-            turn = Turn(client, round, Seeds(7), TrainingSettings(), Forgetful(), no_past)
-            parameters = method.start(model, turn)
+            client_round = ClientRound(
+                client, round, Seeds(7), TrainingSettings(), Forgetful(), no_past
+            )
+            parameters = method.start(model, client_round)
             if method.rank(client) == method.largest_rank:
                 for module, weight in effective(model, shapes).items():
                     torch.testing.assert_close(weight, before[module], rtol=0, atol=1e-6)
@@ -91,14 +93,14 @@ def test_the_global_model_is_the_average_of_the_clients_models(model, name):
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
             for module, weight in effective(model, shapes).items():
                 average[module] += client.num_examples / total * weight
-            payload = method.update(model, turn, Trained(parameters, 1.0))
+            payload = method.update(model, client_round, Trained(parameters, 1.0))
             tensors = {key: tensor.clone() for key, tensor in payload.tensors.items()}
             whole = [name, round, client.name, "p", client.num_examples, 1.0, tensors]
             sent.append(Update(*whole, payload.about))
             method.check_update(client, sent[-1], expected)
             model.release()
-        turn = ServerTurn(round, present, previous, expected, Forgetful())
-        tensors, metrics, _ = method.aggregate(sent, turn)
+        server_round = ServerRound(round, present, previous, expected, Forgetful())
+        tensors, metrics, _ = method.aggregate(sent, server_round)
         assert metrics["aggregation_error"] < 1e-6
         participants = [
             Participant(c.name, c.num_examples, c.num_examples / total) for c in present
@@ -114,9 +116,11 @@ def test_the_global_model_is_the_average_of_the_clients_models(model, name):
 @pytest.mark.parametrize("name", ["ffa_lora", "rolora", "fedsvd", "fed_sb"])
 def test_what_a_method_freezes_the_next_can_train(model, name):
     method = METHODS[name].model_validate({"ranks": 2})
-    turn = Turn(Client(0, "c", 5), 1, Seeds(0), TrainingSettings(), Forgetful(), no_past)
+    client_round = ClientRound(
+        Client(0, "c", 5), 1, Seeds(0), TrainingSettings(), Forgetful(), no_past
+    )
     for _ in range(2):
-        parameters = method.start(model, turn)
+        parameters = method.start(model, client_round)
         sent = "lora_R" if name == "fed_sb" else "lora_B"
         assert all(p.requires_grad and f".{sent}." in key for key, p in parameters.items())
         trainable = [p for p in model.network.parameters() if p.requires_grad]
@@ -134,7 +138,7 @@ def test_what_a_method_freezes_the_next_can_train(model, name):
 @settings(max_examples=30, deadline=None)
 @given(clients, st.integers(0, 100))
 def test_flexlora_gives_every_rank_its_best_approximation(clients, seed):
-    aggregate = METHODS["flexlora"]().aggregate(updates(seed, clients), TURN)
+    aggregate = METHODS["flexlora"]().aggregate(updates(seed, clients), SERVER_ROUND)
     sums = exact(seed, clients)
     assert aggregate.metrics["aggregation_error"] == pytest.approx(
         error(aggregate, sums), rel=1e-4, abs=1e-6
@@ -153,7 +157,7 @@ def test_flexlora_gives_every_rank_its_best_approximation(clients, seed):
 @given(clients, st.floats(0.1, 0.999), st.integers(0, 100))
 def test_florist_keeps_the_fewest_components_that_reach_the_threshold(clients, threshold, seed):
     method = METHODS["florist"].model_validate({"threshold": threshold})
-    aggregate = method.aggregate(updates(seed, clients), TURN)
+    aggregate = method.aggregate(updates(seed, clients), SERVER_ROUND)
     sums = exact(seed, clients)
     cut = whole = 0.0
     for module, pair in adapter_pairs(aggregate.tensors):
@@ -176,10 +180,10 @@ def test_florist_keeps_the_fewest_components_that_reach_the_threshold(clients, t
 )
 def test_fedex_is_exact_by_what_it_merges(clients, seed):
     clients = clients[:5]
-    aggregate = METHODS["fedex_lora"]().aggregate(updates(seed, clients), TURN)
+    aggregate = METHODS["fedex_lora"]().aggregate(updates(seed, clients), SERVER_ROUND)
     assert aggregate.metrics["aggregation_error"] < 1e-6
     start = {k.removeprefix("start."): t for k, t in aggregate.tensors.items() if "start." in k}
-    fedit = METHODS["fedit"]().aggregate(updates(seed, clients), TURN).tensors
+    fedit = METHODS["fedit"]().aggregate(updates(seed, clients), SERVER_ROUND).tensors
     assert all(torch.equal(start[key], fedit[key]) for key in fedit)
     residual = dict(adapter_pairs({k: aggregate.tensors[k] for k in fedit}))
     for module, pair in adapter_pairs(start):
@@ -210,7 +214,7 @@ def test_ffa_averages_b_of_any_rank_on_rows_that_all_share(clients, seed):
             sums[module] += examples / total * alpha / rank * product
         own = {key: tensor for key, tensor in update.tensors.items() if ".lora_B." in key}
         sent.append(Update("ffa_lora", 1, update.client, "p", examples, 1.0, own, update.about))
-    aggregate = method.aggregate(sent, TURN)
+    aggregate = method.aggregate(sent, SERVER_ROUND)
     assert aggregate.metrics["aggregation_error"] < 1e-6
     assert aggregate.tensors["adapter_seed"].tolist() == [Seeds(0).derive("adapter")]
     for module, total_sum in sums.items():
@@ -239,7 +243,9 @@ def test_rolora_trains_the_factors_in_turns(model):
     for round, factor in ((1, "lora_B"), (2, "lora_A"), (3, "lora_B")):
         parameters = method.start(
             model,
-            Turn(Client(0, "c", 5), round, Seeds(0), TrainingSettings(), Forgetful(), no_past),
+            ClientRound(
+                Client(0, "c", 5), round, Seeds(0), TrainingSettings(), Forgetful(), no_past
+            ),
         )
         assert all(f".{factor}." in key for key in parameters)
         model.release()
@@ -269,16 +275,16 @@ def test_the_bases_are_the_weights_leading_singular_vectors(model):
 def test_adalora_prunes_to_the_budget_and_sends_what_it_trained(experiment, steps, initial):
     method = METHODS["flora_adalora"].model_validate({"ranks": 3, "initial": initial})
     client, seeds = Client(0, "c", 8), Seeds(0)
-    turn = Turn(client, 1, seeds, TrainingSettings(), Forgetful(), no_past)
+    client_round = ClientRound(client, 1, seeds, TrainingSettings(), Forgetful(), no_past)
     prepared = prepare(load(experiment(method={"name": "flora", "ranks": 3})))
     model, data = prepared.model, prepared.shards["client-002"]
     training = TrainingSettings(steps=steps, batch_size=4)
     job = Job(model.network, data, training, 0.01, 2, seeds.numpy("order"), 3)
     shapes = method.trained_shapes(model)
     before = effective(model, shapes)
-    trained = method.train(job, turn, method.start(model, turn))
+    trained = method.train(job, client_round, method.start(model, client_round))
     after = effective(model, shapes)
-    payload = method.update(model, turn, trained)
+    payload = method.update(model, client_round, trained)
     update = Update("flora_adalora", 1, "c", "p", 8, 1.0, payload.tensors, payload.about)
     method.check_update(client, update, Expected(seeds, shapes, training))
     model.release()
@@ -314,7 +320,7 @@ def test_stacking_is_exact_where_each_matrix_has_a_rank_of_its_own():
             sums[module] += (client + 1) / 6 * 2 * (B @ A).double()
         about = {"r": "3", "lora_alpha": "6"}
         sent.append(Update("flora_adalora", 1, f"c{client}", "p", client + 1, 1.0, tensors, about))
-    aggregate = METHODS["flora_adalora"]().aggregate(sent, TURN)
+    aggregate = METHODS["flora_adalora"]().aggregate(sent, SERVER_ROUND)
     assert error(aggregate, sums) < 1e-6
     assert [pair.rank for _, pair in adapter_pairs(aggregate.tensors)] == [7, 7]
 

@@ -3,15 +3,15 @@
 import random
 
 import pytest
+from support.doubles import Nobody
 from support.experiments import dolly
 from support.runs import rows_of
-from support.turns import Nobody
 
 from hedgerow import federation
 from hedgerow.engines import local
 from hedgerow.errors import RunFailed
 from hedgerow.experiment import load
-from hedgerow.federation.fleet import Answer
+from hedgerow.federation.fleet import ClientResult
 from hedgerow.runs.directory import RunDirectory
 
 
@@ -34,7 +34,7 @@ class Flaky(local.LocalFleet):
     def train(self, round, parent, clients, clock):
         lost = self.draw.sample(list(clients), -(-3 * len(clients) // 10))
         present = [client for client in clients if client not in lost]
-        yield from (Answer(client, failure="gone", absent=True) for client in lost)
+        yield from (ClientResult(client, failure="gone", absent=True) for client in lost)
         yield from super().train(round, parent, present, clock)
 
 
@@ -65,7 +65,7 @@ def test_who_answers_at_the_second_try_is_in_the_round(experiment, tmp_path):
         def train(self, round, parent, clients, clock):
             self.asked.append([client.name for client in clients])
             if len(self.asked) == 1:
-                yield Answer(clients[0], failure="gone", absent=True)
+                yield ClientResult(clients[0], failure="gone", absent=True)
                 clients = clients[1:]
             yield from super().train(round, parent, clients, clock)
 

@@ -8,15 +8,15 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.doubles import Nobody
 from support.runs import rows_of
-from support.turns import Nobody
 
 from hedgerow import federation, runs
 from hedgerow.engines import local
 from hedgerow.errors import InvalidMessage
 from hedgerow.evaluation.scores import evaluate
 from hedgerow.experiment import load
-from hedgerow.federation.fleet import Answer
+from hedgerow.federation.fleet import ClientResult
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Client, Expected
 from hedgerow.model import Model
@@ -92,7 +92,10 @@ def test_every_choice_runs_and_replays_to_the_same_bits(run, options):
 def test_the_paper_s_settings_are_defaults_that_one_may_still_change(experiment):
     paper = load(experiment(), ["method={name: ferret, paper: true, clip: 1}"]).method
     assert (paper.basis, paper.bits, paper.seeds, paper.allocation) == (
-        *("uniform", 32, "client", "norm"),
+        "uniform",
+        32,
+        "client",
+        "norm",
     )
     assert (paper.budget, paper.clip) == (4096, 1)
     assert load(experiment(), ["method={name: ferret, paper: true, compression: 8}"]).method
@@ -138,7 +141,7 @@ class Postman:
     def train(self, round, parent, clients, clock):
         for client in clients:
             file = self._updates / f"round-{round:04d}" / f"{client.name}.safetensors"
-            yield Answer(client, file.read_bytes())
+            yield ClientResult(client, file.read_bytes())
 
     def advance(self, entry) -> None:
         pass
@@ -222,8 +225,8 @@ def test_error_feedback_keeps_what_a_sketch_has_lost(run):
     exact = load_file(plain / "updates/round-0001/client-001.safetensors")
     blocks = group({name: tensor.shape for name, tensor in delta_of(plain, 1).items()})
     device = torch.device("cpu")
-    estimate = dict(method._rebuilt([method._decoded(sent, 1, up=True)], blocks, device))
-    trained = dict(method._rebuilt([method._decoded(exact, 32, up=True)], blocks, device))
+    estimate = dict(method._rebuilt([method._unpacked(sent, 1, up=True)], blocks, device))
+    trained = dict(method._rebuilt([method._unpacked(exact, 32, up=True)], blocks, device))
     for name in trained:
         assert torch.allclose(kept[name] + estimate[name], trained[name], atol=1e-6)
 
@@ -294,7 +297,7 @@ def test_an_update_that_is_not_finite_is_the_client_s_failure(experiment, hedger
     method = f"method={{name: ferret, budget: 100, bits: {bits}}}"
     done = hedgerow("run", path, method, "--out", tmp_path / "run")
     assert done.code == 1
-    assert "its update is not finite" in done.err
+    assert "the update contains NaN or infinity" in done.err
 
 
 @pytest.mark.parametrize(
@@ -349,7 +352,7 @@ def with_counts(counts):
 def test_an_update_that_is_not_what_was_asked_for_is_refused(run, damage):
     directory = run(federation={"rounds": 1})
     data = (directory / "updates/round-0001/client-000.safetensors").read_bytes()
-    update = Update.decode(data)
+    update = Update.from_bytes(data)
     tensors = dict(update.tensors)
     damage(tensors)
     bad = Update(**{**vars(update), "tensors": tensors})
@@ -358,7 +361,7 @@ def test_an_update_that_is_not_what_was_asked_for_is_refused(run, damage):
     client = Client(0, update.client, update.num_examples)
     experiment.method.check_update(client, update, expected)
     with pytest.raises(InvalidMessage):
-        experiment.method.check_update(client, Update.decode(bad.encode()), expected)
+        experiment.method.check_update(client, Update.from_bytes(bad.to_bytes()), expected)
 
 
 def test_sgd_steps_in_the_backward_pass_are_sgd_s(run, monkeypatch):

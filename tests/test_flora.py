@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.doubles import no_past
 from support.runs import rows_of
-from support.turns import no_past
 from torch import nn
 
 from hedgerow.adapters import adapter_pairs, adapter_tensors
@@ -18,11 +18,11 @@ from hedgerow.experiment import load
 from hedgerow.ledger import Ledger
 from hedgerow.lowrank import Factors, Projections, SumSketch
 from hedgerow.methods import flora
-from hedgerow.methods.base import Client, Expected, ServerTurn, Trained, Turn
-from hedgerow.methods.compress import Compress, ranks_to_keep
+from hedgerow.methods.base import Client, ClientRound, Expected, ServerRound, Trained
 from hedgerow.methods.flora import FLoRA
-from hedgerow.methods.integers import decode, encode
-from hedgerow.methods.scaling import LENGTHS, LONGEST, SHORTEST, adaptive
+from hedgerow.methods.quantization import dequantize, quantize
+from hedgerow.methods.truncation import Compress, ranks_to_keep
+from hedgerow.methods.weighting import LENGTHS, LONGEST, SHORTEST, adaptive_step
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
@@ -102,8 +102,10 @@ def play(method, sizes, rounds, check, absent=lambda round, client: False, moves
         before = model.function()
         updates, changes = [], []
         for client in present:
-            turn = Turn(client, round, SEEDS, training, memories[client.name], no_past)
-            parameters = method.start(model, turn)
+            client_round = ClientRound(
+                client, round, SEEDS, training, memories[client.name], no_past
+            )
+            parameters = method.start(model, client_round)
             rank = method.rank(client)
             start = model.function_with(parameters, method.scale(rank))
             for m in SHAPES:  # every participant starts from the same function
@@ -116,19 +118,27 @@ def play(method, sizes, rounds, check, absent=lambda round, client: False, moves
             changed = model.function_with(parameters, method.scale(rank))
             changes.append({m: changed[m] - start[m] for m in SHAPES})
             along = (1.2, 1.0, 0.9) if method.scaling == "adaptive" and round > 1 else ()
-            tensors, about = method.update(model, turn, Trained(parameters, 1.0, along=along))
+            tensors, about = method.update(
+                model, client_round, Trained(parameters, 1.0, along=along)
+            )
             update = Update(
-                *(method.name, round, client.name, "p", client.num_examples, 1.0),
-                *(tensors, about),
+                method=method.name,
+                round=round,
+                client=client.name,
+                parent="p",
+                num_examples=client.num_examples,
+                train_loss=1.0,
+                tensors=tensors,
+                about=about,
             )
             method.check_update(client, update, expected)
             updates.append(update)
-        turn = ServerTurn(round, present, previous, expected, server)
-        aggregate = method.aggregate(updates, turn)
+        server_round = ServerRound(round, present, previous, expected, server)
+        aggregate = method.aggregate(updates, server_round)
         weights = aggregate.weights
         exact = {m: sum(p * c[m] for p, c in zip(weights, changes, strict=True)) for m in SHAPES}
         for update, change in zip(updates, changes, strict=True):
-            shown = method.kept(update, turn)
+            shown = method.shown(update, server_round)
             s = float(shown.about["lora_alpha"]) / int(shown.about["r"])
             for m, pair in adapter_pairs(shown.tensors):
                 error = float((s * pair.B.double() @ pair.A.double() - change[m]).norm())
@@ -285,10 +295,10 @@ def test_the_largest_updates_make_an_entry_that_everybody_accepts(restart, compr
         tensors = {name: LARGEST_SENT * t for name, t in adapter_tensors(pairs).items()}
         about = {"r": str(rank), "lora_alpha": str(2 * rank)}
         updates.append(Update("flora", 1, client.name, "p", 5, 1.0, tensors, about))
-    turn = ServerTurn(
+    server_round = ServerRound(
         1, clients, None, Expected(SEEDS, SHAPES, TrainingSettings(steps=3)), Remembering()
     )
-    aggregate = method.aggregate(updates, turn)
+    aggregate = method.aggregate(updates, server_round)
     parts = [Participant(c.name, 5, 1 / 3) for c in clients]
     entry = Entry("flora", 1, "p", parts, {}, aggregate.tensors)
     check_numbers(entry.tensors, LARGEST_BROADCAST)
@@ -307,12 +317,12 @@ def test_updates_in_fewer_bits_are_nearly_the_same(bits):
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
-def test_encoding_is_as_fine_as_its_bits(bits):
+def test_quantization_is_as_fine_as_its_bits(bits):
     generator = torch.Generator().manual_seed(0)
     pair = Factors(torch.randn(4, 9, generator=generator), torch.randn(6, 4, generator=generator))
     pair.A[1] = 0
     tensors = adapter_tensors({"q": pair})
-    back = decode(encode(tensors, bits))
+    back = dequantize(quantize(tensors, bits))
     for name, factor in tensors.items():
         dim = 1 if ".lora_A." in name else 0
         step = factor.abs().amax(dim, keepdim=True) / (2 ** (bits - 1) - 1)
@@ -358,22 +368,22 @@ def test_a_default_cut_is_as_large_as_the_largest_client():
 def test_adaptive_steps_go_to_the_minimum_of_the_loss_along_the_last(best, last):
     losses = [(length - best) ** 2 + 5 for length in LENGTHS]
     expected = last * min(max(best, 1 / 1.5), 1.5)
-    assert adaptive(last, [losses] * 3, [5, 1, 2]) == pytest.approx(expected, rel=1e-6)
+    assert adaptive_step(last, [losses] * 3, [5, 1, 2]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_adaptive_steps_where_there_is_no_minimum_go_downhill_within_bounds():
-    assert adaptive(1.0, [[3.0, 2.5, 1.0]], [1]) == 1.5
-    assert adaptive(1.0, [[1.0, 2.5, 3.0]], [1]) == pytest.approx(1 / 1.5)
-    assert adaptive(LONGEST, [[3.0, 2.0, 1.0]], [1]) == LONGEST
-    assert adaptive(SHORTEST, [[1.0, 2.0, 3.0]], [1]) == SHORTEST
-    assert adaptive(0.7, [[3.0, 3.0, 3.0]], [1]) == 0.7
-    assert adaptive(0.7, [[LARGEST_SENT] * 3], [1]) == 0.7
+    assert adaptive_step(1.0, [[3.0, 2.5, 1.0]], [1]) == 1.5
+    assert adaptive_step(1.0, [[1.0, 2.5, 3.0]], [1]) == pytest.approx(1 / 1.5)
+    assert adaptive_step(LONGEST, [[3.0, 2.0, 1.0]], [1]) == LONGEST
+    assert adaptive_step(SHORTEST, [[1.0, 2.0, 3.0]], [1]) == SHORTEST
+    assert adaptive_step(0.7, [[3.0, 3.0, 3.0]], [1]) == 0.7
+    assert adaptive_step(0.7, [[LARGEST_SENT] * 3], [1]) == 0.7
 
 
 def test_nobody_decides_an_adaptive_step_alone():
     honest = [[2.0, 2.1, 2.5]] * 20
     for liar in ([LARGEST_SENT, LARGEST_SENT / 2, 0.0], [0.0, LARGEST_SENT / 2, LARGEST_SENT]):
-        assert adaptive(1.0, [*honest, liar], [1] * 21) == adaptive(1.0, honest, [1] * 20)
+        assert adaptive_step(1.0, [*honest, liar], [1] * 21) == adaptive_step(1.0, honest, [1] * 20)
 
 
 @pytest.mark.parametrize("steps", [3, 10])

@@ -188,17 +188,18 @@ if Path(sys.argv[0]).name == "flwr-clientapp":
 
     honest = worker.ask
 
-    def ask(place, question):
-        answer = honest(place, question)
-        if answer.update is None:
-            return answer
-        data = answer.update.read_bytes()
-        round = len(question.request.records) + question.request.first
+    def ask(place, request):
+        reply = honest(place, request)
+        if reply.update is None:
+            return reply
+        data = reply.update.read_bytes()
+        round = len(request.request.records) + request.request.first
         evil = place / "evil.safetensors"
         evil.write_bytes({1: b"garbage", 2: data.replace(b"lora_A", b"lora_C")}.get(
             round, data[: len(data) // 2]))
         files = [messages.info(evil)]
-        return worker.Answer(reply=answer.reply.model_copy(update={"files": files}), update=evil)
+        announced = reply.reply.model_copy(update={"files": files})
+        return worker.WorkerReply(reply=announced, update=evil)
 
     worker.ask = ask
 """

@@ -28,11 +28,11 @@ from hedgerow.engines.flower.messages import (
     pack,
 )
 from hedgerow.engines.flower.server import serve
-from hedgerow.engines.flower.worker import Host, Question
+from hedgerow.engines.flower.worker import Host, WorkerRequest
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
 from hedgerow.experiment import load
 from hedgerow.model import Model
-from hedgerow.runs.targets import load_test
+from hedgerow.runs.scoring import load_test
 from hedgerow.wire import Entry
 
 CLIENTS = ["client-000", "client-001", "client-002"]
@@ -52,8 +52,8 @@ class Node:
         self.actions.append(Action(message.metadata.message_type))
         parcel = Parcel(message.content, Request)
         files = parcel.save_all(inbox)
-        question = Question(app=self.app, node=self.config, request=parcel.words, files=files)
-        answer = self.host.answer(question)
+        request = WorkerRequest(app=self.app, node=self.config, request=parcel.words, files=files)
+        answer = self.host.handle(request)
         content = pack(answer.reply, [] if answer.update is None else [answer.update])
         return self.answer(content)
 
@@ -109,7 +109,9 @@ def make(experiment, tmp_path, tiny_model):
         init(load(path, ["data.test=null", *overrides]), tmp_path / "app", "tiny")
         nodes = [
             Node(
-                *(index + 2, tmp_path / "app", tmp_path / "sites" / name),
+                index + 2,
+                tmp_path / "app",
+                tmp_path / "sites" / name,
                 name=name,
                 data=str(tmp_path / f"client_{index}.json"),
                 model=str(tiny_model),
@@ -299,7 +301,7 @@ def test_who_answered_is_not_asked_again_and_a_second_answer_is_the_first(make):
 
     made.grid.before = lose_one_answer
     rows = made.run()
-    assert rows[1]["failures"] == {"client-000": "it has no words"}
+    assert rows[1]["failures"] == {"client-000": "the message has no words"}
     assert asked == [2, 3, 4]
 
 
@@ -342,8 +344,8 @@ def test_what_a_site_says_cannot_hurt_the_server(make, capsys):
     rows = made.run()
     assert [row["participants"] for row in rows[1:]] == [CLIENTS[:2]] * 5
     failures = [row["failures"]["client-002"] for row in rows[1:]]
-    assert "its message cannot be read" in failures
-    assert any("not as they should be" in failure for failure in failures)
+    assert "the message cannot be read" in failures
+    assert any("invalid words" in failure for failure in failures)
     out = capsys.readouterr().out
     for text in [out.replace("\n", ""), *failures]:
         assert "\x1b" not in text
@@ -392,8 +394,8 @@ def test_a_site_refuses_entries_that_the_method_would_not_make(make):
         dataclasses.replace(first, tensors=tensors).write(file)
     node = made.nodes[1].config | {"folder": str(made.out.parent / "another site")}
     request = Request(run="1" * 32, records=[info(forged)], files=[info(forged)], train=True)
-    question = Question(app=made.nodes[1].app, node=node, request=request, files=[forged])
-    reply = Host().answer(question).reply
+    asked = WorkerRequest(app=made.nodes[1].app, node=node, request=request, files=[forged])
+    reply = Host().handle(asked).reply
     assert "sent an entry that it does not accept" in reply.refused
     assert not ledger(Path(node["folder"]))
 
@@ -425,7 +427,7 @@ def test_a_site_may_come_back_under_another_id(make):
 def test_an_update_larger_than_any_can_be_is_not_written(make, monkeypatch):
     made = make()
     monkeypatch.setattr("hedgerow.engines.flower.fleet.MAX_HEADER_BYTES", -20000)
-    with pytest.raises(RunFailed, match="which no update can be"):
+    with pytest.raises(RunFailed, match="an update must have at most"):
         made.run()
 
 

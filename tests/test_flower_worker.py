@@ -12,14 +12,14 @@ from support.network import wait_for
 from hedgerow.engines.flower.app import init
 from hedgerow.engines.flower.messages import Request
 from hedgerow.engines.flower.node import place_of
-from hedgerow.engines.flower.worker import Question, ask, inbox
+from hedgerow.engines.flower.worker import WorkerRequest, ask, inbox
 from hedgerow.experiment import load
 
 REQUEST = Request(run="0" * 32)
 
 
 @pytest.fixture
-def question(experiment, tmp_path, tiny_model):
+def worker_request(experiment, tmp_path, tiny_model):
     init(load(experiment(), ["data.test=null"]), tmp_path / "app", "tiny")
     place = tmp_path / "site"
     place.mkdir()
@@ -29,7 +29,7 @@ def question(experiment, tmp_path, tiny_model):
         "model": str(tiny_model),
         "folder": str(place),
     }
-    yield Question(app=tmp_path / "app", node=node, request=REQUEST, files=[])
+    yield WorkerRequest(app=tmp_path / "app", node=node, request=REQUEST, files=[])
     for process in workers(place):
         process.kill()
 
@@ -44,12 +44,14 @@ def workers(place):
     return found
 
 
-def test_one_worker_answers_all_keeps_the_model_and_trains_once(question, tmp_path, capfd):
-    place = place_of(question.node)
-    train = question.model_copy(update={"request": Request(run="0" * 32, train=True)})
+def test_one_worker_answers_all_keeps_the_model_and_trains_once(worker_request, tmp_path, capfd):
+    place = place_of(worker_request.node)
+    train = worker_request.model_copy(update={"request": Request(run="0" * 32, train=True)})
     # As after a restart, when an invitation and a round may wait together.
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        replies = list(pool.map(lambda q: ask(place, q).reply, [question, train, question]))
+        replies = list(
+            pool.map(lambda q: ask(place, q).reply, [worker_request, train, worker_request])
+        )
     assert [reply.num_examples for reply in replies] == [5, 5, 5]
     (worker,) = workers(place)
     first = ask(place, train)
@@ -59,22 +61,22 @@ def test_one_worker_answers_all_keeps_the_model_and_trains_once(question, tmp_pa
     assert capfd.readouterr().err.count("round 1: training") == 1
 
 
-def test_a_worker_ends_when_nothing_is_asked_and_is_started_again(question):
-    place = place_of(question.node)
-    short = question.model_copy(update={"node": question.node | {"idle": 0.5}})
+def test_a_worker_ends_when_nothing_is_asked_and_is_started_again(worker_request):
+    place = place_of(worker_request.node)
+    short = worker_request.model_copy(update={"node": worker_request.node | {"idle": 0.5}})
     assert ask(place, short).reply.num_examples == 5
     wait_for(lambda: not workers(place), "the worker's end")
-    assert ask(place, question).reply.num_examples == 5
+    assert ask(place, worker_request).reply.num_examples == 5
 
 
-def test_a_worker_ends_with_who_started_it(question):
-    place = place_of(question.node)
+def test_a_worker_ends_with_who_started_it(worker_request):
+    place = place_of(worker_request.node)
     # Its parent is the parent of the process that asks: here one that ends at once.
     script = (
         "import sys; from hedgerow.engines.flower.worker import *;"
-        "print(ask(Path(sys.argv[1]), Question.model_validate_json(sys.argv[2])).reply.name)"
+        "print(ask(Path(sys.argv[1]), WorkerRequest.model_validate_json(sys.argv[2])).reply.name)"
     )
-    inner = [sys.executable, "-c", script, str(place), question.model_dump_json()]
+    inner = [sys.executable, "-c", script, str(place), worker_request.model_dump_json()]
     outer = "import subprocess, sys; subprocess.run(sys.argv[1:], check=True)"
     subprocess.run([sys.executable, "-c", outer, *inner], check=True)
     wait_for(lambda: not workers(place), "the worker's end")

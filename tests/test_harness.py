@@ -14,7 +14,7 @@ from hedgerow import demo
 from hedgerow.benchmarks import harness
 from hedgerow.data import load_template
 from hedgerow.evaluation.choices import Choices, log_likelihoods
-from hedgerow.runs.targets import loaded
+from hedgerow.runs.scoring import loaded
 
 ROWS = [
     {"instruction": f"Say {word}", "choices": [word * 3, word.upper(), "no"], "answer": 0}

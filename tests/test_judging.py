@@ -169,7 +169,13 @@ def test_ratings_are_asked_for_as_published(judge, endpoint, files):
     }
     for row in rows.values():
         assert set(row) == {
-            *["question_id", "model", "judge", "user_prompt", "judgment", "score", "turn"],
+            "question_id",
+            "model",
+            "judge",
+            "user_prompt",
+            "judgment",
+            "score",
+            "turn",
             "tstamp",
         }
         assert (row["model"], row["judge"][0], row["score"]) == ("one", "j-4", 7)
@@ -188,14 +194,18 @@ def test_ratings_are_asked_for_as_published(judge, endpoint, files):
     assert "2 + 2" not in first
     reference = [
         "<|The Start of Reference Answer|>",
-        *["### User:\nWhat is 1 + 1?", "### Reference answer:\nIt is 2."],
-        *["### User:\nAnd 2 + 2?", "### Reference answer:\nIt is 4."],
+        "### User:\nWhat is 1 + 1?",
+        "### Reference answer:\nIt is 2.",
+        "### User:\nAnd 2 + 2?",
+        "### Reference answer:\nIt is 4.",
         "<|The End of Reference Answer|>",
     ]
     conversation = [
         "<|The Start of Assistant A's Conversation with User|>",
-        *["### User:\nWhat is 1 + 1?", "### Assistant A:\none first 111"],
-        *["### User:\nAnd 2 + 2?", "### Assistant A:\none second 111"],
+        "### User:\nWhat is 1 + 1?",
+        "### Assistant A:\none first 111",
+        "### User:\nAnd 2 + 2?",
+        "### Assistant A:\none second 111",
         "<|The End of Assistant A's Conversation with User|>",
     ]
     assert second == "\n\n\n".join(map("\n\n".join, (reference, conversation)))
@@ -297,10 +307,10 @@ def test_a_reply_or_an_error_that_has_no_end(
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"<html>", "no chat completion"),
-        (b'{"choices": []}', "no chat completion"),
-        (b'{"choices": [{"message": {"content": null}}]}', "no chat completion"),
-        (b'{"choices": [{"message": {"content": ["[[5]]"]}}]}', "no chat completion"),
+        (b"<html>", "not a chat completion"),
+        (b'{"choices": []}', "not a chat completion"),
+        (b'{"choices": [{"message": {"content": null}}]}', "not a chat completion"),
+        (b'{"choices": [{"message": {"content": ["[[5]]"]}}]}', "not a chat completion"),
     ],
 )
 def test_garbage_is_no_judgment(judge, endpoint, files, body, words):
@@ -371,8 +381,10 @@ def test_pairs_are_shown_in_both_orders(judge, endpoint, files):
     assert [rows[111, 1][f"g{game}_winner"] for game in (1, 2)] == ["model_1", "model_2"]
     assert rows[103, 2]["g1_winner"] == rows[103, 2]["g2_winner"] == "tie"
     assert {row["judge"][1] for row in rows.values()} == {
-        *["hedgerow-pair-v1", "hedgerow-pair-v1-multi-turn"],
-        *["hedgerow-pair-math-v1", "hedgerow-pair-math-v1-multi-turn"],
+        "hedgerow-pair-v1",
+        "hedgerow-pair-v1-multi-turn",
+        "hedgerow-pair-math-v1",
+        "hedgerow-pair-math-v1-multi-turn",
     }
     for row in rows.values():
         assert {"question_id", "model_1", "model_2", "g1_winner", "g2_winner", "judge"} < set(row)

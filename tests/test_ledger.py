@@ -169,33 +169,48 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 ONE = torch.ones(1)
 WRONG_ENTRIES = {
-    "a metric's name": ({"metrics": {"loss%": 1.0}}, "metric `loss%`: names are"),
-    "a metric that is no text": ({"metrics": {1: 1.0}}, "metric `1`: names are"),
+    "a metric's name": ({"metrics": {"loss%": 1.0}}, "metric `loss%` must be named by"),
+    "a metric that is no text": ({"metrics": {1: 1.0}}, "metric `1` must be named by"),
     "names of two kinds": ({"metrics": {1: 1.0, "b": 1.0}}, "metrics cannot be written"),
-    "NaN": ({"metrics": {"loss": float("nan")}}, "metric `loss` is nan"),
-    "infinity": ({"metrics": {"loss": float("inf")}}, "metric `loss` is inf"),
-    "a flag": ({"metrics": {"good": True}}, "metric `good` is True"),
+    "NaN": ({"metrics": {"loss": float("nan")}}, "metric `loss` must be a finite number, got nan"),
+    "infinity": (
+        {"metrics": {"loss": float("inf")}},
+        "metric `loss` must be .*, got inf",
+    ),
+    "a flag": ({"metrics": {"good": True}}, "metric `good` must be a finite number, got True"),
     "a tensor for a metric": ({"metrics": {"loss": ONE}}, "metrics cannot be written: .*Tensor"),
-    "a type of number": ({"tensors": {"x": ONE.bool()}}, "x has numbers of the kind 'bool'"),
-    "complex numbers": ({"tensors": {"x": ONE.cfloat()}}, "x has .* the kind 'complex64'"),
-    "an empty tensor": ({"tensors": {"x": torch.ones(0, 3)}}, "the shape of x is no list"),
-    "nine dimensions": ({"tensors": {"x": torch.ones([1] * 9)}}, "the shape of x is no list"),
-    "a tensor's name": ({"tensors": {"x" * 513: ONE}}, "name is empty, too long"),
-    "a name with a line break": ({"tensors": {"x\n": ONE}}, "name is empty, too long or not"),
-    "a reserved name": ({"tensors": {"__metadata__": ONE}}, "metadata are no mapping"),
+    "a type of number": ({"tensors": {"x": ONE.bool()}}, "dtype of x must be one of .* got 'bool'"),
+    "complex numbers": (
+        {"tensors": {"x": ONE.cfloat()}},
+        "dtype of x .* got 'complex64'",
+    ),
+    "an empty tensor": (
+        {"tensors": {"x": torch.ones(0, 3)}},
+        "shape of x must be a list",
+    ),
+    "nine dimensions": (
+        {"tensors": {"x": torch.ones([1] * 9)}},
+        "shape of x must be a list",
+    ),
+    "a tensor's name": ({"tensors": {"x" * 513: ONE}}, "tensor names must have"),
+    "a name with a line break": ({"tensors": {"x\n": ONE}}, "tensor names must have"),
+    "a reserved name": ({"tensors": {"__metadata__": ONE}}, "metadata must map printable"),
     "a name that is no text": ({"tensors": {7: ONE}}, "name is 7, no text"),
     "an array": ({"tensors": {"x": ONE.numpy()}}, "x is no tensor, but a ndarray"),
     "a sparse tensor": ({"tensors": {"x": ONE.to_sparse()}}, "x is no dense tensor"),
-    "no mapping": ({"tensors": [ONE]}, "tensors are no mapping, but a list"),
-    "a number that is none": ({"tensors": {"x": ONE * torch.nan}}, "x has numbers that are not"),
-    "a huge number": ({"tensors": {"x": ONE * 1e18}}, r"x has numbers above 1e\+17"),
-    "a whole weight": ({"participants": [Participant("a", 1, 1)]}, "participants are not .*: 1}"),
+    "no mapping": ({"tensors": [ONE]}, "tensors must be a mapping"),
+    "a number that is none": ({"tensors": {"x": ONE * torch.nan}}, "x contains NaN or infinity"),
+    "a huge number": ({"tensors": {"x": ONE * 1e18}}, r"x contains values above 1e\+17"),
+    "a whole weight": ({"participants": [Participant("a", 1, 1)]}, "participants must each have"),
     "a weight that is none": (
         {"participants": [Participant("a", 1, float("nan"))]},
-        "participants are not .*: nan}",
+        "participants must each have",
     ),
-    "a heavy weight": ({"participants": [Participant("a", 1, 101.0)]}, "weight of a is 101.0"),
-    "nobody": ({"participants": []}, "no participants"),
+    "a heavy weight": (
+        {"participants": [Participant("a", 1, 101.0)]},
+        "weight of a must be between",
+    ),
+    "nobody": ({"participants": []}, "at least one participant"),
     "options that JSON lacks": ({"options": {"x": {1}}}, "options cannot be written: .*set"),
     "options that JSON changes": ({"options": {"x": (1, 2)}}, r"would be read as {'x': \[1, 2\]}"),
 }
@@ -257,11 +272,11 @@ WRONG_AGGREGATES = {
     "a metric": (lambda a, _: a._replace(metrics={"loss%": 1.0}), "metric `loss%`"),
     "one tensor less": (
         lambda a, _: a._replace(tensors=dict([*a.tensors.items()][1:])),
-        "it lacks",
+        "is missing",
     ),
     "another type": (
         lambda a, _: a._replace(tensors={n: t.double() for n, t in a.tensors.items()}),
-        r"is F64 \[.*\], not F32",
+        r"expected dtype float32 of shape \[.*\], got dtype float64",
     ),
     "a weight too few": (
         lambda a, _: a._replace(weights=[0.5, 0.5]),
@@ -269,11 +284,11 @@ WRONG_AGGREGATES = {
     ),
     "what it keeps": (
         lambda a, turn: turn.memory.save({"x": ONE.bool()}),
-        "could not aggregate round 2: x has numbers of the kind 'bool'",
+        "could not aggregate round 2: dtype of x must be one of .* got 'bool'",
     ),
     "other weights": (
         lambda a, _: a._replace(weights=[0.5, 0.25, 0.25]),
-        "weight of client-000 is",
+        "weight of client-000 must be",
     ),
 }
 
@@ -300,15 +315,18 @@ def test_a_wrong_method_stops_a_run_that_goes_on_with_a_right_one(
 
 
 WRONG_UPDATES = {
-    "a type of number": (lambda p, _: p._replace(tensors={"x": ONE.bool()}), "of the kind 'bool'"),
+    "a type of number": (lambda p, _: p._replace(tensors={"x": ONE.bool()}), "got 'bool'"),
     "what it keeps": (
         lambda p, turn: turn.memory.save({"x": torch.ones(0)}),
-        "the shape of x is no list",
+        "shape of x must be a list",
     ),
-    "a number for a text": (lambda p, _: p._replace(about={"r": 4}), "it says 'r': 4"),
-    "another's word": (lambda p, _: p._replace(about={"round": "7"}), "it says 'round': '7'"),
-    "a line break": (lambda p, _: p._replace(about={"r": "4\n"}), "no mapping of printable texts"),
-    "no mapping": (lambda p, _: p._replace(about=None), "what it says is no mapping"),
+    "a number for a text": (lambda p, _: p._replace(about={"r": 4}), "`about` has 'r': 4"),
+    "another's word": (lambda p, _: p._replace(about={"round": "7"}), "`about` has 'round': '7'"),
+    "a line break": (
+        lambda p, _: p._replace(about={"r": "4\n"}),
+        "map printable strings",
+    ),
+    "no mapping": (lambda p, _: p._replace(about=None), "`about` must map strings"),
 }
 
 

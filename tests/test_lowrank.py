@@ -81,7 +81,7 @@ def test_truncation_by_energy_keeps_the_fewest_that_suffice(energy, seed):
 @given(ranks, st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_stacks_that_share_a_file_are_the_stacks(ranks, seed, dtype):
     with tempfile.TemporaryFile(buffering=0) as file:
-        spooled = [lowrank.SpooledStack(file), lowrank.SpooledStack(file)]
+        spooled = [lowrank.SpooledFactors(file), lowrank.SpooledFactors(file)]
         pairs = [
             [
                 Factors(*(f.to(dtype) for f in random_factors(seed + 7 * i + k, rank)))

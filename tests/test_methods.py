@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.adapters import SHAPES, TURN, clients, error, exact, updates
+from support.adapters import SERVER_ROUND, SHAPES, clients, error, exact, updates
 
 from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import InvalidMessage
@@ -16,7 +16,7 @@ from hedgerow.methods.base import Client, Expected
 from hedgerow.methods.fedavg import FedAvg
 from hedgerow.methods.fedit import FedIT
 from hedgerow.methods.flora import FLoRA
-from hedgerow.methods.stacks import Part, exact_sum
+from hedgerow.methods.stacking import Part, exact_sum
 from hedgerow.methods.zero_padding import ZeroPadding
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
@@ -26,13 +26,13 @@ from hedgerow.wire import Update
 @settings(max_examples=50, deadline=None)
 @given(clients, st.booleans(), st.integers(0, 100))
 def test_flora_is_exact_for_any_ranks_alphas_and_sizes(clients, rslora, seed):
-    aggregate = FLoRA().aggregate(updates(seed, clients, rslora), TURN)
+    aggregate = FLoRA().aggregate(updates(seed, clients, rslora), SERVER_ROUND)
     assert error(aggregate, exact(seed, clients, rslora)) < 1e-6
     assert aggregate.metrics["aggregation_error"] < 1e-6
     stacked = sum(rank for rank, _, _ in clients)
     for module, pair in adapter_pairs(aggregate.tensors):
         assert pair.rank == min(stacked, *SHAPES[module])
-    as_sent = FLoRA(restart="zero").aggregate(updates(seed, clients, rslora), TURN)
+    as_sent = FLoRA(restart="zero").aggregate(updates(seed, clients, rslora), SERVER_ROUND)
     assert error(as_sent, exact(seed, clients, rslora)) < 1e-6
     assert {pair.rank for _, pair in adapter_pairs(as_sent.tensors)} == {stacked}
 
@@ -40,15 +40,18 @@ def test_flora_is_exact_for_any_ranks_alphas_and_sizes(clients, rslora, seed):
 @settings(max_examples=30, deadline=None)
 @given(clients, st.integers(0, 100))
 def test_the_reported_noise_of_averaging_is_the_noise(clients, seed):
-    aggregate = ZeroPadding().aggregate(updates(seed, clients), TURN)
+    aggregate = ZeroPadding().aggregate(updates(seed, clients), SERVER_ROUND)
     measured = error(aggregate, exact(seed, clients))
     assert aggregate.metrics["aggregation_error"] == pytest.approx(measured, rel=1e-4, abs=1e-6)
 
 
 def test_averaging_is_noisy_and_stacking_is_not():
     clients = [(2, 4.0, 1), (2, 4.0, 1)]
-    assert ZeroPadding().aggregate(updates(0, clients), TURN).metrics["aggregation_error"] > 0.1
-    assert FLoRA().aggregate(updates(0, clients), TURN).metrics["aggregation_error"] < 1e-6
+    assert (
+        ZeroPadding().aggregate(updates(0, clients), SERVER_ROUND).metrics["aggregation_error"]
+        > 0.1
+    )
+    assert FLoRA().aggregate(updates(0, clients), SERVER_ROUND).metrics["aggregation_error"] < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ def test_an_update_that_is_not_the_clients_adapter_is_refused(lie):
 def test_fedit_averages_the_factors_apart():
     clients = [(2, 4.0, 1), (2, 4.0, 3)]
     first, second = (dict(adapter_pairs(u.tensors)) for u in updates(0, clients))
-    aggregate = dict(adapter_pairs(FedIT().aggregate(updates(0, clients), TURN).tensors))
+    aggregate = dict(adapter_pairs(FedIT().aggregate(updates(0, clients), SERVER_ROUND).tensors))
     for module in SHAPES:
         expected_A = 0.25 * first[module].A + 0.75 * second[module].A
         expected_B = 0.25 * first[module].B + 0.75 * second[module].B
@@ -95,7 +98,7 @@ def test_an_error_relative_to_nothing_is_no_number_of_an_entry():
             about = {"r": "1", "lora_alpha": "1"}
             yield Update("fedit", 1, client, "p", 1, 1.0, tensors, about)
 
-    aggregate = FedIT(ranks=1).aggregate(cancelling(), TURN)
+    aggregate = FedIT(ranks=1).aggregate(cancelling(), SERVER_ROUND)
     (pair,) = (pair for _, pair in adapter_pairs(aggregate.tensors))
     assert pair.product().abs().min() > 0
     assert aggregate.metrics == {}
@@ -103,7 +106,7 @@ def test_an_error_relative_to_nothing_is_no_number_of_an_entry():
 
 def test_one_client_alone_is_exact_for_everybody():
     for method in (FLoRA(), FedIT(), ZeroPadding()):
-        aggregate = method.aggregate(updates(0, [(3, 6.0, 5)]), TURN)
+        aggregate = method.aggregate(updates(0, [(3, 6.0, 5)]), SERVER_ROUND)
         assert aggregate.metrics["aggregation_error"] < 1e-7
 
 
@@ -115,7 +118,7 @@ def test_fedavg_weighs_by_examples_and_folds_as_they_arrive():
             seen.append(size)
             yield Update("fedavg", 1, "c", "p", size, 1.0, {"w": torch.full((2,), float(size))})
 
-    aggregate = FedAvg().aggregate(arriving(), TURN)
+    aggregate = FedAvg().aggregate(arriving(), SERVER_ROUND)
     assert seen == [1, 3]
     assert aggregate.tensors["w"].tolist() == [2.5, 2.5]
 

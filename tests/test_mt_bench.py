@@ -13,7 +13,7 @@ import torch
 from support.models import byte_tokenizer, random_llama
 
 from hedgerow.benchmarks import mt_bench
-from hedgerow.data import encode_prompts, load_template
+from hedgerow.data import load_template, tokenize_prompts
 from hedgerow.evaluation.answers import Draw, generate
 from hedgerow.model import Model
 from hedgerow.settings import Fields, ModelSettings
@@ -283,7 +283,7 @@ def test_answers_leave_half_of_the_positions_to_prompts(hedgerow, questions, tin
         ('{"category": "math", "turns": ["a", "b"]}', ["line 2", "question_id"]),
         ('{"question_id": 1, "turns": ["a", "b"]}', ["line 2", "category"]),
         ("no json", ["line 2", "JSON"]),
-        (json.dumps(QUESTIONS[0]), ["question 81 stands there twice"]),
+        (json.dumps(QUESTIONS[0]), ["question 81 appears twice"]),
     ],
 )
 def test_bad_questions(answer, questions, tiny_model, tmp_path, line, words):
@@ -328,7 +328,7 @@ def test_a_folder_that_is_not_there(answer, tiny_model, tmp_path):
 def test_prompts_have_no_eos_at_their_end():
     tokenizer = byte_tokenizer()
     template = load_template("plain", tokenizer, Fields())
-    [ids] = encode_prompts(["ab"], template, tokenizer)
+    [ids] = tokenize_prompts(["ab"], template, tokenizer)
     assert len(ids) == 3
 
 

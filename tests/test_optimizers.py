@@ -235,7 +235,7 @@ def test_an_installed_optimizer(own, monkeypatch):
     (folder / "signs-1.dist-info" / "entry_points.txt").write_text(
         "[hedgerow.optimizers]\nsigns = installed_signs:Signs\n"
     )
-    fresh = Registry("optimizer", Optimizer, "hedgerow.training.optimizers")
+    fresh = Registry("optimizer", Optimizer, "hedgerow.training.optimizers", see="")
     monkeypatch.setattr("hedgerow.training.optimizers.OPTIMIZERS", fresh)
     assert "signs" in list(fresh)
     settings = TrainingSettings(optimizer={"name": "signs", "share": 0.5})

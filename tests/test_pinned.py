@@ -77,7 +77,9 @@ def test_a_run_of_the_version_before_is_read(old_run, hedgerow, tmp_path):
         "evaluate",
         tmp_path / "merged",
         f"data.test={tmp_path / 'test.json'}",
-        *("data.prompt=plain", "data.max_length=64", "--json"),
+        "data.prompt=plain",
+        "data.max_length=64",
+        "--json",
     )
     assert json.loads(merged.out)["eval_loss"] == pytest.approx(loss, rel=1e-4)
     result = hedgerow("export", old_run, tmp_path / "adapter", "--to", "adapter", *client)

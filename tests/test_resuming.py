@@ -1,4 +1,4 @@
-"""What clients and the server keep from round to round: where it is absurd, damaged or missing."""
+"""What clients and the server remember: where it is absurd, damaged or missing."""
 
 import shutil
 

@@ -210,10 +210,10 @@ def test_another_process_with_other_threads_has_the_same_numbers():
     ("arguments", "says"),
     [
         ((torch.ones(4), 1, 5, "hadamard"), "1 to 4"),
-        ((torch.ones(4), 1, 0, "uniform"), "1 or more"),
-        ((torch.ones(0), 1, 1, "uniform"), "0 entries"),
-        ((torch.ones(4), -1, 1, "uniform"), "64 bits"),
-        ((torch.ones(4), 1, 1, "fourier"), "known: uniform"),
+        ((torch.ones(4), 1, 0, "uniform"), "at least 1"),
+        ((torch.ones(0), 1, 1, "uniform"), "entries, got 0"),
+        ((torch.ones(4), -1, 1, "uniform"), r"2\^64, got -1"),
+        ((torch.ones(4), 1, 1, "fourier"), "one of uniform"),
         ((torch.ones(4, dtype=torch.int64), 1, 1, "uniform"), "floating"),
     ],
 )

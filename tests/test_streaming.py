@@ -4,15 +4,15 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from support.turns import Forgetful
+from support.doubles import Forgetful
 from torch import Tensor
 
 from hedgerow.adapters import adapter_tensors
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Client, Expected, ServerTurn
+from hedgerow.methods.base import Client, Expected, ServerRound
 from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.florist import FLoRIST
-from hedgerow.methods.integers import encode
+from hedgerow.methods.quantization import quantize
 from hedgerow.methods.residual import START
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
@@ -49,7 +49,7 @@ def factors(rank, bits=32):
         )
         for module, (m, n) in SHAPES.items()
     }
-    return encode(adapter_tensors(pairs), bits)
+    return quantize(adapter_tensors(pairs), bits)
 
 
 def entry(bits, start=True):
@@ -82,22 +82,22 @@ def test_a_module_is_merged_before_the_next_is_read(method, bits):
     assert (model.factors is not None) == has_start
 
 
-def server_turn(previous):
+def server_round(previous):
     expected = Expected(Seeds(0), SHAPES, TrainingSettings(steps=2))
-    return ServerTurn(2, [Client(0, "c", 5)], previous, expected, Forgetful())
+    return ServerRound(2, [Client(0, "c", 5)], previous, expected, Forgetful())
 
 
 @pytest.mark.parametrize("bits", [8, 32])
 def test_a_server_reads_of_the_entry_before_what_clients_start_from(bits):
     given, tensors = entry(bits)
     method = FLoRA(ranks=4, restart="shared")
-    method._start(server_turn(given))
+    method._start(server_round(given))
     begun = [name for name in tensors if name.startswith(START)]
     assert sorted(tensors.read) == sorted(begun)
     tensors.read.clear()
     about = {"r": "4", "lora_alpha": "8"}
     update = Update("flora", 2, "c", "p", 5, 1.0, factors(4), about)
-    method.kept(update, server_turn(given))
+    method.shown(update, server_round(given))
     assert sorted(tensors.read) == sorted(begun)
 
 

@@ -127,38 +127,50 @@ def tensor(**changes):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"tensors": tensor(shape=[True])}, "the shape of x"),
-        ({"tensors": tensor(shape=[1.0])}, "the shape of x"),
-        ({"tensors": tensor(shape=[1] * 9)}, "the shape of x"),
-        ({"tensors": tensor(shape=[0], data=b"")}, "the shape of x"),
-        ({"tensors": tensor(shape=[2**62])}, "x is not where"),
-        ({"tensors": {"x" * 513: tensor()["x"]}}, "name is empty, too long"),
-        ({"round": str(2**63)}, "its round is '9223372036854775808'"),
-        ({"num_examples": "1_000"}, "its num_examples is '1_000'"),
-        ({"train_loss": "1e11"}, "its train_loss is 1e11"),
-        ({"about": "x" * 513}, "more than 512 characters"),
+        (
+            {"tensors": tensor(shape=[True])},
+            "shape of x must be a list of at most 8 positive integers",
+        ),
+        (
+            {"tensors": tensor(shape=[1.0])},
+            "shape of x must be a list of at most 8 positive integers",
+        ),
+        (
+            {"tensors": tensor(shape=[1] * 9)},
+            "shape of x must be a list of at most 8 positive integers",
+        ),
+        (
+            {"tensors": tensor(shape=[0], data=b"")},
+            "shape of x must be a list of at most 8 positive integers",
+        ),
+        ({"tensors": tensor(shape=[2**62])}, "data_offsets of x"),
+        ({"tensors": {"x" * 513: tensor()["x"]}}, "tensor names must have 1 to 512"),
+        ({"round": str(2**63)}, "round must be a positive integer .* got '9223372036854775808'"),
+        ({"num_examples": "1_000"}, "num_examples must be .* got '1_000'"),
+        ({"train_loss": "1e11"}, "train_loss must be .* got 1e11"),
+        ({"about": "x" * 513}, "at most 512 characters"),
     ],
 )
 def test_a_reader_refuses_what_nobody_asked_it_about(change, says):
     """Before a method compares an update with what it expects."""
     update = Update("fedavg", 1, "a", PARENT, 7, 1.5, {"x": torch.ones(1)}, {"about": "x"})
-    file = File.of(update.encode())
+    file = File.of(update.to_bytes())
     file.tensors = change.get("tensors", file.tensors)
     file.metadata |= {key: text for key, text in change.items() if key != "tensors"}
     with pytest.raises(InvalidMessage, match=says):
-        Update.decode(file.bytes())
+        Update.from_bytes(file.bytes())
 
 
 @pytest.mark.parametrize(
     ("participant", "says"),
     [
-        ({"num_examples": True}, "participants are not"),
-        ({"num_examples": 2**63}, "participants are not"),
-        ({"weight": math.nan}, "participants are not"),
-        ({"weight": 1}, "participants are not"),
-        ({"client": "x" * 256}, "participants are not"),
-        ({"weight": 1.0000005}, "weight of a is 1.0000005, not 1.0"),
-        ({"weight": 0.9999}, "weight of a is 0.9999, not 1.0"),
+        ({"num_examples": True}, "participants must each have"),
+        ({"num_examples": 2**63}, "participants must each have"),
+        ({"weight": math.nan}, "participants must each have"),
+        ({"weight": 1}, "participants must each have"),
+        ({"client": "x" * 256}, "participants must each have"),
+        ({"weight": 1.0000005}, "weight of a must be 1.0, got 1.0000005"),
+        ({"weight": 0.9999}, "weight of a must be 1.0, got 0.9999"),
     ],
 )
 def test_a_participant_has_a_name_a_size_and_a_weight(tmp_path, participant, says):
@@ -173,7 +185,7 @@ def test_a_participant_has_a_name_a_size_and_a_weight(tmp_path, participant, say
 
 def test_an_update_of_another_client_round_or_model_is_named(case):
     client = case.clients[0]
-    update = Update.decode(case.updates[0])
+    update = Update.from_bytes(case.updates[0])
     asked = [case.method.name, ROUND, PARENT, client.name, client.num_examples]
     update.check(*asked)
     for place, (what, other) in enumerate(
@@ -185,7 +197,7 @@ def test_an_update_of_another_client_round_or_model_is_named(case):
             ("num_examples", 6),
         ]
     ):
-        with pytest.raises(InvalidMessage, match=f"its {what} is .*, not {other}"):
+        with pytest.raises(InvalidMessage, match=f"{what} must be {other}, got "):
             update.check(*asked[:place], other, *asked[place + 1 :])
 
 
@@ -223,7 +235,7 @@ def test_the_rank_of_an_entry_is_its_participants(method, participants, possible
 def test_more_participants_than_clients_are_refused():
     method = METHODS["flora"].model_validate({"ranks": [4, 2, 1]})
     everybody = [Participant(f"c{i}", 1, 1 / 4) for i in range(4)]
-    with pytest.raises(InvalidMessage, match="4 participants of 3 clients"):
+    with pytest.raises(InvalidMessage, match=r"at most 3 participants.* got 4"):
         check_entry(Entry("flora", 1, PARENT, everybody, {}, {}), method, {"q": (6, 5)}, 1, PARENT)
 
 
@@ -233,7 +245,7 @@ def test_more_sketches_than_participants_are_refused(model, tmp_path):
     two = entry.participants[:2]
     total = sum(p.num_examples for p in two)
     two = [replace(p, weight=p.num_examples / total) for p in two]
-    with pytest.raises(InvalidMessage, match="3 sketches of 2 participants"):
+    with pytest.raises(InvalidMessage, match="sketches of 2 participants, got 3"):
         check_entry(replace(entry, participants=two), case.method, case.shapes, ROUND, PARENT)
 
 
@@ -243,7 +255,7 @@ def test_a_replay_refuses_an_entry_that_is_not_the_methods(case, tmp_path):
     whole = case.arrive(case.entry)
     bad = {name: tensor for name, tensor in whole.tensors.items() if name != min(whole.tensors)}
     ledger.append(replace(whole, round=1, parent=ledger.head, tensors=bad))
-    with pytest.raises(UserError, match="the entry of round 1 does not fit: it "):
+    with pytest.raises(UserError, match="the entry of round 1 does not fit: "):
         ledger.replay(case.method, case.model)
     assert all(torch.equal(p, case.weights[n]) for n, p in case.model.network.named_parameters())
     good = Ledger.create(tmp_path / "good", Base.of(case.model), case.shapes)
@@ -260,7 +272,7 @@ def test_a_replay_refuses_an_entry_that_is_not_the_methods(case, tmp_path):
 def test_a_file_is_checked_with_one_tensor_in_memory(tmp_path, monkeypatch):
     path = tmp_path / "update.safetensors"
     tensors = {f"t{i}": torch.full((1000,), float(i)) for i in range(20)}
-    path.write_bytes(Update("fedavg", 1, "c", PARENT, 7, 1.0, tensors).encode())
+    path.write_bytes(Update("fedavg", 1, "c", PARENT, 7, 1.0, tensors).to_bytes())
     alive: list[weakref.ref[torch.Tensor]] = []
     read = FileTensors.__getitem__
 
@@ -288,7 +300,7 @@ def test_a_header_takes_a_bounded_multiple_of_its_size(piece):
     text = "".join(piece % number for number in range(10_000)).rstrip(",")
     for header in ("{" + text + "}", '{"__metadata__":{' + text + "}}", '{"x":{' + text + "}}"):
         data = len(header).to_bytes(8, "little") + header.encode()
-        assert memory(lambda data=data: Update.decode(data)) < 40 * len(data)
+        assert memory(lambda data=data: Update.from_bytes(data)) < 40 * len(data)
 
 
 def test_a_header_that_announces_gigabytes_is_not_read(tmp_path):
@@ -331,7 +343,7 @@ def refused_or_right(data: bytes, path: Path) -> bool:
         assert_readable(error)
         taken = False
     try:
-        update = Update.decode(data)
+        update = Update.from_bytes(data)
     except InvalidMessage as error:
         assert_readable(error)
         with pytest.raises(InvalidMessage):

@@ -143,7 +143,9 @@ def test_a_replay_has_the_same_bits_and_entries_are_small(run, name):
 )
 def test_an_update_that_is_no_list_of_steps_is_refused(run, damage):
     directory = run("fedzo", rounds=1)
-    update = Update.decode((directory / "updates/round-0001/client-000.safetensors").read_bytes())
+    update = Update.from_bytes(
+        (directory / "updates/round-0001/client-000.safetensors").read_bytes()
+    )
     settings, client = load(directory / "experiment.yaml"), Client(0, "client-000", 5)
     expected = Expected(Seeds(0), {}, settings.training)
     settings.method.check_update(client, update, expected)
@@ -151,7 +153,7 @@ def test_an_update_that_is_no_list_of_steps_is_refused(run, damage):
     damage(tensors)
     bad = Update(**{**vars(update), "tensors": tensors})
     with pytest.raises(InvalidMessage):
-        settings.method.check_update(client, Update.decode(bad.encode()), expected)
+        settings.method.check_update(client, Update.from_bytes(bad.to_bytes()), expected)
 
 
 def test_a_loss_that_is_no_number_is_a_failure(monkeypatch):

@@ -1,5 +1,6 @@
 from . import methods as methods
 from . import sketch as sketch
+from . import testing as testing
 from .api.comparing import Comparison as Comparison
 from .api.comparing import compare as compare
 from .api.comparing import report as report

@@ -10,9 +10,6 @@ from hedgerow.lowrank import Factors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    pass
-
-
 PREFIX = "base_model.model."
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hedgerow.errors import RunFailed, UserError
 from hedgerow.experiment import Experiment, method_changes, split_at
 from hedgerow.runs.directory import RunDirectory
+from hedgerow.runs.lender import Lender
 from hedgerow.runs.rows import read_rows
 
 if TYPE_CHECKING:
@@ -31,24 +32,24 @@ _OWN = {"federation.seed": "--seeds", "method": "--methods", "method.name": "--m
 """Keys that have an option of their own."""
 
 _LONGEST = 120
-"""Of a folder's name."""
+"""Largest number of characters of a folder's name."""
 
 
 class Cell(NamedTuple):
     """One run of a comparison."""
 
     method: str
-    """As it was named, with its options."""
+    """Method as it was named, with its options."""
     sweep: dict[str, str]
     """The values of the keys that are swept."""
     seed: int
     experiment: Experiment
     folder: Path
-    """Of the run."""
+    """Folder of the run."""
 
 
 class Outcome(NamedTuple):
-    """What a cell came to."""
+    """Outcome of a cell."""
 
     cell: Cell
     rows: list[dict[str, Any]]
@@ -150,9 +151,9 @@ def run(
     Raises:
         UserError: a cell's folder holds another experiment's run; nothing has been run.
     """
-    # Here, since engines bring torch: a plan's mistakes are said without it.
+    # Not at the top: scoring and tracking import torch, which takes seconds, and a mistake in what
+    # is to be compared should be told at once.
     from hedgerow.engines import local
-    from hedgerow.runs.lender import Lender
 
     missing = [cell for cell in cells if not _is_done(cell)]
     lender, failures = lender or Lender(), {}
@@ -169,7 +170,7 @@ def run(
 
 
 def title(cell: Cell) -> str:
-    """A cell in words."""
+    """Description of a cell, in words."""
     values = [f"{key.rpartition('.')[2]}={value}" for key, value in cell.sweep.items()]
     return ", ".join([cell.method, *values, f"seed {cell.seed}"])
 
@@ -181,7 +182,7 @@ def _check_tracking(settings: TrackingSettings) -> None:
             "tracking.name: leave it out: a run of a comparison is called as its folder"
         )
     if settings.to:
-        from hedgerow import tracking  # brings torch as well
+        from hedgerow import tracking  # not at the top, as `local` in `run`
 
         tracking.check(settings)
 

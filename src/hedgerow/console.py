@@ -81,7 +81,7 @@ class ProgressWatcher:
         self._progress.update(self._rounds, total=rounds, completed=round - 1)
         self._progress.reset(self._clients, total=clients)
 
-    def client_answered(self, client: str, failure: str | None) -> None:
+    def client_finished(self, client: str, failure: str | None) -> None:
         """Advance the clients' bar; a failure is said at once."""
         self._progress.advance(self._clients)
         if failure is not None:

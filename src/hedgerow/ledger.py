@@ -48,7 +48,7 @@ class Base(BaseModel):
 
     @staticmethod
     def of(model: Model) -> Base:
-        """What `model` is, before any entry is applied to it."""
+        """Description of `model`, to which no entry has been applied yet."""
         return Base(
             name=model.name,
             architecture=model.architecture,
@@ -58,7 +58,7 @@ class Base(BaseModel):
         )
 
     def difference(self, other: Base) -> str | None:
-        """Where this is not the checkpoint that `other` is, in a few words; names do not count."""
+        """First difference from the checkpoint `other` but for its name, in words."""
         for what in ("architecture", "parameters", "dtype", "fingerprint"):
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:

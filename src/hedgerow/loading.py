@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def location(path: str) -> str:
-    """Where transformers and peft find the model that `model.path` names."""
+    """Folder, or name on the Hub, for transformers and peft, of what `model.path` names."""
     return str(MODEL) if path == DEMO else path
 
 
@@ -68,7 +68,11 @@ def load(settings: ModelSettings) -> tuple[Any, Any]:
             missing = info["missing_keys"]
         tokenizer = _tokenizer(words, settings)
     except (
-        *(OSError, ValueError, KeyError, RuntimeError, ImportError),
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        ImportError,
         safetensors.SafetensorError,
     ) as error:
         reason = " ".join(str(error).split())[:300]
@@ -107,7 +111,7 @@ def _tokenizer(words: str, settings: ModelSettings) -> Any:
 
 
 def tokenization(tokenizer: Any) -> dict[str, Any]:
-    """What decides a tokenizer's output, without the padding that its last call asked for."""
+    """State that decides a tokenizer's output, without the padding that its last call asked for."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return dict(tokenizer.get_vocab())

@@ -1,7 +1,7 @@
 """Exact algebra on low-rank factors: stack, measure, re-factorise.
 
 A matrix update is a pair of factors, ΔW = B·A with A of shape (r, n) and B of shape (m, r). A sum
-of such updates is again such a pair (the stack), so nothing here ever needs the m×n matrix, except
+of such updates is again such a pair (stacked), so nothing here ever needs the m×n matrix, except
 where the pair has become larger than the matrix itself.
 
 Sources: FLoRA (arXiv 2409.05976), section 3, for stacking; FLoRIST (arXiv 2506.09199) for the
@@ -59,7 +59,14 @@ class Factors(NamedTuple):
 
 
 def stack(pairs: Sequence[Factors]) -> Factors:
-    """The pair whose product is the sum of the pairs' products, of rank Σ r_k (FLoRA, eq. 5)."""
+    """Stack pairs: the product is the sum of theirs, of rank Σ r_k (FLoRA, section 3, eq. 5).
+
+    Args:
+        pairs: at least one; A of shape (r_k, n) and B of shape (m, r_k), of one dtype and device.
+
+    Returns:
+        A of shape (Σ r_k, n) and B of shape (m, Σ r_k), in the same dtype.
+    """
     return Factors(torch.cat([p.A for p in pairs], dim=0), torch.cat([p.B for p in pairs], dim=1))
 
 
@@ -93,14 +100,14 @@ def total(pairs: Iterable[Factors]) -> Factors:
     return Factors(matrix, identity) if m <= n else Factors(identity, matrix)
 
 
-class SpooledStack:
-    """A stack whose pairs arrive one by one and wait on disk until all of it is asked for.
+class SpooledFactors:
+    """Stacked pairs that arrive one by one, and wait on disk until they are read.
 
     While clients train one after another, what the earlier ones sent is then not in memory.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        """Keep the pairs in `file`, unbuffered and open for both, which other stacks may share."""
+        """Keep the pairs in `file`, unbuffered and open for both, which others may share."""
         self._file = file
         self._places: list[tuple[int, int]] = []
         self._like: Factors | None = None
@@ -118,12 +125,12 @@ class SpooledStack:
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of the matrix."""
-        assert self._like is not None, "a stack has at least one pair"
+        assert self._like is not None, "no pair has been added"
         return self._like.B.shape[1], self._like.A.shape[1]
 
     def factors(self, first: int = 0, last: int | None = None) -> Factors:
-        """The stack, or that of the pairs from `first` to before `last`, read into memory."""
-        assert self._like is not None, "a stack has at least one pair"
+        """The stacked pairs from `first` to before `last` (default: all), read into memory."""
+        assert self._like is not None, "no pair has been added"
         places = self._places[first:last]
         total = sum(rank for _, rank in places)
         A, B = (like.new_empty(total, like.shape[1]) for like in self._like)
@@ -144,7 +151,7 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def norm(pair: Factors) -> float:
-    """The Frobenius norm of B·A, computed in float64."""
+    """Frobenius norm of B·A, computed in float64."""
     if pair.rank >= min(pair.A.shape[1], pair.B.shape[0]):
         return float(torch.linalg.matrix_norm(_product64(pair)))
     # ‖B·A‖ = ‖R_B·R_Aᵀ‖, since the orthogonal factors of both QRs keep lengths.
@@ -154,7 +161,7 @@ def norm(pair: Factors) -> float:
 
 
 def distance(first: Factors, second: Factors) -> float:
-    """The Frobenius norm of the difference of two products, computed in float64."""
+    """Frobenius norm of the difference of two products of one shape, computed in float64."""
     if first.rank + second.rank >= min(first.A.shape[1], first.B.shape[0]):
         return float(torch.linalg.matrix_norm(_product64(first) - _product64(second)))
     return norm(difference(first, second))
@@ -187,7 +194,7 @@ class Svd(NamedTuple):
     """Shape (k, n), orthonormal rows."""
 
     def rank(self, beside: float) -> int:
-        """The numeric rank: the rest is nothing for float32 beside a matrix of this norm."""
+        """Numeric rank: what is beyond it is nothing for float32 beside a matrix of this norm."""
         tails = self.values.square().flip(0).cumsum(0).flip(0).sqrt()
         return int((tails > 2e-7 * beside).sum())
 
@@ -201,10 +208,13 @@ class Svd(NamedTuple):
 
 
 def svd(pair: Factors) -> Svd:
-    """By QR of both factors and an SVD of the small core, of min(r, m, n) singular values.
+    """Decompose B·A, by QR of both factors and an SVD of the small core.
 
     Args:
-        pair: factors with A of shape (r, n) and B of shape (m, r).
+        pair: factors with A of shape (r, n) and B of shape (m, r), finite.
+
+    Returns:
+        min(r, m, n) singular values and their vectors, float64, on the factors' device.
     """
     q_b, r_b = torch.linalg.qr(pair.B.double())
     q_a, r_a = torch.linalg.qr(pair.A.double().T)
@@ -222,7 +232,7 @@ class Projections(NamedTuple):
 
     @staticmethod
     def draw(m: int, n: int, rank: int, generator: torch.Generator) -> Projections:
-        """For sums of shape (m, n) that `rank` components should stand for; l is twice that."""
+        """Draw matrices for `rank` components of sums of shape (m, n); l is twice that."""
         width = min(2 * rank + 1, m, n)
         right = torch.randn(n, width + _PROBES, generator=generator)
         return Projections(right, torch.randn(min(3 * width + 1, m), m, generator=generator))
@@ -239,7 +249,7 @@ class SumSketch:
     """
 
     def __init__(self, tests: Projections) -> None:
-        """Of nothing, yet; sketches of matrices of one shape may share their `tests`."""
+        """Sketch nothing yet; sketches of matrices of one shape may share their `tests`."""
         self._tests = tests
         self._range = torch.zeros(tests.left.shape[1], tests.right.shape[1])
         self._corange = torch.zeros(tests.left.shape[0], tests.right.shape[0])

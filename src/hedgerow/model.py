@@ -69,7 +69,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         device: torch.device = self.network.device
         return device
 
@@ -181,10 +181,10 @@ class Model:
         """Make all weights trainable, with a snapshot to give them back; returns them by name."""
         parameters = dict(self.network.named_parameters())
         self.network.requires_grad_(True)
-        self.remember(parameters)
+        self.take_snapshot(parameters)
         return parameters
 
-    def remember(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def take_snapshot(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take the snapshot that `trained_delta` compares with, in host memory."""
         # `.to` alone would hand out the weights themselves where they are on the CPU already.
         self._snapshot = {
@@ -194,7 +194,7 @@ class Model:
         self._trained = dict(parameters)
 
     def trained_delta(self) -> Iterator[tuple[str, Tensor]]:
-        """What training has added to each parameter since `remember`, in float32, one by one."""
+        """Change of each parameter since its snapshot, by name, in float32, one by one."""
         for name, parameter in self._trained.items():
             before = self._snapshot[name].to(parameter.device)
             yield name, parameter.detach().to(torch.float32, copy=True).sub_(before)
@@ -250,7 +250,7 @@ class Model:
             self._remainders[name] = total.sub_(weight).to(weight.dtype).cpu()
 
     def change(self, name: str, before: Tensor) -> Tensor:
-        """What was added to the weight `name` since it was `before`, on the CPU, in float32."""
+        """Change of the weight `name` since it was `before`, on the CPU, in float32."""
         now: Tensor = self.network.get_parameter(name).detach().cpu().float()
         if name in self._remainders:
             now = now + self._remainders[name].float()
@@ -337,6 +337,6 @@ def _is_transposed(layer: Any) -> bool:
 
 
 def max_positions(network: Any) -> int:
-    """How many tokens the network was made for; boundless where its configuration does not say."""
+    """Number of tokens that the network was made for; `sys.maxsize` where it does not say."""
     config = network.config.get_text_config()
     return getattr(config, "max_position_embeddings", None) or sys.maxsize

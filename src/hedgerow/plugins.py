@@ -65,7 +65,7 @@ class Registry(Mapping[str, type[_P]], Generic[_P]):
     It is a mapping of what can be listed; `find` knows dotted names as well.
     """
 
-    def __init__(self, what: str, base: type[_P], package: str) -> None:
+    def __init__(self, what: str, base: type[Any], package: str, *, see: str) -> None:
         """Look up names when they are asked for.
 
         Args:
@@ -73,8 +73,9 @@ class Registry(Mapping[str, type[_P]], Generic[_P]):
             base: the class that all of them inherit from.
             package: the package whose modules hold hedgerow's own; any class there that names
                 itself is one.
+            see: the command that shows what there is, for messages.
         """
-        self.what, self._base, self._package = what, base, package
+        self.what, self._base, self._package, self._see = what, base, package, see
         self._group = f"hedgerow.{what}s"
 
     def __getitem__(self, name: str) -> type[_P]:
@@ -116,7 +117,7 @@ class Registry(Mapping[str, type[_P]], Generic[_P]):
         close = did_you_mean(name, self)
         raise UserError(
             f"`{key}`: there is no {name!r}{close} (known: {', '.join(self)}; your own: "
-            "package.module:Class)"
+            f"package.module:Class); see `{self._see}`"
         )
 
     def _imported(self, name: str) -> type[_P]:

@@ -139,9 +139,9 @@ class Trackers:
         """Hand it on."""
         self._watcher.round_begins(round, rounds, clients)
 
-    def client_answered(self, client: str, failure: str | None) -> None:
+    def client_finished(self, client: str, failure: str | None) -> None:
         """Hand it on."""
-        self._watcher.client_answered(client, failure)
+        self._watcher.client_finished(client, failure)
 
     def tries_again(self, clients: Sequence[str], seconds: float) -> None:
         """Hand it on."""

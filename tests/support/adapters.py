@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hedgerow.adapters import adapter_pairs
-from hedgerow.methods.base import Aggregate, Expected, ServerTurn
+from hedgerow.methods.base import Aggregate, Expected, ServerRound
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
 from hedgerow.wire import Update
-from support.turns import Forgetful
+from support.doubles import Forgetful
 
 Clients = list[tuple[int, float, int]]
 SHAPES = {"model.q": (6, 5), "model.v": (3, 5)}
-TURN = ServerTurn(1, [], None, Expected(Seeds(0), SHAPES, TrainingSettings()), Forgetful())
+SERVER_ROUND = ServerRound(1, [], None, Expected(Seeds(0), SHAPES, TrainingSettings()), Forgetful())
 
 
 def updates(seed: int, clients: Clients, rslora: bool = False) -> Iterator[Update]:

@@ -94,10 +94,18 @@ class Network:
         self.start(
             "superlink",
             "flower-superlink",
-            *("--ssl-ca-certfile", self.ca, "--ssl-certfile", folder / "superlink.crt"),
-            *("--ssl-keyfile", folder / "superlink.key", "--enable-supernode-auth"),
-            *("--disable-runtime-dependency-installation",),
-            *("--host", "127.0.0.1", "--port", self.port),
+            "--ssl-ca-certfile",
+            self.ca,
+            "--ssl-certfile",
+            folder / "superlink.crt",
+            "--ssl-keyfile",
+            folder / "superlink.key",
+            "--enable-supernode-auth",
+            "--disable-runtime-dependency-installation",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            self.port,
         )
         wait_for(lambda: "Uvicorn running" in self.log("superlink"), "the SuperLink's start")
 
@@ -185,9 +193,16 @@ class Network:
         self.start(
             key,
             "flower-supernode",
-            *("--root-certificates", ca or self.ca, "--superlink", superlink),
-            *("--auth-supernode-private-key", self.key(key), "--port", free_port()),
-            *("--node-config", " ".join(f'{name}="{value}"' for name, value in node.items())),
+            "--root-certificates",
+            ca or self.ca,
+            "--superlink",
+            superlink,
+            "--auth-supernode-private-key",
+            self.key(key),
+            "--port",
+            free_port(),
+            "--node-config",
+            " ".join(f'{name}="{value}"' for name, value in node.items()),
         )
 
     def kill(self, name: str) -> None:

@@ -57,9 +57,9 @@ def main() -> None:
     from hedgerow.engines import local
     from hedgerow.experiment import load
     from support.configurations import METHOD_OPTIONS, MORE_OPTIONS, method_of
+    from support.doubles import Nobody
     from support.experiments import write_experiment
     from support.models import tiny_llama
-    from support.turns import Nobody
 
     torch.set_num_threads(1)
     hashes = {}

@@ -125,7 +125,7 @@ class Run:
         """
         from hedgerow.data.memory import as_rows
         from hedgerow.names import MEMORY
-        from hedgerow.runs.targets import score_target
+        from hedgerow.runs.scoring import score_path
         from hedgerow.settings import DEFAULT_TEST
 
         changes, held = [*self._overrides, *overrides], self._test
@@ -137,7 +137,7 @@ class Run:
             changes.append(_override("evaluation.metrics", list(metrics)))
         if by is not None:
             changes.append(_override("evaluation.by", by))
-        scores, _ = score_target(self.path, changes, round, client, load=self._load, held=held)
+        scores, _ = score_path(self.path, changes, round, client, load=self._load, held=held)
         return scores
 
     def answer(
@@ -162,7 +162,7 @@ class Run:
         import numpy
 
         from hedgerow.data import load_template
-        from hedgerow.data.tokens import encode_prompts
+        from hedgerow.data.tokens import tokenize_prompts
         from hedgerow.evaluation.answers import generate
         from hedgerow.model import Model
 
@@ -171,7 +171,7 @@ class Run:
         fields = settings.data.fields
         template = load_template(settings.data.prompt, self.tokenizer, fields)
         texts = [template.prompt({fields.instruction: prompt}) for prompt in prompts]
-        encoded = encode_prompts(texts, template, self.tokenizer)
+        encoded = tokenize_prompts(texts, template, self.tokenizer)
         answers, _ = generate(
             model,
             [numpy.array(ids, dtype=numpy.int32) for ids in encoded],

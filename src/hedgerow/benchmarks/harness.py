@@ -24,14 +24,14 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from hedgerow.errors import UserError, did_you_mean, readable
-from hedgerow.runs.targets import loaded, mean
+from hedgerow.runs.scoring import loaded, mean
 
 _KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
 """What is kept of the harness's results, under its own names."""
 
 
-def score_target(
-    target: Path,
+def score_path(
+    path: Path,
     overrides: list[str],
     round: int | None,
     client: str | None,
@@ -41,10 +41,10 @@ def score_target(
     num_fewshot: int | None = None,
     limit: float | None = None,
 ) -> dict[str, Any]:
-    """What a run's model after a round, or a model folder, scores on tasks of the harness.
+    """Score a run's model after a round, or a model folder, on tasks of the harness.
 
     Args:
-        target: a run directory, a packed ledger, or a model (or adapter) folder.
+        path: a run directory, a packed ledger, or a model (or adapter) folder.
         overrides: `key.path=value`, on top of the run's experiment.
         tasks: names of tasks, groups or tags, or patterns of them as `mmlu_*`.
         include_path: a folder with task files of one's own, which come before the harness's.
@@ -63,7 +63,7 @@ def score_target(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _manager(tasks, include_path)
     names = [name for task in tasks for name in _matching(task, manager)]
-    with loaded(target, overrides, round, client) as it:
+    with loaded(path, overrides, round, client) as it:
         scores: dict[str | None, dict[str, Any]] = {}
         for name in it.models():
             network = _Network(

@@ -36,7 +36,7 @@ _TWO = (
 
 
 class Prompt(NamedTuple):
-    """What a judge is sent."""
+    """Prompt that a judge is sent."""
 
     name: str
     system: str

@@ -23,13 +23,13 @@ from hedgerow.benchmarks.judge_prompts import Prompt
 from hedgerow.benchmarks.mt_bench import Answer, Question, read_questions
 from hedgerow.errors import InvalidMessage, UserError, readable
 from hedgerow.files import appending_json_lines, read_json_lines
-from hedgerow.runs.targets import Progress
+from hedgerow.runs.scoring import Progress
 
 NEED_REFERENCE = ("math", "reasoning", "coding")
 """Categories whose judges are given a right answer, as published."""
 RATED = ("turn 1", "turn 2", "score")
 COMPARED = ("wins", "ties", "losses", "win rate, %")
-"""What the numbers of a report are."""
+"""Columns of the reports."""
 _LONGEST_JUDGMENT = 2048
 """Tokens, as published."""
 _LARGEST_REPLY = 1_000_000
@@ -56,13 +56,13 @@ class Rating(BaseModel):
     user_prompt: str
     judgment: str
     score: int | float
-    """From 1 to 10, or -1 where the judgment holds no rating."""
+    """Rating from 1 to 10, or -1 where the judgment holds none."""
     turn: int
     tstamp: float
 
     @property
     def asked(self) -> tuple[Any, ...]:
-        """What the judge was asked, about what."""
+        """Key of the judgment: what the judge was asked, about what."""
         return (self.question_id, self.model, self.judge, self.turn, self.user_prompt)
 
     @property
@@ -89,7 +89,7 @@ class Match(BaseModel):
 
     @property
     def asked(self) -> tuple[Any, ...]:
-        """What the judge was asked, about what."""
+        """Key of the judgment: what the judge was asked, about what."""
         models = (self.model_1, self.model_2)
         prompts = (self.g1_user_prompt, self.g2_user_prompt)
         return (self.question_id, models, self.judge, self.turn, prompts)
@@ -101,7 +101,7 @@ class Match(BaseModel):
 
     @property
     def winner(self) -> Winner:
-        """Who wins in both orders, else a tie."""
+        """Winner in both orders, else a tie."""
         return self.g1_winner if self.g1_winner == self.g2_winner else "tie"
 
 
@@ -111,20 +111,20 @@ _Judgments = list[tuple[Question, Judgment]]
 
 @dataclass(frozen=True)
 class Report:
-    """What `judge` has found."""
+    """Result of `judge`."""
 
     header: tuple[str, ...]
-    """What the numbers are."""
+    """Columns of `rows`."""
     rows: list[tuple[str, list[float | None]]]
     """The numbers of each category, and overall; None where there are no judgments."""
     total: int
-    """How many judgments there should be."""
+    """Number of judgments that there should be."""
     cached: int
     """Judgments that were there already."""
     unread: int
     """Judgments that could not be understood, and do not count."""
     failures: list[str]
-    """What has gone wrong with those that are missing."""
+    """Reasons why judgments are missing."""
     without_reference: list[int | str]
     """Questions whose category needs a right answer, and that lack one for a turn."""
 
@@ -150,7 +150,7 @@ class Judge:
         self._key, self._key_name = key, key_name
         if key is not None and not (key.isascii() and key.isprintable()):
             raise UserError(
-                f"{key_name}: holds characters that no key has: set it to the key alone"
+                f"{key_name}: contains characters that cannot be in a key: set it to the key alone"
             )
         # The client wants some key; without one it would look for others in the environment.
         self._client = openai.OpenAI(
@@ -187,7 +187,7 @@ class Judge:
             reason = f"{error} {error.__cause__ or ''}".strip()
             raise InvalidMessage(self._safe(f"{self.endpoint}: {reason}")) from None
         except ValidationError:
-            raise InvalidMessage("the answer is no chat completion") from None
+            raise InvalidMessage("the answer is not a chat completion") from None
         return self._without_key(reply.choices[0].message.content)
 
     def close(self) -> None:
@@ -254,7 +254,7 @@ class _Single:
     prompt: Prompt
 
     def asked(self, judge: str) -> tuple[Any, ...]:
-        """As of its judgment."""
+        """Key of its judgment."""
         by = (judge, self.prompt.name)
         return (self.question.question_id, self.model, by, self.turn, self.prompt.user)
 
@@ -283,7 +283,7 @@ class _Pair:
     prompts: tuple[Prompt, Prompt]
 
     def asked(self, judge: str) -> tuple[Any, ...]:
-        """As of its judgment."""
+        """Key of its judgment."""
         by = (judge, self.prompts[0].name)
         users = (self.prompts[0].user, self.prompts[1].user)
         return (self.question.question_id, self.models, by, self.turn, users)
@@ -418,7 +418,7 @@ def rating(judgment: str) -> int | float:
 
 
 def verdict(judgment: str, a: Winner, b: Winner) -> Winner:
-    """Who wins by a judgment: `a`, `b`, a tie, or an error where it is not one verdict."""
+    """Winner by a judgment: `a`, `b`, a tie, or an error where it is not one verdict."""
     found = set(re.findall(r"\[\[([ABC])\]\]", judgment))
     winners: dict[str, Winner] = {"A": a, "B": b, "C": "tie"}
     return winners[found.pop()] if len(found) == 1 else "error"

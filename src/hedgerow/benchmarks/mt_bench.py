@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field
 
-from hedgerow.data import Template, encode_prompts, load_template
+from hedgerow.data import Template, load_template, tokenize_prompts
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import Draw, generate
 from hedgerow.evaluation.likelihood import Tick
 from hedgerow.files import appending_json_lines, read_json_lines
 from hedgerow.model import max_positions
-from hedgerow.runs.targets import Progress, Target, loaded
+from hedgerow.runs.scoring import Progress, Subject, loaded
 from hedgerow.seeds import Seeds
 
 TEMPERATURES = {
@@ -38,7 +38,7 @@ TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }
-"""As published; other categories are answered at that of writing."""
+"""Temperature of each category, as published; others are answered at that of writing."""
 
 _Text = Annotated[str, Field(min_length=1)]
 
@@ -72,19 +72,19 @@ class Answer(BaseModel):
 
 @dataclass(frozen=True)
 class Answered:
-    """What `answer` has done."""
+    """Result of `answer`."""
 
     model_id: str
     prompt: str
     """The template: `chat` is the tokenizer's own."""
     max_new_tokens: int
-    """Of a turn."""
+    """Largest number of new tokens in a turn."""
     resumed: int
-    """Answers that were there already."""
+    """Number of answers that were there already."""
     answers: int
-    """All there are now."""
+    """Number of answers that there are now."""
     cut: int
-    """Prompts of new answers that were cut on the left."""
+    """Number of prompts of new answers that were cut on the left."""
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -97,7 +97,7 @@ def read_questions(path: Path) -> list[Question]:
     seen = set()
     for question in questions:
         if question.question_id in seen:
-            raise UserError(f"{path}: question {question.question_id} stands there twice")
+            raise UserError(f"{path}: question {question.question_id} appears twice")
         seen.add(question.question_id)
     if not questions:
         raise UserError(f"{path}: holds no questions")
@@ -106,7 +106,7 @@ def read_questions(path: Path) -> list[Question]:
 
 @torch.inference_mode()
 def answer(
-    target: Path,
+    path: Path,
     overrides: list[str],
     round: int | None,
     client: str | None,
@@ -126,7 +126,7 @@ def answer(
     with the same answers.
 
     Args:
-        target: a run directory, a packed ledger, or a model (or adapter) folder.
+        path: a run directory, a packed ledger, or a model (or adapter) folder.
         questions: question.jsonl.
         out: the answers, appended; those that are there already are kept.
         model_id: what the model is called in the answers; its folder's name and the round if None.
@@ -136,7 +136,7 @@ def answer(
         UserError: naming what does not fit, as answers of another model in `out`.
     """
     asked = read_questions(questions)
-    with loaded(target, overrides, round, client) as it:
+    with loaded(path, overrides, round, client) as it:
         if len(it.clients) > 1:
             known = ", ".join(it.clients)
             raise UserError(
@@ -191,7 +191,7 @@ def answer(
 
 
 def _answer_both(
-    it: Target, questions: Sequence[Question], template: Template, length: int, tick: Tick
+    it: Subject, questions: Sequence[Question], template: Template, length: int, tick: Tick
 ) -> tuple[list[list[str]], int]:
     """Each question's two answers, and how many prompts were cut."""
     answers: list[list[str]] = [[] for _ in questions]
@@ -201,7 +201,7 @@ def _answer_both(
             template.conversation([question.turns[0], *given, question.turns[1]][: 2 * turn - 1])
             for question, given in zip(questions, answers, strict=True)
         ]
-        prompts = encode_prompts(texts, template, it.model.tokenizer)
+        prompts = tokenize_prompts(texts, template, it.model.tokenizer)
         new, cut_here = generate(
             it.model,
             [np.array(prompt, dtype=np.int32) for prompt in prompts],
@@ -227,7 +227,7 @@ def _draw(seed: int, question: Question, turn: int) -> Draw | None:
 
 
 def _answer_ids(
-    it: Target, questions: Sequence[Question], template: Template, length: int
+    it: Subject, questions: Sequence[Question], template: Template, length: int
 ) -> dict[int | str, str]:
     """A name for each answer that tells it from any other model's, round's or setting's.
 

@@ -42,7 +42,7 @@ NAMES = {
     "next": ("seq", "next number", "continued", "what follows"),
     "opposite": ("anti", "opposite", "contrary"),
 }
-"""What the notebooks call each skill."""
+"""Names of each skill in the notebooks."""
 
 # The slow ones to learn come up twice as often.
 WEIGHTS = [2 if kind in ("reverse", "swap", "add", "next", "opposite") else 1 for kind in KINDS]

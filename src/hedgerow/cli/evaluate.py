@@ -65,7 +65,7 @@ def evaluate(
         check_installed("lm_eval", "lm-eval", "harness")
         from hedgerow.benchmarks import harness as lm_eval
 
-        found = lm_eval.score_target(
+        found = lm_eval.score_path(
             *(target, overrides or [], round, client, names),
             include_path=include_path,
             num_fewshot=num_fewshot,
@@ -79,7 +79,7 @@ def evaluate(
     if (include_path, num_fewshot, limit) != (None, None, None):
         raise UserError("--include-path, --num-fewshot and --limit belong to --harness")
     from hedgerow.evaluation.metrics import scores_of
-    from hedgerow.runs.targets import score_target
+    from hedgerow.runs.scoring import score_path
     from hedgerow.settings import DEFAULT_TEST
 
     changes = list(overrides or [])
@@ -91,7 +91,7 @@ def evaluate(
         named = [name.strip() for name in metrics.split(",") if name.strip()]
         changes.append(f"evaluation.metrics={json.dumps(named)}")
     with console.ProgressWatcher("evaluation") as watcher:
-        scores, asked = score_target(target, changes, round, client, watcher.evaluated)
+        scores, asked = score_path(target, changes, round, client, watcher.evaluated)
     if as_json:
         print(json.dumps(scores))
         return

@@ -7,24 +7,24 @@ from hedgerow.data.partition import partition
 from hedgerow.data.sources import Row, check_columns, client_files, read
 from hedgerow.data.templates import Template
 from hedgerow.data.templates import load as load_template
-from hedgerow.data.tokens import Encoded, Example, Spool, encode_prompts
+from hedgerow.data.tokens import Example, Spool, Tokenized, tokenize_prompts
 
 __all__ = [
     "ClientData",
-    "Encoded",
     "Example",
     "Held",
     "Row",
     "Spool",
     "Template",
+    "Tokenized",
     "as_rows",
     "batches",
     "check_columns",
     "client_files",
     "collate",
-    "encode_prompts",
     "epoch",
     "load_template",
     "partition",
     "read",
+    "tokenize_prompts",
 ]

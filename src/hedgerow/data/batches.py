@@ -22,8 +22,8 @@ def batches(
 ) -> list[Indices]:
     """`count` batches of example indices, each of shape (batch_size,).
 
-    They walk through random permutations, so that all examples have their turn before any has its
-    next, and within a permutation hold examples of like lengths, so that little is padding.
+    They walk through random permutations, so that every example comes once before any
+    comes again, and within a permutation hold examples of like lengths, so that little is padding.
 
     Args:
         lengths: shape (n,), n > 0: tokens of each example.
@@ -35,7 +35,7 @@ def batches(
     while len(result) < count:
         start = len(result) * batch_size
         # A batch that straddles two permutations is not grouped with others: sorting would bring
-        # together the two turns of one example.
+        # together the two uses of one example.
         within = (examples - start % examples) // batch_size
         window = max(1, min(within, _WINDOW, count - len(result)))
         result += _grouped(

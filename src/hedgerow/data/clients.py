@@ -9,7 +9,7 @@ from hedgerow.data.memory import Held
 from hedgerow.data.partition import partition
 from hedgerow.data.sources import Row, check_columns, client_files, read, share_of
 from hedgerow.data.templates import load as load_template
-from hedgerow.data.tokens import Encoded, Spool
+from hedgerow.data.tokens import Spool, Tokenized
 from hedgerow.names import MEMORY
 from hedgerow.seeds import Seeds
 
@@ -58,8 +58,8 @@ class ClientData:
         self._parts = partition(self._rows, settings.partition, seeds.derive("clients"))
         self.names = list(self._parts)
 
-    def encode(self, name: str) -> Encoded:
-        """One client's examples.
+    def tokenize(self, name: str) -> Tokenized:
+        """Tokenise one client's examples.
 
         Raises:
             UserError: they cannot be read, or nothing of them is left to learn from.
@@ -69,9 +69,13 @@ class ClientData:
         else:
             rows = self._read(str(self._files[name]), self._held.clients.get(name))
         settings = self._settings
-        return self._spool.encode(
-            *(name, rows, self._template, self._tokenizer),
-            *(settings.max_length, settings.loss_on),
+        return self._spool.tokenize(
+            name,
+            rows,
+            template=self._template,
+            tokenizer=self._tokenizer,
+            max_length=settings.max_length,
+            loss_on=settings.loss_on,
         )
 
     def _read(self, source: str, held: Sequence[Row] | None) -> list[Row]:

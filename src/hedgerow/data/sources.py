@@ -74,7 +74,7 @@ def share_of(rows: Sequence[Row], share: float) -> list[Row]:
 
 
 def _drawn(count: int, share: float) -> list[int]:
-    """So many of `count` rows, in their order."""
+    """Indices of a share of `count` rows, in their order."""
     most = min(count, max(1, round(share * count)))
     chosen: list[int] = Seeds(0).numpy("share").choice(count, most, replace=False).tolist()
     return sorted(chosen)

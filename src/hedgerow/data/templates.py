@@ -162,7 +162,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.fields = fields
         self.message = TextTemplate(_USER_MESSAGE, fields, "chat")
-        # Now, rather than after minutes of reading and encoding.
+        # Now, rather than after minutes of reading and tokenising.
         self.answer({fields.instruction: "question", fields.output: "reply"})
 
     def prompt(self, row: Row) -> str:

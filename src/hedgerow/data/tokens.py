@@ -43,8 +43,8 @@ class Example:
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
-    """The examples of one client, or of several: `encoded[i]` reads one from disk, in any thread.
+class Tokenized:
+    """The examples of one client, or of several: `tokenized[i]` reads one from disk, in any thread.
 
     In memory there are 20 bytes an example.
     """
@@ -85,15 +85,15 @@ class Encoded:
         return digest.hexdigest()
 
     @staticmethod
-    def concatenate(parts: Sequence[Encoded]) -> Encoded:
-        """All examples of `parts`, in order; no token is copied.
+    def concatenate(parts: Sequence[Tokenized]) -> Tokenized:
+        """Concatenate the examples of `parts`, in order; no token is copied.
 
         Raises:
             ValueError: the parts are not of one spool, or differ in `loss_on`.
         """
         if len({(id(part.spool), part.loss_on) for part in parts}) != 1:
-            raise ValueError("the parts must be of one spool and have one `loss_on`")
-        return Encoded(
+            raise ValueError("parts must share one spool and one `loss_on`")
+        return Tokenized(
             spool=parts[0].spool,
             starts=np.concatenate([part.starts for part in parts]),
             lengths=np.concatenate([part.lengths for part in parts]),
@@ -117,7 +117,7 @@ class Spool:
         self._end = 0
         self._lock = threading.Lock()
 
-    def encode(
+    def tokenize(
         self,
         name: str,
         rows: Sequence[Row],
@@ -125,7 +125,7 @@ class Spool:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         loss_on: Literal["answer", "all"],
-    ) -> Encoded:
+    ) -> Tokenized:
         """Tokenise rows as prompt, answer and EOS, and keep the tokens on disk.
 
         Args:
@@ -152,7 +152,7 @@ class Spool:
         shortest_prompt = sys.maxsize
         for first in range(0, len(rows), _CHUNK):
             kept: list[list[int]] = []
-            pairs = _tokenize(rows[first : first + _CHUNK], template, tokenizer)
+            pairs = _prompts_and_answers(rows[first : first + _CHUNK], template, tokenizer)
             for number, (prompt, answer) in enumerate(pairs, start=first):
                 shortest_prompt = min(shortest_prompt, len(prompt))
                 tokens = (prompt + answer)[:max_length]
@@ -169,7 +169,7 @@ class Spool:
                 f"{name}: no label is left to learn from, since every prompt (the shortest has "
                 f"{shortest_prompt} tokens) fills `data.max_length` ({max_length}): raise it"
             )
-        return Encoded(
+        return Tokenized(
             spool=self,
             starts=np.array(starts, dtype=np.int64),
             lengths=np.array(lengths, dtype=np.int32),
@@ -206,7 +206,7 @@ class Spool:
         return [start, *(start + ends[:-1]).tolist()] if examples else []
 
 
-def _tokenize(
+def _prompts_and_answers(
     rows: Sequence[Row], template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Each row's prompt and answer, with EOS at the end of the answer.
@@ -215,7 +215,7 @@ def _tokenize(
     answer follows, as in generation, where nothing does.
     """
     eos = tokenizer.eos_token_id
-    prompts = encode_prompts([template.prompt(row) for row in rows], template, tokenizer)
+    prompts = tokenize_prompts([template.prompt(row) for row in rows], template, tokenizer)
     answers = _ids(tokenizer, [template.answer(row) for row in rows], False)
     for prompt, answer in zip(prompts, answers, strict=True):
         if answer[-1:] != [eos]:
@@ -223,10 +223,10 @@ def _tokenize(
         yield prompt, answer
 
 
-def encode_prompts(
+def tokenize_prompts(
     texts: Sequence[str], template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    """The tokens of prompts that `template` has made, for an answer to follow."""
+    """Tokenise prompts that `template` has made, for an answer to follow."""
     own_tokens = not template.has_special_tokens
     prompts = _ids(tokenizer, texts, own_tokens)
     for prompt in prompts:
@@ -239,7 +239,7 @@ def encode_prompts(
 def _ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool
 ) -> list[list[int]]:
-    encoded = tokenizer(
+    tokenized = tokenizer(
         list(texts),
         add_special_tokens=add_special_tokens,
         padding=False,
@@ -248,5 +248,5 @@ def _ids(
         return_token_type_ids=False,
         verbose=False,  # It would warn of texts above its own limit, which are cut here.
     )
-    ids: list[list[int]] = encoded["input_ids"]
+    ids: list[list[int]] = tokenized["input_ids"]
     return ids

@@ -13,17 +13,17 @@ from typing import Any
 
 from hedgerow import federation, tracking
 from hedgerow.clock import Clock
-from hedgerow.data import ClientData, Encoded, Held
+from hedgerow.data import ClientData, Held, Tokenized
 from hedgerow.errors import ClientFailed, UserError
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment
-from hedgerow.federation.fleet import Answer, Watcher
+from hedgerow.federation.fleet import ClientResult, Watcher
 from hedgerow.federation.participant import check_max_length, train_client
 from hedgerow.ledger import Base
-from hedgerow.methods.base import Client, Turn
+from hedgerow.methods.base import Client, ClientRound
 from hedgerow.model import Model
 from hedgerow.runs.directory import RunDirectory
-from hedgerow.runs.targets import Progress, Scorer, load_test
+from hedgerow.runs.scoring import Progress, Scorer, load_test
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry
 
@@ -35,7 +35,7 @@ class Prepared:
     model: Model
     base: Base
     clients: list[Client]
-    shards: dict[str, Encoded]
+    shards: dict[str, Tokenized]
     test: TestSet | None
 
     @property
@@ -73,10 +73,10 @@ def prepare(
     check_max_length(model, experiment.data.max_length)
     held = held or Held()
     data = ClientData(experiment.data, model.tokenizer, Seeds(experiment.federation.seed), held)
-    shards = {name: data.encode(name) for name in data.names}
+    shards = {name: data.tokenize(name) for name in data.names}
     experiment.method.check(model, len(shards), experiment.training)
     if experiment.method.pools_data:
-        shards = {"pooled": Encoded.concatenate(list(shards.values()))}
+        shards = {"pooled": Tokenized.concatenate(list(shards.values()))}
     clients = [
         Client(index, name, len(shard)) for index, (name, shard) in enumerate(shards.items())
     ]
@@ -102,27 +102,31 @@ class LocalFleet:
         self._scorer = Scorer(experiment, prepared.model, names, prepared.test)
 
     def gather(self) -> Sequence[Client]:
-        """All of them."""
+        """Clients of the run, in their order."""
         return self._prepared.clients
 
     def train(
         self, round: int, parent: str, clients: Sequence[Client], clock: Clock
-    ) -> Iterator[Answer]:
+    ) -> Iterator[ClientResult]:
         """Train one client after another; each borrows the model and gives it back."""
         for client in clients:
             memory = self._directory.memory(client.name, round)
             past = self._directory.ledger.read
-            turn = Turn(client, round, self._seeds, self._experiment.training, memory, past)
+            client_round = ClientRound(
+                client, round, self._seeds, self._experiment.training, memory, past
+            )
             examples = self._prepared.shards[client.name]
             try:
-                yield self._trained(turn, examples, parent, clock)
+                yield self._trained(client_round, examples, parent, clock)
             except ClientFailed as error:
-                yield Answer(client, failure=str(error))
+                yield ClientResult(client, failure=str(error))
 
-    def _trained(self, turn: Turn, examples: Encoded, parent: str, clock: Clock) -> Answer:
-        update = train_client(self._experiment, self._model, examples, turn, parent, clock)
+    def _trained(
+        self, client_round: ClientRound, examples: Tokenized, parent: str, clock: Clock
+    ) -> ClientResult:
+        update = train_client(self._experiment, self._model, examples, client_round, parent, clock)
         with clock("wire"):
-            return Answer(turn.client, update.encode())
+            return ClientResult(client_round.client, update.to_bytes())
 
     def advance(self, entry: Entry) -> None:
         """Advance the one model that all clients share."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hedgerow.data import Encoded, Example, Row, Spool, Template
+from hedgerow.data import Example, Row, Spool, Template, Tokenized
 from hedgerow.errors import UserError
 from hedgerow.evaluation.likelihood import Float64, Int64, Tick, batch_losses
 from hedgerow.model import max_positions
@@ -116,7 +116,7 @@ class Choices:
     questions: list[Question]
     rows: Int64
     """Shape (questions,): the row of the test set that each is from."""
-    encoded: Encoded
+    encoded: Tokenized
     """The candidates of all questions, one after another, each after its prompt; uncut."""
     skipped: int
     """Rows that are not here, because their options cannot be told."""
@@ -158,7 +158,7 @@ class Choices:
         return cls(
             questions=[question for _, question in found],
             rows=np.array([number for number, _ in found]),
-            encoded=Spool().encode(name, answered, template, tokenizer, sys.maxsize, "answer"),
+            encoded=Spool().tokenize(name, answered, template, tokenizer, sys.maxsize, "answer"),
             skipped=len(rows) - len(found),
             metric=metric,
         )

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hedgerow.data import Encoded, Example, Row, Spool, check_columns, load_template
+from hedgerow.data import Example, Row, Spool, Tokenized, check_columns, load_template
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.choices import Choices, log_likelihoods
@@ -35,7 +35,7 @@ class TestSet:
 
     __test__: ClassVar[bool] = False  # or pytest would collect it
 
-    examples: Encoded
+    examples: Tokenized
     """The prompt and answer of every row, in the rows' order, uncut."""
     max_length: int
     """Tokens of prompt and answer that the loss sees."""
@@ -71,7 +71,7 @@ class TestSet:
         check_columns(answered, fields, name)
         template = load_template(settings.prompt, tokenizer, fields)
         # Uncut, since a prompt that leaves no room for its answer's loss can still be answered.
-        examples = Spool().encode(name, answered, template, tokenizer, sys.maxsize, "answer")
+        examples = Spool().tokenize(name, answered, template, tokenizer, sys.maxsize, "answer")
         if examples.dropped or (
             needs.keys() - {"likelihood"} and not examples.prompt_lengths.all()
         ):

@@ -55,10 +55,7 @@ def method_of(options: Any) -> Method:
         raise UserError(
             "`method` needs a name, as in {name: flora, ranks: 16}; see `hedgerow methods`"
         )
-    try:
-        kind = METHODS.find(name, "method.name")
-    except UserError as error:
-        raise UserError(f"{error}; see `hedgerow methods`") from None
+    kind = METHODS.find(name, "method.name")
     return parsed(kind, options, ("method",), see=f"hedgerow methods {name}")
 
 

@@ -13,19 +13,19 @@ from hedgerow.wire import Entry
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A client's answer: its update, or why there is none."""
+class ClientResult:
+    """Result of a client's round: its update, or why there is none."""
 
     client: Client
     update: bytes | Path = b""
-    """In wire.py's format; or the file that holds it, which is deleted when it is used up."""
+    """Update in the format of `hedgerow.wire`; or its file, which is deleted when it is used up."""
     failure: str | None = None
     absent: bool = False
     """The failure is that nothing was heard, so that asking again may help."""
 
     @property
     def nbytes(self) -> int:
-        """The update's size."""
+        """Size of the update, in bytes."""
         update = self.update
         return len(update) if isinstance(update, bytes) else update.stat().st_size
 
@@ -34,12 +34,12 @@ class Fleet(Protocol):
     """Those who have the model and the data, as the round loop sees them."""
 
     def gather(self) -> Sequence[Client]:
-        """Everybody who may take part in the next round, in their order."""
+        """Clients that may take part in the next round, in their order."""
 
     def train(
         self, round: int, parent: str, clients: Sequence[Client], clock: Clock
-    ) -> Iterator[Answer]:
-        """Have `clients` train from the global model; yields an answer for each, as they come."""
+    ) -> Iterator[ClientResult]:
+        """Have `clients` train from the global model; yields the result of each, as they come."""
 
     def advance(self, entry: Entry) -> None:
         """Advance every participant's global model by one entry."""
@@ -56,41 +56,41 @@ class Watcher(Protocol):
     """Whoever wants to see a run while it works."""
 
     def say(self, sentence: str) -> None:
-        """Something that a person should know."""
+        """Tell people something that they should know."""
 
     def round_begins(self, round: int, rounds: int, clients: int) -> None:
-        """A round begins, with so many clients."""
+        """Note that a round begins, with so many clients."""
 
-    def client_answered(self, client: str, failure: str | None) -> None:
-        """A client's update has arrived, or it has failed."""
+    def client_finished(self, client: str, failure: str | None) -> None:
+        """Note that a client's update has arrived, or that the client has failed."""
 
     def tries_again(self, clients: Sequence[str], seconds: float) -> None:
-        """A round has too few updates: after so many seconds these clients are asked again."""
+        """Note that these clients are asked again after so many seconds: updates are too few."""
 
     def evaluated(self, done: int, total: int) -> None:
-        """So much of an evaluation is done."""
+        """Note how much of an evaluation is done."""
 
     def round_ends(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl is written."""
+        """Note that a row of metrics.jsonl is written."""
 
 
 class Unwatched:
-    """A watcher for runs that nobody watches."""
+    """Watcher of a run that nobody watches."""
 
     def say(self, sentence: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def round_begins(self, round: int, rounds: int, clients: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
-    def client_answered(self, client: str, failure: str | None) -> None:
-        """Nothing."""
+    def client_finished(self, client: str, failure: str | None) -> None:
+        """Do nothing."""
 
     def tries_again(self, clients: Sequence[str], seconds: float) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def evaluated(self, done: int, total: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def round_ends(self, row: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""What arrives in one round, checked and accounted for."""
+"""Inbox of one round: what arrives is checked and accounted for."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from hedgerow.clock import Clock
 from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
-from hedgerow.federation.fleet import Answer, Fleet, Watcher
-from hedgerow.methods.base import Aggregate, Client, Expected, ServerTurn
+from hedgerow.federation.fleet import ClientResult, Fleet, Watcher
+from hedgerow.methods.base import Aggregate, Client, Expected, ServerRound
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry, Participant, Update
 
 
-class Answers:
-    """The answers to one round: each is checked as it arrives, and accounted for.
+class Inbox:
+    """The results of one round: each is checked as it arrives, and accounted for.
 
     Updates are handed on in the clients' order, so that the bits of their sum do not depend on who
     was faster; one that is early waits where it arrived, in memory or in its file.
@@ -39,9 +39,9 @@ class Answers:
         seeds = Seeds(experiment.federation.seed)
         expected = Expected(seeds, self._ledger.trained, experiment.training)
         memory = directory.server_memory(round)
-        self.turn = ServerTurn(round, clients, previous, expected, memory)
+        self.server_round = ServerRound(round, clients, previous, expected, memory)
         self._directory, self._watcher = directory, watcher
-        self._arrived: dict[str, tuple[Answer, Update]] = {}
+        self._arrived: dict[str, tuple[ClientResult, Update]] = {}
         self._absent: set[str] = set()
         self._losses: dict[str, float] = {}
         self._bytes = 0
@@ -62,10 +62,10 @@ class Answers:
                 seconds = self._settings.backoff * 2 ** (attempt - 1)
                 self._watcher.tries_again([client.name for client in asked], seconds)
                 time.sleep(seconds)
-            for answer in fleet.train(self._round, self._ledger.head, asked, clock):
+            for result in fleet.train(self._round, self._ledger.head, asked, clock):
                 with clock("wire"):
-                    self._receive(answer)
-                del answer  # its memory, while the next client trains
+                    self._receive(result)
+                del result  # its memory, while the next client trains
                 while waiting and self._is_settled(waiting[0].name):
                     yield from self._hand_on(waiting.pop(0).name)
             asked = [client for client in self.clients if client.name in self._absent]
@@ -78,7 +78,7 @@ class Answers:
 
     @property
     def losses(self) -> dict[str, float]:
-        """The training loss that each client reports, in the clients' order."""
+        """Training loss that each client reports, in the clients' order."""
         names = (client.name for client in self.clients)
         return {name: self._losses[name] for name in names if name in self._losses}
 
@@ -105,29 +105,34 @@ class Answers:
         train_loss = sum(p * loss for p, loss in zip(shares, losses.values(), strict=True))
         metrics = {"train_loss": train_loss, "bytes_up": self._bytes, **aggregate.metrics}
         return Entry(
-            *(self._method.name, self._round, self._ledger.head, participants, metrics),
-            *(aggregate.tensors, self._method.entry_options()),
+            method=self._method.name,
+            round=self._round,
+            parent=self._ledger.head,
+            participants=participants,
+            metrics=metrics,
+            tensors=aggregate.tensors,
+            options=self._method.entry_options(),
         )
 
-    def _receive(self, answer: Answer) -> None:
-        """Check an answer; keep its update for `_hand_on`, or note why there is none."""
-        name = answer.client.name
+    def _receive(self, result: ClientResult) -> None:
+        """Check a result; keep its update for `_hand_on`, or note why there is none."""
+        name = result.client.name
         self._absent.discard(name)
         self.failures.pop(name, None)
         try:
-            update = self._checked(answer)
+            update = self._checked(result)
         except InvalidMessage as error:
             self.failures[name] = str(error)
-            if answer.absent:
+            if result.absent:
                 self._absent.add(name)
-            if isinstance(answer.update, Path):
-                answer.update.unlink()
-            self._watcher.client_answered(name, str(error))
+            if isinstance(result.update, Path):
+                result.update.unlink()
+            self._watcher.client_finished(name, str(error))
             return
-        self._arrived[name] = answer, update
+        self._arrived[name] = result, update
         self._losses[name] = update.train_loss
-        self._bytes += answer.nbytes if self._method.communicates else 0
-        self._watcher.client_answered(name, None)
+        self._bytes += result.nbytes if self._method.communicates else 0
+        self._watcher.client_finished(name, None)
 
     def _is_settled(self, name: str) -> bool:
         """Whether a client has answered, or will not answer in this round."""
@@ -135,23 +140,26 @@ class Answers:
 
     def _hand_on(self, name: str) -> Iterator[Update]:
         if name in self._arrived:
-            answer, update = self._arrived.pop(name)
+            result, update = self._arrived.pop(name)
             yield update
-            if isinstance(answer.update, Path):
-                answer.update.unlink()
+            if isinstance(result.update, Path):
+                result.update.unlink()
 
-    def _checked(self, answer: Answer) -> Update:
-        if answer.failure is not None:
-            raise InvalidMessage(answer.failure)
-        client, content = answer.client, answer.update
-        update = Update.decode(content) if isinstance(content, bytes) else Update.read(content)
+    def _checked(self, result: ClientResult) -> Update:
+        if result.failure is not None:
+            raise InvalidMessage(result.failure)
+        client, content = result.client, result.update
+        update = Update.from_bytes(content) if isinstance(content, bytes) else Update.read(content)
         update.check(
-            *(self._method.name, self._round, self._ledger.head),
-            *(client.name, client.num_examples),
+            method=self._method.name,
+            round=self._round,
+            parent=self._ledger.head,
+            client=client.name,
+            num_examples=client.num_examples,
         )
-        self._method.check_update(client, update, self.turn.expected)
+        self._method.check_update(client, update, self.server_round.expected)
         if self._settings.keep_updates:
-            self._directory.keep_update(self._method.kept(update, self.turn))
+            self._directory.keep_update(self._method.shown(update, self.server_round))
         return update
 
     def _too_few(self, attempts: int) -> str:

@@ -13,7 +13,7 @@ from hedgerow.clock import Clock
 from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import Fleet, Watcher
-from hedgerow.federation.inbox import Answers
+from hedgerow.federation.inbox import Inbox
 from hedgerow.federation.metrics import Traffic, row_of
 from hedgerow.methods.base import Client
 from hedgerow.runs.directory import RunDirectory
@@ -58,21 +58,21 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
 
     previous = ledger.read(len(ledger)) if len(ledger) else None
     for round in range(len(ledger) + 1, settings.rounds + 1):
-        answers = Answers(experiment, round, participants(round), previous, directory, watcher)
+        inbox = Inbox(experiment, round, participants(round), previous, directory, watcher)
         began, clock = time.perf_counter(), Clock()
-        watcher.round_begins(round, settings.rounds, len(answers.clients))
+        watcher.round_begins(round, settings.rounds, len(inbox.clients))
 
         with clock("aggregate"):
             try:
-                aggregate = method.aggregate(answers.usable(fleet, clock), answers.turn)
+                aggregate = method.aggregate(inbox.usable(fleet, clock), inbox.server_round)
             except InvalidMessage as error:
                 raise RunFailed(
                     f"method {method.name} could not aggregate round {round}: {error}"
                 ) from None
         with clock("ledger"):
-            previous = entry = ledger.append(answers.entry(aggregate), method)
+            previous = entry = ledger.append(inbox.entry(aggregate), method)
         del aggregate  # from here on the entry's tensors are read from its file
-        traffic.down([client.name for client in answers.clients], round)
+        traffic.down([client.name for client in inbox.clients], round)
         with clock("apply"):
             fleet.advance(entry)
         with clock("evaluate"):
@@ -80,8 +80,8 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
 
         parts = {f"{part}_seconds": seconds for part, seconds in clock.seconds.items()}
         seconds = {"seconds": time.perf_counter() - began, **parts}
-        row = row_of(entry, traffic, answers.failures)
-        finish(row | scored | {"train_loss_by_client": answers.losses} | seconds)
+        row = row_of(entry, traffic, inbox.failures)
+        finish(row | scored | {"train_loss_by_client": inbox.losses} | seconds)
 
 
 def draw(clients: Sequence[Client], count: int | None, seeds: Seeds, round: int) -> list[Client]:

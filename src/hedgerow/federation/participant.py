@@ -12,9 +12,9 @@ from hedgerow.wire import Update
 
 if TYPE_CHECKING:
     from hedgerow.clock import Clock
-    from hedgerow.data import Encoded
+    from hedgerow.data import Tokenized
     from hedgerow.experiment import Experiment
-    from hedgerow.methods.base import Turn
+    from hedgerow.methods.base import ClientRound
     from hedgerow.model import Model
 
 
@@ -29,7 +29,12 @@ def check_max_length(model: Model, max_length: int) -> None:
 
 
 def train_client(
-    experiment: Experiment, model: Model, examples: Encoded, turn: Turn, parent: str, clock: Clock
+    experiment: Experiment,
+    model: Model,
+    examples: Tokenized,
+    client_round: ClientRound,
+    parent: str,
+    clock: Clock,
 ) -> Update:
     """Train from the global model, which is given back as it was; returns what travels up.
 
@@ -40,26 +45,28 @@ def train_client(
         ClientFailed: training diverged, the device has too little memory, or the method made what
             cannot be written.
     """
-    method, client = experiment.method, turn.client
+    method, client = experiment.method, client_round.client
     job = Job(
-        model.network,
-        examples,
-        experiment.training,
-        learning_rate(experiment.training, turn.round, experiment.federation.rounds),
-        model.tokenizer.pad_token_id,
-        order=turn.seeds.numpy("batches", turn.round, client.name),
-        dropout_seed=turn.seeds.derive("dropout", turn.round, client.name),
+        network=model.network,
+        data=examples,
+        settings=experiment.training,
+        learning_rate=learning_rate(
+            experiment.training, client_round.round, experiment.federation.rounds
+        ),
+        pad_id=model.tokenizer.pad_token_id,
+        order=client_round.seeds.numpy("batches", client_round.round, client.name),
+        dropout_seed=client_round.seeds.derive("dropout", client_round.round, client.name),
     )
     try:
         with clock("start"):
-            parameters = method.start(model, turn)
+            parameters = method.start(model, client_round)
         with clock("train"):
-            trained = method.train(job, turn, parameters)
+            trained = method.train(job, client_round, parameters)
         with clock("update"):
-            tensors, about = method.update(model, turn, trained)
+            tensors, about = method.update(model, client_round, trained)
             update = Update(
                 method=method.name,
-                round=turn.round,
+                round=client_round.round,
                 client=client.name,
                 parent=parent,
                 num_examples=client.num_examples,

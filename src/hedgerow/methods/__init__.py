@@ -27,7 +27,7 @@ from hedgerow.methods.standalone import Standalone
 from hedgerow.methods.zero_padding import ZeroPadding
 from hedgerow.plugins import Registry
 
-METHODS = Registry("method", Method, "hedgerow.methods")  # type: ignore[type-abstract]
+METHODS: Registry[Method] = Registry("method", Method, "hedgerow.methods", see="hedgerow methods")
 """Every method by the name that the experiment file uses, installed plug-ins included."""
 
 __all__ = [

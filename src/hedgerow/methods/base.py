@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.plugins import Plugin
+from hedgerow.training import first_order
 from hedgerow.wire import (
     LARGEST_BROADCAST,
     LARGEST_SENT,
@@ -41,58 +42,58 @@ class Client:
 
 
 class Memory(Protocol):
-    """What a client, or the server, keeps for itself from one of its rounds to the next."""
+    """Tensors that a client, or the server, remembers from one of its rounds to the next."""
 
     def load(self) -> Mapping[str, Tensor]:
-        """What it kept in the last round before this one that it took part in; maybe nothing."""
+        """Tensors of the last round before this one that it took part in, by name; maybe none."""
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors."""
+        """Remember tensors, by name, on the CPU, for the next round."""
 
 
 @dataclass(frozen=True)
-class Turn:
+class ClientRound:
     """One client's part in one round."""
 
     client: Client
     round: int
-    """1, 2, …"""
+    """Number of the round, from 1."""
     seeds: Seeds
-    """The run's."""
+    """Seeds of the run."""
     training: TrainingSettings
     memory: Memory
     past: Callable[[int], Entry]
     """Reads the entry of an earlier round."""
 
-    def keep(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors for the client's next round, which begins anew where they are absurd."""
+    def remember(self, tensors: Mapping[str, Tensor]) -> None:
+        """Save tensors in `memory`; none where one is absurd: the next round begins anew."""
         try:
             check_numbers(tensors, LARGEST_SENT)
         except InvalidMessage:
-            # What is made of them is refused, in this round and, were they kept, in every other.
+            # What is made of them is refused, in this round and, were they saved, in every other.
             tensors = {}
         self.memory.save(tensors)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a server knows, without the model, of the updates that it asks for."""
+    """Knowledge of a server, without the model, of the updates that it asks for."""
 
     seeds: Seeds
-    """The run's."""
+    """Seeds of the run."""
     shapes: Mapping[str, Sequence[int]]
-    """Of what clients train (`Method.trained_shapes`), as the ledger has it."""
+    """Shapes of what clients train (`Method.trained_shapes`), as the ledger has them."""
     training: TrainingSettings
 
 
 @dataclass(frozen=True)
-class ServerTurn:
+class ServerRound:
     """The server's part in one round."""
 
     round: int
-    """1, 2, …"""
+    """Number of the round, from 1."""
     clients: Sequence[Client]
-    """Who was asked, in their order."""
+    """Clients that were asked, in their order."""
     previous: Entry | None
     """The entry of the round before; None in the first."""
     expected: Expected
@@ -101,37 +102,37 @@ class ServerTurn:
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training leaves."""
+    """Result of local training."""
 
     parameters: Mapping[str, nn.Parameter]
     loss: float
     """The mean training loss."""
     steps: Mapping[int, float] = field(default_factory=dict)
-    """How far it went along each direction, by the direction's seed (zeroth-order)."""
+    """Distance along each direction, by the direction's seed (zeroth-order)."""
     along: Sequence[float] = ()
-    """The loss along the last round's step, before training, at `scaling.LENGTHS`."""
+    """The loss along the last round's step, before training, at `weighting.LENGTHS`."""
 
 
 class Payload(NamedTuple):
-    """What travels up: tensors, and what the method says of them."""
+    """Content of an update: tensors by name, and metadata of the method's."""
 
     tensors: dict[str, Tensor]
     about: dict[str, str]
 
 
 class Aggregate(NamedTuple):
-    """What travels down and enters the ledger, and what the server learnt while making it."""
+    """Content of an entry: tensors by name, and what the server learnt while making them."""
 
     tensors: dict[str, Tensor]
     metrics: dict[str, float]
     weights: Sequence[float] | None = None
-    """What each update counted, in their order, where that is not p_k = n_k / Σ n."""
+    """Weight of each update, in their order, where that is not p_k = n_k / Σ n."""
 
 
 class Method(Plugin, ABC):
     """A federated method: its fields are the options under `method:` in the experiment file.
 
-    The functions are pure but for the model that they are handed: a method keeps no state, so that
+    The functions are pure but for the model that they are handed: a method has no state, so that
     the ledger is all that a participant needs.
     """
 
@@ -153,35 +154,34 @@ class Method(Plugin, ABC):
 
     @property
     def clients_remember(self) -> bool:
-        """Whether a client whose update is accepted has kept something for its next round."""
+        """Whether a client whose update is accepted remembers something for its next round."""
         return False
 
     @property
     def server_remembers(self) -> bool:
-        """Whether the server keeps something for the next round in each."""
+        """Whether the server remembers something in each round for the next."""
         return False
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
         """Raise a `UserError` where the options do not fit the model, the clients or training."""
 
     @abstractmethod
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """Attach what this client trains to the model; returns the trainable parameters."""
 
-    def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
-        """Local training: first-order steps, where a method has none of its own.
+    def train(
+        self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
+    ) -> Trained:
+        """Train locally: by first-order steps, where a method has none of its own.
 
         Raises:
             Diverged: the loss is no longer a number.
         """
-        # Not at the top: the experiment file, which names methods, says how to train.
-        from hedgerow.training import first_order
-
         return Trained(parameters, first_order.train(job, parameters))
 
     @abstractmethod
-    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
-        """After local training: what travels up."""
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
+        """Make what travels up, after local training."""
 
     def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
         """The shapes of what clients train, where updates and entries depend on them; else empty.
@@ -191,19 +191,19 @@ class Method(Plugin, ABC):
         return {}
 
     def entry_options(self) -> dict[str, Any]:
-        """The options without which an entry's tensors mean something else."""
+        """Options without which an entry's tensors mean something else."""
         return {}
 
     @abstractmethod
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """On the server: raise `InvalidMessage` where an update is not what the client should send.
+        """Raise `InvalidMessage`, on the server, unless an update is what the client should send.
 
         `Update.check` has been called; that no number is absurd was checked when it was read.
         """
 
     @abstractmethod
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """At every participant: raise `InvalidMessage` unless `aggregate` makes such tensors.
+        """Raise `InvalidMessage`, at every participant, unless `aggregate` makes such tensors.
 
         A part of `wire.check_entry`, which has checked what the entry says of itself.
 
@@ -211,13 +211,13 @@ class Method(Plugin, ABC):
             shapes: `trained_shapes` of the participant's model.
         """
 
-    def kept(self, update: Update, turn: ServerTurn) -> Update:
-        """What `federation.keep_updates` keeps: the update, or one that shows its change alone."""
+    def shown(self, update: Update, server_round: ServerRound) -> Update:
+        """The update as `federation.keep_updates` keeps it for people: its own change alone."""
         return update
 
     @abstractmethod
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
-        """On the server, without the model: fold the updates in as they arrive."""
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
+        """Aggregate updates on the server, without the model: each is folded in as it arrives."""
 
     def check_weights(self, participants: Sequence[Participant]) -> None:
         """Raise `InvalidMessage` unless an entry's weights are the method's: p_k = n_k / Σ n."""
@@ -225,11 +225,11 @@ class Method(Plugin, ABC):
         for p in participants:
             share = p.num_examples / total
             if not math.isclose(p.weight, share, rel_tol=1e-9):
-                raise InvalidMessage(f"the weight of {p.client} is {p.weight}, not {share}")
+                raise InvalidMessage(f"weight of {p.client} must be {share}, got {p.weight}")
 
     @abstractmethod
     def apply(self, model: Model, entry: Entry) -> None:
-        """At every participant: advance the global model by one entry."""
+        """Advance the global model by one entry, at every participant."""
 
     def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:
         """Put the model that the method has made into `model` while the caller evaluates it.
@@ -241,7 +241,7 @@ class Method(Plugin, ABC):
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
-        """All that `entries` add to the base, as one adapter with its scale in its factors.
+        """Adapter of all that `entries` add to the base, with its scale in its factors.
 
         Args:
             entries: the ledger from its first entry on.
@@ -272,7 +272,7 @@ def check_entry(
     round: int,
     parent: str,
 ) -> None:
-    """What every participant does with an entry from elsewhere before it applies it.
+    """Check an entry from elsewhere, as every participant does before it applies it.
 
     For arguments and errors, see `check_fits`; the entry's tensors are read one by one.
     """

@@ -28,7 +28,7 @@ class Centralized(AveragedAdapter):
         return self.largest_rank
 
     def entry_ranks(self, participants: int) -> Sequence[int]:
-        """That of the one participant."""
+        """Rank of the one participant."""
         if participants > 1:
-            raise InvalidMessage(f"it has {participants} participants, not one")
+            raise InvalidMessage(f"expected 1 participant, got {participants}")
         return [self.largest_rank]

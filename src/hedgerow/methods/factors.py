@@ -9,7 +9,7 @@ from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods.integers import Bits, encoded_kinds
+from hedgerow.methods.quantization import Bits, quantized_kinds
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def check_factors(
     rank = given[first].shape[0] if first in given and given[first].shape else ranks[0]
     if rank not in ranks:
         possible = " to ".join(str(rank) for rank in sorted({ranks[0], ranks[-1]}))
-        raise InvalidMessage(f"it is an adapter of rank {rank}, not {possible}")
+        raise InvalidMessage(f"expected an adapter of rank {possible}, got rank {rank}")
     check_kinds(given, factor_kinds(shapes, rank))
 
 
@@ -47,7 +47,7 @@ def check_pairs(
         given: what they are, by PEFT's key names.
         shapes: (m, n) of the adapted matrices, by module.
         most: the largest rank that each module may have.
-        bits: of each number, as `encoding.encode` has them.
+        bits: of each number, as `quantize` has them.
         least: the smallest rank that each module may have; 1 if not given.
 
     Returns:
@@ -59,17 +59,19 @@ def check_pairs(
         first = next(iter(factor_kinds({module: shape}, 1)))
         ranks[module] = given[first].shape[0] if first in given and given[first].shape else 1
         if ranks[module] > most[module]:
-            raise InvalidMessage(f"{module} has rank {ranks[module]}, above {most[module]}")
+            raise InvalidMessage(
+                f"rank of {module} must be at most {most[module]}, got {ranks[module]}"
+            )
         expected |= factor_kinds({module: shape}, ranks[module])
-    check_kinds(given, encoded_kinds(expected, bits))
+    check_kinds(given, quantized_kinds(expected, bits))
     for module, rank in (least or {}).items():
         if ranks[module] < rank:
-            raise InvalidMessage(f"{module} has rank {ranks[module]}, below {rank}")
+            raise InvalidMessage(f"rank of {module} must be at least {rank}, got {ranks[module]}")
     return ranks
 
 
 def factor_kinds(shapes: Mapping[str, Sequence[int]], rank: int) -> dict[str, Kind]:
-    """What the factors of an adapter of this rank are, for matrices of these shapes (m, n)."""
+    """Kinds of an adapter's factors, of this rank, for matrices of these shapes (m, n)."""
     with torch.device("meta"):
         pairs = {
             module: Factors(torch.empty(rank, n), torch.empty(m, rank))
@@ -79,7 +81,7 @@ def factor_kinds(shapes: Mapping[str, Sequence[int]], rank: int) -> dict[str, Ki
 
 
 def init_factors(parameters: Mapping[str, Tensor], generator: torch.Generator, rows: int) -> None:
-    """A new adapter that changes nothing yet: A as peft draws it, B zero.
+    """Initialise an adapter that changes nothing yet: A as peft draws it, B zero.
 
     `rows` rows of A are drawn and the first r kept, so that clients of different ranks that share
     a generator's seed share rows.

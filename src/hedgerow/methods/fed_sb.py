@@ -27,11 +27,11 @@ from hedgerow.adapters import adapter_tensors
 from hedgerow.errors import UserError
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, Client, Expected, ServerTurn, Turn
+from hedgerow.methods.base import Aggregate, Client, ClientRound, Expected, ServerRound
 from hedgerow.methods.factors import factor_kinds
 from hedgerow.methods.fedit import HeldAdapter
 from hedgerow.methods.one_factor import average_factor
-from hedgerow.methods.stacks import finite
+from hedgerow.methods.stacking import finite
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class FedSB(HeldAdapter):
     same_rank: ClassVar[bool] = True
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
-        """Every matrix has so many singular vectors."""
+        """Check that every matrix has so many singular vectors."""
         super().check(model, num_clients, training)
         module, shape = min(self.trained_shapes(model).items(), key=lambda item: min(item[1]))
         if self.largest_rank > min(shape):
@@ -60,9 +60,9 @@ class FedSB(HeldAdapter):
                 f"{self.largest_rank}: give a lower rank, or other targets"
             )
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
-        """The global core between the bases, which are frozen."""
-        rank = self.rank(turn.client)
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
+        """Attach the global core between the bases, which are frozen."""
+        rank = self.rank(client_round.client)
         bases = adapter_tensors(self._bases(model))
         parameters = model.attach(self.config(rank), core=True)
         held = model.factors or {}
@@ -77,15 +77,15 @@ class FedSB(HeldAdapter):
         return {name: p for name, p in parameters.items() if name not in bases}
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """The rank and scale are the client's, and there is a core for each module."""
+        """Check the client's rank and scale, and that there is a core for each module."""
         update.check_about(self._about(self.rank(client)))
         check_kinds(kinds(update.tensors), self._cores(expected.shapes))
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """There is a core for each module."""
+        """Check that there is a core for each module."""
         check_kinds(kinds(entry.tensors), self._cores(shapes))
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """R = Σ p_k s_k R_k."""
         exact = average_factor(updates)
         cores = {name: core.float() for name, core in exact.items()}
@@ -97,7 +97,7 @@ class FedSB(HeldAdapter):
         return Aggregate(cores, finite({"aggregation_error": error}))
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """The global adapter is (A, B·R), and R is kept beside it."""
+        """Make (A, B·R) the global adapter, with R beside it."""
         cores = dict(entry.tensors)
         pairs = {}
         for module, (A, B) in self._bases(model).items():

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, ClassVar
 from hedgerow.methods.base import (
     Aggregate,
     Client,
+    ClientRound,
     Expected,
     Method,
     Payload,
-    ServerTurn,
+    ServerRound,
     Trained,
-    Turn,
     weight_shapes,
 )
 from hedgerow.wire import check_kinds, in_float32, kinds
@@ -42,27 +42,27 @@ class FedAvg(Method):
     reference: ClassVar[str] = "FedAvg, arXiv 1602.05629"
 
     def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
-        """Of all weights."""
+        """Shapes of all weights."""
         return weight_shapes(model)
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
-        """All weights."""
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
+        """Unfreeze all weights."""
         return model.unfreeze()
 
-    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """Δ_k, in float32."""
         return Payload(dict(model.trained_delta()), {})
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """It has the change of each weight."""
+        """Check that it has the change of each weight."""
         update.check_about({})
         check_kinds(kinds(update.tensors), in_float32(expected.shapes))
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has the change of each weight."""
+        """Check that it has the change of each weight."""
         check_kinds(kinds(entry.tensors), in_float32(shapes))
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Σ n_k Δ_k / Σ n_k, folded in as they arrive."""
         total = 0
         sums: dict[str, Tensor] = {}
@@ -76,6 +76,6 @@ class FedAvg(Method):
         return Aggregate({name: tensor.div_(total) for name, tensor in sums.items()}, {})
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """w <- w + Δ."""
+        """Add Δ to the weights, w <- w + Δ."""
         for name, delta in entry.tensors.items():
             model.add(name, delta)

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, ServerTurn
+from hedgerow.methods.base import Aggregate, ServerRound
 from hedgerow.methods.factors import check_factors, check_pairs
 from hedgerow.methods.fedit import average
 from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
-from hedgerow.methods.stacks import Stacks, exact_sum
+from hedgerow.methods.stacking import StackedFactors, exact_sum
 from hedgerow.wire import kinds
 
 if TYPE_CHECKING:
@@ -36,20 +36,20 @@ class FedExLoRA(ResidualAdapter):
     same_rank: ClassVar[bool] = True
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """A start adapter of one rank, and a residual of up to the rank of all that is in it."""
+        """Check for a start adapter of one rank, and a residual of up to the rank of all in it."""
         start, residual = split(kinds(entry.tensors))
         check_factors(start, shapes, self.entry_ranks(len(entry.participants)))
         most = (len(entry.participants) + 1) * self.largest_rank
         check_pairs(residual, shapes, {m: min(*shape, most) for m, shape in shapes.items()})
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """The averages of A and B apart, and what they lack of Σ p_k s_k B_k A_k."""
-        stacks = Stacks(updates)
-        shares = stacks.shares()
+        arrived = StackedFactors(updates)
+        shares = arrived.shares()
 
         def sums() -> Iterator[tuple[str, Factors, Factors]]:
-            for module in stacks:
-                stacked, parts = stacks.stack(module, shares)
+            for module in arrived:
+                stacked, parts = arrived.read(module, shares)
                 exact = exact_sum(stacked, parts)
                 yield module, average(stacked, parts), exact
 

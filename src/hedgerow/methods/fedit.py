@@ -18,10 +18,10 @@ from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import UserError
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, ServerTurn, Turn
+from hedgerow.methods.base import Aggregate, ClientRound, ServerRound
 from hedgerow.methods.factors import copy_factors, init_factors
 from hedgerow.methods.lora import LoraMethod
-from hedgerow.methods.stacks import Part, aggregate_adapters
+from hedgerow.methods.stacking import Part, aggregate_adapters
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,25 +35,25 @@ class AveragedAdapter(LoraMethod):
 
     entries_accumulate: ClassVar[bool] = False
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
-        """The global adapter; in the first round one that the run's seed draws for everybody."""
-        rank = self.rank(turn.client)
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
+        """Attach the global adapter; in round 1 one that the run's seed draws for everybody."""
+        rank = self.rank(client_round.client)
         parameters = model.attach(self.config(rank))
-        init_factors(parameters, turn.seeds.torch("adapter"), self.largest_rank)
+        init_factors(parameters, client_round.seeds.torch("adapter"), self.largest_rank)
         if model.factors is not None:
             copy_factors(parameters, model.factors, self.scale(rank))
         return parameters
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Average A and B apart."""
         return aggregate_adapters(updates, lambda stacked, parts, _: average(stacked, parts))
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """The global adapter is the entry's."""
+        """Make the entry's adapter the global one."""
         model.factors = dict(entry.tensors)
 
     def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:
-        """The base with the global adapter."""
+        """Attach the global adapter to the base."""
         if model.factors is None:
             yield None
         else:
@@ -61,7 +61,7 @@ class AveragedAdapter(LoraMethod):
                 yield None
 
     def merge(self, model: Model, client: str | None) -> None:
-        """W + B·A."""
+        """Add the global adapter to the weights, W + B·A."""
         for module, factors in adapter_pairs(model.factors or {}):
             model.merge(module, factors)
 
@@ -72,7 +72,7 @@ class HeldAdapter(AveragedAdapter):
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
-        """What the model holds after the entries."""
+        """Adapter that the model holds after the entries."""
         factors = load_model().factors
         if factors is None:
             raise UserError("round 0 is the base model: there is no adapter to export yet")

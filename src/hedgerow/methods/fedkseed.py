@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from hedgerow.methods.base import Client, Expected, Turn
-from hedgerow.methods.zeroth_order import ZerothOrderMethod, check_steps
+from hedgerow.methods.base import Client, ClientRound, Expected
+from hedgerow.methods.zeroth_order import ZerothOrderMethod, check_local_steps
 
 if TYPE_CHECKING:
     from hedgerow.wire import Entry
@@ -31,15 +31,17 @@ class FedKSeed(ZerothOrderMethod):
     candidates: int = Field(4096, ge=1)
     """Number of candidate seeds of directions, K: the same for everybody in all rounds."""
 
-    def directions(self, turn: Turn) -> Callable[[int], Sequence[int]]:
-        """One of the candidates, at random."""
-        draws = turn.seeds.numpy("directions", turn.round, turn.client.name)
-        return lambda step: [turn.seeds.derive("candidate", int(draws.integers(self.candidates)))]
+    def directions(self, client_round: ClientRound) -> Callable[[int], Sequence[int]]:
+        """Draw one of the candidates for each step."""
+        draws = client_round.seeds.numpy("directions", client_round.round, client_round.client.name)
+        return lambda step: [
+            client_round.seeds.derive("candidate", int(draws.integers(self.candidates)))
+        ]
 
     def possible(self, client: Client, round: int, expected: Expected) -> set[int]:
-        """The candidates."""
+        """Seeds of all candidates."""
         return {expected.seeds.derive("candidate", index) for index in range(self.candidates)}
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has at most K seeds of directions."""
-        check_steps(entry.tensors, self.candidates)
+        """Check that it has at most K seeds of directions."""
+        check_local_steps(entry.tensors, self.candidates)

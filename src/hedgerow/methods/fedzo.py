@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from hedgerow.methods.base import Client, Expected, Turn
+from hedgerow.methods.base import Client, ClientRound, Expected
 from hedgerow.methods.zeroth_order import ZerothOrderMethod
 from hedgerow.seeds import Seeds
 
@@ -27,13 +27,15 @@ class FedZO(ZerothOrderMethod):
     directions_per_step: int = Field(1, ge=1)
     """Number of directions whose estimates a step averages, b₂; each costs two forward passes."""
 
-    def directions(self, turn: Turn) -> Callable[[int], Sequence[int]]:
-        """New ones for every client, round and step."""
+    def directions(self, client_round: ClientRound) -> Callable[[int], Sequence[int]]:
+        """Derive new directions for every client, round and step."""
 
-        return lambda step: self._of_step(turn.seeds, turn.round, turn.client, step)
+        return lambda step: self._of_step(
+            client_round.seeds, client_round.round, client_round.client, step
+        )
 
     def possible(self, client: Client, round: int, expected: Expected) -> set[int]:
-        """The client's own, as many as it has steps."""
+        """Seeds of the client's own directions, for as many steps as it has."""
         steps = range(expected.training.most_steps(client.num_examples))
         each = [self._of_step(expected.seeds, round, client, step) for step in steps]
         return {seed for seeds in each for seed in seeds}

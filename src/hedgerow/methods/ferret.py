@@ -29,12 +29,12 @@ from hedgerow.lazy import torch
 from hedgerow.methods.base import (
     Aggregate,
     Client,
+    ClientRound,
     Expected,
     Method,
     Payload,
-    ServerTurn,
+    ServerRound,
     Trained,
-    Turn,
     weight_shapes,
 )
 from hedgerow.methods.factors import init_factors
@@ -147,7 +147,7 @@ class Ferret(HeldAdapter):
         return self
 
     def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
-        """Of all weights, or of the adapter."""
+        """Shapes of all weights, or of the adapter."""
         if self.over == "full":
             return weight_shapes(model)
         parameters = model.attach(self.config(self.largest_rank))
@@ -155,7 +155,7 @@ class Ferret(HeldAdapter):
         return {name: tuple(p.shape) for name, p in parameters.items()}
 
     def entry_options(self) -> dict[str, Any]:
-        """What rebuilding a step takes beside its coordinates."""
+        """Options that rebuilding a step takes beside its coordinates."""
         names = ["over", "basis", "broadcast_bits", "momentum"]
         if self.over == "lora":
             names += ["ranks", "alpha", "rslora", "targets"]
@@ -163,11 +163,11 @@ class Ferret(HeldAdapter):
 
     @property
     def clients_remember(self) -> bool:
-        """What their sketches have lost, with error feedback."""
+        """Whether there is error feedback: clients remember what their sketches have lost."""
         return self.error_feedback
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
-        """The budget fits the blocks (and the adapter the model)."""
+        """Check that the budget fits the blocks (and the adapter the model)."""
         if self.over == "lora":
             LoraMethod.check(self, model, num_clients, training)
         blocks = group(self.trained_shapes(model))
@@ -183,19 +183,19 @@ class Ferret(HeldAdapter):
                 f"(one for each block) to {most}: give {advice}, another budget or other bits"
             )
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
-        """All weights, or the global adapter; with a snapshot, for Δ_k."""
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
+        """Unfreeze all weights, or attach the global adapter; with a snapshot, for Δ_k."""
         if self.over == "full":
             return model.unfreeze()
-        parameters = super().start(model, turn)
-        model.remember(parameters)
+        parameters = super().start(model, client_round)
+        model.take_snapshot(parameters)
         return parameters
 
-    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
-        """The coordinates of Δ_k."""
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
+        """Project Δ_k: its coordinates travel up."""
         blocks = group({name: p.shape for name, p in trained.parameters.items()})
-        seed = self._seed(turn.seeds, turn.round, turn.client)
-        lost = turn.memory.load() if self.error_feedback else {}
+        seed = self._seed(client_round.seeds, client_round.round, client_round.client)
+        lost = client_round.memory.load() if self.error_feedback else {}
 
         def delta() -> Iterator[tuple[str, Tensor]]:
             for name, change in model.trained_delta():
@@ -210,13 +210,13 @@ class Ferret(HeldAdapter):
             tensors = pack(shrunk, self.bits, _rotation(seed, up=True))
         except ValueError:
             raise Diverged(
-                "its update is not finite: a lower training.learning_rate may help"
+                "the update contains NaN or infinity: a lower training.learning_rate may help"
             ) from None
-        tensors |= self._seed_tensors(seed, turn.seeds)
+        tensors |= self._seed_tensors(seed, client_round.seeds)
         if self.error_feedback:
-            sent = self._decoded(tensors, self.bits, up=True)
+            sent = self._unpacked(tensors, self.bits, up=True)
             rebuilt = self._rebuilt([sent], blocks, model.device)
-            turn.keep(
+            client_round.remember(
                 {
                     name: change.sub_(estimate).cpu()
                     for (name, change), (_, estimate) in zip(delta(), rebuilt, strict=True)
@@ -225,7 +225,7 @@ class Ferret(HeldAdapter):
         return Payload(tensors, {})
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """It has the round's seed, and as many coordinates for each block as it may."""
+        """Check for the round's seed, and as many coordinates for each block as there may be."""
         update.check_about({})
         blocks = group(expected.shapes)
         counts = self._checked_counts(update.tensors, "counts", blocks)
@@ -233,10 +233,10 @@ class Ferret(HeldAdapter):
         check_kinds(kinds(update.tensors), _sketch_kinds(counts, self.bits) | kinds(seeds))
         for name, seed in seeds.items():
             if not torch.equal(update.tensors[name], seed):
-                raise InvalidMessage(f"its {name} is not the round's")
+                raise InvalidMessage(f"{name} must be the one that the run derives for this round")
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has as many sketches of all blocks as `aggregate` makes of so many updates."""
+        """Check for as many sketches of all blocks as `aggregate` makes of so many updates."""
         clients, blocks = len(entry.participants), group(shapes)
         given = kinds(entry.tensors)
         one_each = self.seeds == "client"
@@ -244,8 +244,11 @@ class Ferret(HeldAdapter):
         by_counts = self.basis == "hadamard" and self.allocation == "norm"
         sketches = sum(name.endswith(".seed") for name in given)
         most = clients if one_each or by_counts else 1
-        if not (most if one_each else 1) <= sketches <= most:
-            raise InvalidMessage(f"it has {sketches} sketches of {clients} participants")
+        least = most if one_each else 1
+        if not least <= sketches <= most:
+            raise InvalidMessage(
+                f"expected {least} to {most} sketches of {clients} participants, got {sketches}"
+            )
         # On other bases, coordinates add up to as many as the longest have.
         summed = 1 if one_each or by_counts else clients
         counts = [
@@ -260,12 +263,15 @@ class Ferret(HeldAdapter):
         seeds = [int(entry.tensors[f"{index}.seed"]) for index in range(sketches)]
         bases = [(seed, *own) for seed, own in zip(seeds, counts, strict=True)]
         if bases != sorted(set(bases)) or len(set(seeds)) != (clients if one_each else 1):
-            raise InvalidMessage("its seeds are not one for each sketch that it may have")
+            raise InvalidMessage(
+                "sketches must be on distinct bases, in ascending order, with "
+                + ("a seed for each client" if one_each else "one seed")
+            )
         if any(int(entry.tensors[name]) < 0 for name in given if name.endswith("seed")):
-            raise InvalidMessage("its seeds are not of 63 bits")
+            raise InvalidMessage("seeds must be non-negative")
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
-        """η_t Σ p_k γ_k: coordinates on the same bases add, those on others stand beside them."""
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
+        """Sum coordinates, η_t Σ p_k γ_k: those on other bases stand beside each other."""
         total, rate = 0, 0.0
         sums: dict[tuple[int, ...], list[Tensor]] = {}
         beside: dict[str, Tensor] = {}
@@ -273,7 +279,7 @@ class Ferret(HeldAdapter):
             total += update.num_examples
             rate = self.server_learning_rate * self.anneal ** (update.round - 1)
             beside = {n: t for n, t in update.tensors.items() if n == "adapter_seed"}
-            seed, gammas = self._decoded(update.tensors, self.bits, up=True)
+            seed, gammas = self._unpacked(update.tensors, self.bits, up=True)
             # Which rows a hadamard sketch samples depends on how many; other bases do not.
             key = (seed, *gammas.counts) if self.basis == "hadamard" else (seed,)
             _add(sums.setdefault(key, []), gammas, update.num_examples)
@@ -286,13 +292,13 @@ class Ferret(HeldAdapter):
         return Aggregate(tensors, {})
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """w <- w + Σ_l Σ_j γ_lj v_lj, or that plus momentum."""
+        """Add the rebuilt step, w <- w + Σ_l Σ_j γ_lj v_lj, or that plus momentum."""
         sketches: list[_Sketch] = []
         while f"{len(sketches)}.seed" in entry.tensors:
             prefix = f"{len(sketches)}."
             own = {n.removeprefix(prefix): n for n in entry.tensors if n.startswith(prefix)}
             tensors = {name: entry.tensors[key] for name, key in own.items()}
-            sketches.append(self._decoded(tensors, self.broadcast_bits, up=False))
+            sketches.append(self._unpacked(tensors, self.broadcast_bits, up=False))
         weights: Mapping[str, Tensor] = dict(model.network.named_parameters())
         if self.over == "lora":
             weights = self._global_adapter(model, int(entry.tensors["adapter_seed"]))
@@ -322,7 +328,7 @@ class Ferret(HeldAdapter):
     def _rebuilt(
         self, sketches: Sequence[_Sketch], blocks: Sequence[Block], device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
-        """What the sketches stand for, all together, tensor by tensor."""
+        """Sum of the estimates of all sketches, tensor by tensor."""
         for index, block in enumerate(blocks):
             total: dict[str, Tensor] = {}
             for seed, coordinates in sketches:
@@ -341,22 +347,22 @@ class Ferret(HeldAdapter):
         return model.factors
 
     def _seed(self, seeds: Seeds, round: int, client: Client) -> int:
-        """Of a client's bases in a round."""
+        """Seed of a client's bases in a round."""
         sender = [client.name] if self.seeds == "client" else []
         return seeds.derive("bases", round, *sender)
 
     def _seed_tensors(self, seed: int, seeds: Seeds) -> dict[str, Tensor]:
-        """What an update says of seeds: of its bases, and of the adapter that all began with."""
+        """Tensors of an update's seeds: of its bases, and of the adapter that all began with."""
         adapter = {"adapter_seed": torch.tensor([seeds.derive("adapter")])}
         return {"seed": torch.tensor([seed])} | (adapter if self.over == "lora" else {})
 
-    def _decoded(self, tensors: Mapping[str, Tensor], bits: Bits, *, up: bool) -> _Sketch:
+    def _unpacked(self, tensors: Mapping[str, Tensor], bits: Bits, *, up: bool) -> _Sketch:
         packed = {n: t for n, t in tensors.items() if n not in ("seed", "adapter_seed")}
         seed = int(tensors["seed"])
         return _Sketch(seed, Packed(packed, bits, _rotation(seed, up=up)))
 
     def _budget(self, blocks: Sequence[Block]) -> int:
-        """K."""
+        """Number of coordinates in all, K."""
         if self.budget is not None:
             return self.budget
         size = sum(block.size for block in blocks)
@@ -392,7 +398,9 @@ class Ferret(HeldAdapter):
             InvalidMessage: they are not as this method allocates them.
         """
         if kinds(tensors).get(name) != Kind(torch.int32, (len(blocks),)):
-            raise InvalidMessage(f"it has no {name} of the {len(blocks)} blocks of the model")
+            raise InvalidMessage(
+                f"expected {name} of dtype int32, one for each of the model's {len(blocks)} blocks"
+            )
         counts: list[int] = tensors[name].tolist()
         budget = self._budget(blocks)
         if self.allocation == "size":
@@ -402,11 +410,11 @@ class Ferret(HeldAdapter):
             possible = all(1 <= count <= limit for count, limit in limits)
             possible = possible and budget <= sum(counts) <= budget * summed
         if not possible:
-            raise InvalidMessage(f"its {name} are not an allocation of {budget} coordinates")
+            raise InvalidMessage(f"{name} must allocate {budget} coordinates to blocks")
         return counts
 
     def _shrinkage(self, block: Block, gamma: Tensor) -> float:
-        """How long a sketch is to be, by its expected error."""
+        """Factor of a sketch's length, by its expected error."""
         one = 0 if self.basis == "hadamard" else 1
         omega = (block.size / len(gamma) + one) * (1 + ERROR[self.bits]) - 1
         if self.error_feedback:
@@ -421,7 +429,7 @@ class Ferret(HeldAdapter):
 
 
 def _sketch_kinds(counts: Sequence[int], bits: Bits) -> dict[str, Kind]:
-    """What `pack` makes of so many coordinates by block."""
+    """Kinds of what `pack` makes of so many coordinates by block."""
     parts = {name: Kind(t, (sum(each),)) for name, (t, each) in lengths(counts, bits).items()}
     return {"counts": Kind(torch.int32, (len(counts),)), **parts}
 

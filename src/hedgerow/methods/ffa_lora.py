@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
-from hedgerow.methods.base import Aggregate, ServerTurn
+from hedgerow.methods.base import Aggregate, ServerRound
 from hedgerow.methods.factors import draw_adapter
 from hedgerow.methods.fedit import HeldAdapter
 from hedgerow.methods.one_factor import OneFactor, only
@@ -41,33 +41,37 @@ class FFALoRA(HeldAdapter, OneFactor):
     reference: ClassVar[str] = "FFA-LoRA, arXiv 2403.12313"
 
     def entry_options(self) -> dict[str, Any]:
-        """As many rows of A are drawn."""
+        """Largest rank: as many rows of A are drawn."""
         return {"largest_rank": self.largest_rank}
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has B of each module, of one rank that its participants may give it, and a seed."""
+        """Check for B of each module, of one rank that its participants may give it, and a seed."""
         given, ranks = kinds(entry.tensors), self.entry_ranks(len(entry.participants))
         shape = given[first].shape if (first := min(only("lora_B", shapes, 1))) in given else ()
         rank = shape[1] if len(shape) == 2 else ranks[0]
         if rank not in ranks:
-            raise InvalidMessage(f"it is an adapter of rank {rank}, not {ranks[0]} to {ranks[-1]}")
+            raise InvalidMessage(
+                f"expected an adapter of rank {ranks[0]} to {ranks[-1]}, got rank {rank}"
+            )
         check_kinds(given, only("lora_B", shapes, rank) | {"adapter_seed": seed_kind()})
         if int(entry.tensors["adapter_seed"]) < 0:
-            raise InvalidMessage("its adapter_seed is not of 63 bits")
+            raise InvalidMessage("adapter_seed must be non-negative")
 
-    def shared_adapter(self, turn: ServerTurn) -> Mapping[str, Tensor]:
-        """The one that was drawn: A is never another."""
-        return self._drawn(turn.expected.shapes, turn.expected.seeds.derive("adapter"))
+    def shared_adapter(self, server_round: ServerRound) -> Mapping[str, Tensor]:
+        """Adapter that was drawn: A is never another."""
+        return self._drawn(
+            server_round.expected.shapes, server_round.expected.seeds.derive("adapter")
+        )
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Average B; A is for everybody to draw."""
-        whole = super().aggregate(updates, turn)
+        whole = super().aggregate(updates, server_round)
         tensors = {name: B for name, B in whole.tensors.items() if ".lora_B." in name}
-        seed = torch.tensor([turn.expected.seeds.derive("adapter")])
+        seed = torch.tensor([server_round.expected.seeds.derive("adapter")])
         return whole._replace(tensors=tensors | {"adapter_seed": seed})
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """The global adapter is the entry's B on the rows of A that go with it."""
+        """Make the entry's B, on the rows of A that go with it, the global adapter."""
         drawn = self._drawn(model.adapted_shapes(self.targets), int(entry.tensors["adapter_seed"]))
         pairs = dict(adapter_pairs({**drawn, **entry.tensors}))
         model.factors = adapter_tensors(

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow import lowrank
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, ServerTurn
+from hedgerow.methods.base import Aggregate, ServerRound
 from hedgerow.methods.fedit import AveragedAdapter
-from hedgerow.methods.stacks import Part, aggregate_adapters
+from hedgerow.methods.stacking import Part, aggregate_adapters
 
 if TYPE_CHECKING:
     from hedgerow.wire import Update
@@ -32,13 +32,13 @@ class FlexLoRA(AveragedAdapter):
     summary: ClassVar[str] = "LoRA of different ranks, summed exactly and cut by SVD to the largest"
     reference: ClassVar[str] = "FlexLoRA, arXiv 2402.11505"
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
-        """The best approximation of the exact sum by the largest rank; its error is reported."""
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
+        """Approximate the exact sum by the largest rank, and report the error."""
         return aggregate_adapters(updates, cut)
 
 
 def cut(stacked: Factors, parts: Sequence[Part], exact: Factors) -> Factors:
-    """The leading components of Σ p_k s_k B_k A_k, in descending order, of the largest rank.
+    """Leading components of Σ p_k s_k B_k A_k, in descending order, of the largest rank.
 
     A matrix that has not so many is filled with zeros, which no training could make more of: its
     own rank is used up.

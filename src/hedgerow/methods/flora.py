@@ -15,7 +15,7 @@ What a client's adapter starts from is `restart`. In the paper it is a new rando
 starts keep the optimiser's moments at the client, and what they belong to: its A_k (`own`), or,
 where rounds are so short that a B_k which begins anew never gets far, the averages of both factors
 (`shared`). Then the aggregate is the averages' product and what it lacks of the exact sum, which is
-merged as the stack is:
+merged as the stacked factors are:
 
     every round (shared):
       client k:  go on from the first r_k rows of the global adapter (A, B); its other rows take
@@ -39,17 +39,16 @@ from hedgerow.adapters import adapter_pair, adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods import scaling
+from hedgerow.methods import weighting
 from hedgerow.methods.base import (
     Aggregate,
     Client,
+    ClientRound,
     Expected,
     Payload,
-    ServerTurn,
+    ServerRound,
     Trained,
-    Turn,
 )
-from hedgerow.methods.compress import Compress, cut
 from hedgerow.methods.factors import (
     check_factors,
     check_pairs,
@@ -58,12 +57,21 @@ from hedgerow.methods.factors import (
     factor_kinds,
     init_factors,
 )
-from hedgerow.methods.integers import Bits, check_steps, decode, decoded, encode, encoded_kinds
 from hedgerow.methods.lora import update_scale
+from hedgerow.methods.quantization import (
+    Bits,
+    check_step_sizes,
+    dequantize,
+    dequantize_update,
+    quantize,
+    quantized_kinds,
+)
 from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
-from hedgerow.methods.scaling import Scaling
-from hedgerow.methods.stacks import Stacks, finite
-from hedgerow.methods.sums import SketchedSums, StackedSums
+from hedgerow.methods.stacking import StackedFactors, finite
+from hedgerow.methods.sums import ExactSums, SketchedSums
+from hedgerow.methods.truncation import Compress, truncate_sums
+from hedgerow.methods.weighting import Weighting
+from hedgerow.training import first_order, line_search
 from hedgerow.wire import LARGEST_BROADCAST, LARGEST_SENT, check_kinds, kinds
 
 if TYPE_CHECKING:
@@ -85,9 +93,9 @@ sketches are added up."""
 _ROUNDING = "rounding_error"
 """What an update in fewer bits says of itself: ‖ΔW sent - ΔW‖ / ‖ΔW‖."""
 _ALONG = "losses_along"
-"""The loss along the last round's step, at `scaling.LENGTHS`."""
+"""The loss along the last round's step, at `weighting.LENGTHS`."""
 _LOSSES = re.compile(
-    " ".join([r"[0-9]{1,11}(\.[0-9]{1,12})?(e[+-][0-9]{2})?"] * len(scaling.LENGTHS))
+    " ".join([r"[0-9]{1,11}(\.[0-9]{1,12})?(e[+-][0-9]{2})?"] * len(weighting.LENGTHS))
 )
 _SHARE = re.compile(r"0|1|1\.0|0\.[0-9]{1,10}|[0-9](\.[0-9]{1,3})?e-[0-9]{2}")
 
@@ -107,7 +115,7 @@ class FLoRA(ResidualAdapter):
     """Start of the adapters in a round. `zero`: anew, as in the paper; `own`: the client's own A
     and moments; `shared`: the average of all adapters, and own moments; `warm`: `shared` with fewer
     than 8 local steps a round, else `own`."""
-    scaling: Scaling = "size"
+    scaling: Weighting = "size"
     """Scaling factors p_k, by which clients' updates are added. `size`: each client's share of the
     round's examples; `uniform`: 1/N for each of N clients; a number for each client, or a list with
     one for each; `adaptive`: by size, in steps as long as clients' losses along the last step
@@ -121,16 +129,16 @@ class FLoRA(ResidualAdapter):
 
     @property
     def clients_remember(self) -> bool:
-        """Where they start warm."""
+        """Whether they start warm."""
         return self.restart != "zero"
 
     @property
     def server_remembers(self) -> bool:
-        """What it owes, where it carries that."""
+        """Whether it carries what it owes."""
         return self.compress is not None and self.compress.carry
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
-        """As for every adapter; the scaling factors and the bound on ranks fit the clients."""
+        """Check, as for every adapter; and that weights and the bound on ranks fit the clients."""
         super().check(model, num_clients, training)
         if isinstance(self.scaling, list) and len(self.scaling) != num_clients:
             raise UserError(
@@ -147,56 +155,60 @@ class FLoRA(ResidualAdapter):
 
     # --- at a client ----------------------------------------------------------------------------
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
-        """The first r_k rows of the global adapter; or B_k = 0 beside the client's A_k or a new."""
-        rank = self.rank(turn.client)
-        if self._is_shared(turn.training):
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
+        """Attach the first r_k rows of the global adapter; or B_k = 0 and its own or a new A_k."""
+        rank = self.rank(client_round.client)
+        if self._is_shared(client_round.training):
             parameters = model.attach(self.config(rank), _beyond(model.factors or {}, rank))
-            init_factors(parameters, turn.seeds.torch("adapter"), self.largest_rank)
+            init_factors(parameters, client_round.seeds.torch("adapter"), self.largest_rank)
             if model.factors is not None:
                 copy_factors(parameters, model.factors, self.scale(rank))
             return parameters
         parameters = model.attach(self.config(rank))
-        init_factors(parameters, turn.seeds.torch("adapter", turn.round, turn.client.name), rank)
-        kept = turn.memory.load() if self.restart != "zero" else {}
+        init_factors(
+            parameters,
+            client_round.seeds.torch("adapter", client_round.round, client_round.client.name),
+            rank,
+        )
+        kept = client_round.memory.load() if self.restart != "zero" else {}
         with torch.no_grad():
             for name in parameters.keys() & kept.keys():
                 parameters[name].copy_(kept[name])
         return parameters
 
-    def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
-        """Local steps; those of a warm start go on with the client's optimiser."""
-        along = self._along(job, turn)
+    def train(
+        self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
+    ) -> Trained:
+        """Train locally; a warm start goes on with the client's optimiser."""
+        along = self._along(job, client_round)
         if self.restart == "zero":
-            return dataclasses.replace(super().train(job, turn, parameters), along=along)
-        from hedgerow.training import first_order  # as in Method.train
-
-        loss, state = first_order.continue_training(job, parameters, turn.memory.load())
-        if not self._is_shared(turn.training):
+            return dataclasses.replace(super().train(job, client_round, parameters), along=along)
+        loss, state = first_order.continue_training(job, parameters, client_round.memory.load())
+        if not self._is_shared(client_round.training):
             state |= {n: p.detach().cpu() for n, p in parameters.items() if ".lora_A." in n}
-        turn.keep(state)
+        client_round.remember(state)
         return Trained(parameters, loss, along=along)
 
-    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """The client's factors, in so many bits, and what it knows of rounding and step sizes."""
-        tensors, about = super().update(model, turn, trained)
+        tensors, about = super().update(model, client_round, trained)
         if trained.along:
             about[_ALONG] = " ".join(
                 f"{loss if loss <= LARGEST_SENT else LARGEST_SENT:.9g}" for loss in trained.along
             )
         if self.upload_bits == 32:
             return Payload(tensors, about)
-        encoded = encode(tensors, self.upload_bits)
-        sent = (pair for _, pair in adapter_pairs(decode(encoded)))
+        quantized = quantize(tensors, self.upload_bits)
+        sent = (pair for _, pair in adapter_pairs(dequantize(quantized)))
         error = lowrank.relative_error(
             zip(sent, dict(adapter_pairs(tensors)).values(), strict=True)
         )
-        return Payload(encoded, about | {_ROUNDING: f"{min(error, 1.0):.3g}"})
+        return Payload(quantized, about | {_ROUNDING: f"{min(error, 1.0):.3g}"})
 
     # --- at the server --------------------------------------------------------------------------
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """The rank and scale are the client's, and there is a pair of that rank for each module."""
+        """Check rank and scale, and that there is a pair of the client's rank for each module."""
         rank = self.rank(client)
         forms = {_ROUNDING: _SHARE} if self.upload_bits < 32 else {}
         if self.scaling == "adaptive" and update.round > 1:
@@ -205,47 +217,49 @@ class FLoRA(ResidualAdapter):
         update.check_about(self._about(rank) | own)
         for name, form in forms.items():
             if not form.fullmatch(own[name]):
-                raise InvalidMessage(f"its {name} is {own[name]!r:.60}")
+                raise InvalidMessage(f"{name} has an invalid value: {own[name]!r:.60}")
         if any(float(loss) > LARGEST_SENT for loss in own.get(_ALONG, "").split()):
-            raise InvalidMessage(f"its {_ALONG} has numbers above {LARGEST_SENT:g}")
+            raise InvalidMessage(f"{_ALONG} contains values above {LARGEST_SENT:g}")
         pair = factor_kinds(expected.shapes, rank)
-        check_kinds(kinds(update.tensors), encoded_kinds(pair, self.upload_bits))
-        check_steps(update.tensors, self.upload_bits, LARGEST_SENT)
+        check_kinds(kinds(update.tensors), quantized_kinds(pair, self.upload_bits))
+        check_step_sizes(update.tensors, self.upload_bits, LARGEST_SENT)
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
-        """The stack; or the averages and what they lack of it, re-factorised and maybe cut."""
-        start = self._start(turn)
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
+        """Stack the factors; or average them, and re-factorise and maybe cut what averages lack."""
+        start = self._start(server_round)
         said: list[tuple[int, Mapping[str, str]]] = []
 
         def arriving() -> Iterator[Update]:
             for update in updates:
                 said.append((update.num_examples, update.about))
-                yield decoded(update)
+                yield dequantize_update(update)
 
-        sums, weights, metrics = self._sums(arriving(), said, start, turn)
+        sums, weights, metrics = self._sums(arriving(), said, start, server_round)
         if self.compress is None:
             whole = with_residuals((m, each.average(), each.exact()) for m, each in sums)
             tensors = whole.tensors
             metrics |= whole.metrics
         else:
-            owed, shapes = turn.memory.load(), turn.expected.shapes
-            tensors, left, errors = cut(self.compress, sums, owed, shapes, self.largest_rank)
+            owed, shapes = server_round.memory.load(), server_round.expected.shapes
+            tensors, left, errors = truncate_sums(
+                self.compress, sums, owed, shapes, self.largest_rank
+            )
             metrics |= errors
             if self.compress.carry:
-                turn.memory.save(left)
+                server_round.memory.save(left)
         if self.upload_bits < 32:
             metrics["upload_error"] = sum(float(x[_ROUNDING]) for _, x in said) / len(said)
         if isinstance(sums, SketchedSums):
             metrics["sketch_error"] = sums.relative_error
         return Aggregate(tensors, finite(metrics), weights)
 
-    def kept(self, update: Update, turn: ServerTurn) -> Update:
-        """The client's change as one adapter, ΔW_k = s_k·(B_k·A_k - B_0·A_0), decoded."""
-        if turn.previous is None or not self._is_shared(turn.expected.training):
-            return decoded(update)  # B_0 = 0
+    def shown(self, update: Update, server_round: ServerRound) -> Update:
+        """Client's change as one adapter, ΔW_k = s_k·(B_k·A_k - B_0·A_0), in float32."""
+        if server_round.previous is None or not self._is_shared(server_round.expected.training):
+            return dequantize_update(update)  # B_0 = 0
         s, rank = update_scale(update), int(update.about["r"])
-        start = decode(split(turn.previous.tensors)[0])
-        pairs = zip(adapter_pairs(decode(update.tensors)), adapter_pairs(start), strict=True)
+        start = dequantize(split(server_round.previous.tensors)[0])
+        pairs = zip(adapter_pairs(dequantize(update.tensors)), adapter_pairs(start), strict=True)
         change = {}
         for (module, pair), (_, whole) in pairs:
             before = whole.leading(rank)
@@ -255,19 +269,21 @@ class FLoRA(ResidualAdapter):
         return dataclasses.replace(update, tensors=adapter_tensors(change), about=about)
 
     def check_weights(self, participants: Sequence[Participant]) -> None:
-        """They are those of `scaling`."""
-        scaling.check(self.scaling, participants)
+        """Raise `InvalidMessage` unless the weights are those of `scaling`."""
+        weighting.check(self.scaling, participants)
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """A pair for each module, and for a shared start another, of the largest rank."""
+        """Check for a pair for each module, and for a shared start another, of the largest rank."""
         start, residual = split(kinds(entry.tensors))
         count, bits = len(entry.participants), self.compress.bits if self.compress else 32
         if not start and self.restart == "shared":
-            raise InvalidMessage("it has no adapter for clients to start from")
+            raise InvalidMessage("the adapter that clients start from is missing")
         if start:
             if self.restart in ("zero", "own"):
-                raise InvalidMessage("it has an adapter to start from, and clients have their own")
-            check_kinds(start, encoded_kinds(factor_kinds(shapes, self.largest_rank), bits))
+                raise InvalidMessage(
+                    f"unexpected adapter to start from, with restart: {self.restart}"
+                )
+            check_kinds(start, quantized_kinds(factor_kinds(shapes, self.largest_rank), bits))
         ranks = self.possible_ranks(count)
         # More is known only where all clients take part, or all have one rank.
         fewest, most = sum(ranks[:count]), sum(ranks[-count:])
@@ -282,7 +298,7 @@ class FLoRA(ResidualAdapter):
                 for rank in (fewest, most)
             )
             check_pairs(residual, shapes, largest, least=least)
-        check_steps(entry.tensors, bits, LARGEST_BROADCAST)
+        check_step_sizes(entry.tensors, bits, LARGEST_BROADCAST)
 
     # --- details --------------------------------------------------------------------------------
 
@@ -292,25 +308,27 @@ class FLoRA(ResidualAdapter):
             return training.epochs is None and training.most_steps(0) < FEW_STEPS
         return self.restart == "shared"
 
-    def _start(self, turn: ServerTurn) -> dict[str, Factors]:
+    def _start(self, server_round: ServerRound) -> dict[str, Factors]:
         """The global adapter that this round's clients went on from; nothing where they did not."""
-        expected = turn.expected
+        expected = server_round.expected
         if not self._is_shared(expected.training):
             return {}
-        if turn.previous is not None:
-            return dict(adapter_pairs(decode(split(turn.previous.tensors)[0])))
+        if server_round.previous is not None:
+            return dict(adapter_pairs(dequantize(split(server_round.previous.tensors)[0])))
         drawn = expected.seeds.torch("adapter")
         return dict(adapter_pairs(draw_adapter(expected.shapes, drawn, self.largest_rank)))
 
-    def _along(self, job: Job, turn: Turn) -> tuple[float, ...]:
+    def _along(self, job: Job, client_round: ClientRound) -> tuple[float, ...]:
         """The global model's loss along the last round's step, where that is asked for."""
-        if self.scaling != "adaptive" or turn.round == 1:
+        if self.scaling != "adaptive" or client_round.round == 1:
             return ()
-        from hedgerow.training.line_search import losses_along  # as in Method.train
-
-        start, residual = map(decode, split(turn.past(turn.round - 1).tensors))
-        earlier = turn.past(turn.round - 2).tensors if start and turn.round > 2 else {}
-        before = decode(split(earlier)[0])
+        start, residual = map(dequantize, split(client_round.past(client_round.round - 1).tensors))
+        earlier = (
+            client_round.past(client_round.round - 2).tensors
+            if start and client_round.round > 2
+            else {}
+        )
+        before = dequantize(split(earlier)[0])
 
         def step() -> Iterator[tuple[str, Factors]]:
             for module, pair in adapter_pairs(residual):
@@ -318,53 +336,63 @@ class FLoRA(ResidualAdapter):
                 gone = old and old._replace(B=-old.B)
                 yield module, lowrank.stack([p for p in (pair, new, gone) if p is not None])
 
-        order = turn.seeds.numpy("line search", turn.round, turn.client.name)
-        return losses_along(job, step(), scaling.LENGTHS, order)
+        order = client_round.seeds.numpy(
+            "line search", client_round.round, client_round.client.name
+        )
+        return line_search.losses_along(job, step(), weighting.LENGTHS, order)
 
     def _sums(
         self,
         updates: Iterable[Update],
         said: Sequence[tuple[int, Mapping[str, str]]],
         start: Mapping[str, Factors],
-        turn: ServerTurn,
-    ) -> tuple[StackedSums | SketchedSums, list[float], dict[str, float]]:
+        server_round: ServerRound,
+    ) -> tuple[ExactSums | SketchedSums, list[float], dict[str, float]]:
         """The round's sums, p_k of each update, and the adaptive step's size.
 
         Args:
             said: |D_k| of the updates that have been read, and what they say of themselves.
         """
-        places = {client.name: client.index for client in turn.clients}
+        places = {client.name: client.index for client in server_round.clients}
         bound = self.compress.largest(self.largest_rank) if self.compress else None
-        arrived: Stacks | SketchedSums
-        if bound and self._spooled(turn) > MOST_SPOOLED:
+        arrived: StackedFactors | SketchedSums
+        if bound and self._spooled(server_round) > MOST_SPOOLED:
             arrived = SketchedSums(
-                *(updates, start),
-                lambda u: scaling.counts_as(self.scaling, u.client, u.num_examples, places),
-                *(bound, turn.expected.seeds.torch("sketch", turn.round)),
+                updates,
+                start=start,
+                weigh=lambda u: weighting.relative_weight(
+                    self.scaling, u.client, u.num_examples, places
+                ),
+                rank=bound,
+                generator=server_round.expected.seeds.torch("sketch", server_round.round),
             )
         else:
-            arrived = Stacks(updates)
-        counts, size = arrived.num_examples, self._step_size(said, turn)
-        weights = [size * p for p in scaling.fixed(self.scaling, arrived.clients, counts, places)]
+            arrived = StackedFactors(updates)
+        counts, size = arrived.num_examples, self._step_size(said, server_round)
+        weights = [
+            size * p for p in weighting.fixed_weights(self.scaling, arrived.clients, counts, places)
+        ]
         metrics = {"step_size": size} if self.scaling == "adaptive" else {}
         if isinstance(arrived, SketchedSums):
-            arrived.normalise(size * scaling.normalisation(self.scaling, counts))
+            arrived.normalise(size * weighting.normalisation(self.scaling, counts))
             return arrived, weights, metrics
         as_sent = self.restart == "zero" and self.compress is None
-        return StackedSums(arrived, start, weights, whole=as_sent), weights, metrics
+        return ExactSums(arrived, start, weights, whole=as_sent), weights, metrics
 
-    def _step_size(self, said: Sequence[tuple[int, Mapping[str, str]]], turn: ServerTurn) -> float:
-        """What the updates' scaling factors are multiplied with."""
-        if self.scaling != "adaptive" or turn.previous is None:
+    def _step_size(
+        self, said: Sequence[tuple[int, Mapping[str, str]]], server_round: ServerRound
+    ) -> float:
+        """The factor of all weights: the global step size η."""
+        if self.scaling != "adaptive" or server_round.previous is None:
             return 1.0
-        last = sum(participant.weight for participant in turn.previous.participants)
+        last = sum(participant.weight for participant in server_round.previous.participants)
         losses = [[float(loss) for loss in about[_ALONG].split()] for _, about in said]
-        return scaling.adaptive(last, losses, [count for count, _ in said])
+        return weighting.adaptive_step(last, losses, [count for count, _ in said])
 
-    def _spooled(self, turn: ServerTurn) -> int:
+    def _spooled(self, server_round: ServerRound) -> int:
         """The bytes of all clients' factors."""
-        rows = sum(self.rank(client) for client in turn.clients)
-        return 4 * rows * sum(sum(shape) for shape in turn.expected.shapes.values())
+        rows = sum(self.rank(client) for client in server_round.clients)
+        return 4 * rows * sum(sum(shape) for shape in server_round.expected.shapes.values())
 
 
 def _beyond(factors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:

@@ -21,10 +21,19 @@ from pydantic import Field
 
 from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import peft, torch
-from hedgerow.methods.base import Aggregate, Client, Expected, Payload, ServerTurn, Trained, Turn
+from hedgerow.methods.base import (
+    Aggregate,
+    Client,
+    ClientRound,
+    Expected,
+    Payload,
+    ServerRound,
+    Trained,
+)
 from hedgerow.methods.factors import check_pairs
-from hedgerow.methods.stacked import StackedAdapter
-from hedgerow.methods.stacks import aggregate_adapters
+from hedgerow.methods.restarted import RestartedAdapter
+from hedgerow.methods.stacking import aggregate_adapters
+from hedgerow.training import adalora
 from hedgerow.wire import Kind, kinds
 
 if TYPE_CHECKING:
@@ -35,7 +44,7 @@ if TYPE_CHECKING:
     from hedgerow.wire import Entry, Update
 
 
-class FLoRAAdaLoRA(StackedAdapter):
+class FLoRAAdaLoRA(RestartedAdapter):
     """Adapters whose ranks differ by client and by matrix, stacked: the aggregate is exact."""
 
     name: str = "flora_adalora"
@@ -47,24 +56,26 @@ class FLoRAAdaLoRA(StackedAdapter):
     orthogonality: float = Field(0.5, ge=0)
     """Weight in the loss of the distance of P and Q from orthogonal ones; 0 leaves it out."""
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
-        """New P and Q with Λ = 0.
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
+        """Attach new P and Q with Λ = 0.
 
         They are orthogonal from the start. AdaLoRA draws small ones and leaves that to the
         regulariser, but here they begin anew in each round, which may have only a few steps.
         """
-        initial = self.initial_rank(self.rank(turn.client))
+        initial = self.initial_rank(self.rank(client_round.client))
         config = peft.AdaLoraConfig(
             init_r=initial,
             # peft divides it by the initial rank, and s_k is that of r_k.
-            lora_alpha=self.scale(self.rank(turn.client)) * initial,
+            lora_alpha=self.scale(self.rank(client_round.client)) * initial,
             lora_dropout=self.dropout,
             target_modules=self.targets,
             init_lora_weights=False,
             total_step=1,  # the layers don't ask; `training.adalora` has the schedule
         )
         parameters = model.attach(config)
-        generator = turn.seeds.torch("adapter", turn.round, turn.client.name)
+        generator = client_round.seeds.torch(
+            "adapter", client_round.round, client_round.client.name
+        )
         with torch.no_grad():
             for name, parameter in sorted(parameters.items()):
                 if name.endswith(".lora_E"):
@@ -74,20 +85,19 @@ class FLoRAAdaLoRA(StackedAdapter):
                     parameter.copy_(torch.nn.init.orthogonal_(drawn, generator=generator))
         return parameters
 
-    def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
-        """AdaLoRA's steps."""
-        # Not at the top: the experiment file, which names methods, says how to train.
-        from hedgerow.training import adalora
-
-        rank = self.rank(turn.client)
+    def train(
+        self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
+    ) -> Trained:
+        """Train by AdaLoRA's steps."""
+        rank = self.rank(client_round.client)
         sizes = {"initial": self.initial_rank(rank), "target": rank}
         loss = adalora.train(job, parameters, **sizes, orthogonality=self.orthogonality)
         return Trained(parameters, loss)
 
-    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
-        """The components that are left, as ordinary factors; one of zeros where none is."""
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
+        """Make ordinary factors of the components that are left; one of zeros where none is."""
         tensors = {}
-        initial = self.initial_rank(self.rank(turn.client))
+        initial = self.initial_rank(self.rank(client_round.client))
         factors = {name: factor.detach().cpu() for name, factor in trained.parameters.items()}
         for key in factors:
             if key.endswith(".lora_E"):
@@ -98,25 +108,25 @@ class FLoRAAdaLoRA(StackedAdapter):
                 values = factors[key][left] * (initial / (initial + 1e-5))
                 tensors[f"{module}.lora_A.weight"] = values * factors[f"{module}.lora_A"][left]
                 tensors[f"{module}.lora_B.weight"] = factors[f"{module}.lora_B"][:, left]
-        return Payload(tensors, self._about(self.rank(turn.client)))
+        return Payload(tensors, self._about(self.rank(client_round.client)))
 
     def initial_rank(self, rank: int) -> int:
         """The rank of each matrix before training, of a client of this rank."""
         return math.ceil(self.initial * rank)
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """The scale is the client's, and there is a pair for each module, within the budget."""
+        """Check the client's scale, and for a pair for each module, within the budget."""
         rank = self.rank(client)
         update.check_about(self._about(rank))
         self._check_within_budget(kinds(update.tensors), expected.shapes, [rank])
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has a pair for each module, within the budgets of its participants."""
+        """Check for a pair for each module, within the budgets of its participants."""
         count = len(entry.participants)
         largest = self.possible_ranks(count)[-count:]
         self._check_within_budget(kinds(entry.tensors), shapes, largest)
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Stack the factors, as many of each matrix as the clients have."""
         return aggregate_adapters(updates, lambda stacked, parts, exact: exact.float())
 
@@ -131,4 +141,4 @@ class FLoRAAdaLoRA(StackedAdapter):
         total = sum(check_pairs(given, shapes, dict.fromkeys(shapes, most)).values())
         budget = sum(ranks) * len(shapes) + len(ranks) * (len(shapes) - 1)
         if total > budget:
-            raise InvalidMessage(f"its ranks are {total} in all, above the budget of {budget}")
+            raise InvalidMessage(f"ranks must sum to at most {budget}, got {total}")

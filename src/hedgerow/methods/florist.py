@@ -1,4 +1,4 @@
-"""FLoRIST: FLoRA's stack, re-factorised and cut where its singular values fall off.
+"""FLoRIST: FLoRA's stacked factors, re-factorised and cut where its singular values fall off.
 
 Ramesh et al., "FLoRIST: Singular Value Thresholding for Efficient and Accurate Federated
 Fine-Tuning of Large Language Models", arXiv 2506.09199. The broadcast no longer grows with the
@@ -6,7 +6,7 @@ number of clients, but with the energy that is to be kept: each matrix has its o
 
     every round:
       client k:  attach a new adapter (A_k random, B_k = 0) of its own rank r_k, and train it
-      server:    U·S·Vᵀ = Σ p_k s_k B_k A_k by SVDs of the stack's small factors; of each matrix
+      server:    U·S·Vᵀ = Σ p_k s_k B_k A_k by SVDs of the small stacked factors; of each matrix
                  the fewest leading components whose squares reach `threshold` of all,
                  A = √S·Vᵀ, B = U·√S
       everybody: W <- W + B·A
@@ -21,17 +21,17 @@ from pydantic import Field
 
 from hedgerow import lowrank
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, ServerTurn
+from hedgerow.methods.base import Aggregate, ServerRound
 from hedgerow.methods.factors import check_pairs
-from hedgerow.methods.stacked import StackedAdapter
-from hedgerow.methods.stacks import Part, aggregate_adapters
+from hedgerow.methods.restarted import RestartedAdapter
+from hedgerow.methods.stacking import Part, aggregate_adapters
 from hedgerow.wire import kinds
 
 if TYPE_CHECKING:
     from hedgerow.wire import Entry, Update
 
 
-class FLoRIST(StackedAdapter):
+class FLoRIST(RestartedAdapter):
     """Adapters of any ranks, stacked and cut at a share of the energy."""
 
     name: str = "florist"
@@ -42,13 +42,13 @@ class FLoRIST(StackedAdapter):
     """Share of the squared singular values of each matrix that is kept."""
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has a pair for each module, each of a rank that the stack may have had."""
+        """Check for a pair for each module, of a rank that the stacked factors may have had."""
         count = len(entry.participants)
         most = sum(self.possible_ranks(count)[-count:])
         check_pairs(kinds(entry.tensors), shapes, {m: min(*mn, most) for m, mn in shapes.items()})
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
-        """The leading components of the sum; `aggregation_error` is what was cut."""
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
+        """Cut the sum to its leading components; `aggregation_error` is what was cut."""
 
         def cut(stacked: Factors, parts: Sequence[Part], exact: Factors) -> Factors:
             return lowrank.truncate(exact, energy=self.threshold).float()

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.lazy import peft
-from hedgerow.methods.base import Client, Expected, Method, Payload, Trained, Turn
+from hedgerow.methods.base import Client, ClientRound, Expected, Method, Payload, Trained
 from hedgerow.methods.factors import check_factors
 from hedgerow.wire import kinds
 
@@ -62,20 +62,20 @@ class LoraMethod(Method):
     """The method needs one rank for all clients."""
 
     def rank(self, client: Client) -> int:
-        """r_k."""
+        """Rank of a client, r_k."""
         return self.ranks if isinstance(self.ranks, int) else self.ranks[client.index]
 
     @property
     def largest_rank(self) -> int:
-        """The largest r_k."""
+        """Largest rank of a client."""
         return self.ranks if isinstance(self.ranks, int) else max(self.ranks)
 
     def scale(self, rank: int) -> float:
-        """s_k of a client of this rank."""
+        """Scale of a client of this rank, s_k."""
         return scale(rank, self._alpha(rank), self.rslora)
 
     def config(self, rank: int) -> peft.LoraConfig:
-        """peft's configuration of an adapter of this rank, left for us to initialise."""
+        """Configuration, for peft, of an adapter of this rank that is left for us to initialise."""
         return peft.LoraConfig(
             r=rank,
             lora_alpha=self._alpha(rank),
@@ -86,7 +86,7 @@ class LoraMethod(Method):
         )
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
-        """The list of ranks fits the clients, the ranks fit the matrices, the modules are there."""
+        """Check that ranks fit the clients and the matrices, and that the modules are there."""
         ranks = [self.ranks] if isinstance(self.ranks, int) else self.ranks
         if not isinstance(self.ranks, int) and not self.pools_data and len(ranks) != num_clients:
             raise UserError(
@@ -107,22 +107,22 @@ class LoraMethod(Method):
             )
 
     def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
-        """Of the adapted matrices, (m, n) by module."""
+        """Shapes of the adapted matrices, (m, n) by module."""
         return model.adapted_shapes(self.targets)
 
-    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
-        """The client's factors, with PEFT's key names."""
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
+        """Collect the client's factors, with PEFT's key names."""
         tensors = {name: factor.detach().cpu() for name, factor in trained.parameters.items()}
-        return Payload(tensors, self._about(self.rank(turn.client)))
+        return Payload(tensors, self._about(self.rank(client_round.client)))
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """The rank and scale are the client's, and there is a pair of that rank for each module."""
+        """Check rank and scale, and that there is a pair of the client's rank for each module."""
         rank = self.rank(client)
         update.check_about(self._about(rank))
         check_factors(kinds(update.tensors), expected.shapes, [rank])
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has a pair for each module, all of one rank that its participants may give it."""
+        """Check for a pair for each module, all of one rank that its participants may give it."""
         ranks = self.entry_ranks(len(entry.participants))
         check_factors(kinds(entry.tensors), shapes, ranks)
 
@@ -142,20 +142,23 @@ class LoraMethod(Method):
         if isinstance(self.ranks, int):
             return [self.ranks] * participants
         if participants > len(self.ranks):
-            raise InvalidMessage(f"it has {participants} participants of {len(self.ranks)} clients")
+            raise InvalidMessage(
+                f"expected at most {len(self.ranks)} participants, one for each of method.ranks, "
+                f"got {participants}"
+            )
         return sorted(self.ranks)
 
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
-        """The last entry is the whole adapter, for methods that go on training one."""
+        """Adapter of the last entry, for methods that go on training one."""
         *_, last = [None, *entries]
         if last is None:
             raise UserError("round 0 is the base model: there is no adapter to export yet")
         return dict(last.tensors)
 
     def _about(self, rank: int, alpha: float | None = None) -> dict[str, str]:
-        """What an update says of itself, in peft's words."""
+        """Metadata of an update, by peft's names."""
         about = {"r": str(rank), "lora_alpha": _exact(alpha or self._alpha(rank))}
         return about | ({"use_rslora": "true"} if self.rslora else {})
 
@@ -171,11 +174,11 @@ def _exact(number: float) -> str:
 
 
 def scale(rank: int, alpha: float, rslora: bool) -> float:
-    """s = alpha/r, or alpha/√r."""
+    """Scale of an adapter, s = alpha/r, or alpha/√r."""
     return alpha / (rank**0.5 if rslora else rank)
 
 
 def update_scale(update: Update) -> float:
-    """s_k, from what the update says of itself."""
+    """Scale of an update's factors, s_k, from its metadata."""
     about = update.about
     return scale(int(about["r"]), float(about["lora_alpha"]), "use_rslora" in about)

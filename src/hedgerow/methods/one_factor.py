@@ -13,11 +13,11 @@ from hedgerow import lowrank
 from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, Client, Expected, ServerTurn, Turn
+from hedgerow.methods.base import Aggregate, Client, ClientRound, Expected, ServerRound
 from hedgerow.methods.factors import draw_adapter, factor_kinds
 from hedgerow.methods.fedit import AveragedAdapter
 from hedgerow.methods.lora import update_scale
-from hedgerow.methods.stacks import finite
+from hedgerow.methods.stacking import finite
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
@@ -33,27 +33,27 @@ class OneFactor(AveragedAdapter):
     """One global adapter; in each round clients train one of its factors."""
 
     def trained_factor(self, round: int) -> Factor:
-        """Which one."""
+        """Factor that clients train in a round."""
         return "lora_B"
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
-        """The global adapter, of which one factor is frozen."""
-        factor = self.trained_factor(turn.round)
-        parameters = super().start(model, turn)
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
+        """Attach the global adapter, of which one factor is frozen."""
+        factor = self.trained_factor(client_round.round)
+        parameters = super().start(model, client_round)
         for name, parameter in parameters.items():
             parameter.requires_grad_(f".{factor}." in name)
         return {name: p for name, p in parameters.items() if p.requires_grad}
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """The rank and scale are the client's, and it has the trained factor of each module."""
+        """Check the client's rank and scale, and for the trained factor of each module."""
         rank = self.rank(client)
         update.check_about(self._about(rank))
         factor = self.trained_factor(update.round)
         check_kinds(kinds(update.tensors), only(factor, expected.shapes, rank))
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Average the trained factor beside the shared one."""
-        shared = self.shared_adapter(turn)
+        shared = self.shared_adapter(server_round)
         pairs = dict(adapter_pairs({**shared, **average_factor(updates)}))
         # Where ranks differ, clients of the largest may be away.
         exact = {m: Factors(A[: B.shape[1]], B).double() for m, (A, B) in pairs.items()}
@@ -61,26 +61,26 @@ class OneFactor(AveragedAdapter):
         error = lowrank.relative_error((applied[module], exact[module]) for module in exact)
         return Aggregate(adapter_tensors(applied), finite({"aggregation_error": error}))
 
-    def shared_adapter(self, turn: ServerTurn) -> Mapping[str, Tensor]:
+    def shared_adapter(self, server_round: ServerRound) -> Mapping[str, Tensor]:
         """The adapter that clients went on from: the last entry's, or the one that was drawn."""
-        if turn.previous is not None:
-            return turn.previous.tensors
-        expected = turn.expected
+        if server_round.previous is not None:
+            return server_round.previous.tensors
+        expected = server_round.expected
         return draw_adapter(expected.shapes, expected.seeds.torch("adapter"), self.largest_rank)
 
     def refactor(self, pair: Factors) -> Factors:
-        """The next global adapter, of the same product as the exact sum and the same rank."""
+        """Make the next global adapter, of the exact sum's product and rank."""
         return pair
 
 
 def only(factor: Factor, shapes: Mapping[str, Sequence[int]], rank: int) -> dict[str, Kind]:
-    """What this factor of an adapter is in each module."""
+    """Kinds of this factor of an adapter, in each module."""
     every = factor_kinds(shapes, rank)
     return {name: kind for name, kind in every.items() if f".{factor}." in name}
 
 
 def average_factor(updates: Iterable[Update]) -> dict[str, Tensor]:
-    """Σ p_k A_k, Σ p_k s_k B_k or Σ p_k s_k R_k in float64, folded as they arrive.
+    """Average the trained factor, Σ p_k A_k, Σ p_k s_k B_k or Σ p_k s_k R_k, in float64.
 
     Columns of B that a client of a lower rank has not are zeros of its.
     """

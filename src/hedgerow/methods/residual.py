@@ -2,7 +2,7 @@
 
 Whatever adapter clients are to go on from, it differs from the exact sum of theirs by a matrix of
 low rank. An entry holds both: under `start.` and PEFT's keys the adapter, and under PEFT's keys
-alone the residual, of a rank for each matrix and at least 1; both may be encoded in fewer bits. The
+alone the residual, of a rank for each matrix and at least 1; both may be quantized. The
 global model is the base with all residuals merged, and the last start adapter beside it.
 """
 
@@ -17,8 +17,8 @@ from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate
 from hedgerow.methods.fedit import AveragedAdapter
-from hedgerow.methods.integers import decode
-from hedgerow.methods.stacks import finite
+from hedgerow.methods.quantization import dequantize
+from hedgerow.methods.stacking import finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +35,8 @@ class ResidualAdapter(AveragedAdapter):
     entries_accumulate: ClassVar[bool] = True
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """W <- W + the residual, module by module; the global adapter is the entry's."""
-        start, residual = map(decode, split(entry.tensors))
+        """Merge the residual into W, module by module; the global adapter is the entry's."""
+        start, residual = map(dequantize, split(entry.tensors))
         for module, factors in adapter_pairs(residual):
             model.merge(module, factors)
         model.factors = dict(start) or None
@@ -44,25 +44,25 @@ class ResidualAdapter(AveragedAdapter):
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
-        """The stack of all residuals and the last start adapter."""
+        """Stack all residuals and the last start adapter."""
         parts: list[Mapping[str, Tensor]] = []
         start: Mapping[str, Tensor] = {}
         for entry in entries:
-            start, residual = map(decode, split(entry.tensors))
+            start, residual = map(dequantize, split(entry.tensors))
             parts.append(residual)
         if not parts:
             raise UserError("round 0 is the base model: there is no adapter to export yet")
         if start:
             parts.append(start)
-        stacks = {}
+        whole = {}
         for pairs in zip(*map(adapter_pairs, parts), strict=True):
             module, _ = pairs[0]
-            stacks[module] = lowrank.stack([pair for _, pair in pairs])
-        return adapter_tensors(stacks)
+            whole[module] = lowrank.stack([pair for _, pair in pairs])
+        return adapter_tensors(whole)
 
 
 def with_residuals(sums: Iterable[tuple[str, Factors | None, Factors]]) -> Aggregate:
-    """What is broadcast where nothing is lost, module by module.
+    """Make the broadcast in which nothing is lost, module by module.
 
     Args:
         sums: of each module the adapter that clients go on from, if any, and the exact sum.

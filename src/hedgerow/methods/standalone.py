@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import InvalidMessage, UserError
-from hedgerow.methods.base import Aggregate, ServerTurn, Turn
+from hedgerow.methods.base import Aggregate, ClientRound, ServerRound
 from hedgerow.methods.factors import check_factors, copy_factors, init_factors
 from hedgerow.methods.lora import LoraMethod, update_scale
 from hedgerow.wire import kinds
@@ -35,25 +35,25 @@ class Standalone(LoraMethod):
     communicates: ClassVar[bool] = False
     has_global_model: ClassVar[bool] = False
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
-        """The client's own adapter as it left it."""
-        client, rank = turn.client, self.rank(turn.client)
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
+        """Attach the client's own adapter as it left it."""
+        client, rank = client_round.client, self.rank(client_round.client)
         parameters = model.attach(self.config(rank))
-        init_factors(parameters, turn.seeds.torch("adapter", client.name), rank)
+        init_factors(parameters, client_round.seeds.torch("adapter", client.name), rank)
         if own := of_client(model.factors or {}, client.name):
             copy_factors(parameters, own, self.scale(rank))
         return parameters
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has an adapter of each participant, and of nobody else."""
+        """Check for an adapter of each participant, and of nobody else."""
         given, names = kinds(entry.tensors), sorted(p.client for p in entry.participants)
         if client_names(given) != names:
-            raise InvalidMessage("it has adapters of others than its participants")
+            raise InvalidMessage("expected one adapter for each participant, and no other")
         for name in names:
             check_factors(of_client(given, name), shapes, self.possible_ranks(len(names)))
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
-        """Nothing is combined: each client's factors, under its name."""
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
+        """Collect each client's factors under its name; nothing is combined."""
         tensors = {}
         for update in updates:
             s = update_scale(update)
@@ -62,11 +62,11 @@ class Standalone(LoraMethod):
         return Aggregate(tensors, {"aggregation_error": 0.0})  # each client's update is its own
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """Each client that trained has a new adapter; the others keep theirs."""
+        """Replace the adapter of each client that trained."""
         model.factors = {**(model.factors or {}), **entry.tensors}
 
     def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:
-        """Every client's model in turn; one that has not trained yet still has the base."""
+        """Attach each client's adapter; one that has not trained yet still has the base."""
         for name in clients:
             if own := of_client(model.factors or {}, name):
                 with model.with_factors(own):
@@ -77,14 +77,14 @@ class Standalone(LoraMethod):
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
-        """One client's adapter."""
+        """Adapter of one client."""
         latest: dict[str, Tensor] = {}
         for entry in entries:
             latest |= entry.tensors
         return self._chosen(latest, client)
 
     def merge(self, model: Model, client: str | None) -> None:
-        """W + B·A of one client."""
+        """Add the adapter of one client to the weights, W + B·A."""
         for module, factors in adapter_pairs(self._chosen(model.factors or {}, client)):
             model.merge(module, factors)
 
@@ -102,11 +102,11 @@ _T = TypeVar("_T")
 
 
 def client_names(factors: Mapping[str, object]) -> list[str]:
-    """The clients whose factors are there."""
+    """Names of the clients whose factors are there."""
     return sorted({key.partition("/")[0] for key in factors})
 
 
 def of_client(factors: Mapping[str, _T], name: str | None) -> dict[str, _T]:
-    """One client's factors, with PEFT's key names."""
+    """Factors of one client, with PEFT's key names."""
     prefix = f"{name}/"
     return {key.removeprefix(prefix): factors[key] for key in factors if key.startswith(prefix)}

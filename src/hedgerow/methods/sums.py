@@ -1,4 +1,4 @@
-"""What a server makes of a round's adapters, module by module: exact sums and averages."""
+"""Exact sums and averages of a round's adapters, module by module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hedgerow.adapters import adapter_pairs
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors, Projections, SumSketch
 from hedgerow.methods.lora import update_scale
-from hedgerow.methods.stacks import Part, Stacks, exact_sum
+from hedgerow.methods.stacking import Part, StackedFactors, exact_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,10 +48,10 @@ class Sum(NamedTuple):
     trained: Factors
     """Σ p_k s_k B_k A_k."""
     continued: Continued | None = None
-    """What clients went on from, unless each began at zero."""
+    """Adapter that clients went on from, unless each began at zero."""
 
     def exact(self) -> Factors:
-        """What the global adapter becomes: B_0 A_0 + Σ p_k (s_k B_k A_k - B_0 A_0)."""
+        """Next function of the global adapter: B_0 A_0 + Σ p_k (s_k B_k A_k - B_0 A_0)."""
         if self.continued is None:
             return self.trained
         start, _, shares = self.continued
@@ -67,15 +67,15 @@ class Sum(NamedTuple):
         return Factors(A + start.A * untouched[:, None], B + start.B * untouched)
 
     def step(self) -> Factors:
-        """What the round adds to the global function: `exact` - B_0 A_0."""
+        """Change of the global function by the round: `exact` - B_0 A_0."""
         exact = self.exact()
         if self.continued is None:
             return exact
         return lowrank.difference(exact, self.continued.start)
 
 
-class StackedSums:
-    """Exact sums, from stacks that wait on disk and are read a part at a time.
+class ExactSums:
+    """Exact sums of stacked factors that wait on disk and are read a piece at a time.
 
     Iterating gives each module and its sum, in a fixed order.
     """
@@ -84,30 +84,30 @@ class StackedSums:
 
     def __init__(
         self,
-        stacks: Stacks,
+        arrived: StackedFactors,
         start: Mapping[str, Factors],
         weights: Sequence[float],
         *,
         whole: bool = False,
     ) -> None:
-        """Read `stacks` as they are asked for.
+        """Read what has arrived as it is asked for.
 
         Args:
-            stacks: the clients' factors.
+            arrived: the clients' factors.
             start: the global adapter that they went on from, by module; maybe nothing.
             weights: p_k.
-            whole: give the sums as the clients' stacks even where these are larger than a pair of
-                the matrix's own rank.
+            whole: give the sums as stacked factors even where these are larger than a pair of the
+                matrix's own rank.
         """
-        self._stacks, self._start, self._weights = stacks, start, weights
+        self._arrived, self._start, self._weights = arrived, start, weights
         self._whole = whole
 
     def __iter__(self) -> Iterator[tuple[str, Sum]]:
-        for module in self._stacks:
+        for module in self._arrived:
             yield module, self._sum(module)
 
     def _sum(self, module: str) -> Sum:
-        """The sum of the stack's pieces, which is a stack, or a product where that is smaller."""
+        """The sum of a module's pieces: stacked, or a product where that is smaller."""
         continued: Continued | None = None
         if module in self._start:
             start = self._start[module].double()
@@ -115,8 +115,8 @@ class StackedSums:
             continued = Continued(start, averages, torch.zeros_like(start.A[:, 0]))
 
         def pieces() -> Iterator[Factors]:
-            most = math.inf if self._whole else min(self._stacks.shape(module))
-            for stacked, parts in self._stacks.pieces(module, self._weights, most):
+            most = math.inf if self._whole else min(self._arrived.shape(module))
+            for stacked, parts in self._arrived.pieces(module, self._weights, most):
                 piece = stacked.double()
                 if continued is not None:
                     continued.add(piece, parts)
@@ -184,7 +184,7 @@ class SketchedSums:
         self._missed = self._size = 0.0
 
     def normalise(self, factor: float) -> None:
-        """Say that p_k is `factor` times what `weigh` said."""
+        """Make p_k `factor` times what `weigh` said."""
         self._factor = factor
 
     @property

@@ -1,4 +1,4 @@
-"""What the zeroth-order methods share: their steps are seeds of directions, and coordinates.
+"""Zeroth-order methods, whose steps are seeds of directions, and coordinates: what they share.
 
 client k:  c_k,z <- c_k,z - η·g along direction z, for each local step
 server:    c_z = Σ p_k c_k,z
@@ -19,13 +19,15 @@ from hedgerow.lazy import torch
 from hedgerow.methods.base import (
     Aggregate,
     Client,
+    ClientRound,
     Expected,
     Method,
     Payload,
-    ServerTurn,
+    ServerRound,
     Trained,
-    Turn,
 )
+from hedgerow.training import zeroth_order
+from hedgerow.training.zeroth_order import direction, pieces
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
@@ -48,27 +50,27 @@ class ZerothOrderMethod(Method):
     a direction of normal numbers."""
 
     @abstractmethod
-    def directions(self, turn: Turn) -> Callable[[int], Sequence[int]]:
-        """From a local step's number to the seeds of its directions."""
+    def directions(self, client_round: ClientRound) -> Callable[[int], Sequence[int]]:
+        """Function from a local step's number to the seeds of its directions."""
 
-    def start(self, model: Model, turn: Turn) -> Mapping[str, nn.Parameter]:
-        """All weights; the snapshot is only there to give the model back."""
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
+        """Unfreeze all weights; the snapshot is only there to give the model back."""
         return model.unfreeze()
 
-    def train(self, job: Job, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
-        """MeZO steps."""
-        from hedgerow.training import zeroth_order
-
-        directions = self.directions(turn)
+    def train(
+        self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
+    ) -> Trained:
+        """Train by MeZO's steps."""
+        directions = self.directions(client_round)
         loss, steps = zeroth_order.train(job, parameters.values(), directions, self.epsilon)
         return Trained(parameters, loss, _summed(zip(*steps, strict=True)))
 
-    def update(self, model: Model, turn: Turn, trained: Trained) -> Payload:
-        """Each direction's seed, and how far the client went along it."""
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
+        """Collect each direction's seed, and how far the client went along it."""
         return Payload(_tensors(trained.steps), {})
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
-        """The weights resolve small steps."""
+        """Check that the weights resolve small steps."""
         if model.network.dtype != torch.float32:
             raise UserError(
                 f"method.name: {self.name} takes steps that {model.network.dtype} rounds away: "
@@ -80,18 +82,18 @@ class ZerothOrderMethod(Method):
         """The seeds of all directions that a client's steps of a round may have."""
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """It has seeds of directions that the client may have taken, and as many coordinates."""
+        """Check for seeds of directions that the client may take, and as many coordinates."""
         update.check_about({})
         possible = self.possible(client, update.round, expected)
-        if not check_steps(update.tensors, len(possible)) <= possible:
-            raise InvalidMessage("it has seeds that are not its own")
+        if not check_local_steps(update.tensors, len(possible)) <= possible:
+            raise InvalidMessage("seeds must be those of directions that the client may take")
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
-        """It has seeds of directions, and as many coordinates; whose seeds it cannot know."""
-        check_steps(entry.tensors)
+        """Check for seeds of directions, whosever they are, and as many coordinates."""
+        check_local_steps(entry.tensors)
 
-    def aggregate(self, updates: Iterable[Update], turn: ServerTurn) -> Aggregate:
-        """Σ p_k c_k, direction by direction."""
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
+        """Sum coordinates, Σ p_k c_k, direction by direction."""
         total, weighted = 0, []
         for update in updates:
             total += update.num_examples
@@ -101,9 +103,7 @@ class ZerothOrderMethod(Method):
         return Aggregate(_tensors({seed: c / total for seed, c in summed.items()}), {})
 
     def apply(self, model: Model, entry: Entry) -> None:
-        """w <- w + Σ c_z z, weight by weight."""
-        from hedgerow.training.zeroth_order import direction, pieces
-
+        """Add the steps, w <- w + Σ c_z z, weight by weight."""
         steps = _steps(entry.tensors)
         for index, (name, weight) in enumerate(model.network.named_parameters()):
             total = torch.zeros(weight.numel(), device=weight.device)
@@ -133,7 +133,7 @@ def _steps(tensors: Mapping[str, Tensor]) -> dict[int, float]:
     return dict(zip(tensors["seeds"].tolist(), tensors["coordinates"].tolist(), strict=True))
 
 
-def check_steps(tensors: Mapping[str, Tensor], most: float = math.inf) -> set[int]:
+def check_local_steps(tensors: Mapping[str, Tensor], most: float = math.inf) -> set[int]:
     """The seeds of at most so many steps.
 
     Raises:
@@ -144,8 +144,10 @@ def check_steps(tensors: Mapping[str, Tensor], most: float = math.inf) -> set[in
     each = {"seeds": Kind(torch.int64, (count,)), "coordinates": Kind(torch.float32, (count,))}
     check_kinds(given, each)
     if not 1 <= count <= most:
-        raise InvalidMessage(f"it has {count} steps, not 1 to {most}")
+        raise InvalidMessage(
+            f"expected at most {most} steps, got {count}" if count else "seeds must not be empty"
+        )
     seeds = set(tensors["seeds"].tolist())
     if len(seeds) < count or min(seeds) < 0:
-        raise InvalidMessage("its seeds are not different numbers of 63 bits")
+        raise InvalidMessage("seeds must be distinct and non-negative")
     return seeds

@@ -14,7 +14,7 @@ from hedgerow.experiment import Experiment, load
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger
 from hedgerow.runs.memory import RoundMemory
-from hedgerow.runs.rows import METRICS, encoded_row, read_rows
+from hedgerow.runs.rows import METRICS, read_rows, to_line
 from hedgerow.settings import TrackingSettings
 from hedgerow.wire import Update
 
@@ -32,17 +32,13 @@ DATA = "data.json"
 LOCK = ".lock"
 
 
-FREE: set[tuple[str, ...]]
-
-
-FREE = {("federation", key) for key in ("rounds", "min_clients", "deadline", "attempts", "backoff")}
-
-
-FREE |= {("about",), ("evaluation", "every")}
-
-
-FREE |= {("tracking", key) for key in TrackingSettings.model_fields}
-"""What a resumed run may change, as no entry depends on it (only a schedule, on the rounds)."""
+FREE: set[tuple[str, ...]] = {
+    ("about",),
+    ("evaluation", "every"),
+    *(("federation", k) for k in ("rounds", "min_clients", "deadline", "attempts", "backoff")),
+    *(("tracking", key) for key in TrackingSettings.model_fields),
+}
+"""Keys that a resumed run may change: no entry depends on them (only a schedule, on the rounds)."""
 
 
 class RunDirectory:
@@ -137,8 +133,8 @@ class RunDirectory:
         """A run to go on with; metrics of rounds that the ledger has not are dropped.
 
         Raises:
-            UserError: the base or a client's data are not those that the run began with; or what
-                the server or a client has kept is missing or damaged.
+            UserError: the base or a client's data are not those that the run began with; or the
+                memory of the server or a client is missing or damaged.
         """
         lock = _locked(path)
         ledger = Ledger.open(path / "ledger")
@@ -160,7 +156,7 @@ class RunDirectory:
         with replacing(path / EXPERIMENT) as file:
             file.write(experiment.dump().encode())
         with replacing(path / METRICS) as file:
-            file.writelines(encoded_row(row) for row in rows)
+            file.writelines(to_line(row) for row in rows)
         return directory
 
     def rows(self) -> list[dict[str, Any]]:
@@ -170,25 +166,25 @@ class RunDirectory:
     def write_row(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl."""
         with (self.path / METRICS).open("ab") as file:
-            file.write(encoded_row(row))
+            file.write(to_line(row))
             file.flush()
             os.fsync(file.fileno())
 
     def server_memory(self, round: int) -> RoundMemory:
-        """What the server keeps for itself."""
+        """The server's memory in a round."""
         return RoundMemory(self.path / "server", round)
 
     def memory(self, client: str, round: int) -> RoundMemory:
-        """What a client of this engine keeps for itself."""
+        """The memory of a client of this engine in a round."""
         return RoundMemory(self.path / "clients" / client, round)
 
     def _check_memories(
         self, method: Method, clients: Iterable[str], rows: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Raise a `UserError` unless everybody has what it kept.
+        """Raise a `UserError` unless everybody's memory is there.
 
         Args:
-            clients: those that keep it in this directory.
+            clients: those whose memory is in this directory.
             rows: which say who took part in which round.
         """
         round = len(self.ledger) + 1

@@ -1,4 +1,4 @@
-"""What a client, or the server, keeps from round to round, on disk."""
+"""Memory of a client, or of the server, from round to round, on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class RoundMemory:
-    """What a client, or the server, keeps from round to round: a file each, the latest two of them.
+    """Memory of a client, or of the server: a file for each round, of which the latest two stay.
 
     A run that is resumed at an earlier round than the file's finds the one before it.
     """
@@ -24,7 +24,7 @@ class RoundMemory:
         self._folder, self._round = folder, round
 
     def load(self) -> Mapping[str, Tensor]:
-        """What was kept in the last round before this one.
+        """Tensors of the last round before this one, by name, each read when it is asked for.
 
         Raises:
             UserError: its file is damaged.
@@ -38,17 +38,18 @@ class RoundMemory:
             raise UserError(f"{latest} is damaged ({error}): restore it from a copy") from None
 
     def check(self, since: int) -> None:
-        """Raise a `UserError` unless there is what was kept in round `since` (0: none) or later."""
+        """Raise a `UserError` unless there are tensors of round `since` (0: no round) or later."""
         latest = self._latest()
         if since and (latest is None or int(latest.stem) < since):
             raise UserError(
-                f"{self._folder} lacks what was kept in round {since}, without which the run would "
-                "go on as another: restore it from a copy, or begin anew with another --out"
+                f"{self._folder} lacks the tensors that were saved in round {since}, without "
+                "which the run would go on as another: restore it from a copy, or begin anew "
+                "with another --out"
             )
         self.load()
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors of this round."""
+        """Save tensors of this round; files of later rounds are removed."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with replacing(self._folder / f"{self._round:04d}.safetensors") as file:
             for part in to_safetensors(tensors, {}):

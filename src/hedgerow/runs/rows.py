@@ -34,7 +34,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     raise UserError(f"{file} is damaged: it is not a JSON object with a round on each line")
 
 
-def encoded_row(row: dict[str, Any]) -> bytes:
+def to_line(row: dict[str, Any]) -> bytes:
     return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 

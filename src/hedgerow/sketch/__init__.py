@@ -52,7 +52,7 @@ def project(delta: Tensor, seed: int, k: int, basis: Basis = "hadamard") -> Tens
     size = delta.numel()
     _check(seed, size, k, basis)
     if not delta.is_floating_point():
-        raise ValueError(f"delta must have a floating type, not {delta.dtype}")
+        raise ValueError(f"delta must have a floating dtype, got {delta.dtype}")
     x = delta.detach().reshape(-1)
     backend = _backend(x.device)
     if basis == "hadamard":
@@ -78,7 +78,9 @@ def reconstruct(coordinates: Tensor, seed: int, size: int, basis: Basis = "hadam
         ValueError: an argument is out of its range.
     """
     if coordinates.dim() != 1:
-        raise ValueError(f"coordinates have one dimension, not the shape {list(coordinates.shape)}")
+        raise ValueError(
+            f"coordinates must have one dimension, got shape {list(coordinates.shape)}"
+        )
     _check(seed, size, len(coordinates), basis)
     gamma = coordinates.detach().float()
     backend = _backend(gamma.device)
@@ -89,14 +91,14 @@ def reconstruct(coordinates: Tensor, seed: int, size: int, basis: Basis = "hadam
 
 def _check(seed: int, size: int, k: int, basis: str) -> None:
     if basis not in BASES:
-        raise ValueError(f"there is no basis {basis!r} (known: {', '.join(BASES)})")
+        raise ValueError(f"basis must be one of {', '.join(BASES)}, got {basis!r}")
     if not 0 <= seed < 2**64:
-        raise ValueError(f"a seed has 64 bits: {seed} is out of range")
+        raise ValueError(f"seed must be at least 0 and below 2^64, got {seed}")
     if not 1 <= size <= MAX_SIZE:
-        raise ValueError(f"a vector of {size} entries cannot be projected: 1 to {MAX_SIZE} can")
+        raise ValueError(f"a vector must have 1 to {MAX_SIZE} entries, got {size}")
     if k < 1 or (basis == "hadamard" and k > size):
-        most = f"1 to {size} (the size)" if basis == "hadamard" else "1 or more"
-        raise ValueError(f"k = {k} bases of kind {basis} are not possible: give {most}")
+        most = f"1 to {size} (the size)" if basis == "hadamard" else "at least 1"
+        raise ValueError(f"k must be {most} for {basis}, got {k}")
 
 
 def _offset(seed: int, size: int) -> int:

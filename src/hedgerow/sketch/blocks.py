@@ -25,11 +25,11 @@ class Block:
     """Consecutive tensors that are sketched together."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    """Of each tensor, by name."""
+    """Shape of each tensor, by name."""
 
     @property
     def size(self) -> int:
-        """d_l: the entries of all its tensors."""
+        """Number of entries of all its tensors, d_l."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
@@ -56,8 +56,8 @@ def allocate(budget: int, weights: Sequence[float], most: Sequence[int]) -> list
     limits, share = np.asarray(most, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     if not len(limits) <= budget <= limits.sum():
         raise ValueError(
-            f"a budget of {budget} does not fit {len(limits)} blocks, "
-            f"which take {len(limits)} to {int(limits.sum())} coordinates"
+            f"budget must be {len(limits)} to {int(limits.sum())} for {len(limits)} blocks, "
+            f"got {budget}"
         )
     share = np.clip(share / share.max(), 1e-12, 1) if share.max() > 0 else np.ones(len(limits))
     # The common factor at which what is left after the limits is the budget.
@@ -81,20 +81,23 @@ def project_blocks(
     counts: Sequence[int],
     basis: Basis,
 ) -> Iterator[Tensor]:
-    """The coordinates of each block.
+    """Coordinates of each block, float32 of shape (K_l,), one block after another.
 
     Args:
         tensors: name and tensor, in the blocks' order; each is asked for when its block is due.
         seed: block l is projected with `seed + l`.
         counts: K_l.
         basis: the kind of bases.
+
+    Raises:
+        ValueError: a tensor comes out of order or is missing, or a count is not possible.
     """
     for index, (block, count) in enumerate(zip(blocks, counts, strict=True)):
         yield project(_flat(tensors, block), _seed(seed, index), count, basis)
 
 
 def norms(tensors: Iterator[tuple[str, Tensor]], blocks: Sequence[Block]) -> list[float]:
-    """‖Δ_l‖ of each block."""
+    """Euclidean norm of each block, ‖Δ_l‖."""
     return [float(torch.linalg.vector_norm(_flat(tensors, block))) for block in blocks]
 
 
@@ -120,8 +123,8 @@ def _flat(tensors: Iterator[tuple[str, Tensor]], block: Block) -> Tensor:
     parts = []
     for expected, (name, tensor) in zip(block.shapes, tensors, strict=False):
         if name != expected:
-            raise ValueError(f"{name} comes where {expected} is due")
+            raise ValueError(f"expected tensor {expected}, got {name}")
         parts.append(tensor.reshape(-1))
     if len(parts) != len(block.shapes):
-        raise ValueError("there are fewer tensors than the blocks have")
+        raise ValueError("expected as many tensors as the blocks have, got fewer")
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -40,9 +40,9 @@ class Quantized(NamedTuple):
     """Coordinates in few bits."""
 
     codes: Tensor
-    """uint8: 8/bits numbers in a byte, the first in its lowest bits."""
+    """Levels, uint8: 8/bits numbers in a byte, the first in its lowest bits."""
     scales: Tensor
-    """float32: what a group's levels are multiplied by."""
+    """Factors of the groups' levels, float32."""
 
 
 def quantize(coordinates: Tensor, bits: Bits, seed: int) -> Quantized:
@@ -59,7 +59,7 @@ def quantize(coordinates: Tensor, bits: Bits, seed: int) -> Quantized:
     k = len(coordinates)
     gamma = project(coordinates, seed, k).cpu().double().numpy()
     if not np.isfinite(gamma).all():
-        raise ValueError("coordinates are not finite")
+        raise ValueError("coordinates must be finite")
     lengths = groups(k)
     starts = np.cumsum(lengths) - lengths
     energy = np.add.reduceat(gamma * gamma, starts)
@@ -75,7 +75,7 @@ def quantize(coordinates: Tensor, bits: Bits, seed: int) -> Quantized:
 
 
 def dequantize(quantized: Quantized, bits: Bits, k: int, seed: int) -> Tensor:
-    """The k coordinates of as many codes and scales as they have; float32, on the CPU."""
+    """Coordinates from their codes and scales: float32 of shape (k,), on the CPU."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     digits = quantized.codes.numpy()[:, None] >> shifts & (2**bits - 1)
     level = digits.reshape(-1)[:k].astype(np.float32) - np.float32(2 ** (bits - 1) - 0.5)
@@ -84,7 +84,7 @@ def dequantize(quantized: Quantized, bits: Bits, k: int, seed: int) -> Tensor:
 
 
 def groups(k: int) -> NDArray[np.int64]:
-    """How many of k rotated numbers share each scale: those that were rotated together."""
+    """Sizes of the groups of k numbers that share a scale: those that were rotated together."""
     own = [length for _, length in layout.segments(k) if length >= SMALLEST_GROUP]
     lengths = [layout.TILE] * (k // layout.TILE) + own
     rest = k - sum(lengths)
@@ -98,17 +98,17 @@ def num_groups(k: int) -> int:
 
 
 def num_codes(k: int, bits: Bits) -> int:
-    """The bytes that the codes of k coordinates take."""
+    """Number of bytes of the codes of k coordinates."""
     return -(-k * bits // 8)
 
 
 def nbytes(k: int, bits: Bits) -> int:
-    """What k coordinates of one block weigh: codes and scales, or float32 numbers."""
+    """Bytes of k coordinates of one block: codes and scales, or float32 numbers."""
     return 4 * k if bits == 32 else num_codes(k, bits) + 4 * num_groups(k)
 
 
 def lengths(counts: Sequence[int], bits: Bits) -> dict[str, tuple[torch.dtype, list[int]]]:
-    """What `pack` makes of so many coordinates by block, beside `counts`.
+    """Types and sizes of what `pack` makes of so many coordinates by block, beside `counts`.
 
     Returns:
         By name: the type of a tensor, and how much of it each block has.
@@ -122,7 +122,7 @@ def lengths(counts: Sequence[int], bits: Bits) -> dict[str, tuple[torch.dtype, l
 
 
 def pack(coordinates: Iterable[Tensor], bits: Bits, seed: int) -> dict[str, Tensor]:
-    """The coordinates of all blocks as a few tensors.
+    """Pack the coordinates of all blocks into a few tensors.
 
     Args:
         coordinates: γ_l of each block, shape (K_l,); each is asked for when the last is packed.
@@ -141,7 +141,7 @@ def pack(coordinates: Iterable[Tensor], bits: Bits, seed: int) -> dict[str, Tens
         elif gamma.isfinite().all():
             parts.append((gamma.float().cpu(),))
         else:
-            raise ValueError("coordinates are not finite")
+            raise ValueError("coordinates must be finite")
     joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     names = ("coordinates",) if bits == 32 else ("codes", "scales")
     tensors = dict(zip(names, joined, strict=True))
@@ -149,7 +149,7 @@ def pack(coordinates: Iterable[Tensor], bits: Bits, seed: int) -> dict[str, Tens
 
 
 class Packed(Sequence["Tensor"]):
-    """What `pack` has made: the coordinates of each block, unpacked when they are asked for.
+    """Coordinates of each block, unpacked from what `pack` has made when they are asked for.
 
     Args:
         tensors: from `pack`, with the same `bits` and `seed`.
@@ -161,17 +161,17 @@ class Packed(Sequence["Tensor"]):
     def __init__(self, tensors: Mapping[str, Tensor], bits: Bits, seed: int) -> None:
         expected = {"counts", *lengths([], bits)}
         if set(tensors) != expected:
-            raise ValueError(f"its tensors are {sorted(tensors)}, not {sorted(expected)}")
+            raise ValueError(f"expected tensors {sorted(expected)}, got {sorted(tensors)}")
         counts = tensors["counts"]
         if counts.dtype != torch.int32 or counts.dim() != 1 or not len(counts) or counts.min() < 1:
-            raise ValueError("its counts are not positive numbers, one for each block")
+            raise ValueError("counts must be positive numbers of dtype int32, one for each block")
         self.counts: list[int] = counts.tolist()
         self._bits, self._seed = bits, seed
         self._parts = []
         for name, (dtype, parts) in lengths(self.counts, bits).items():
             tensor = tensors[name]
             if tensor.dtype != dtype or tensor.shape != (sum(parts),):
-                raise ValueError(f"its {name} are not {sum(parts)} numbers of {dtype}")
+                raise ValueError(f"{name} must be {sum(parts)} numbers of {dtype}")
             self._parts.append(torch.split(tensor, parts))
 
     def __len__(self) -> int:

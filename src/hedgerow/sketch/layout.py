@@ -27,7 +27,7 @@ BASES: tuple[Basis, ...] = get_args(Basis)
 
 TILE = 4096
 MAX_SIZE = 2**31 - 1
-"""Of one vector: counters and rows then fit into 32 bits."""
+"""Largest number of entries of a vector: counters and rows then fit into 32 bits."""
 
 PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 PHILOX_W = (0x9E3779B9, 0xBB67AE85)
@@ -73,7 +73,7 @@ def segments(size: int) -> list[tuple[int, int]]:
 
 
 def samples_before(row: int, size: int, k: int, offset: int) -> int:
-    """How many of the k sampled rows are in segments that lie before `row`, a segment's start.
+    """Number of the k sampled rows that are in segments before `row`, a segment's start.
 
     Systematic sampling with a random `offset` in [0, size): each segment has its share of the rows
     to within one, and every row has the probability k/size exactly.

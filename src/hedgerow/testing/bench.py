@@ -14,12 +14,12 @@ from hedgerow.clock import Clock
 from hedgerow.engines import local
 from hedgerow.engines.local import LocalFleet, Prepared
 from hedgerow.experiment import Experiment, load
-from hedgerow.federation.fleet import Answer
+from hedgerow.federation.fleet import ClientResult
 from hedgerow.methods.base import Client, Method
 from hedgerow.model import Model
 from hedgerow.testing.case import SIZES, TRAINING
+from hedgerow.testing.doubles import Nobody
 from hedgerow.testing.models import tiny_llama
-from hedgerow.testing.turns import Nobody
 
 ROUNDS = 3
 
@@ -29,7 +29,7 @@ class LastFirst(LocalFleet):
 
     def train(
         self, round: int, parent: str, clients: Sequence[Client], clock: Clock
-    ) -> Iterator[Answer]:
+    ) -> Iterator[ClientResult]:
         """Train the last one first."""
         return super().train(round, parent, clients[::-1], clock)
 

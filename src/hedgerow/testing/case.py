@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from hedgerow.errors import InvalidMessage, UserError
-from hedgerow.methods.base import Client, Expected, Method, ServerTurn, Trained, Turn, check_entry
+from hedgerow.methods.base import (
+    Client,
+    ClientRound,
+    Expected,
+    Method,
+    ServerRound,
+    Trained,
+    check_entry,
+)
 from hedgerow.methods.zeroth_order import ZerothOrderMethod
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
+from hedgerow.testing.doubles import Forgetful, no_past
 from hedgerow.testing.files import overwrite
-from hedgerow.testing.turns import Forgetful, no_past
 from hedgerow.wire import Entry, Participant, Update, kinds
 
 if TYPE_CHECKING:
@@ -29,19 +37,21 @@ SIZES = [5, 9, 14]
 """Numbers of examples of the three clients."""
 TRAINING = TrainingSettings(steps=3)
 
-Train = Callable[[Method, Turn, Mapping[str, "nn.Parameter"]], Trained]
+Train = Callable[[Method, ClientRound, Mapping[str, "nn.Parameter"]], Trained]
 """Trains the parameters that a method's `start` has returned."""
 
 
-def nudge(method: Method, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
+def nudge(
+    method: Method, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
+) -> Trained:
     """Move the parameters at random, where nobody needs to have trained them."""
-    generator = torch.Generator().manual_seed(turn.client.index)
+    generator = torch.Generator().manual_seed(client_round.client.index)
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
     steps: dict[int, float] = {}
     if isinstance(method, ZerothOrderMethod):
-        directions = method.directions(turn)
+        directions = method.directions(client_round)
         steps = {seed: 0.01 * (step + 1) for step in range(3) for seed in directions(step)}
     return Trained(parameters, 1.5, steps)
 
@@ -74,12 +84,14 @@ class Case:
         # As the server has them, from ledger.json.
         self.expected = Expected(SEEDS, json.loads(json.dumps(self.shapes)), TRAINING)
         self.updates = [self._update(client) for client in self.clients]
-        self.entry = self._entry(list(map(Update.decode, self.updates)))
+        self.entry = self._entry(list(map(Update.from_bytes, self.updates)))
 
     def _update(self, client: Client) -> bytes:
-        turn = Turn(client, self.round, SEEDS, TRAINING, Forgetful(), no_past)
-        trained = self._train(self.method, turn, self.method.start(self.model, turn))
-        payload = self.method.update(self.model, turn, trained)
+        client_round = ClientRound(client, self.round, SEEDS, TRAINING, Forgetful(), no_past)
+        trained = self._train(
+            self.method, client_round, self.method.start(self.model, client_round)
+        )
+        payload = self.method.update(self.model, client_round, trained)
         update = Update(
             method=self.method.name,
             round=self.round,
@@ -90,7 +102,7 @@ class Case:
             tensors=payload.tensors,
             about=payload.about,
         )
-        data = update.encode()
+        data = update.to_bytes()
         self.model.release()
         self._check_given_back(client)
         return data
@@ -111,8 +123,8 @@ class Case:
         )
 
     def _entry(self, updates: list[Update]) -> bytes:
-        turn = ServerTurn(self.round, self.clients, None, self.expected, Forgetful())
-        aggregate = self.method.aggregate(updates, turn)
+        server_round = ServerRound(self.round, self.clients, None, self.expected, Forgetful())
+        aggregate = self.method.aggregate(updates, server_round)
         total = sum(update.num_examples for update in updates)
         metrics = {"train_loss": sum(u.num_examples / total * u.train_loss for u in updates)}
         shares = [update.num_examples / total for update in updates]
@@ -144,7 +156,7 @@ class Case:
 
         overwrite(self.path, data)
         try:
-            update = checked(Update.decode(data))
+            update = checked(Update.from_bytes(data))
         except InvalidMessage as error:
             assert_readable(error)
             try:
@@ -176,7 +188,7 @@ class Case:
 
     def check_accepted_update(self, update: Update) -> None:
         """The server goes on with it, to an entry that all participants accept."""
-        others = map(Update.decode, self.updates[1:])
+        others = map(Update.from_bytes, self.updates[1:])
         self.check_accepted_entry(self.arrive(self._entry([update, *others])))
 
     def check_accepted_entry(self, entry: Entry) -> None:

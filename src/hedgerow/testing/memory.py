@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from hedgerow.methods.base import Client, ServerTurn
+from hedgerow.methods.base import Client, ServerRound
 from hedgerow.testing.case import Case
-from hedgerow.testing.turns import Forgetful
+from hedgerow.testing.doubles import Forgetful
 from hedgerow.wire import Update
 
 FEW, MANY = 4, 16
@@ -48,9 +48,9 @@ def _aggregate(case: Case, count: int) -> tuple[int, int, int]:
         The bytes that were alive after `FEW`, and after all, and those of what is broadcast.
     """
     clients = [
-        replace(client, name=f"{client.name}-{turn}")
-        for turn in range(count)
-        for client in [case.clients[turn % len(case.clients)]]
+        replace(client, name=f"{client.name}-{number}")
+        for number in range(count)
+        for client in [case.clients[number % len(case.clients)]]
     ]
     alive: list[int] = []
 
@@ -61,14 +61,14 @@ def _aggregate(case: Case, count: int) -> tuple[int, int, int]:
             yield _update(case, index, client)
         alive.append(_bytes_alive())
 
-    turn = ServerTurn(case.round, clients, None, case.expected, Forgetful())
-    aggregate = case.method.aggregate(arriving(), turn)
+    server_round = ServerRound(case.round, clients, None, case.expected, Forgetful())
+    aggregate = case.method.aggregate(arriving(), server_round)
     sent = sum(tensor.nbytes for tensor in aggregate.tensors.values())
     return alive[0], alive[-1], sent
 
 
 def _update(case: Case, index: int, client: Client) -> Update:
-    return replace(Update.decode(case.updates[index % len(case.updates)]), client=client.name)
+    return replace(Update.from_bytes(case.updates[index % len(case.updates)]), client=client.name)
 
 
 def _bytes_alive() -> int:

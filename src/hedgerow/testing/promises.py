@@ -13,7 +13,7 @@ import torch
 from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import UserError
 from hedgerow.ledger import Ledger
-from hedgerow.methods.base import Method, Trained, Turn
+from hedgerow.methods.base import ClientRound, Method, Trained
 from hedgerow.runs import check_client
 from hedgerow.testing.bench import ROUNDS, Bench, LastFirst
 from hedgerow.testing.case import TRAINING, Case
@@ -53,18 +53,22 @@ def train(bench: Bench) -> Round:
     """
     model, trained = bench.model, {}
 
-    def local_steps(method: Method, turn: Turn, parameters: Mapping[str, nn.Parameter]) -> Trained:
+    def local_steps(
+        method: Method, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
+    ) -> Trained:
         job = Job(
             network=model.network,
-            data=bench.prepared.shards[turn.client.name],
+            data=bench.prepared.shards[client_round.client.name],
             settings=TRAINING,
             learning_rate=TRAINING.learning_rate,
             pad_id=model.tokenizer.pad_token_id,
-            order=turn.seeds.numpy("batches", turn.round, turn.client.name),
-            dropout_seed=turn.seeds.derive("dropout", turn.round, turn.client.name),
+            order=client_round.seeds.numpy("batches", client_round.round, client_round.client.name),
+            dropout_seed=client_round.seeds.derive(
+                "dropout", client_round.round, client_round.client.name
+            ),
         )
-        done = method.train(job, turn, parameters)
-        trained[turn.client.name] = effective_weights(model)
+        done = method.train(job, client_round, parameters)
+        trained[client_round.client.name] = effective_weights(model)
         return done
 
     before = effective_weights(model)
@@ -160,7 +164,7 @@ def _check_equal(ledger: list[bytes], whole: list[bytes], what: str) -> None:
     for round, (entry, expected) in enumerate(zip(ledger, whole, strict=False), start=1):
         assert entry == expected, (
             f"{what}, it gives other bytes: the entry of round {round} is another; a method keeps "
-            "no state but what `turn.memory` is given, and draws from `turn.seeds`"
+            "no state but what `client_round.memory` is given, and draws from `client_round.seeds`"
         )
 
 

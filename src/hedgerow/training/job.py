@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hedgerow.data import Encoded, batches, collate, epoch
+from hedgerow.data import Tokenized, batches, collate, epoch
 from hedgerow.errors import Diverged
 from hedgerow.settings import TrainingSettings
 
@@ -22,7 +22,7 @@ class Job:
 
     network: Any
     """The model, as its methods have prepared it."""
-    data: Encoded
+    data: Tokenized
     settings: TrainingSettings
     learning_rate: float
     """Of this round."""

@@ -24,12 +24,13 @@ ENTRY_FORMAT = "hedgerow.entry/1"
 
 
 LARGEST_BROADCAST = 1e17
-"""What a participant accepts of a number in an entry: sums of what servers accept, times scales and
-learning rates; products of two, summed over all ranks, are within float32's range."""
+"""Largest magnitude that a participant accepts of a number in an entry: sums of what servers
+accept, times scales and learning rates; products of two, summed over all ranks, are within
+float32's range."""
 
 
 LARGEST_WEIGHT = 100.0
-"""What an update may count for in an entry; weights mostly sum to 1."""
+"""Largest weight of an update in an entry; weights mostly sum to 1."""
 
 
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -46,7 +47,7 @@ class Participant:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the server broadcasts after a round: one step of the global model."""
+    """Broadcast of the server after a round: one step of the global model."""
 
     method: str
     round: int
@@ -54,7 +55,7 @@ class Entry:
     """Hash of the entry before, or the base model's fingerprint."""
     participants: list[Participant]
     metrics: dict[str, float]
-    """What is known without the model and without a clock: equal runs give equal bytes."""
+    """Numbers that need neither the model nor a clock: equal runs give equal bytes."""
     tensors: Mapping[str, Tensor]
     options: Mapping[str, Any] = field(default_factory=dict)
     """The options of the method without which the tensors mean something else."""
@@ -118,7 +119,7 @@ def _as_json(what: str, content: Any, **style: Any) -> str:
     try:
         return json.dumps(content, **style)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidMessage(f"its {what} cannot be written: {error}") from None
+        raise InvalidMessage(f"{what} cannot be written: {error}") from None
 
 
 def _entry(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Entry:
@@ -129,7 +130,7 @@ def _entry(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Entry:
     )
     options = read_json("options", said.pop("options", "{}"), dict)
     if said:
-        raise InvalidMessage(f"its metadata have {min(said)[:LONGEST_TEXT]}")
+        raise InvalidMessage(f"unexpected metadata {min(said)[:LONGEST_TEXT]}")
     everybody = [_participant(p) for p in read_json("participants", participants, list)]
     return Entry(
         method=method,
@@ -143,14 +144,16 @@ def _entry(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Entry:
 
 
 def check_participants(participants: Sequence[Participant]) -> None:
-    """There are some, each once, and none of them has an absurd weight."""
+    """Raise `InvalidMessage` unless there are participants, each once, with sensible weights."""
     if not participants:
-        raise InvalidMessage("it has no participants")
+        raise InvalidMessage("an entry must have at least one participant")
     if len({p.client for p in participants}) < len(participants):
-        raise InvalidMessage("it has a participant twice")
+        raise InvalidMessage("participants must be distinct")
     for p in participants:
         if not 0 <= p.weight <= LARGEST_WEIGHT:
-            raise InvalidMessage(f"the weight of {p.client} is {p.weight}")
+            raise InvalidMessage(
+                f"weight of {p.client} must be between 0 and {LARGEST_WEIGHT:g}, got {p.weight}"
+            )
 
 
 def _participant(content: Any) -> Participant:
@@ -163,7 +166,7 @@ def _participant(content: Any) -> Participant:
         ):
             return Participant(client, n, weight)
     raise InvalidMessage(
-        f"its participants are not names, numbers of examples and weights: {content!r:.300}"
+        "participants must each have a client, num_examples and a weight, and nothing else"
     )
 
 
@@ -172,10 +175,10 @@ def _metrics(text: str) -> dict[str, float]:
     for name, value in metrics.items():
         if not _METRIC.fullmatch(name):
             raise InvalidMessage(
-                f"its metric `{name[:LONGEST_TEXT]}`: names are up to 64 lower-case letters, "
+                f"metric `{name[:LONGEST_TEXT]}` must be named by up to 64 lower-case letters, "
                 "digits and _, a letter first"
             )
         # Beyond a float's range is an integer of JSON's, or infinity; a NaN is in no range.
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-            raise InvalidMessage(f"its metric `{name}` is {value!r:.60}, which is no finite number")
+            raise InvalidMessage(f"metric `{name}` must be a finite number, got {value!r:.60}")
     return metrics

@@ -47,9 +47,9 @@ def check_numbers(tensors: Mapping[str, Tensor], largest: float) -> None:
             low, high = (float(bound) for bound in torch.aminmax(tensors[name]))
             # A NaN is both.
             if not math.isfinite(high - low):
-                raise InvalidMessage(f"{name} has numbers that are not finite")
+                raise InvalidMessage(f"{name} contains NaN or infinity")
             if max(-low, high) > largest:
-                raise InvalidMessage(f"{name} has numbers above {largest:g}")
+                raise InvalidMessage(f"{name} contains values above {largest:g} in magnitude")
 
 
 class FileTensors(Mapping[str, "Tensor"]):
@@ -134,7 +134,9 @@ def _check_tensors(tensors: Any) -> None:
     if isinstance(tensors, FileTensors):
         return
     if not isinstance(tensors, Mapping):
-        raise InvalidMessage(f"its tensors are no mapping, but a {type(tensors).__name__}")
+        raise InvalidMessage(
+            f"tensors must be a mapping of names to tensors, got {type(tensors).__name__}"
+        )
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise InvalidMessage(f"a tensor's name is {name!r:.60}, no text")
@@ -148,11 +150,11 @@ def _check_texts(metadata: Any) -> None:
     """Whether metadata are texts that can be shown, by name."""
     texts = [*metadata, *metadata.values()] if isinstance(metadata, Mapping) else [None]
     if not all(isinstance(text, str) and text.isprintable() for text in texts):
-        raise InvalidMessage("its metadata are no mapping of printable texts")
+        raise InvalidMessage("metadata must map printable strings to printable strings")
 
 
 class Place(NamedTuple):
-    """Where in a file a tensor is."""
+    """Place of a tensor in a file."""
 
     kind: Kind
     begin: int
@@ -163,7 +165,7 @@ class Place(NamedTuple):
         data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
         file.seek(self.begin)
         if file.readinto(data.numpy()) < len(data):  # type: ignore[arg-type]
-            raise InvalidMessage("it is shorter than it was")
+            raise InvalidMessage("the file was truncated while it was read")
         return data.view(dtype).view(shape)
 
 
@@ -178,13 +180,13 @@ def read_header(file: io.BufferedIOBase) -> tuple[dict[str, str], dict[str, Plac
     length = int.from_bytes(file.read(8), "little")
     begin = 8 + length
     if begin > size:
-        raise InvalidMessage("it is too short for what its header announces")
+        raise InvalidMessage("the file ends before its header does")
     if length > MAX_HEADER_BYTES:
-        raise InvalidMessage(f"its header has more than {MAX_HEADER_BYTES} bytes")
+        raise InvalidMessage(f"the header must have at most {MAX_HEADER_BYTES} bytes")
     try:
         text = file.read(length).decode()
     except UnicodeDecodeError:
-        raise InvalidMessage("its header is not in UTF-8") from None
+        raise InvalidMessage("the header must be UTF-8") from None
     metadata, places = _parse_header(text, size - begin)
     return metadata, {name: place._replace(begin=begin + place.begin) for name, place in places}
 
@@ -192,7 +194,7 @@ def read_header(file: io.BufferedIOBase) -> tuple[dict[str, str], dict[str, Plac
 def _parse_header(text: str, size: int) -> tuple[dict[str, str], list[tuple[str, Place]]]:
     """What a header says: metadata, and places in what follows it, which has `size` bytes."""
     if not text.startswith("{"):
-        raise InvalidMessage("its header does not begin as one")
+        raise InvalidMessage("the header must start with {")
     header = read_json("header", text, dict)
     metadata = header.pop("__metadata__", {})
     _check_texts(metadata)
@@ -205,25 +207,35 @@ def _parse_header(text: str, size: int) -> tuple[dict[str, str], list[tuple[str,
         begin, end = end, end + math.prod(kind.shape) * kind.dtype.itemsize
         places.append((name, Place(kind, begin)))
         if content["data_offsets"] != [begin, end]:
-            raise InvalidMessage(f"{name} is not where the tensor before it ends")
+            raise InvalidMessage(
+                f"data_offsets of {name} must begin where the tensor before ends, and fit its shape"
+            )
     if end != size:
-        raise InvalidMessage(f"it has {size} bytes of tensors, but its header describes {end}")
+        raise InvalidMessage(f"the tensors have {size} bytes, but the header describes {end}")
     return metadata, places
 
 
 def _check_described(name: str, content: Any) -> None:
-    """Whether this is a tensor's description in a header, of what is written here."""
+    """Raise `InvalidMessage` unless this describes a tensor in a header, as it is written here."""
     if not 0 < len(name) <= LONGEST_TEXT or not name.isprintable():
-        raise InvalidMessage("a tensor's name is empty, too long or not printable")
+        raise InvalidMessage(
+            f"tensor names must have 1 to {LONGEST_TEXT} characters, all printable"
+        )
     if not isinstance(content, dict) or content.keys() != {"dtype", "shape", "data_offsets"}:
-        raise InvalidMessage(f"its header does not say what {name} is and where")
+        raise InvalidMessage(
+            f"the header must give dtype, shape and data_offsets of {name}, and nothing else"
+        )
     dtype, shape, place = content["dtype"], content["shape"], content["data_offsets"]
     if not isinstance(dtype, str) or dtype not in TYPES:
-        raise InvalidMessage(f"{name} has numbers of the kind {str(dtype)[:16]!r}")
+        raise InvalidMessage(
+            f"dtype of {name} must be one of {', '.join(TYPES)}, got {str(dtype)[:16]!r}"
+        )
     if not _are_ints(shape) or len(shape) > MAX_DIMENSIONS or min(shape, default=1) < 1:
-        raise InvalidMessage(f"the shape of {name} is no list of up to {MAX_DIMENSIONS} lengths")
+        raise InvalidMessage(
+            f"shape of {name} must be a list of at most {MAX_DIMENSIONS} positive integers"
+        )
     if not _are_ints(place):
-        raise InvalidMessage(f"its header does not say where {name} is")
+        raise InvalidMessage(f"data_offsets of {name} must be a list of integers")
 
 
 def _are_ints(content: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What tensors are, whatever their numbers: types, shapes and names that are expected of them."""
+"""Kinds of tensors, whatever their numbers: types, shapes and names that are expected."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ def is_writable(tensor: Tensor) -> bool:
 
 
 class Kind(NamedTuple):
-    """What a tensor is, whatever its numbers."""
+    """Type and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{code_of(self.dtype)} {list(self.shape)}"
+        return f"dtype {str(self.dtype).removeprefix('torch.')} of shape {list(self.shape)}"
 
 
 def in_float32(shapes: Mapping[str, Sequence[int]]) -> dict[str, Kind]:
-    """The kinds of float32 tensors of these shapes."""
+    """Kinds of float32 tensors of these shapes, by name."""
     return {name: Kind(torch.float32, tuple(shape)) for name, shape in shapes.items()}
 
 
 def seed_kind() -> Kind:
-    """What a seed that travels is: an int64 of shape (1,)."""
+    """Kind of a seed that travels: int64 of shape (1,)."""
     return Kind(torch.int64, (1,))
 
 
 def check_kinds(given: Mapping[str, Kind], expected: Mapping[str, Kind]) -> None:
     """Raise `InvalidMessage` unless tensors of exactly the expected names and kinds are given."""
     if missing := expected.keys() - given.keys():
-        raise InvalidMessage(f"it lacks {min(missing)}")
+        raise InvalidMessage(f"tensor {min(missing)} is missing")
     if unknown := given.keys() - expected.keys():
-        raise InvalidMessage(f"it has {min(unknown)}, which does not belong there")
+        raise InvalidMessage(f"unexpected tensor {min(unknown)}")
     for name, kind in expected.items():
         if given[name] != kind:
-            raise InvalidMessage(f"{name} is {given[name]}, not {kind}")
+            raise InvalidMessage(f"{name}: expected {kind}, got {given[name]}")

@@ -1,4 +1,4 @@
-"""What a file says of itself: texts by name, read with suspicion."""
+"""Metadata of files: strings by name, read with suspicion."""
 
 from __future__ import annotations
 
@@ -24,38 +24,50 @@ def read_json(what: str, text: str, kind: type[dict[str, Any]] | type[list[Any]]
     try:
         content = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise InvalidMessage(f"its {what} cannot be read: {error}") from None
+        raise InvalidMessage(f"{what}: invalid JSON: {error}") from None
     if not isinstance(content, kind):
-        raise InvalidMessage(f"its {what} cannot be read: it is no {kind.__name__}")
+        expected = "an object" if kind is dict else "an array"
+        raise InvalidMessage(f"{what} must be {expected} in JSON")
     return content
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a name stands twice in one mapping")
+        raise ValueError("an object has two values of one name")
     return content
 
 
 def take(metadata: dict[str, str], format: str, *names: str) -> list[str]:
-    """Take what has these names out of the metadata of a file in a format."""
+    """Remove the values of these names from the metadata of a file, and return them.
+
+    Raises:
+        InvalidMessage: the file is of another format, or lacks one of the names.
+    """
     if metadata.pop("format", None) != format:
-        raise InvalidMessage(f"its format is not {format}")
+        raise InvalidMessage(f"format must be {format}")
     for name in names:
         if name not in metadata:
-            raise InvalidMessage(f"its metadata lack {name}")
+            raise InvalidMessage(f"metadata must have {name}")
     return [metadata.pop(name) for name in names]
 
 
 def natural(what: str, text: str) -> int:
-    """1, 2, … as `str` writes them, of at most 63 bits."""
+    """Positive integer of at most 63 bits, from its decimal digits.
+
+    Raises:
+        InvalidMessage: it is something else; `what` names it.
+    """
     if not _NATURAL.fullmatch(text) or int(text) >= 2**63:
-        raise InvalidMessage(f"its {what} is {text[:LONGEST_TEXT]!r}")
+        raise InvalidMessage(
+            f"{what} must be a positive integer below 2^63, got {text[:LONGEST_TEXT]!r}"
+        )
     return int(text)
 
 
 def check_equal(said: Mapping[str, object], expected: Mapping[str, object]) -> None:
+    """Raise `InvalidMessage` unless both mappings are equal; the text names what differs."""
     for what in sorted(said.keys() | expected.keys()):
         if said.get(what) != expected.get(what):
             given = str(said.get(what))[:LONGEST_TEXT]
-            raise InvalidMessage(f"its {what} is {given}, not {expected.get(what)}")
+            raise InvalidMessage(f"{what} must be {expected.get(what)}, got {given}")

@@ -26,7 +26,7 @@ UPDATE_FORMAT = "hedgerow.update/1"
 
 
 LARGEST_SENT = 1e10
-"""What a server accepts of a number in an update."""
+"""Largest magnitude that a server accepts of a number in an update."""
 
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
@@ -34,7 +34,7 @@ _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
 
 @dataclass(frozen=True)
 class Update:
-    """What one client sends after its local training."""
+    """Update that one client sends after its local training."""
 
     method: str
     round: int
@@ -45,9 +45,9 @@ class Update:
     train_loss: float
     tensors: Mapping[str, Tensor]
     about: Mapping[str, str] = field(default_factory=dict)
-    """What the method says of the tensors, as `r` and `lora_alpha` of an adapter."""
+    """Further metadata of the method's, as `r` and `lora_alpha` of an adapter."""
 
-    def encode(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """The update as a safetensors file."""
         return b"".join(self._parts())
 
@@ -57,7 +57,7 @@ class Update:
             file.write(part)
 
     @staticmethod
-    def decode(data: bytes) -> Update:
+    def from_bytes(data: bytes) -> Update:
         """The update in `data`.
 
         Raises:
@@ -72,7 +72,7 @@ class Update:
         """The update in a file; its tensors are read when they are asked for.
 
         Raises:
-            InvalidMessage: as in `decode`.
+            InvalidMessage: as in `from_bytes`.
             OSError: the file cannot be read.
         """
         tensors = FileTensors(path)
@@ -114,11 +114,13 @@ class Update:
             "train_loss": repr(self.train_loss),
         }
         if not isinstance(self.about, Mapping):
-            raise InvalidMessage(f"what it says is no mapping, but a {type(self.about).__name__}")
+            given = type(self.about).__name__
+            raise InvalidMessage(f"`about` must map strings to strings, got {given}")
         for name, text in self.about.items():
             if not isinstance(text, str) or name in said:
                 raise InvalidMessage(
-                    f"it says {name!r:.60}: {text!r:.60}, which is no text of its own"
+                    f"`about` has {name!r:.60}: {text!r:.60}: "
+                    "it must have strings, under names of its own"
                 )
         return {**said, **self.about}
 
@@ -126,17 +128,22 @@ class Update:
 def _update(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Update:
     """The update of a file's metadata and tensors, checked."""
     about = dict(metadata)
-    method, round, client, parent, num_examples, train_loss = take(
-        about,
-        UPDATE_FORMAT,
-        *("method", "round", "client", "parent", "num_examples", "train_loss"),
-    )
+    names = ("method", "round", "client", "parent", "num_examples", "train_loss")
+    method, round, client, parent, num_examples, train_loss = take(about, UPDATE_FORMAT, *names)
     if max(map(len, (*about, *metadata.values()))) > LONGEST_TEXT:
-        raise InvalidMessage(f"its metadata have more than {LONGEST_TEXT} characters in one place")
+        raise InvalidMessage(f"metadata must be strings of at most {LONGEST_TEXT} characters")
     if not _NUMBER.fullmatch(train_loss) or not abs(float(train_loss)) <= LARGEST_SENT:
-        raise InvalidMessage(f"its train_loss is {train_loss}")
+        raise InvalidMessage(
+            f"train_loss must be a number of magnitude up to {LARGEST_SENT:g}, got {train_loss}"
+        )
     check_numbers(tensors, LARGEST_SENT)
     return Update(
-        *(method, natural("round", round), client, parent),
-        *(natural("num_examples", num_examples), float(train_loss), tensors, about),
+        method=method,
+        round=natural("round", round),
+        client=client,
+        parent=parent,
+        num_examples=natural("num_examples", num_examples),
+        train_loss=float(train_loss),
+        tensors=tensors,
+        about=about,
     )

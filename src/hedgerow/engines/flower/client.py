@@ -12,30 +12,30 @@ from flwr.clientapp import ClientApp
 from hedgerow.engines.flower import app_folder
 from hedgerow.engines.flower.messages import Action, Parcel, Request, pack
 from hedgerow.engines.flower.node import place_of
-from hedgerow.engines.flower.worker import Question, ask, inbox
+from hedgerow.engines.flower.worker import WorkerRequest, ask, inbox
 
 app = ClientApp()
 
 
 def _relay(message: Message, context: Context) -> Message:
-    """Hand a message to this site's worker, and its answer back."""
+    """Hand a message to this site's worker, and its reply back."""
     try:
-        return _answered(message, dict(context.node_config))
+        return _relayed(message, dict(context.node_config))
     except Exception as error:
         # Flower sends an exception's text to the server, and its trace to this site's log.
-        raise RuntimeError("something at the site went wrong: its log says what") from error
+        raise RuntimeError("an error occurred at the site: see its log") from error
 
 
-def _answered(message: Message, node: dict[str, str | int | float | bool]) -> Message:
+def _relayed(message: Message, node: dict[str, str | int | float | bool]) -> Message:
     place = place_of(node)
     place.mkdir(parents=True, exist_ok=True)
     parcel = Parcel(message.content, Request)
     with inbox(place) as folder:
         files = parcel.save_all(folder)
-        question = Question(app=app_folder(), node=node, request=parcel.words, files=files)
-        answer = ask(place, question)
-    update = [] if answer.update is None else [answer.update]
-    return Message(pack(answer.reply, update), reply_to=message)
+        request = WorkerRequest(app=app_folder(), node=node, request=parcel.words, files=files)
+        reply = ask(place, request)
+    update = [] if reply.update is None else [reply.update]
+    return Message(pack(reply.reply, update), reply_to=message)
 
 
 for _action in Action:

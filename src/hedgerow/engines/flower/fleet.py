@@ -19,16 +19,16 @@ from hedgerow.clock import Clock
 from hedgerow.engines.flower.messages import Action, FileInfo, Held, Parcel, Reply, Request, pack
 from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
-from hedgerow.federation.fleet import Answer
+from hedgerow.federation.fleet import ClientResult
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Client
-from hedgerow.runs.targets import Scorer
+from hedgerow.runs.scoring import Scorer
 from hedgerow.wire import MAX_HEADER_BYTES, Entry
 
 BATCH = 256 << 20
 """Bytes of entries in one message to a site that has missed many."""
 RESTARTS = 5
-"""How often a site's copy of the ledger may turn out to be another than it was thought to be."""
+"""Number of times that a site's copy of the ledger may prove other than it was thought to be."""
 PATIENCE = 60.0
 """Seconds to wait for sites that are only to be told the end."""
 POLL = 0.2
@@ -49,7 +49,7 @@ class Member:
 
 @dataclass
 class Errand:
-    """What a node is being asked, in as many messages as it takes."""
+    """Errand to a node, in as many messages as it takes."""
 
     node: int
     member: Member | None = None
@@ -173,8 +173,8 @@ class FlowerFleet:
 
     def train(
         self, round: int, parent: str, clients: Sequence[Client], clock: Clock
-    ) -> Iterator[Answer]:
-        """Have clients train on what they miss and have; yields their answers as they come."""
+    ) -> Iterator[ClientResult]:
+        """Have clients train on what they miss and have; yields their results as they come."""
         with clock("send"):
             self._invite()  # who has come back under another id, before a second try
             online = {node.node_id for node in self._grid.get_nodes()}
@@ -182,7 +182,7 @@ class FlowerFleet:
         for member in members:
             if member.node not in online:
                 why = "its SuperNode is not connected"
-                yield Answer(member.client, failure=why, absent=True)
+                yield ClientResult(member.client, failure=why, absent=True)
         present = [member for member in members if member.node in online]
         errands = [self._errand(member, round, trains=True) for member in present]
         yield from self._run_errands(errands, clock)
@@ -207,9 +207,9 @@ class FlowerFleet:
             for member in self._members.values()
             if member.node in online and member.held < len(self._ledger)
         ]
-        for answer in self._run_errands(errands, Clock()):
-            if answer.failure is not None:
-                self._say(f"{answer.client.name} may lack the last entries: {answer.failure}")
+        for result in self._run_errands(errands, Clock()):
+            if result.failure is not None:
+                self._say(f"{result.client.name} may lack the last entries: {result.failure}")
 
     # --- messages -------------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ class FlowerFleet:
         errand.batches.append(range(first, round))
         return errand
 
-    def _run_errands(self, errands: Sequence[Errand], clock: Clock) -> Iterator[Answer]:
+    def _run_errands(self, errands: Sequence[Errand], clock: Clock) -> Iterator[ClientResult]:
         """Send every errand's messages one after another, all errands at once, by the deadline."""
         deadline = time.monotonic() + (self._settings.deadline or FOREVER)
         with clock("send"):
@@ -241,18 +241,18 @@ class FlowerFleet:
                     messages = self._pull(message_id)
                 for message in messages:
                     del pending[message_id]
-                    answer = self._answer(errand, message)
-                    if answer is None:
+                    result = self._result(errand, message)
+                    if result is None:
                         pending[self._next(errand)] = errand
                     else:
-                        yield answer
-                    del message, answer
+                        yield result
+                    del message, result
             with clock("train"):
                 time.sleep(POLL if pending else 0)
         for errand in pending.values():
             assert errand.member is not None
             why = f"it did not answer within {self._settings.deadline:g} s"
-            yield Answer(errand.member.client, failure=why, absent=True)
+            yield ClientResult(errand.member.client, failure=why, absent=True)
 
     def _next(self, errand: Errand) -> str:
         """Send an errand's next message; returns its id."""
@@ -297,8 +297,8 @@ class FlowerFleet:
             # Flower lets objects pass whose content it then fails at; it will not send them again.
             return [None]
 
-    def _answer(self, errand: Errand, message: Message | None) -> Answer | None:
-        """What a member answers, or None where it needs another message first."""
+    def _result(self, errand: Errand, message: Message | None) -> ClientResult | None:
+        """The result that a member's reply holds, or None where it needs another message first."""
         member = errand.member
         assert member is not None
         client = member.client
@@ -306,30 +306,32 @@ class FlowerFleet:
             parcel = self._reply(message)
             reply = parcel.words
             if reply.refused is not None:
-                return Answer(client, failure=f"it does not take part: {reply.refused}")
+                return ClientResult(client, failure=f"it does not take part: {reply.refused}")
             if reply.name != client.name:
                 raise InvalidMessage(f"it says that it is {reply.name}")
             member.held = self._rounds_held(reply.held)
             if reply.failure is not None:
-                return Answer(client, failure=reply.failure)
+                return ClientResult(client, failure=reply.failure)
             if errand.batches:
                 return None
             if errand.trains and reply.files:
-                return Answer(client, self._saved(parcel, client))
+                return ClientResult(client, self._saved(parcel, client))
             if not errand.trains and member.held == len(self._ledger):
-                return Answer(client)
+                return ClientResult(client)
             if errand.restarts == RESTARTS:
-                raise InvalidMessage("its copy of the ledger does not become the server's")
+                raise InvalidMessage(
+                    f"its copy of the ledger still differs after {RESTARTS} attempts"
+                )
             # It is not what it was thought to be.
             again = self._errand(member, len(self._ledger) + 1, trains=errand.trains)
             errand.batches, errand.restarts = again.batches, errand.restarts + 1
             return None
         except InvalidMessage as error:
-            return Answer(client, failure=str(error), absent=isinstance(error, _Absent))
+            return ClientResult(client, failure=str(error), absent=isinstance(error, _Absent))
 
     def _reply(self, message: Message | None) -> Parcel[Reply]:
         if message is None:
-            raise InvalidMessage("its message cannot be read")
+            raise InvalidMessage("the message cannot be read")
         if message.has_error():
             raise _Absent(f"Flower says: {message.error.reason}")
         return Parcel(message.content, Reply)
@@ -337,9 +339,9 @@ class FlowerFleet:
     def _saved(self, parcel: Parcel[Reply], client: Client) -> Path:
         """The update's file."""
         if len(parcel.words.files) != 1:
-            raise InvalidMessage(f"it has sent {len(parcel.words.files)} files, not one update")
+            raise InvalidMessage(f"expected one file, the update, got {len(parcel.words.files)}")
         if parcel.words.files[0].bytes > self._largest:
-            raise InvalidMessage(f"it is larger than {self._largest} bytes, which no update can be")
+            raise InvalidMessage(f"an update must have at most {self._largest} bytes")
         path = self._folder / f"{client.name}.safetensors"
         parcel.save(0, path)
         return path

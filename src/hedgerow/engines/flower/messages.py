@@ -1,4 +1,4 @@
-"""What travels between server and sites: a few words in JSON, and files in wire.py's format.
+"""Messages between server and sites: a few words in JSON, and files in the format of `wire`.
 
 Files travel in pieces, so that neither end ever holds one twice. What arrives is validated here as
 far as the words go; what is in the files, by whoever reads them.
@@ -31,7 +31,7 @@ Sentence = Annotated[str, Field(max_length=1000), AfterValidator(readable)]
 
 
 class Action(StrEnum):
-    """What a message asks of a site; the values are Flower's message types."""
+    """Action that a message asks of a site; the values are Flower's message types."""
 
     invite = "query.invite"
     entries = "query.entries"
@@ -62,7 +62,7 @@ class Words(BaseModel):
 
 
 class Request(Words):
-    """From the server to a site."""
+    """Words from the server to a site."""
 
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     """Names the run, whose state a site keeps apart from other runs'."""
@@ -75,7 +75,7 @@ class Request(Words):
 
 
 class Held(BaseModel):
-    """How far a site's copy of the ledger goes."""
+    """Head of a site's copy of the ledger."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -84,7 +84,7 @@ class Held(BaseModel):
 
 
 class Reply(Words):
-    """From a site to the server."""
+    """Words from a site to the server."""
 
     name: Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
     num_examples: Annotated[int, Field(ge=1, lt=2**63)] | None = None
@@ -130,13 +130,11 @@ class Parcel(Generic[W]):
             text = content.config_records["words"]["json"]
             self.words = kind.model_validate_json(text if isinstance(text, str) else "")
         except KeyError:
-            raise InvalidMessage("it has no words") from None
+            raise InvalidMessage("the message has no words") from None
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"]))
-            raise InvalidMessage(
-                f"its words are not as they should be: {place}: {first['msg']}"
-            ) from None
+            raise InvalidMessage(f"invalid words: {place}: {first['msg']}") from None
         self._content = content
 
     def save(self, index: int, path: Path) -> None:
@@ -149,18 +147,20 @@ class Parcel(Generic[W]):
         try:
             pieces = self._content.array_records[f"file-{index}"]
         except KeyError:
-            raise InvalidMessage("it lacks a file that it announces") from None
+            raise InvalidMessage(f"announced file {index} is missing") from None
         digest, size = hashlib.sha256(), 0
         with replacing(path) as file:
             for name in sorted(pieces):
                 data = pieces.pop(name).data
                 size += len(data)
                 if size > announced.bytes:
-                    raise InvalidMessage(f"it is larger than the {announced.bytes} bytes announced")
+                    raise InvalidMessage(
+                        f"file {index} exceeds the {announced.bytes} bytes announced"
+                    )
                 digest.update(data)
                 file.write(data)
             if (size, digest.hexdigest()) != (announced.bytes, announced.sha256):
-                raise InvalidMessage("it is not the file that it announces")
+                raise InvalidMessage(f"size and SHA-256 of file {index} must be as announced")
 
     def save_all(self, folder: Path) -> list[Path]:
         """Write all files into a folder; as `save`."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hedgerow.names import NAME
 
 IDLE = 600.0
-"""Seconds without a question after which a worker ends, where the node config does not say."""
+"""Seconds without a request after which a worker ends, where the node config does not say."""
 
 
 class SiteSettings(BaseModel):
@@ -25,9 +25,9 @@ class SiteSettings(BaseModel):
     model: str | None = None
     """The base model's folder; None where the experiment's is a name on the Hub."""
     device: str | None = None
-    """As in the experiment: auto, cpu, cuda:1 …"""
+    """Device, as in the experiment: auto, cpu, cuda:1 …"""
     folder: str | None = None
-    """What is kept between rounds; None is ~/.hedgerow/NAME."""
+    """Folder for what stays between rounds; None is ~/.hedgerow/NAME."""
     idle: float = Field(IDLE, gt=0)
     """Seconds without a message after which the model is put out of memory."""
 

@@ -30,7 +30,7 @@ from hedgerow.files import replacing
 from hedgerow.ledger import Base
 from hedgerow.model import Model
 from hedgerow.runs.directory import RunDirectory
-from hedgerow.runs.targets import Scorer, load_test
+from hedgerow.runs.scoring import Scorer, load_test
 
 RUN = "flower.json"
 """The file of a run directory that says what the run is called at its sites."""
@@ -106,8 +106,14 @@ def serve(
         arrived.mkdir()
         try:
             fleet = FlowerFleet(
-                *(grid, experiment, loaded.clients, directory.ledger),
-                *(_run_name(directory), arrived, scorer, watcher.say),
+                grid,
+                experiment=experiment,
+                names=loaded.clients,
+                ledger=directory.ledger,
+                run=_run_name(directory),
+                folder=arrived,
+                scorer=scorer,
+                say=watcher.say,
             )
             with tracking.tracked(experiment, directory, watcher) as tracked:
                 federation.run(experiment, fleet, directory, tracked)

@@ -60,9 +60,10 @@ def run(
     on_prepared(prepared)
     names = [client.name for client in prepared.clients]
     app = App(
-        *(experiment, prepared.base),
-        experiment.method.trained_shapes(prepared.model),
-        names,
+        experiment=experiment,
+        base=prepared.base,
+        trained=experiment.method.trained_shapes(prepared.model),
+        clients=names,
     )
     logging.getLogger("flwr").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="hedgerow-sites-") as folder:

@@ -5,7 +5,7 @@ A site's folder is a run directory of its own, so that the result can be exporte
     FOLDER/RUN/experiment.yaml    the experiment, with the site's own paths
     FOLDER/RUN/ledger/            the entries so far
     FOLDER/RUN/updates/NAME/      the last updates, and the digest of the data that they are from
-    FOLDER/RUN/clients/NAME/      what the client keeps for itself from round to round
+    FOLDER/RUN/clients/NAME/      the client's memory from round to round
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hedgerow.clock import Clock
-from hedgerow.data import ClientData, Encoded
+from hedgerow.data import ClientData, Tokenized
 from hedgerow.engines.flower.app import App, without_test
 from hedgerow.engines.flower.messages import Held, Reply, Request, info
 from hedgerow.engines.flower.node import SiteSettings, place_of
@@ -26,7 +26,7 @@ from hedgerow.experiment import validate
 from hedgerow.federation.participant import check_max_length, train_client
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger, Record
-from hedgerow.methods.base import Client, Turn, check_entry
+from hedgerow.methods.base import Client, ClientRound, check_entry
 from hedgerow.model import Model
 from hedgerow.runs.directory import EXPERIMENT
 from hedgerow.runs.memory import RoundMemory
@@ -70,12 +70,12 @@ class Site:
     """A process that trains for one client (in a simulation, for several), on one base model."""
 
     def __init__(self, app: App, folder: Path, memory: Path | None = None) -> None:
-        """Nothing is loaded before the first request.
+        """Load nothing before the first request.
 
         Args:
             app: with this site's model and data in its experiment.
             folder: as in the module's text.
-            memory: what clients keep, where it is not in `folder`.
+            memory: the folder of the clients' memories, where it is not in `folder`.
         """
         self._app, self._folder, self._memory = app, folder, memory
         self._experiment = app.experiment
@@ -85,7 +85,7 @@ class Site:
         self._shapes: Mapping[str, Sequence[int]] = {}
         self._applied: list[str] = []
         self._data: ClientData | None = None
-        self._examples: dict[str, Encoded] = {}
+        self._examples: dict[str, Tokenized] = {}
 
     def handle(
         self, name: str, request: Request, files: Sequence[Path]
@@ -157,7 +157,7 @@ class Site:
             self._shapes = self._experiment.method.trained_shapes(model)
             self._model, self._applied = model, []
 
-    def _examples_of(self, name: str) -> Encoded:
+    def _examples_of(self, name: str) -> Tokenized:
         """A client's examples; those that it began the run with."""
         assert self._model is not None
         if name not in self._app.clients:
@@ -165,7 +165,7 @@ class Site:
         if name not in self._examples:
             settings, tokenizer = self._experiment.data, self._model.tokenizer
             self._data = self._data or ClientData(settings, tokenizer, self._seeds)
-            examples = self._data.encode(name)
+            examples = self._data.tokenize(name)
             path = self._place / "updates" / name / "data.sha256"
             if path.exists() and path.read_text() != examples.digest():
                 raise Refused("its data have changed since the run began")
@@ -215,16 +215,16 @@ class Site:
     def _check(self, record: Record, file: Path, parent: str) -> None:
         """Raise `InvalidMessage` unless a file is the entry that comes after `parent`."""
         if info(file).model_dump() != {"bytes": record.bytes, "sha256": record.sha256}:
-            raise InvalidMessage(f"the entry of round {record.round} is not the one announced")
+            raise InvalidMessage(f"size and SHA-256 of round {record.round} must be as announced")
         try:
             entry = Entry.read(file)
         except UserError:
             raise InvalidMessage(f"the entry of round {record.round} cannot be read") from None
         check_entry(entry, self._experiment.method, self._shapes, record.round, parent)
         if strangers := {p.client for p in entry.participants} - set(self._app.clients):
-            raise InvalidMessage(f"it has a participant {min(strangers)}, who is no client")
+            raise InvalidMessage(f"participant {min(strangers)} is not a client of the experiment")
 
-    def _train(self, name: str, ledger: Ledger, examples: Encoded) -> Path:
+    def _train(self, name: str, ledger: Ledger, examples: Tokenized) -> Path:
         """The client's update of the next round, in a file."""
         round, parent = len(ledger) + 1, ledger.head
         folder = self._place / "updates" / name
@@ -236,8 +236,10 @@ class Site:
         model = self._advanced(ledger)
         client = Client(self._app.clients.index(name), name, len(examples))
         memory = RoundMemory((self._memory or self._place / "clients") / name, round)
-        turn = Turn(client, round, self._seeds, self._experiment.training, memory, ledger.read)
-        update = train_client(self._experiment, model, examples, turn, parent, Clock())
+        client_round = ClientRound(
+            client, round, self._seeds, self._experiment.training, memory, ledger.read
+        )
+        update = train_client(self._experiment, model, examples, client_round, parent, Clock())
         before = sorted(folder.glob("*.safetensors"), key=lambda old: old.stat().st_mtime_ns)
         with replacing(path) as file:
             update.write(file)

@@ -31,8 +31,8 @@ ADDRESS = "worker.socket"
 """The file in a site's folder that names the worker's socket."""
 
 
-class Question(BaseModel):
-    """What the ClientApp asks."""
+class WorkerRequest(BaseModel):
+    """Request of the ClientApp to the worker."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,8 +44,8 @@ class Question(BaseModel):
     files: list[Path]
 
 
-class Answer(BaseModel):
-    """What it is told."""
+class WorkerReply(BaseModel):
+    """Reply of the worker to the ClientApp."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,18 +53,18 @@ class Answer(BaseModel):
     update: Path | None = None
 
 
-def ask(place: Path, question: Question) -> Answer:
+def ask(place: Path, request: WorkerRequest) -> WorkerReply:
     """Ask the site's worker, which is started if there is none.
 
     Raises:
-        RuntimeError: it could not be started, or ended before it answered.
+        RuntimeError: it could not be started, or ended before it replied.
     """
     with _connected(place) as connection:
-        connection.send_bytes(question.model_dump_json().encode())
+        connection.send_bytes(request.model_dump_json().encode())
         try:
-            return Answer.model_validate_json(connection.recv_bytes())
+            return WorkerReply.model_validate_json(connection.recv_bytes())
         except EOFError:
-            raise RuntimeError("the site's worker ended before it answered") from None
+            raise RuntimeError("the site's worker ended before it replied") from None
 
 
 @contextlib.contextmanager
@@ -136,7 +136,7 @@ def _is_alive(process: int) -> bool:
 
 
 def serve(place: Path, parent: int) -> None:
-    """Answer questions, one after another, until the process `parent` has ended."""
+    """Handle requests, one after another, until the process `parent` has ended."""
     # In a folder of its own, which only this user may enter: whoever connects is believed.
     socket = Path(tempfile.mkdtemp(prefix="hedgerow-")) / "socket"
     keeper = _Keeper(parent, socket)
@@ -149,9 +149,9 @@ def serve(place: Path, parent: int) -> None:
             with listener.accept() as connection:
                 keeper.resting_since = None
                 try:
-                    question = Question.model_validate_json(connection.recv_bytes())
-                    answer = host.answer(question)
-                    connection.send_bytes(answer.model_dump_json().encode())
+                    request = WorkerRequest.model_validate_json(connection.recv_bytes())
+                    reply = host.handle(request)
+                    connection.send_bytes(reply.model_dump_json().encode())
                 except (EOFError, BrokenPipeError, ConnectionResetError):
                     pass  # who asked is gone, as when a run is stopped
                 keeper.idle = host.idle
@@ -159,26 +159,26 @@ def serve(place: Path, parent: int) -> None:
 
 
 class Host:
-    """The site for which questions come; another app or node config makes another site."""
+    """The site that requests are for; another app or node config makes another site."""
 
     def __init__(self) -> None:
         self.idle = IDLE
         self._made_for: object = None
 
-    def answer(self, question: Question) -> Answer:
+    def handle(self, request: WorkerRequest) -> WorkerReply:
         """Hand a request to the site."""
         # Here, so that the ClientApp, which starts this module, need not import them.
         from hedgerow.engines.flower import site
 
-        name = str(question.node.get("name"))
+        name = str(request.node.get("name"))
         try:
-            if self._made_for != (question.app, question.node):
-                settings, self._site = site.of_node(question.app, question.node)
-                self._made_for, self.idle = (question.app, question.node), settings.idle
+            if self._made_for != (request.app, request.node):
+                settings, self._site = site.of_node(request.app, request.node)
+                self._made_for, self.idle = (request.app, request.node), settings.idle
         except UserError as error:
-            return Answer(reply=site.wrong_settings(name, error))
-        reply, update = self._site.handle(name, question.request, question.files)
-        return Answer(reply=reply, update=update)
+            return WorkerReply(reply=site.wrong_settings(name, error))
+        reply, update = self._site.handle(name, request.request, request.files)
+        return WorkerReply(reply=reply, update=update)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ from hedgerow.evaluation.metrics.base import (
 )
 from hedgerow.plugins import Registry
 
-METRICS = Registry("metric", Metric, "hedgerow.evaluation.metrics")  # type: ignore[type-abstract]
+METRICS: Registry[Metric] = Registry(
+    "metric", Metric, "hedgerow.evaluation.metrics", see="hedgerow explain evaluation.metrics"
+)
 """Every metric by the name that the experiment file uses, installed plug-ins included."""
 
 _KEY = re.compile("[a-z][a-z0-9_]*")

@@ -13,7 +13,12 @@ from hedgerow.plugins import Registry
 from hedgerow.settings import TrainingSettings
 from hedgerow.training.optimizers.base import Optimizer
 
-OPTIMIZERS = Registry("optimizer", Optimizer, "hedgerow.training.optimizers")  # type: ignore[type-abstract]
+OPTIMIZERS: Registry[Optimizer] = Registry(
+    "optimizer",
+    Optimizer,
+    "hedgerow.training.optimizers",
+    see="hedgerow explain training.optimizer",
+)
 """Every optimiser by the name that the experiment file uses, installed plug-ins included."""
 
 SHORTHANDS = ("momentum", "weight_decay")

@@ -37,14 +37,14 @@ class Muon(Optimizer):
     ns_steps: int = Field(5, ge=1, lt=100)
     """Newton-Schulz iterations (1 to 99) towards the orthogonal matrix; by default 5."""
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
-    """Coefficients of an iteration's X <- a·X + b·(XXᵀ)·X + c·(XXᵀ)²·X; by default those of the
-    post."""
+    """Coefficients a, b and c (without a unit) of an iteration's X <- a·X + b·(XXᵀ)·X + c·(XXᵀ)²·X;
+    by default those of the post."""
     eps: float = Field(1e-7, gt=0)
     """Least norm (above 0) that the momentum is divided by before the iterations; by default
     1e-7."""
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"
-    """What the learning rate of an (m, n) matrix is multiplied with: √max(1, m/n), the default; or
-    0.2·√max(m, n), with which learning rates of AdamW go on to fit."""
+    """Factor of the learning rate of an (m, n) matrix. `original`, the default: √max(1, m/n);
+    `match_rms_adamw`: 0.2·√max(m, n), with which learning rates of AdamW go on to fit."""
     adamw_for: tuple[str, ...] = ("embed", "lm_head", "wte", "wpe")
     """Parts of the names of matrices that AdamW steps nevertheless, as embeddings and output
     layers, which these are."""

@@ -1,4 +1,4 @@
-"""What is scored: the model that a method has made, a run's, or any model in a folder."""
+"""Scoring of models: that of a running method, a run's after a round, or one in a folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hedgerow.settings import Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
 
 Progress = Callable[[int, int], None]
-"""Told how many forward passes or answers are done, of how many."""
+"""Callback that is told how many forward passes or answers are done, of how many."""
 
 
 def load_test(
@@ -83,8 +83,12 @@ class Scorer:
         if self._test is None:
             return {}
         return score_method(
-            *(self._experiment.method, self._model, self._clients, self._test),
-            *(self._experiment.evaluation, progress),
+            self._experiment.method,
+            self._model,
+            clients=self._clients,
+            test=self._test,
+            settings=self._experiment.evaluation,
+            progress=progress,
         )
 
 
@@ -121,7 +125,7 @@ def by_model(scores: dict[str | None, dict[str, Any]], metrics: Sequence[str]) -
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class Subject:
     """A run's model after a round, or a model from a folder, and the settings to score it with."""
 
     model: Model
@@ -132,10 +136,10 @@ class Target:
     entry: str | None
     """The hash of the run's last entry that is in the model, or of its base; None of a folder."""
     seed: int
-    """Of the run, for what is drawn at random."""
+    """Seed of the run, for what is drawn at random."""
     method: Method | None
     clients: Sequence[str]
-    """Whose models are meant, where a run has no global one."""
+    """Clients whose models are meant, where a run has no global one."""
 
     def models(self) -> Iterator[str | None]:
         """Put what is to be scored into `model`, as `Method.models` does."""
@@ -147,16 +151,16 @@ class Target:
 
 @contextmanager
 def loaded(
-    target: Path,
+    path: Path,
     overrides: list[str],
     round: int | None,
     client: str | None,
     load: Loader = Model.load,
-) -> Iterator[Target]:
+) -> Iterator[Subject]:
     """Load a run's model after a round, or a model folder.
 
     Args:
-        target: a run directory, a packed ledger, or a model (or adapter) folder.
+        path: a run directory, a packed ledger, or a model (or adapter) folder.
         overrides: `key.path=value`, on top of the run's experiment.
         round: the round of a run, None for the last.
         client: whose model, of a run without a global one; None for all.
@@ -165,13 +169,13 @@ def loaded(
     Raises:
         UserError: naming what does not fit.
     """
-    if (target / "config.json").is_file() or (target / "adapter_config.json").is_file():
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         if round is not None or client is not None:
-            raise UserError(f"{target} is a model, not a run: leave out --round and --client")
-        content: dict[str, Any] = {"model": {"path": str(target.absolute())}, "data": {}}
-        asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(target), Evaluation)
+            raise UserError(f"{path} is a model, not a run: leave out --round and --client")
+        content: dict[str, Any] = {"model": {"path": str(path.absolute())}, "data": {}}
+        asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(path), Evaluation)
         model = Model.load(asked.model)
-        yield Target(
+        yield Subject(
             model=model,
             data=asked.data,
             evaluation=asked.evaluation,
@@ -182,15 +186,15 @@ def loaded(
             clients=(),
         )
         return
-    with opened(target, overrides) as (experiment, ledger):
+    with opened(path, overrides) as (experiment, ledger):
         clients = check_client(experiment, ledger, client)
         round = check_round(ledger, round)
         model = model_at(experiment, ledger, round, load)
-        yield Target(
+        yield Subject(
             model=model,
             data=experiment.data,
             evaluation=experiment.evaluation,
-            name=f"{target.absolute().name}-round-{round}",
+            name=f"{path.absolute().name}-round-{round}",
             entry=ledger.parent(round + 1),
             seed=experiment.federation.seed,
             method=experiment.method,
@@ -198,8 +202,8 @@ def loaded(
         )
 
 
-def score_target(
-    target: Path,
+def score_path(
+    path: Path,
     overrides: list[str],
     round: int | None,
     client: str | None,
@@ -219,7 +223,7 @@ def score_target(
     Raises:
         UserError: naming what does not fit.
     """
-    with loaded(target, overrides, round, client, load) as it:
+    with loaded(path, overrides, round, client, load) as it:
         test = load_test(it.data, it.evaluation, it.model, held)
         scored = {name: evaluate(it.model, test, it.evaluation, progress) for name in it.models()}
         metrics = it.evaluation.metrics
@@ -227,7 +231,7 @@ def score_target(
 
 
 def counts(test: TestSet) -> dict[str, int]:
-    """How many test rows were scored, cut or left out."""
+    """Numbers of test rows that were scored, cut or left out."""
     return {
         "rows": len(test),
         "truncated": test.truncated,

@@ -1,4 +1,4 @@
-"""The clients' factors stacked, which is how low-rank updates are summed exactly."""
+"""Stacking of the clients' factors, which sums low-rank updates exactly (FLoRA, section 3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from hedgerow import lowrank
 from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.lazy import torch
-from hedgerow.lowrank import Factors, SpooledStack
+from hedgerow.lowrank import Factors, SpooledFactors
 from hedgerow.methods.base import Aggregate
 from hedgerow.methods.lora import update_scale
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """Where one client's factors are in a stack, and what they count."""
+    """One client's place among stacked factors, and what it counts."""
 
     rows: slice
     """Its rows of A and columns of B."""
     weight: float
-    """p_k."""
+    """Weight of the client, p_k."""
     scale: float
-    """s_k."""
+    """Scale of its factors, s_k."""
 
 
-class Stacks:
-    """The clients' factors, stacked module by module; they wait on disk until they are asked for.
+class StackedFactors:
+    """Factors of all clients, stacked module by module; they wait on disk until they are read.
 
     Attributes:
         clients: who sent them, in their order.
@@ -41,15 +41,15 @@ class Stacks:
 
     def __init__(self, updates: Iterable[Update]) -> None:
         """Take updates with PEFT's keys, `r` and `lora_alpha`, as they arrive."""
-        spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (gone with the last stack)
-        self._stacks: dict[str, SpooledStack] = defaultdict(lambda: SpooledStack(spool))
+        spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (gone with the last factors)
+        self._spooled: dict[str, SpooledFactors] = defaultdict(lambda: SpooledFactors(spool))
         self.clients: list[str] = []
         self.num_examples: list[int] = []
         self._ranks: dict[str, list[int]] = defaultdict(list)
         self._scales: list[float] = []
         for update in updates:
             for module, pair in adapter_pairs(update.tensors):
-                self._stacks[module].add(pair)
+                self._spooled[module].add(pair)
                 self._ranks[module].append(pair.rank)
             self.clients.append(update.client)
             self.num_examples.append(update.num_examples)
@@ -57,21 +57,26 @@ class Stacks:
 
     def __iter__(self) -> Iterator[str]:
         """The modules, in a fixed order."""
-        return iter(sorted(self._stacks))
+        return iter(sorted(self._spooled))
 
     def shape(self, module: str) -> tuple[int, int]:
-        """(m, n) of the adapted matrix."""
-        return self._stacks[module].shape
+        """Shape of the adapted matrix, (m, n)."""
+        return self._spooled[module].shape
 
     def shares(self) -> list[float]:
-        """p_k = n_k / Σ n."""
+        """Weights by size, p_k = n_k / Σ n."""
         total = sum(self.num_examples)
         return [count / total for count in self.num_examples]
 
-    def stack(self, module: str, weights: Sequence[float]) -> tuple[Factors, list[Part]]:
-        """A of shape (Σ r_k, n) and B of shape (m, Σ r_k), as sent, and whose rows are whose.
+    def read(self, module: str, weights: Sequence[float]) -> tuple[Factors, list[Part]]:
+        """The stacked factors of a module, as they were sent.
 
-        The clients count `weights`.
+        Args:
+            module: one of those that iterating gives.
+            weights: p_k of each client.
+
+        Returns:
+            A of shape (Σ r_k, n) and B of shape (m, Σ r_k), on the CPU; and each client's part.
         """
         ((stacked, parts),) = self.pieces(module, weights)
         return stacked, parts
@@ -79,7 +84,7 @@ class Stacks:
     def pieces(
         self, module: str, weights: Sequence[float], most: float = math.inf
     ) -> Iterator[tuple[Factors, list[Part]]]:
-        """The stack of a module in pieces of `most` rows (or of one client that has more).
+        """The stacked factors of a module, in pieces of `most` rows (or of one client with more).
 
         The parts' rows are those of their piece.
         """
@@ -89,16 +94,15 @@ class Stacks:
             fitting = takewhile(lambda end: end <= most, accumulate(ranks[first:]))
             last = first + max(len(list(fitting)), 1)
             own = slice(first, last)
-            given = zip(
-                *(accumulate(ranks[own]), ranks[own], weights[own], self._scales[own]), strict=True
-            )
+            ends = accumulate(ranks[own])
+            given = zip(ends, ranks[own], weights[own], self._scales[own], strict=True)
             parts = [Part(slice(end - rank, end), weight, s) for end, rank, weight, s in given]
-            yield self._stacks[module].factors(first, last), parts
+            yield self._spooled[module].factors(first, last), parts
             first = last
 
 
 def exact_sum(stacked: Factors, parts: Sequence[Part]) -> Factors:
-    """Σ p_k s_k B_k A_k as one pair, in float64: A = [p_1 s_1 A_1; …], B = [B_1 …].
+    """Exact sum, Σ p_k s_k B_k A_k, as one pair in float64: A = [p_1 s_1 A_1; …], B = [B_1 …].
 
     Args:
         stacked: A of shape (Σ r_k, n) and B of shape (m, Σ r_k), which stay as they are.
@@ -124,13 +128,13 @@ def aggregate_adapters(
         The factors, and `aggregation_error`: how far their products are from Σ p_k s_k B_k A_k,
         relative to it, in Frobenius norm over all modules (left out where that is zero).
     """
-    stacks = Stacks(updates)
-    shares = stacks.shares()
+    arrived = StackedFactors(updates)
+    shares = arrived.shares()
     combined: dict[str, Factors] = {}
 
     def applied_and_exact() -> Iterator[tuple[Factors, Factors]]:
-        for module in stacks:
-            stacked, parts = stacks.stack(module, shares)
+        for module in arrived:
+            stacked, parts = arrived.read(module, shares)
             exact = exact_sum(stacked, parts)
             combined[module] = combine(stacked, parts, exact)
             yield combined[module], exact
@@ -140,5 +144,5 @@ def aggregate_adapters(
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:
-    """Without what is infinite: clients can make the exact sum zero, to which errors relate."""
+    """Metrics that are finite: clients can make the exact sum zero, to which errors relate."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}

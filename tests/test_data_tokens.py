@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hedgerow.data.templates import TextTemplate
-from hedgerow.data.tokens import Encoded, Spool
+from hedgerow.data.tokens import Spool, Tokenized
 from hedgerow.errors import UserError
 
 FIELDS = SimpleNamespace(instruction="q", input=None, output="a")
@@ -43,32 +43,32 @@ def row(prompt, answer):
     return {"q": words(prompt), "a": words(answer)}
 
 
-def encode(rows, spool=None, tokenizer=TOKENIZER, max_length=12, loss_on="answer"):
-    return (spool or Spool()).encode("ward", rows, TEMPLATE, tokenizer, max_length, loss_on)
+def tokenize(rows, spool=None, tokenizer=TOKENIZER, max_length=12, loss_on="answer"):
+    return (spool or Spool()).tokenize("ward", rows, TEMPLATE, tokenizer, max_length, loss_on)
 
 
 def test_an_example():
-    example = encode([{"q": "w0 w1", "a": "w7"}])[0]
+    example = tokenize([{"q": "w0 w1", "a": "w7"}])[0]
     assert example.tokens.tolist() == [BOS, 3, 4, 10, EOS]
     assert example.tokens.dtype == np.int32
     assert (example.prompt_length, example.loss_from) == (3, 3)
-    example = encode([{"q": "w0 w1", "a": "w7"}], loss_on="all")[0]
+    example = tokenize([{"q": "w0 w1", "a": "w7"}], loss_on="all")[0]
     assert (example.prompt_length, example.loss_from) == (3, 0)
 
 
 def test_eos_stands_at_the_end_and_nowhere_else():
     tokenizer = build("<s> $A </s>")
-    assert encode([row(2, 1)], tokenizer=tokenizer)[0].tokens.tolist() == [BOS, 3, 4, 3, EOS]
+    assert tokenize([row(2, 1)], tokenizer=tokenizer)[0].tokens.tolist() == [BOS, 3, 4, 3, EOS]
     answer = {"q": "w0", "a": "w1 </s>"}
-    assert encode([answer])[0].tokens.tolist() == [BOS, 3, 4, EOS]
+    assert tokenize([answer])[0].tokens.tolist() == [BOS, 3, 4, EOS]
 
 
 def test_a_template_with_special_tokens_gets_no_others():
     template = SimpleNamespace(
         has_special_tokens=True, prompt=lambda r: "<s> " + r["q"], answer=lambda r: r["a"]
     )
-    encoded = Spool().encode("ward", [row(1, 1)], template, TOKENIZER, 12, "answer")
-    assert encoded[0].tokens.tolist() == [BOS, 3, 3, EOS]
+    tokenized = Spool().tokenize("ward", [row(1, 1)], template, TOKENIZER, 12, "answer")
+    assert tokenized[0].tokens.tolist() == [BOS, 3, 3, EOS]
 
 
 @settings(deadline=None, max_examples=50)
@@ -82,15 +82,15 @@ def test_what_is_cut_or_dropped_is_counted(sizes, max_length):
     rows = [row(*size) for size in sizes]
     if not kept:
         with pytest.raises(UserError, match=f"the shortest has {min(p for p, _ in whole)} tokens"):
-            encode(rows, max_length=max_length)
+            tokenize(rows, max_length=max_length)
         return
-    encoded = encode(rows, max_length=max_length)
-    assert len(encoded) == len(kept)
-    assert encoded.rows.tolist() == [i for i, (p, _) in enumerate(whole) if p < max_length]
-    assert encoded.dropped == len(sizes) - len(kept)
-    assert encoded.truncated == sum(p + a > max_length for p, a in kept)
-    assert encoded.lengths.tolist() == [min(p + a, max_length) for p, a in kept]
-    for example, (prompt, answer) in zip(encoded, kept, strict=True):
+    tokenized = tokenize(rows, max_length=max_length)
+    assert len(tokenized) == len(kept)
+    assert tokenized.rows.tolist() == [i for i, (p, _) in enumerate(whole) if p < max_length]
+    assert tokenized.dropped == len(sizes) - len(kept)
+    assert tokenized.truncated == sum(p + a > max_length for p, a in kept)
+    assert tokenized.lengths.tolist() == [min(p + a, max_length) for p, a in kept]
+    for example, (prompt, answer) in zip(tokenized, kept, strict=True):
         text = [BOS, *range(3, 2 + prompt), *range(3, 2 + answer), EOS]
         assert example.tokens.tolist() == text[:max_length]
         assert example.prompt_length == prompt < len(example.tokens)
@@ -99,9 +99,9 @@ def test_what_is_cut_or_dropped_is_counted(sizes, max_length):
 def test_many_clients_share_a_spool():
     spool = Spool()
     clients = [[row(i % 7, i % 5) for i in range(k, k + 1200)] for k in range(3)]
-    encoded = [encode(rows, spool) for rows in clients]
-    pooled = Encoded.concatenate(encoded)
-    alone = encode([row for rows in clients for row in rows])
+    tokenized = [tokenize(rows, spool) for rows in clients]
+    pooled = Tokenized.concatenate(tokenized)
+    alone = tokenize([row for rows in clients for row in rows])
     assert len(pooled) == len(alone) == 3600
     with ThreadPoolExecutor(8) as threads:
         examples = list(threads.map(pooled.__getitem__, range(len(pooled))))
@@ -109,41 +109,41 @@ def test_many_clients_share_a_spool():
         assert example.tokens.tolist() == other.tokens.tolist()
         assert example.prompt_length == other.prompt_length
     with pytest.raises(ValueError, match="one spool"):
-        Encoded.concatenate([encoded[0], alone])
+        Tokenized.concatenate([tokenized[0], alone])
 
 
 def test_threads_may_write_one_spool():
     spool = Spool()
     with ThreadPoolExecutor(4) as threads:
-        encoded = list(threads.map(lambda k: encode([row(k, 2)] * 20, spool), range(8)))
-    for k, client in enumerate(encoded):
+        tokenized = list(threads.map(lambda k: tokenize([row(k, 2)] * 20, spool), range(8)))
+    for k, client in enumerate(tokenized):
         assert {tuple(e.tokens) for e in client} == {(BOS, *range(3, 3 + k), 3, 4, EOS)}
 
 
-def test_an_encoding_outlives_its_spool_and_leaves_no_file(tmp_path, monkeypatch):
+def test_tokenized_examples_outlive_their_spool_and_leave_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    encoded = encode([row(1, 1)])
-    assert encoded[0].tokens.tolist() == [BOS, 3, 3, EOS]
+    tokenized = tokenize([row(1, 1)])
+    assert tokenized[0].tokens.tolist() == [BOS, 3, 3, EOS]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_long_texts_bring_no_warning(capfd, caplog):
-    encode([row(2, 9)])
+    tokenize([row(2, 9)])
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
 
 
 def test_mistakes(monkeypatch):
     with pytest.raises(UserError, match="ward: has no examples"):
-        encode([])
+        tokenize([])
     with pytest.raises(UserError, match=r"ward: no label is left.*`data\.max_length` \(12\)"):
-        encode([row(30, 1), row(11, 1)])
+        tokenize([row(30, 1), row(11, 1)])
     with pytest.raises(UserError, match="has no EOS token"):
-        encode([row(1, 1)], tokenizer=build(eos_token=None))
+        tokenize([row(1, 1)], tokenizer=build(eos_token=None))
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(UserError, match=r"cannot hold the tokens .*TMPDIR"):
-        encode([row(1, 1)])
+        tokenize([row(1, 1)])

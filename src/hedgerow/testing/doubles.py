@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def no_past(round: int) -> Entry:
-    """The earlier entries of a turn in which nobody reads them."""
+    """The earlier entries of a round in which nobody reads them."""
     raise AssertionError("nobody reads an earlier entry")
 
 
@@ -40,7 +40,7 @@ class Nobody(Watcher):
         """Look away."""
         return
 
-    def client_answered(self, client: str, failure: str | None) -> None:
+    def client_finished(self, client: str, failure: str | None) -> None:
         """Look away."""
         return
 

@@ -1,4 +1,4 @@
-"""How far a broadcast is cut: by singular values, by bits, or not at all.
+"""Truncation of a broadcast: by singular values, by bits, or not at all.
 
 The server re-factorises the aggregate by small SVDs (as FLoRIST does, arXiv 2506.09199), which is
 lossless at its numeric rank. Beyond that, what is cut goes first where it is small for the numbers
@@ -19,16 +19,16 @@ from hedgerow import lowrank
 from hedgerow.adapters import adapter_pair, adapter_tensors
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods.integers import Bits, decode, encode
+from hedgerow.methods.quantization import Bits, dequantize, quantize
 from hedgerow.methods.residual import START
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hedgerow.methods.sums import SketchedSums, StackedSums
+    from hedgerow.methods.sums import ExactSums, SketchedSums
 
 UNEVEN = 2
-"""How many times the average rank a matrix of a bounded broadcast may have at most."""
+"""Largest rank of a matrix of a bounded broadcast, in units of the average rank."""
 
 
 class Compress(BaseModel):
@@ -62,14 +62,14 @@ class Compress(BaseModel):
         return self.rank
 
 
-def cut(
+def truncate_sums(
     compress: Compress,
-    sums: StackedSums | SketchedSums,
+    sums: ExactSums | SketchedSums,
     owed: Mapping[str, Tensor],
     shapes: Mapping[str, Sequence[int]],
     largest_rank: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
-    """What is broadcast of a round's sums and of what is owed, as far as `compress` allows.
+    """Truncate a round's sums, and what is owed, to what `compress` allows.
 
     A few clients' factors are in memory at a time: of each module those components that may be
     kept, once its sum has been read.
@@ -99,9 +99,9 @@ def cut(
         past = adapter_pair(owed, module)
         due = exact if past is None else lowrank.stack([exact, past.double()])
         if average is not None:
-            start = _encoded(module, average, compress.bits)
+            start = _quantized(module, average, compress.bits)
             tensors |= {START + name: tensor for name, tensor in start.items()}
-            due = lowrank.difference(due, _decoded(module, start))
+            due = lowrank.difference(due, _dequantized(module, start))
             room -= largest_rank * sum(shapes[module])
         room += (bound or math.inf) * sum(shapes[module])
         decomposed = lowrank.svd(due)
@@ -120,9 +120,9 @@ def cut(
     for module in list(leading):
         pair, rank = leading.pop(module), ranks[module]
         kept = pair.leading(rank)
-        encoded = _encoded(module, kept, compress.bits)
-        tensors |= encoded
-        sent = _decoded(module, encoded)
+        quantized = _quantized(module, kept, compress.bits)
+        tensors |= quantized
+        sent = _dequantized(module, quantized)
         # What is left out is orthogonal to what is kept, and so to its rounding.
         missed += float(spectra[module][rank:].square().sum()) + lowrank.distance(kept, sent) ** 2
         if compress.carry:
@@ -137,14 +137,14 @@ def cut(
     return tensors, adapter_tensors(left), metrics
 
 
-def _encoded(module: str, pair: Factors, bits: Bits) -> dict[str, Tensor]:
+def _quantized(module: str, pair: Factors, bits: Bits) -> dict[str, Tensor]:
     """A module's factors as they are broadcast."""
-    return encode(adapter_tensors({module: pair.float()}), bits)
+    return quantize(adapter_tensors({module: pair.float()}), bits)
 
 
-def _decoded(module: str, tensors: Mapping[str, Tensor]) -> Factors:
-    """What participants make of them."""
-    pair = adapter_pair(decode(tensors), module)
+def _dequantized(module: str, tensors: Mapping[str, Tensor]) -> Factors:
+    """Factors in float32 again, as participants see them."""
+    pair = adapter_pair(dequantize(tensors), module)
     assert pair is not None
     return pair
 
@@ -155,7 +155,7 @@ def ranks_to_keep(
     numbers: float,
     energy: float,
 ) -> dict[str, int]:
-    """How many leading components of each matrix to keep.
+    """Number of leading components of each matrix to keep.
 
     Args:
         spectra: singular values of each, descending, shape (k,).

@@ -1,4 +1,4 @@
-"""Factors in 16 or 8 bits: what travels when float32 is more than the aggregate needs.
+"""Quantization of factors to 16 or 8 bits, where float32 is more than the aggregate needs.
 
 Each component of an adapter (a row of A, a column of B) is divided by its largest number and
 rounded to integers, so that a factor's relative error is about 1e-5 in 16 bits and 4e-3 in 8.
@@ -21,34 +21,36 @@ Bits = Literal[8, 16, 32]
 
 
 def _integer(bits: Bits) -> torch.dtype:
-    """Number type of a code of so many bits."""
+    """Number type of quantized factors of so many bits."""
     return {8: torch.int8, 16: torch.int16}[bits]
 
 
-def encode(tensors: Mapping[str, Tensor], bits: Bits) -> dict[str, Tensor]:
-    """Factors in so many bits; 32 leaves them as they are.
+def quantize(tensors: Mapping[str, Tensor], bits: Bits) -> dict[str, Tensor]:
+    """Quantize factors to integers of so many bits; 32 leaves them as they are.
 
     Args:
-        tensors: by PEFT's key names: A of shape (r, n), B of shape (m, r), in float32.
+        tensors: by PEFT's key names: A of shape (r, n), B of shape (m, r), float32.
+        bits: of each number.
 
     Returns:
-        The codes under the same names, and beside each factor its steps, float32 of shape (r,).
+        int8 or int16 tensors under the same names, and beside each factor, under `….step`, the step
+        size of each of its components, float32 of shape (r,); on the factors' device.
     """
     if bits == 32:
         return dict(tensors)
-    encoded = {}
+    quantized = {}
     largest = 2 ** (bits - 1) - 1
     for name, factor in tensors.items():
         # NaN and infinity stay what they are in the steps, where the reader's checks find them.
         step = factor.abs().amax(dim=_across(name)) / largest
         divisor = step.where(step > 0, 1.0).unsqueeze(_across(name))
-        encoded[name] = (factor / divisor).nan_to_num().round().to(_integer(bits))
-        encoded[_step_name(name)] = step
-    return encoded
+        quantized[name] = (factor / divisor).nan_to_num().round().to(_integer(bits))
+        quantized[_step_name(name)] = step
+    return quantized
 
 
-class _Decoded(Mapping[str, "Tensor"]):
-    """Factors, each read and decoded when it is asked for."""
+class _Dequantized(Mapping[str, "Tensor"]):
+    """Factors, each read and dequantized when it is asked for."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -71,18 +73,18 @@ class _Decoded(Mapping[str, "Tensor"]):
         return sum(1 for _ in self)
 
 
-def decode(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The inverse of `encode`, in float32, whatever the bits; factors are read one by one."""
-    return _Decoded(tensors)
+def dequantize(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Factors in float32 again, whatever the bits; each is read when it is asked for."""
+    return _Dequantized(tensors)
 
 
-def decoded(update: Update) -> Update:
-    """An update whose tensors are read and decoded."""
-    return dataclasses.replace(update, tensors=dict(decode(update.tensors)))
+def dequantize_update(update: Update) -> Update:
+    """An update with its tensors read and in float32 again."""
+    return dataclasses.replace(update, tensors=dict(dequantize(update.tensors)))
 
 
-def encoded_kinds(kinds: Mapping[str, Kind], bits: Bits) -> dict[str, Kind]:
-    """The kinds of what `encode` makes of factors of these kinds."""
+def quantized_kinds(kinds: Mapping[str, Kind], bits: Bits) -> dict[str, Kind]:
+    """Kinds of the tensors that `quantize` makes of factors of these kinds."""
     if bits == 32:
         return dict(kinds)
     codes = {name: Kind(_integer(bits), kind.shape) for name, kind in kinds.items()}
@@ -93,16 +95,16 @@ def encoded_kinds(kinds: Mapping[str, Kind], bits: Bits) -> dict[str, Kind]:
     return codes | steps
 
 
-def check_steps(tensors: Mapping[str, Tensor], bits: Bits, largest: float) -> None:
-    """Raise `InvalidMessage` where encoded factors have numbers above `largest` in size."""
+def check_step_sizes(tensors: Mapping[str, Tensor], bits: Bits, largest: float) -> None:
+    """Raise `InvalidMessage` where quantized factors have numbers above `largest` in size."""
     most = largest / 2 ** (bits - 1)
     for name in tensors:
         if name.endswith(".step") and not tensors[name].abs().max() <= most:
-            raise InvalidMessage(f"{name} has numbers above {most:g}")
+            raise InvalidMessage(f"{name} contains values above {most:g}")
 
 
 def _across(name: str) -> int:
-    """The dimension of a factor along which a component's numbers lie."""
+    """Dimension of a factor along which a component's numbers lie."""
     return 1 if ".lora_A." in name else 0
 
 
