@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import csv
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 import safetensors.torch
 import torch
@@ -158,3 +162,52 @@ def test_a_site_that_lacks_the_method_says_so_in_a_sentence(here, hedgerow, monk
         flower_app.App.load(here / "app")
     assert "there is no module own_method in this environment: install" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_own_metric_is_measured_and_reported(here):
+    shutil.copy(EXAMPLES / "own_metric.py", here)
+    metric = 'evaluation.metrics=["loss", "own_metric:LengthRatio"]'
+    changes = ["federation.rounds=1", metric, "evaluation.max_new_tokens=8"]
+    result = command("run", "experiment.yaml", *changes, "--out", "run")
+    assert result.returncode == 0, result.stderr
+    assert "length ratio" in result.stdout
+    assert rows_of(here / "run")[-1]["length_ratio"] >= 0
+    again = command("evaluate", "run", "--metrics", "own_metric:LengthRatio", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["length_ratio"] == rows_of(here / "run")[-1]["length_ratio"]
+    report = command("report", "run", "--out", "page.html", "--answers", 0)
+    assert report.returncode == 0, report.stderr
+    assert "length ratio" in (here / "page.html").read_text()
+
+
+def test_in_memory_runs_and_goes_on(tmp_path, monkeypatch):
+    shutil.copy(EXAMPLES / "in_memory.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    first = python("in_memory.py", "out")
+    assert first.returncode == 0, first.stderr
+    assert "north's own data" in first.stdout
+    ledger = ledger_bytes(tmp_path / "out")
+    assert len(rows_of(tmp_path / "out")) == 3
+    second = python("in_memory.py", "out")
+    assert second.returncode == 0, second.stderr
+    assert ledger_bytes(tmp_path / "out") == ledger
+
+
+def test_the_notebook_goes_from_import_to_answers(tmp_path, monkeypatch):
+    """Every cell runs, in another folder: it ends with a chart and the tuned model's answers."""
+    monkeypatch.setenv("PYTHONPATH", SOURCES)
+    notebook = nbformat.read(EXAMPLES / "first_run.ipynb", as_version=4)
+    assert len(notebook.cells) < 10
+    assert all(not cell.get("outputs") for cell in notebook.cells)  # results stay out of git
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown = [output["data"] for output in outputs if "data" in output]
+    assert any("vegalite" in kind for data in shown for kind in data)
+    answers = ast.literal_eval(shown[-1]["text/plain"])
+    assert len(answers["tuned"]) == 2
+    assert answers["tuned"] != answers["base"]
+    losses = [row["eval_loss"] for row in rows_of(tmp_path / "first-run")]
+    assert losses[-1] < losses[0] / 2

@@ -154,8 +154,11 @@ class Registry(Mapping[str, type[_P]], Generic[_P]):
             for kind in vars(importlib.import_module(module.name)).values():
                 if not isinstance(kind, type) or kind.__module__ != module.name:
                     continue
-                if issubclass(kind, self._base) and (name := kind.own_name()):
-                    own[name] = kind
+                if not issubclass(kind, self._base):
+                    continue
+                plugin: type[_P] = kind
+                if name := plugin.own_name():
+                    own[name] = plugin
         return own
 
     @cached_property

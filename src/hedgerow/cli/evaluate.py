@@ -66,7 +66,11 @@ def evaluate(
         from hedgerow.benchmarks import harness as lm_eval
 
         found = lm_eval.score_path(
-            *(target, overrides or [], round, client, names),
+            path=target,
+            overrides=overrides or [],
+            round=round,
+            client=client,
+            tasks=names,
             include_path=include_path,
             num_fewshot=num_fewshot,
             limit=limit,

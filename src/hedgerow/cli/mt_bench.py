@@ -42,7 +42,12 @@ def mt_bench_answer(
 
     with console.ProgressWatcher("answers") as watcher:
         done = mt_bench.answer(
-            *(target, overrides or [], round, client, questions, out),
+            path=target,
+            overrides=overrides or [],
+            round=round,
+            client=client,
+            questions=questions,
+            out=out,
             max_new_tokens=max_new_tokens,
             model_id=model_id,
             progress=watcher.evaluated,
@@ -91,7 +96,10 @@ def mt_bench_judge(
     judge = judging.Judge(endpoint, model, os.environ.get(key_variable), key_variable)
     with console.ProgressWatcher("judgments") as watcher:
         report = judging.judge(
-            *(answers, questions, out, judge),
+            answers=answers,
+            questions=questions,
+            out=out,
+            judge=judge,
             against=against,
             references=references,
             parallel=parallel,
