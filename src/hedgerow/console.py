@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,11 @@ if not out.is_terminal:
 def is_watched() -> bool:
     """Whether there is somebody to show progress to: a terminal, or a notebook."""
     return out.is_terminal or out.is_jupyter
+
+
+def _has_bars() -> bool:
+    """Whether bars can move: in a terminal, or in a notebook with widgets."""
+    return out.is_terminal or (out.is_jupyter and find_spec("ipywidgets") is not None)
 
 
 TRAINING = Score("train_loss", label="train loss", unit="nats per token", direction="lower")
@@ -54,7 +60,10 @@ class ProgressWatcher:
             TimeElapsedColumn(),
             console=out,
             transient=True,
-            disable=not is_watched(),
+            disable=not _has_bars(),
+            # In a notebook what is redirected to a display would be displayed by what it prints.
+            redirect_stdout=out.is_terminal,
+            redirect_stderr=out.is_terminal,
         )
         self._rounds = self._progress.add_task(title, total=None)
         self._clients = self._progress.add_task("clients", total=None)

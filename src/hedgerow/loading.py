@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,21 @@ def location(path: str) -> str:
     return str(MODEL) if path == DEMO else path
 
 
+@contextmanager
+def _bars_in_terminals_only() -> Iterator[None]:
+    """Keep transformers' bars out of files and notebooks, where they are lines upon lines."""
+    bars = transformers.utils.logging
+    hidden = bars.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hidden:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            bars.enable_progress_bar()
+
+
+@_bars_in_terminals_only()
 def load(settings: ModelSettings) -> tuple[Any, Any]:
     """Load a model (or an adapter with its base) from a folder, or a model from the Hub.
 

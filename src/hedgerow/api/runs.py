@@ -15,10 +15,10 @@ from hedgerow.runs.opening import Loader, check_client, check_round
 from hedgerow.runs.rows import read_rows
 
 if TYPE_CHECKING:
-    import altair
     import pandas
 
     from hedgerow.api.base import BaseInMemory
+    from hedgerow.api.charts import Chart
     from hedgerow.api.draft import PathLike
     from hedgerow.experiment import Experiment
 
@@ -181,8 +181,8 @@ class Run:
         )
         return answers
 
-    def chart(self, score: str = "eval_loss") -> altair.Chart:
-        """Chart of a score by round, which notebooks show.
+    def chart(self, score: str = "eval_loss") -> Chart:
+        """Chart of a score by round, an altair chart, which notebooks show.
 
         Args:
             score: a column of `metrics`.
@@ -190,23 +190,13 @@ class Run:
         Raises:
             UserError: there is no such score.
         """
-        import altair
-        import pandas
+        from hedgerow.api.charts import by_round
 
         rows = [row for row in self._rows() if row.get(score) is not None]
         if not rows:
             known = sorted({key for row in self._rows() for key, v in row.items() if _is_number(v)})
             raise UserError(f"chart: the run has no score {score!r} (known: {', '.join(known)})")
-        values = pandas.DataFrame([{"round": row["round"], score: row[score]} for row in rows])
-        chart: altair.Chart = (
-            altair.Chart(values, title=self.path.name)
-            .mark_line(point=True)
-            .encode(
-                x=altair.X("round:Q", axis=altair.Axis(tickMinStep=1)),
-                y=altair.Y(f"{score}:Q", scale=altair.Scale(zero=False)),
-            )
-        )
-        return chart
+        return by_round(rows, score, title=self.path.name)
 
     def export_adapter(
         self,
