@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -262,6 +263,10 @@ def test_the_advice_for_a_run_from_memory_works(memory, tiny_model, tmp_path, he
         ({"method": "nope"}, "there is no 'nope'"),
         ({"method": {"ranks": 3}}, "`method` needs a name"),
         ({"training": {"stepps": 3}}, "did you mean `steps`"),
+        ({"training": 3}, "training= must be a mapping"),
+        ({"evaluation": {"metrics": ["nope"]}}, "there is no 'nope'"),
+        ({"smoke": True}, "smoke=True is for experiment files"),
+        ({"method": "hedgerow.methods.lora:LoraMethod"}, "lacks the function"),
         ({"data": TEXT | {"max_length": 1}}, r"data\.max_length"),
     ],
 )
@@ -279,6 +284,101 @@ def test_a_model_in_half_precision_or_with_an_adapter_is_refused(memory, network
         hr.run(**memory | {"model": adapted}, out=tmp_path / "a")
     with pytest.raises(UserError, match="is in float16"):
         hr.run(**memory | {"model": adapted.unload().half()}, out=tmp_path / "a")
+
+
+def test_what_training_changes_beside_weights_is_given_back(memory, network, tmp_path):
+    layer = network.get_submodule("model.layers.0")
+    layer.eval()
+    network.lm_head.train()
+    weight = network.get_input_embeddings().weight
+    weight.grad = torch.ones_like(weight)
+    hr.run(**memory | {"method": "fedavg"}, rounds=1, out=tmp_path / "a")
+    assert not layer.training
+    assert network.lm_head.training
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
+@pytest.mark.parametrize("place", ["peft.get_peft_model", "hedgerow.training.loss.batch_loss"])
+def test_an_interrupted_run_gives_the_model_back(memory, network, tmp_path, monkeypatch, place):
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    hr.run(**memory, rounds=1, out=tmp_path / "a")
+    module, _, name = place.rpartition(".")
+    original, calls = getattr(importlib.import_module(module), name), []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        result = original(*arguments, **options)
+        if len(calls) > 2 or name == "get_peft_model":
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, interrupted)
+        if name == "batch_loss":
+            patch.setattr("hedgerow.training.first_order.batch_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            hr.run(**memory, rounds=2, out=tmp_path / "a", resume=True)
+    assert any("resume=True" in note for note in stop.value.__notes__)
+    assert network.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[n], w) for n, w in network.state_dict().items())
+    assert hr.run(**memory, rounds=2, out=tmp_path / "a", resume=True).rounds == 2
+
+
+def test_a_comparison_may_load_another_model_beside_the_one_in_memory(
+    memory, network, tiny_model, tmp_path
+):
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    shared = {key: value for key, value in memory.items() if key != "method"}
+    found = hr.compare(
+        **shared,
+        methods=["fedavg", f"fedavg model.path={tiny_model}", "fedavg training.steps=1"],
+        rounds=1,
+        out=tmp_path / "a",
+    )
+    assert not found.failures
+    assert all(torch.equal(before[name], w) for name, w in network.state_dict().items())
+    first, second, _ = found.runs.values()
+    assert list(first.metrics["eval_loss"]) == list(second.metrics["eval_loss"])
+
+
+def test_relative_paths_are_from_where_the_program_is(tiny_model, tmp_path, monkeypatch):
+    files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    content = {
+        "model": {"path": str(tiny_model)},
+        "data": {"clients": {"a": "north.json", "b": "south.json"}, "test": "test.json", **TEXT},
+        "method": {"name": "fedit", "ranks": 2},
+        "training": TRAINING,
+        "federation": {"rounds": 1},
+    }
+    for made in (content, hr.Experiment(**content)):
+        run = hr.run(made, out=f"run-{type(made).__name__}")
+        assert Path(run.experiment.data.test).is_absolute()
+        monkeypatch.chdir(tmp_path / "..")
+        assert run.evaluate()["rows"] == 4
+        monkeypatch.chdir(tmp_path)
+        assert hr.run(made, rounds=2, out=f"run-{type(made).__name__}", resume=True).rounds == 2
+
+
+def test_rows_of_arrays_become_lists():
+    from hedgerow.data import as_rows
+
+    frame = pd.DataFrame({"choices": [np.array(["a", "b"])], "n": [np.int64(3)], "x": [np.nan]})
+    assert as_rows(frame, "rows") == [{"choices": ["a", "b"], "n": 3, "x": None}]
+    assert as_rows([{"a": {"b": [float("nan")]}}], "rows") == [{"a": {"b": [None]}}]
+
+
+def test_another_optimiser_does_not_inherit_a_default(memory, tmp_path):
+    first = hr.run(
+        **memory | {"training": TRAINING | {"optimizer": "muon"}}, out=tmp_path / "a", rounds=1
+    )
+    again = hr.run(
+        **memory | {"training": {"optimizer": "sgd"}, "clients": ROWS},
+        experiment=first.experiment,
+        out=tmp_path / "b",
+    )
+    assert again.experiment.training.momentum == 0
+    assert again.experiment.training.steps == 2
 
 
 # --- what a run can do --------------------------------------------------------------------------
@@ -313,6 +413,13 @@ def test_a_run_evaluates_and_answers(memory, tmp_path):
     answers = run.answer(["Say b0", "Say a1"], max_new_tokens=4)
     assert len(answers) == 2
     assert all(isinstance(answer, str) for answer in answers)
+    assert run.answer([]) == []
+    with pytest.raises(UserError, match="must be a list of texts"):
+        run.answer("Say b0")
+    with pytest.raises(UserError, match="max_new_tokens=9999: give 1 to 255"):
+        run.answer(["Say b0"], max_new_tokens=9999)
+    with pytest.raises(UserError, match=r"metrics= must be a list"):
+        run.evaluate(metrics="loss")
 
 
 def test_models_of_clients_are_named(memory, tmp_path):
@@ -347,6 +454,52 @@ def test_a_packed_ledger_opens_as_a_run(experiment, tmp_path):
         _ = packed.metrics
 
 
+def test_a_stranger_s_packed_ledger_imports_nothing_unasked(experiment, tmp_path, hedgerow):
+    """Whoever opens it names its plug-in again, and so says that it is trusted."""
+    import zipfile
+
+    path = experiment(method={"name": "fedit", "ranks": 2})
+    run = hr.run(path, out=tmp_path / "a")
+    packed = run.export_ledger(tmp_path / "a.ledger")
+    other = tmp_path / "b.ledger"
+    with zipfile.ZipFile(packed) as source, zipfile.ZipFile(other, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name == "experiment.yaml":
+                content = content.replace(b"name: fedit", b"name: hedgerow.methods.fedit:FedIT")
+            target.writestr(name, content)
+    with pytest.raises(UserError, match="names the plug-in") as refused:
+        hr.open_run(other)
+    assert 'method.name="hedgerow.methods.fedit:FedIT"' in str(refused.value)
+    assert hedgerow("ledger", "verify", other).code == 0
+
+
+def test_a_model_in_memory_is_no_other(memory, tmp_path):
+    with pytest.raises(UserError, match=r"model\.dtype is 'bfloat16', but the model in memory"):
+        hr.run(None, "model.dtype=bfloat16", **memory, out=tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"methods": "flora"}, "methods"),
+        ({"seeds": 0}, "seeds"),
+        ({"sweep": {"training.steps": 3}}, "needs a list of values"),
+        ({"sweep": {"training.steps": []}}, "needs a list of values"),
+    ],
+)
+def test_a_comparison_s_mistakes_are_one_sentence(experiment, tmp_path, change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        hr.compare(experiment(), **{"methods": ["fedit"]} | change, out=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_opens_a_run_whose_model_was_in_memory(memory, tiny_model, tmp_path):
+    run = hr.run(**memory, rounds=1, out=tmp_path / "a")
+    opened = hr.open_run(run.path, model=tiny_model, test=TEST)
+    assert opened.evaluate()["eval_loss"] == run.metrics["eval_loss"].iloc[-1]
+
+
 def test_nothing_is_no_run(tmp_path):
     with pytest.raises(UserError, match="is no run"):
         hr.open_run(tmp_path)
@@ -379,7 +532,52 @@ def test_methods_are_compared_on_memory_and_reported(memory, network, tmp_path):
     assert compared.evaluate()["eval_loss"] == alone.metrics["eval_loss"].iloc[-1]
     notes = hr.report(found, alone, out=tmp_path / "page.html", answers=1)
     assert (tmp_path / "page.html").is_file()
-    assert any("in the memory of the program" in note for note in notes)
+    assert not notes
+    assert "Say b0" in (tmp_path / "page.html").read_text()
+    elsewhere = hr.report(found.path, out=tmp_path / "other.html", answers=1)
+    assert any("in the memory of the program" in note for note in elsewhere)
+
+
+def test_a_comparison_of_other_objects_is_not_taken_for_done(memory, network, tmp_path):
+    shared = {key: value for key, value in memory.items() if key != "method"}
+    options = {"methods": ["fedit ranks=2"], "rounds": 1, "out": tmp_path / "a"}
+    hr.compare(**shared, **options)
+    assert not hr.compare(**shared, **options).failures
+    fewer = hr.compare(**shared | {"test": TEST[:2]}, **options)
+    assert "the test data have changed" in next(iter(fewer.failures.values()))
+    others = hr.compare(**shared | {"clients": ROWS | {"west": ROWS["north"]}}, **options)
+    assert "the data of west have changed" in next(iter(others.failures.values()))
+    with torch.no_grad():
+        network.get_input_embeddings().weight.mul_(2)
+    assert "is not the base" in next(iter(hr.compare(**shared, **options).failures.values()))
+
+
+def test_a_run_goes_on_with_its_own_test_data_and_order_of_clients(memory, tmp_path):
+    hr.run(**memory, rounds=1, out=tmp_path / "a")
+    again = {"rounds": 2, "out": tmp_path / "a", "resume": True}
+    with pytest.raises(UserError, match="the test data have changed"):
+        hr.run(**memory | {"test": TEST[:2]}, **again)
+    backwards = dict(reversed(ROWS.items()))
+    with pytest.raises(UserError, match=r"data\.clients|another order"):
+        hr.run(**memory | {"clients": backwards}, **again)
+
+
+class Mine(hr.methods.FLoRA):
+    """A method that calls itself as one of hedgerow's own."""
+
+    name: str = "flora"
+
+    def aggregate(self, updates, server_round):
+        raise UserError("mine was called")
+
+
+def test_a_method_of_one_s_own_is_never_taken_for_another(memory, tmp_path):
+    with pytest.raises(UserError, match="mine was called"):
+        hr.run(**memory | {"method": Mine(ranks=[4, 2, 1])}, rounds=1, out=tmp_path / "a")
+    with pytest.raises(UserError, match=r"give FLoRA\(…\)"):
+        hr.run(**memory | {"method": hr.methods.FLoRA}, out=tmp_path / "b")
+    with pytest.raises(UserError, match="names 1 twice"):
+        hr.run(**memory | {"clients": {1: ROWS["north"], "1": ROWS["south"]}}, out=tmp_path / "b")
 
 
 # --- the package --------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from support.adapters import SERVER_ROUND, SHAPES, clients, error, exact, updates
-from support.doubles import Forgetful, no_past
 from support.models import logits
 from support.runs import rows_of
 from transformers import AutoModelForCausalLM
@@ -26,6 +25,7 @@ from hedgerow.methods.factors import draw_adapter
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
 from hedgerow.settings import ModelSettings, TrainingSettings
+from hedgerow.testing.doubles import Forgetful, no_past
 from hedgerow.training import adalora
 from hedgerow.training.job import Job
 from hedgerow.wire import Entry, Participant, Update

@@ -3,7 +3,6 @@
 import random
 
 import pytest
-from support.doubles import Nobody
 from support.experiments import dolly
 from support.runs import rows_of
 
@@ -11,7 +10,7 @@ from hedgerow import federation
 from hedgerow.engines import local
 from hedgerow.errors import RunFailed
 from hedgerow.experiment import load
-from hedgerow.federation.fleet import ClientResult
+from hedgerow.federation.fleet import ClientResult, Unwatched
 from hedgerow.runs.directory import RunDirectory
 
 
@@ -43,7 +42,7 @@ def run(fleet, experiment, out):
     prepared = local.prepare(experiment)
     trained = experiment.method.trained_shapes(prepared.model)
     with RunDirectory.create(out, experiment, prepared.base, {}, trained) as directory:
-        federation.run(experiment, fleet(experiment, prepared, directory), directory, Nobody())
+        federation.run(experiment, fleet(experiment, prepared, directory), directory, Unwatched())
     return rows_of(out)
 
 

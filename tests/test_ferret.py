@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.doubles import Nobody
 from support.runs import rows_of
 
 from hedgerow import federation, runs
@@ -16,7 +15,7 @@ from hedgerow.engines import local
 from hedgerow.errors import InvalidMessage
 from hedgerow.evaluation.scores import evaluate
 from hedgerow.experiment import load
-from hedgerow.federation.fleet import ClientResult
+from hedgerow.federation.fleet import ClientResult, Unwatched
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Client, Expected
 from hedgerow.model import Model
@@ -163,7 +162,7 @@ def test_a_server_needs_no_model(run, tmp_path, method):
     assert not nowhere.exists()
     members = [Client(i, c.client, c.num_examples) for i, c in enumerate(clients)]
     with RunDirectory.create(tmp_path / "server", experiment, base, {}, trained) as server:
-        federation.run(experiment, Postman(directory, members), server, Nobody())
+        federation.run(experiment, Postman(directory, members), server, Unwatched())
     for round in (1, 2, 3):
         name = f"ledger/{round:04d}.safetensors"
         assert (tmp_path / "server" / name).read_bytes() == (directory / name).read_bytes()
@@ -273,7 +272,7 @@ def test_a_replay_has_the_bits_that_the_run_had(run, experiment, hedgerow, tmp_p
         dtype = "float32" if "fedkseed" in options else "bfloat16"
         settings = load(experiment(), [f"method={options}", f"model.dtype={dtype}"])
         model = Model.load(settings.model)
-        local.run(settings, tmp_path / str(number), Nobody(), model=model)
+        local.run(settings, tmp_path / str(number), Unwatched(), model=model)
         with runs.opened(tmp_path / str(number), []) as (again, ledger):
             rebuilt = runs.model_at(again, ledger, 2)
         pairs = zip(model.network.parameters(), rebuilt.network.parameters(), strict=True)

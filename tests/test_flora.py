@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.doubles import no_past
 from support.runs import rows_of
 from torch import nn
 
@@ -26,6 +25,7 @@ from hedgerow.methods.weighting import LENGTHS, LONGEST, SHORTEST, adaptive_step
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
+from hedgerow.testing.doubles import no_past
 from hedgerow.training import line_search
 from hedgerow.wire import (
     LARGEST_BROADCAST,

@@ -412,3 +412,13 @@ def test_muon_s_own_momentum_holds_unless_training_has_another(experiment):
     assert load(path, ["training.momentum=0.5"]).training.momentum == 0.5
     [group] = built(optimizer="muon", momentum=0.5).param_groups
     assert group["momentum"] == 0.5
+
+
+def test_an_optimizer_that_is_none_is_refused(monkeypatch):
+    from hedgerow.errors import UserError
+    from hedgerow.training import first_order
+    from hedgerow.training.optimizers.adamw import AdamW
+
+    monkeypatch.setattr(AdamW, "build", lambda *_: None)
+    with pytest.raises(UserError, match="not NoneType"):
+        first_order.make_optimizer({}, TrainingSettings(), 0.1)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from support.doubles import Forgetful
 from torch import Tensor
 
 from hedgerow.adapters import adapter_tensors
@@ -16,6 +15,7 @@ from hedgerow.methods.quantization import quantize
 from hedgerow.methods.residual import START
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
+from hedgerow.testing.doubles import Forgetful
 from hedgerow.wire import Entry, Update
 
 SHAPES = {"q": (12, 10), "up": (9, 16), "v": (7, 10)}

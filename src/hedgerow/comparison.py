@@ -155,7 +155,9 @@ def run(
     # is to be compared should be told at once.
     from hedgerow.engines import local
 
-    missing = [cell for cell in cells if not _is_done(cell)]
+    # What is in memory may be another than when a cell was done: its run compares digests.
+    in_memory = lender is not None or held is not None
+    missing = [cell for cell in cells if in_memory or not _is_done(cell)]
     lender, failures = lender or Lender(), {}
     for count, cell in enumerate(missing, start=1):
         with watch(f"[{count}/{len(missing)}] {title(cell)}:") as watcher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -48,3 +49,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`, did you mean …` for the nearest of `known`, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean `{close[0]}`?" if close else ""
+
+
+def check_installed(module: str, name: str, extra: str) -> None:
+    """Raise a `UserError` where an optional part is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{name} is not installed: pip install 'hedgerow[{extra}]'")

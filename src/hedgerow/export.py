@@ -24,6 +24,7 @@ from hedgerow.ledger import Ledger
 from hedgerow.loading import location
 from hedgerow.lowrank import Factors
 from hedgerow.model import Model
+from hedgerow.names import MEMORY
 from hedgerow.runs import Loader, check_client, check_round, model_at, opened
 from hedgerow.runs.rows import read_rows
 
@@ -78,6 +79,10 @@ def to_adapter(
     Returns:
         The rank of each adapted module.
     """
+    if rank is not None and rank < 1:
+        raise UserError(f"rank {rank}: give 1 or more")
+    if energy is not None and not 0 < energy <= 1:
+        raise UserError(f"energy {energy}: give a share above 0 and at most 1")
     with opened(run, overrides) as (experiment, ledger), _new_folder(out) as folder:
         round = check_round(ledger, round)
         check_client(experiment, ledger, client)
@@ -86,7 +91,7 @@ def to_adapter(
         pairs = dict(adapter_pairs(tensors))
         if rank is not None or energy is not None:
             pairs = {m: lowrank.truncate(p, rank=rank, energy=energy) for m, p in pairs.items()}
-        _save_adapter(pairs, experiment, folder)
+        _save_adapter(pairs, experiment, ledger, folder)
         _write_card(folder, run, experiment, ledger, round, "peft")
         return {module: pair.rank for module, pair in pairs.items()}
 
@@ -103,14 +108,17 @@ def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
         ledger.pack(out, without_folders(experiment).dump())
 
 
-def _save_adapter(pairs: dict[str, Factors], experiment: Experiment, folder: Path) -> None:
+def _save_adapter(
+    pairs: dict[str, Factors], experiment: Experiment, ledger: Ledger, folder: Path
+) -> None:
+    path = experiment.model.path
     ranks = {module: pair.rank for module, pair in pairs.items()}
     largest = max(ranks.values())
     smaller = {module: rank for module, rank in ranks.items() if rank != largest}
     # The scale is in the factors, so every module's alpha is its rank.
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=location(experiment.model.path),
+        base_model_name_or_path=ledger.base.name if path == MEMORY else location(path),
         revision=experiment.model.revision,
         inference_mode=True,
         r=largest,

@@ -131,10 +131,12 @@ class Model:
                     adapted = peft.get_peft_model(self.network, config, _TRAINED)
                     if beside is not None:
                         adapted.add_adapter(_FROZEN, beside)
-                except Exception:
-                    # peft may have wrapped some layers before it came to one that it cannot.
+                except BaseException:
+                    # peft has wrapped some layers, and came to one that it cannot, or to Ctrl-C.
                     for name, layer in self._lora_layers().items():
                         self.network.set_submodule(name, layer.get_base_layer())
+                    if hasattr(self.network, "peft_config"):
+                        del self.network.peft_config
                     raise
             self._wrapped[key] = self._lora_layers()
             adapted.unload()

@@ -8,6 +8,7 @@ and `package.module:Class`, for whatever can be imported.
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -37,7 +38,7 @@ class Plugin(BaseModel):
     def own_name(cls) -> str | None:
         """Name that this class, not one that it inherits from, gives itself."""
         # A subclass of FLoRA is not flora.
-        declared = "name" in vars(cls).get("__annotations__", {})
+        declared = "name" in inspect.get_annotations(cls)
         return cls.model_fields["name"].default if declared else None
 
     @model_validator(mode="before")
@@ -46,7 +47,7 @@ class Plugin(BaseModel):
         if not isinstance(options, dict):
             return options
         named: dict[str, Any] = {"name": cls.own_name() or dotted_name(cls)} | options
-        if cls.own_name() not in (None, named["name"]):
+        if named["name"] != dotted_name(cls) and cls.own_name() not in (None, named["name"]):
             raise ValueError(f"the name of {cls.__name__} is {cls.own_name()!r}")
         return named
 
@@ -109,7 +110,7 @@ class Registry(Mapping[str, type[_P]], Generic[_P]):
                 return self._imported(name)
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # Anything may go wrong in somebody else's module.
             raise UserError(
                 f"`{key}`: {name} cannot be imported ({type(error).__name__}: {error})"
@@ -133,8 +134,14 @@ class Registry(Mapping[str, type[_P]], Generic[_P]):
             ) from None
         for part in path.split("."):
             if not hasattr(found, part):
-                where = "this program" if module == "__main__" else module
-                raise UserError(f"{self.what} {name}: {where} has no {path}")
+                hint, where = "", module
+                if module == "__main__":
+                    where = "this program"
+                    hint = (
+                        ": a class of a notebook or a script is known only there; define it in a "
+                        "module to use it elsewhere"
+                    )
+                raise UserError(f"{self.what} {name}: {where} has no {path}{hint}")
             found = getattr(found, part)
         return self._checked(found, name)
 
@@ -144,6 +151,9 @@ class Registry(Mapping[str, type[_P]], Generic[_P]):
                 f"{self.what} {name}: is no subclass of {self._base.__module__}."
                 f"{self._base.__qualname__}"
             )
+        if inspect.isabstract(found):
+            lacking = ", ".join(sorted(vars(found)["__abstractmethods__"]))
+            raise UserError(f"{self.what} {name}: lacks the function {lacking}: define it")
         return found
 
     @cached_property

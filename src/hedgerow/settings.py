@@ -344,7 +344,7 @@ class Comparison(Section):
         if not isinstance(sweep, dict):
             raise ValueError("must be a mapping, as {training.learning_rate: [1e-3, 3e-3]}")
         for key, values in sweep.items():
-            if not isinstance(values, list) or not values:
+            if not isinstance(values, list | tuple) or not values:
                 raise ValueError(f"{key} needs a list of values, as [1, 2, 3]")
 
         def text(value: Any) -> str:

@@ -12,8 +12,8 @@ from hedgerow.adapters import adapter_pairs
 from hedgerow.methods.base import Aggregate, Expected, ServerRound
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
+from hedgerow.testing.doubles import Forgetful
 from hedgerow.wire import Update
-from support.doubles import Forgetful
 
 Clients = list[tuple[int, float, int]]
 SHAPES = {"model.q": (6, 5), "model.v": (3, 5)}

@@ -56,8 +56,8 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from hedgerow.engines import local
     from hedgerow.experiment import load
+    from hedgerow.federation.fleet import Unwatched
     from support.configurations import METHOD_OPTIONS, MORE_OPTIONS, method_of
-    from support.doubles import Nobody
     from support.experiments import write_experiment
     from support.models import tiny_llama
 
@@ -69,7 +69,7 @@ def main() -> None:
             path = write_experiment(Path(folder), model)
             content = yaml.safe_load(path.read_text()) | {"method": method_of(name)}
             path.write_text(yaml.safe_dump(content))
-            local.run(load(path, ["federation.rounds=3"]), Path(folder) / "run", Nobody())
+            local.run(load(path, ["federation.rounds=3"]), Path(folder) / "run", Unwatched())
             hashes[name] = entry_hashes(Path(folder) / "run")
         print(name, hashes[name][-1][:12], flush=True)
     content = {"torch": torch.__version__, "arithmetic": arithmetic(), "entries": hashes}

@@ -17,7 +17,7 @@ class BaseInMemory:
     """A transformers model and its tokenizer, which belong to whoever handed them over."""
 
     def __init__(self, network: Any, tokenizer: Any) -> None:
-        self._network = network
+        self.network = network
         self.tokenizer = copy.deepcopy(tokenizer)  # a padding token may be added to it
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -26,21 +26,28 @@ class BaseInMemory:
 
     def load(self, _: ModelSettings) -> Model:
         """A copy, for whoever asks to change and to keep: a `runs.Loader`."""
-        return Model(copy.deepcopy(self._network), self.tokenizer, self._name)
+        return Model(copy.deepcopy(self.network), self.tokenizer, self._name)
 
     @contextmanager
     def lent(self) -> Iterator[Lender]:
-        """Lend the model itself; afterwards its weights, flags and mode are what they were.
+        """Lend the model itself; afterwards weights, gradients, flags and modes are what they were.
 
         A copy of the weights is in host memory meanwhile.
         """
-        flags = [parameter.requires_grad for parameter in self._network.parameters()]
-        training = self._network.training
-        lender = Lender(Model(self._network, self.tokenizer, self._name))
+        parameters = list(self.network.parameters())
+        flags = [parameter.requires_grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters]
+        modes = {module: module.training for module in self.network.modules()}
+        for parameter in parameters:
+            parameter.grad = None  # or the first step would go down it as well
+        lender = Lender(Model(self.network, self.tokenizer, self._name))
         try:
             yield lender
         finally:
-            lender.give_back()
-            for parameter, flag in zip(self._network.parameters(), flags, strict=True):
-                parameter.requires_grad_(flag)
-            self._network.train(training)
+            try:
+                lender.give_back()
+            finally:
+                for module, training in modes.items():
+                    module.training = training
+                for parameter, flag, gradient in zip(parameters, flags, gradients, strict=True):
+                    parameter.requires_grad_(flag).grad = gradient

@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hedgerow.api.draft import PathLike, SectionLike, draft
+from hedgerow import settings
+from hedgerow.api.draft import PathLike, SectionLike, draft, plain
 from hedgerow.api.running import watcher
-from hedgerow.experiment import Experiment
+from hedgerow.experiment import Experiment, validate
+from hedgerow.names import MEMORY
 
 if TYPE_CHECKING:
     import pandas
@@ -85,8 +87,6 @@ def compare(
     Raises:
         UserError: naming the method, option or key that is wrong.
     """
-    import json
-
     sections = {
         "data": data,
         "training": training,
@@ -108,19 +108,16 @@ def compare(
     )
     from hedgerow import comparison
 
-    given = drafted.comparison(overrides)
-    texts = {
-        key: [value if isinstance(value, str) else json.dumps(value) for value in values]
-        for key, values in (given.sweep if sweep is None else sweep).items()
-    }
+    said = drafted.comparison(overrides).model_dump()
+    handed = {"methods": methods, "sweep": sweep, "seeds": seeds, "target": target}
+    said |= {key: plain(value) for key, value in handed.items() if value is not None}
+    given = validate(said, "hr.compare", settings.Comparison)
     cells = comparison.plan(
-        drafted.load,
-        overrides,
-        given.methods if methods is None else methods,
-        texts,
-        given.seeds if seeds is None else seeds,
-        Path(out),
+        drafted.load, overrides, given.methods, given.sweep, given.seeds, Path(out)
     )
+    for cell in cells:
+        if cell.experiment.model.path == MEMORY:
+            drafted.check_model(cell.experiment)
     measured = dict.fromkeys(name for c in cells for name in c.experiment.evaluation.metrics)
     watch = partial(watcher, progress, metrics=list(measured))
     from hedgerow.api.base import BaseInMemory
@@ -131,8 +128,9 @@ def compare(
     if drafted.network is not None:
         base = BaseInMemory(drafted.network, drafted.tokenizer)
     with nullcontext(None) if base is None else base.lent() as lender:
-        outcomes = comparison.run(cells, watch, lender=lender, held=drafted.held)
-    table = tables.summarise(outcomes, given.target if target is None else target)
+        held = drafted.held if drafted.has_rows else None
+        outcomes = comparison.run(cells, watch, lender=lender, held=held)
+    table = tables.summarise(outcomes, given.target)
     people = tables.shown(table, list(cells[0].sweep), tables.compared(outcomes))
     tables.write(table, people, Path(out))
     import pandas
@@ -183,5 +181,29 @@ def report(
     from hedgerow.reporting import page
 
     folders = [each.path if isinstance(each, Run | Comparison) else Path(each) for each in runs]
-    with watcher(progress, "models") as watching:
-        return page.write(folders, Path(out), answers, target, watching.evaluated)
+    opened = [run for each in runs for run in _runs_of(each)]
+    bases = {id(run.base.network): run.base for run in opened if run.base is not None}
+    held = {run.path: run.test for run in opened if run.test is not None}
+    base = next(iter(bases.values())) if len(bases) == 1 else None
+    with (
+        watcher(progress, "models") as watching,
+        nullcontext(None) if base is None else base.lent() as lender,
+    ):
+        return page.write(
+            folders,
+            Path(out),
+            answers,
+            target,
+            watching.evaluated,
+            lender=lender,
+            held=held,
+        )
+
+
+def _runs_of(each: PathLike | Run | Comparison) -> list[Run]:
+    """The runs that are open already."""
+    from hedgerow.api.runs import Run
+
+    if isinstance(each, Comparison):
+        return list(each.runs.values())
+    return [each] if isinstance(each, Run) else []

@@ -11,13 +11,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from hedgerow.data.memory import Held, as_rows
+from hedgerow.data.in_memory import Held, as_rows
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, validate
 from hedgerow.experiment.file import comparison_of, read, resolve
+from hedgerow.experiment.overrides import forget_defaults
 from hedgerow.experiment.paths import make_paths_absolute
-from hedgerow.methods import Method
+from hedgerow.methods import METHODS, Method
 from hedgerow.names import MEMORY
+from hedgerow.plugins import dotted_name
 from hedgerow.settings import Comparison, Section
 
 PathLike = str | os.PathLike[str]
@@ -40,6 +42,12 @@ class Draft:
     """transformers model, where it is in memory."""
     tokenizer: Any = None
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether some of the data are in memory."""
+        held = self.held
+        return bool(held.clients) or held.source is not None or held.test is not None
+
     def load(self, overrides: Sequence[str] = ()) -> Experiment:
         """The experiment, checked.
 
@@ -49,6 +57,18 @@ class Draft:
         content = resolve(self.content, overrides, self.folders, self.where)
         content.pop("compare", None)
         return validate(content, self.where, Experiment)
+
+    def check_model(self, experiment: Experiment) -> None:
+        """Raise a `UserError` where an override would have a model in memory be another."""
+        if self.network is None:
+            return
+        handed = memory_model(self.network, self.tokenizer)
+        for key, value in experiment.model.model_dump().items():
+            if key in handed and value != handed[key]:
+                raise UserError(
+                    f"model.{key} is {value!r}, but the model in memory has {handed[key]!r}: leave "
+                    "it out, or convert the model before"
+                )
 
     def comparison(self, overrides: Sequence[str] = ()) -> Comparison:
         """What the experiment says about comparing."""
@@ -87,14 +107,18 @@ def draft(
         UserError: something is of no kind that is known.
     """
     folders, content = [Path.cwd()], {}
-    if isinstance(experiment, Experiment):
-        content = experiment.model_dump(mode="json")
-    elif isinstance(experiment, Mapping):
+    if smoke and not isinstance(experiment, str | os.PathLike):
+        raise UserError(f"{where}: smoke=True is for experiment files, which say what it puts in")
+    if isinstance(experiment, Experiment | Mapping):
         content = plain(experiment)
+        make_paths_absolute(content, [Path.cwd()])
     elif experiment is not None:
         path = Path(experiment)
         where, content = str(path), read(path, smoke=smoke)
         folders.append(path.parent)
+    for name, section in sections.items():
+        if not isinstance(section, Mapping | Section | None):
+            raise UserError(f"{where}: {name}= must be a mapping, not {type(section).__name__}")
     given: dict[str, Any] = {
         name: plain(section) for name, section in sections.items() if section is not None
     }
@@ -110,26 +134,28 @@ def draft(
         raise UserError(f"{where}: tokenizer= belongs to a model in memory: give model= as well")
     data = given.setdefault("data", {})
     held: dict[str, Any] = {}
+    if clients is None and isinstance(data.get("clients"), Mapping | list):
+        clients = data["clients"]
     if clients is not None:
         data["clients"], held["clients"] = _clients(clients)
-    if "source" in data and not isinstance(data["source"], str):
+    if not isinstance(data.get("source"), str | None):
         held["source"] = as_rows(data["source"], "data.source")
         data["source"] = MEMORY
     if test is not None:
         data["test"] = plain(test) if isinstance(test, os.PathLike) else test
-    if "test" in data and not isinstance(data["test"], str | None):
+    if not isinstance(data.get("test"), str | None):
         held["test"] = as_rows(data["test"], "the test data")
         data["test"] = MEMORY
     if rounds is not None:
         given.setdefault("federation", {})["rounds"] = rounds
     if method is not None:
-        given["method"] = {"name": method} if isinstance(method, str) else plain(method)
+        given["method"] = _method(method)
     make_paths_absolute(given, [Path.cwd()])
     return Draft(_merged(content, given), where, folders, Held(**held), network, tokenizer)
 
 
 def plain(value: Any) -> Any:
-    """A section of settings, however nested, as a file would hold it; rows stay as they are."""
+    """A section of settings, however nested, as a file would hold it; other objects stay."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, Mapping):
@@ -160,6 +186,26 @@ def memory_model(network: Any, tokenizer: Any) -> dict[str, Any]:
     return {"path": MEMORY, "dtype": dtype, "device": str(network.device)}
 
 
+def _method(method: Any) -> Any:
+    """Section `method` of a name, of options, or of a method."""
+    if isinstance(method, str):
+        return {"name": method}
+    if isinstance(method, type):
+        raise UserError(f"method= must be a method, not its class: give {method.__name__}(…)")
+    options = plain(method)
+    if isinstance(method, Method):
+        if METHODS.get(method.name) is not type(method):
+            options["name"] = dotted_name(type(method))
+        if type(method).model_validate(options) != method.model_copy(
+            update={"name": options["name"]}
+        ):
+            raise UserError(
+                f"method={method!r} does not come back from its options: whatever it depends on "
+                "must be a field that YAML can hold"
+            )
+    return options
+
+
 def _clients(clients: Any) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
     """`data.clients`, and the rows of those whose data are in memory."""
     if isinstance(clients, str | os.PathLike):
@@ -176,6 +222,8 @@ def _clients(clients: Any) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
     files: dict[str, str] = {}
     held: dict[str, list[dict[str, Any]]] = {}
     for name, data in named:
+        if str(name) in files:
+            raise UserError(f"clients= names {name} twice: give each a name of its own")
         if isinstance(data, str | os.PathLike):
             files[str(name)] = os.fspath(data)
         else:
@@ -192,7 +240,10 @@ def _merged(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
             merged[name] = section
             continue
         own = merged.get(name)
-        merged[name] = (own if isinstance(own, dict) else {}) | section
+        own = own if isinstance(own, dict) else {}
+        if name == "training" and "optimizer" in section:
+            forget_defaults(own)
+        merged[name] = own | section
     data, new = merged.get("data", {}), given.get("data", {})
     # Files for each client, and one source to divide, exclude each other: the later one counts.
     if "clients" in new and "source" not in new:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hedgerow.api.draft import Draft, PathLike, SectionLike, draft, memory_model
-from hedgerow.errors import UserError
+from hedgerow.errors import UserError, check_installed
 from hedgerow.experiment import Experiment
 from hedgerow.names import MEMORY
 
@@ -103,6 +105,7 @@ def run(
         rounds=rounds,
     )
     loaded = drafted.load(overrides)
+    drafted.check_model(loaded)
     try:
         _train(drafted, loaded, Path(out), resume=resume, engine=engine, progress=progress)
     except KeyboardInterrupt as stop:
@@ -119,7 +122,8 @@ def open_run(
     Args:
         path: the directory, or the file.
         overrides: `key.path=value`, on top of the run's experiment, as `model.path=FOLDER`.
-        model: transformers model that the run began from, where that was in memory.
+        model: transformers model that the run began from, where that was in memory; or a folder
+            that holds it.
         tokenizer: tokenizer of a model in memory.
         test: rows to evaluate on, where those were in memory.
 
@@ -128,10 +132,14 @@ def open_run(
     """
     from hedgerow.api.base import BaseInMemory
     from hedgerow.api.runs import Run
-    from hedgerow.data.memory import as_rows
+    from hedgerow.data.in_memory import as_rows
 
+    if isinstance(model, str | os.PathLike):
+        overrides, model = (*overrides, f"model.path={json.dumps(os.fspath(model))}"), None
     if model is not None:
         memory_model(model, tokenizer)
+    elif tokenizer is not None:
+        raise UserError("hr.open_run: tokenizer= belongs to a model in memory: give model= as well")
     base = None if model is None else BaseInMemory(model, tokenizer)
     rows = None if test is None else as_rows(test, "the test data")
     return Run(Path(path), overrides=overrides, base=base, test=rows)
@@ -208,14 +216,6 @@ def watcher(
     if console.is_watched() if progress is None else progress:
         return console.ProgressWatcher(title, metrics=list(metrics))
     return nullcontext(Unwatched())
-
-
-def check_installed(module: str, name: str, extra: str) -> None:
-    """Raise a `UserError` where an optional part is not installed."""
-    import importlib.util
-
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"{name} is not installed: pip install 'hedgerow[{extra}]'")
 
 
 def _check_files_only(experiment: Experiment) -> None:

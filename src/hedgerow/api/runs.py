@@ -28,6 +28,8 @@ class Run:
 
     Attributes:
         path: the run's directory, or the file of its packed ledger.
+        base: the base model, where it is in memory.
+        test: the test rows, where they are in memory.
     """
 
     def __init__(
@@ -41,17 +43,15 @@ class Run:
         """Open a run; `hr.run` and `hr.open_run` do so.
 
         Args:
-            path: as the attribute.
+            path: as the attribute, and so are `base` and `test`.
             overrides: `key.path=value`, on top of the run's experiment.
-            base: the base model, where it is in memory.
-            test: the test rows, where they are in memory.
 
         Raises:
             UserError: there is no run.
         """
-        self.path = path
-        self._overrides, self._base = list(overrides), base
-        self._test = None if test is None else [dict(row) for row in test]
+        self.path = path.absolute()
+        self._overrides, self.base = list(overrides), base
+        self.test = None if test is None else [dict(row) for row in test]
         with opened(path, self._overrides) as (experiment, _):
             self._experiment = experiment
 
@@ -76,8 +76,8 @@ class Run:
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the base model, from transformers."""
-        if self._base is not None:
-            return self._base.tokenizer
+        if self.base is not None:
+            return self.base.tokenizer
         from hedgerow.loading import load_tokenizer
 
         return load_tokenizer(self._experiment.model)
@@ -99,7 +99,7 @@ class Run:
             model = model_at(experiment, ledger, number, self._load)
             if number:
                 experiment.method.merge(model, client)
-            return model.network
+            return model.network.requires_grad_(True)
 
     def evaluate(
         self,
@@ -123,12 +123,16 @@ class Run:
         Raises:
             UserError: naming what does not fit.
         """
-        from hedgerow.data.memory import as_rows
+        from hedgerow.data.in_memory import as_rows
         from hedgerow.names import MEMORY
         from hedgerow.runs.scoring import score_path
         from hedgerow.settings import DEFAULT_TEST
 
-        changes, held = [*self._overrides, *overrides], self._test
+        changes, held = [*self._overrides, *overrides], self.test
+        if isinstance(metrics, str):
+            raise UserError(f"metrics= must be a list of names, as [{metrics!r}]")
+        if data is None and held is not None:
+            changes.append(_override("data.test", MEMORY))
         if data is not None:
             named = str(data) if isinstance(data, str | Path) else MEMORY
             held = as_rows(data, "data=") if named == MEMORY else None
@@ -164,10 +168,18 @@ class Run:
         from hedgerow.data import load_template
         from hedgerow.data.tokens import tokenize_prompts
         from hedgerow.evaluation.answers import generate
-        from hedgerow.model import Model
+        from hedgerow.model import Model, max_positions
 
+        if isinstance(prompts, str):
+            raise UserError("answer: prompts must be a list of texts, as ['What is a hedge?']")
         settings = self._experiment
+        longest = settings.evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens
         model = Model(self.model(round, client), self.tokenizer, self.path.name)
+        if not 0 < longest < max_positions(model.network):
+            most = max_positions(model.network) - 1
+            raise UserError(f"answer: max_new_tokens={longest}: give 1 to {most}")
+        if not prompts:
+            return []
         fields = settings.data.fields
         template = load_template(settings.data.prompt, self.tokenizer, fields)
         texts = [template.prompt({fields.instruction: prompt}) for prompt in prompts]
@@ -175,7 +187,7 @@ class Run:
         answers, _ = generate(
             model,
             [numpy.array(ids, dtype=numpy.int32) for ids in encoded],
-            max_new_tokens or settings.evaluation.max_new_tokens,
+            longest,
             settings.evaluation.batch_size,
             lambda _: None,
         )
@@ -276,6 +288,8 @@ class Run:
 
     def _repr_html_(self) -> str:
         """The run's numbers, in a notebook."""
+        if self.path.is_file():
+            return f"<b>{html.escape(repr(self))}</b>"
         import pandas
 
         from hedgerow.console import named_scores
@@ -289,11 +303,13 @@ class Run:
     def _load(self) -> Loader:
         from hedgerow.model import Model
 
-        return Model.load if self._base is None else self._base.load
+        return Model.load if self.base is None else self.base.load
 
     def _rows(self) -> list[dict[str, Any]]:
         if self.path.is_file():
             raise UserError(f"{self.path} is a packed ledger, which has no metrics: use evaluate()")
+        if not self.path.is_dir():
+            raise UserError(f"{self.path} is not there any more")
         return read_rows(self.path)
 
 

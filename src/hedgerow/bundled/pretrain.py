@@ -8,7 +8,7 @@ the demo's own, since such a small model can only know them by having read them.
 
 The bundled model was made by
 
-    python -m hedgerow.demo.pretrain src/hedgerow/demo/model --steps 7000
+    python -m hedgerow.bundled.pretrain src/hedgerow/bundled/model --steps 7000
 
 which takes about ten minutes on two cores. Everything is seeded; another build of PyTorch may
 still round differently.

@@ -13,9 +13,8 @@ from hedgerow.cli.frame import (
     AsJson,
     Overrides,
     app,
-    check_installed,
 )
-from hedgerow.errors import UserError
+from hedgerow.errors import UserError, check_installed
 
 
 @app.command()

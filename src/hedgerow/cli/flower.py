@@ -9,9 +9,9 @@ import typer
 
 from hedgerow.cli.frame import (
     Overrides,
-    check_installed,
     flower_app,
 )
+from hedgerow.errors import check_installed
 
 
 @flower_app.command("init")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,6 @@ import typer
 import typer.core
 
 from hedgerow import __version__
-from hedgerow.errors import UserError
 
 # Where rich is installed typer escapes `[required]` for rich's markup, even with none in use; and
 # without it, help needs not import rich.
@@ -84,12 +82,6 @@ class Format(StrEnum):
     adapter = "adapter"
     merged = "merged"
     ledger = "ledger"
-
-
-def check_installed(module: str, name: str, extra: str) -> None:
-    """Raise a `UserError` where an optional part is not installed."""
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"{name} is not installed: pip install 'hedgerow[{extra}]'")
 
 
 @app.callback(invoke_without_command=True)

@@ -15,9 +15,9 @@ def ledger_show(run: RunPath) -> None:
     Example: hedgerow ledger show runs/first
     """
     from hedgerow import console
-    from hedgerow.runs import opened
+    from hedgerow.runs.opening import opened_ledger
 
-    with opened(run, []) as (_, ledger):
+    with opened_ledger(run) as ledger:
         base = ledger.base
         console.out.print(
             f"base {base.name}: {base.architecture}, {base.parameters:,} parameters, {base.dtype}, "
@@ -46,8 +46,8 @@ def ledger_verify(run: RunPath) -> None:
     Example: hedgerow ledger verify runs/first
     """
     from hedgerow import console
-    from hedgerow.runs import opened
+    from hedgerow.runs.opening import opened_ledger
 
-    with opened(run, []) as (_, ledger):
+    with opened_ledger(run) as ledger:
         count = sum(1 for _ in ledger.entries())
         console.out.print(f"{run}: {count} entries, all as they were appended")

@@ -10,10 +10,9 @@ import typer
 
 from hedgerow.cli.frame import (
     Overrides,
-    check_installed,
     mt_bench_app,
 )
-from hedgerow.errors import RunFailed
+from hedgerow.errors import RunFailed, check_installed
 
 
 @mt_bench_app.command("answer")

@@ -2,7 +2,7 @@
 
 from hedgerow.data.batches import batches, collate, epoch
 from hedgerow.data.clients import ClientData
-from hedgerow.data.memory import Held, as_rows
+from hedgerow.data.in_memory import Held, as_rows
 from hedgerow.data.partition import partition
 from hedgerow.data.sources import Row, check_columns, client_files, read
 from hedgerow.data.templates import Template

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hedgerow.data.memory import Held
+from hedgerow.data.in_memory import Held
 from hedgerow.data.partition import partition
 from hedgerow.data.sources import Row, check_columns, client_files, read, share_of
 from hedgerow.data.templates import load as load_template
@@ -54,7 +54,7 @@ class ClientData:
             return
         assert settings.source is not None
         assert settings.partition is not None
-        self._rows = self._read(settings.source, self._held.source)
+        self._rows = self._read(settings.source, self._held.source, "data.source")
         self._parts = partition(self._rows, settings.partition, seeds.derive("clients"))
         self.names = list(self._parts)
 
@@ -67,7 +67,8 @@ class ClientData:
         if name in self._parts:
             rows = [self._rows[index] for index in self._parts[name]]
         else:
-            rows = self._read(str(self._files[name]), self._held.clients.get(name))
+            own = self._held.clients.get(name)
+            rows = self._read(str(self._files[name]), own, f"the data of {name}")
         settings = self._settings
         return self._spool.tokenize(
             name,
@@ -78,12 +79,12 @@ class ClientData:
             loss_on=settings.loss_on,
         )
 
-    def _read(self, source: str, held: Sequence[Row] | None) -> list[Row]:
-        """The rows of a source, which may be held in memory."""
+    def _read(self, source: str, held: Sequence[Row] | None, what: str) -> list[Row]:
+        """The rows of a source; `what` is the name of those that are held in memory."""
         settings = self._settings
         if source == MEMORY and held is not None:
             rows = share_of(held, settings.share)
         else:
             rows = read(source, settings.split, settings.subset, settings.share)
-        check_columns(rows, settings.fields, source)
+        check_columns(rows, settings.fields, what if source == MEMORY else source)
         return rows

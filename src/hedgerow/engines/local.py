@@ -22,7 +22,7 @@ from hedgerow.federation.participant import check_max_length, train_client
 from hedgerow.ledger import Base
 from hedgerow.methods.base import Client, ClientRound
 from hedgerow.model import Model
-from hedgerow.runs.directory import RunDirectory
+from hedgerow.runs.directory import TEST_DATA, RunDirectory
 from hedgerow.runs.scoring import Progress, Scorer, load_test
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry
@@ -170,6 +170,8 @@ def run(
     on_prepared(prepared)
     opener = RunDirectory.resume if resume else RunDirectory.create
     data = {name: shard.digest() for name, shard in prepared.shards.items()}
+    if prepared.test is not None:
+        data[TEST_DATA] = prepared.test.examples.digest()
     trained = experiment.method.trained_shapes(prepared.model)
     with opener(out, experiment, prepared.base, data, trained) as directory:
         directory.ledger.replay(experiment.method, prepared.model)

@@ -19,6 +19,7 @@ from hedgerow.evaluation.likelihood import Tick, losses
 from hedgerow.evaluation.measuring import Evidence, derived, measure
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.metrics.base import Answer, Choice, Likelihood, Need
+from hedgerow.names import MEMORY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +64,7 @@ class TestSet:
                 and no prompt leaves room for one; options are needed and no row has any; or a
                 prompt is empty where an answer is to follow it.
         """
-        name = settings.test or "the test data"
+        name = "the test data" if settings.test in (None, MEMORY) else settings.test
         fields = settings.fields_of_test
         needs = {metric.needs: metric.name for metric in metrics_of(evaluation.metrics)}
         # Multiple choice alone needs no output: a question may name its answer otherwise.

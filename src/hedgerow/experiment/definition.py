@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from hedgerow.errors import UserError
+from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.experiment.mistakes import method_of, sentence, with_optimizer
 from hedgerow.methods.base import Method
 from hedgerow.settings import (
@@ -43,7 +44,7 @@ class Experiment(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
 
-    def __init__(self, **sections: Any) -> None:
+    def __init__(self, /, **sections: Any) -> None:
         """Check the sections, each given as a mapping or as its settings.
 
         Raises:
@@ -63,6 +64,12 @@ class Experiment(Section):
     @classmethod
     def _with_optimizer(cls, training: TrainingSettings) -> TrainingSettings:
         return with_optimizer(training)
+
+    @field_validator("evaluation")
+    @classmethod
+    def _with_metrics(cls, evaluation: EvaluationSettings) -> EvaluationSettings:
+        metrics_of(evaluation.metrics)
+        return evaluation
 
     @model_validator(mode="after")
     def _evaluation_has_data(self) -> Experiment:

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from hedgerow.errors import UserError
 from hedgerow.experiment.definition import Experiment

@@ -25,6 +25,8 @@ _Settings = TypeVar("_Settings", bound=BaseModel)
 def validate(content: Mapping[str, Any], where: str, kind: type[_Settings]) -> _Settings:
     """Settings of a kind from plain values; a mistake is a `UserError` that begins with `where`."""
     try:
+        if odd := [key for key in content if not isinstance(key, str) or key == "self"]:
+            raise UserError(f"`{odd[0]}` is not a known key; see `hedgerow explain`")
         settings = parsed(kind, content)
         evaluation = getattr(settings, "evaluation", None)
         if isinstance(evaluation, EvaluationSettings):

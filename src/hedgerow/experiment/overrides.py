@@ -15,7 +15,7 @@ from hedgerow.experiment.yaml import Loader, one_line
 from hedgerow.methods import METHODS
 from hedgerow.plugins import Registry
 from hedgerow.settings import TrainingSettings
-from hedgerow.training.optimizers import OPTIMIZERS
+from hedgerow.training.optimizers import OPTIMIZERS, SHORTHANDS
 
 Change = tuple[list[str], Any]
 """The keys that lead to a value, and the value that it gets."""
@@ -78,8 +78,26 @@ def changed(
             section = section.setdefault(key, {})
             if not isinstance(section, dict):
                 raise UserError(f"{'.'.join(keys)}: `{key}` is a value, it has no keys of its own")
+        if keys == ["training", "optimizer"]:
+            forget_defaults(section)
         section[keys[-1]] = nested[keys[-1]]
     return content
+
+
+def forget_defaults(training: dict[str, Any]) -> None:
+    """Drop what a resolved experiment says under `training:` of an optimiser that is replaced.
+
+    Its default momentum, say, is not the next one's; what somebody chose stays.
+    """
+    chosen = training.get("optimizer", TrainingSettings.model_fields["optimizer"].default)
+    name = chosen.get("name") if isinstance(chosen, dict) else chosen
+    try:
+        fields = OPTIMIZERS.find(str(name), "training.optimizer").model_fields
+    except UserError:
+        return  # which is said where the whole experiment is checked
+    for key in SHORTHANDS:
+        if key in training and key in fields and training[key] == fields[key].default:
+            del training[key]
 
 
 class _Choice(NamedTuple):
@@ -106,6 +124,8 @@ def _open(
     if isinstance(chosen, str):
         section[key] = {"name": chosen}
     if list(changed) == ["name"]:
+        if choice.registry is OPTIMIZERS:
+            forget_defaults(section)
         _drop_options_of_another(section.get(key), value, choice.registry)
 
 

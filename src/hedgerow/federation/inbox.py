@@ -99,7 +99,7 @@ class Inbox:
                 f"{len(present)} updates of round {self._round}: give one for each"
             )
         participants = [
-            Participant(client.name, client.num_examples, weight)
+            Participant(client.name, client.num_examples, float(weight))
             for client, weight in zip(present, weights, strict=True)
         ]
         train_loss = sum(p * loss for p, loss in zip(shares, losses.values(), strict=True))

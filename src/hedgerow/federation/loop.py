@@ -14,7 +14,7 @@ from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import Fleet, Watcher
 from hedgerow.federation.inbox import Inbox
-from hedgerow.federation.metrics import Traffic, row_of
+from hedgerow.federation.traffic import Traffic, row_of
 from hedgerow.methods.base import Client
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.seeds import Seeds

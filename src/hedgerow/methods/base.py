@@ -205,7 +205,7 @@ class Method(Plugin, ABC):
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """Raise `InvalidMessage`, at every participant, unless `aggregate` makes such tensors.
 
-        A part of `wire.check_entry`, which has checked what the entry says of itself.
+        A part of `check_entry` in this room, which has checked what the entry says of itself.
 
         Args:
             shapes: `trained_shapes` of the participant's model.

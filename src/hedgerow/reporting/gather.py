@@ -12,7 +12,7 @@ from hedgerow.comparison import Cell, Outcome
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
 from hedgerow.runs.directory import EXPERIMENT, flat
-from hedgerow.runs.rows import METRICS, read_rows
+from hedgerow.runs.rows import METRICS_FILE, read_rows
 
 _Key = tuple[str, ...]
 _SEED: _Key = ("federation", "seed")
@@ -141,11 +141,13 @@ def _telling(flats: Sequence[Mapping[_Key, Any]]) -> list[_Key]:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    if (folder / METRICS).is_file() and (folder / EXPERIMENT).is_file():
+    if (folder / METRICS_FILE).is_file() and (folder / EXPERIMENT).is_file():
         return [folder]
     # A comparison keeps its runs one level further down.
     found = [
-        path.parent for pattern in ("*", "runs/*") for path in folder.glob(f"{pattern}/{METRICS}")
+        path.parent
+        for pattern in ("*", "runs/*")
+        for path in folder.glob(f"{pattern}/{METRICS_FILE}")
     ]
     if not found:
         raise UserError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hedgerow.data import load_template
+from hedgerow.comparison import Cell
+from hedgerow.data import Row, load_template
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.scores import TestSet, answers
@@ -49,7 +51,12 @@ class Inspection(NamedTuple):
 
 
 def inspect(
-    series: Sequence[Series], count: int, progress: Callable[[int, int], None] | None = None
+    series: Sequence[Series],
+    count: int,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    lender: Lender | None = None,
+    held: Mapping[Path, Sequence[Row]] | None = None,
 ) -> Inspection:
     """Answers to `count` rows of each test set, and spectra; of one run of each series.
 
@@ -57,8 +64,10 @@ def inspect(
 
     Args:
         progress: told how many models are inspected, of how many.
+        lender: has the base model, where it is in memory.
+        held: the test rows of runs, by their directories, where they are in memory.
     """
-    inspector = _Inspector(count)
+    inspector = _Inspector(count, lender or Lender(), held or {})
     notes: dict[str, None] = {}
     # Runs on one base together: it is loaded once.
     ordered = sorted(series, key=lambda each: each.first.cell.experiment.dump({"model"}))
@@ -79,10 +88,10 @@ def inspect(
 class _Inspector:
     """Inspects one series after another, on one base model."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, lender: Lender, held: Mapping[Path, Sequence[Row]]) -> None:
         self.spectra: dict[str, dict[str, list[float]]] = {}
         self._count = count
-        self._lender = Lender()
+        self._lender, self._held = lender, held
         self._asked: dict[str, _Questionnaire] = {}
 
     @property
@@ -107,7 +116,7 @@ class _Inspector:
             return []
         questionnaire, notes = None, []
         try:
-            questionnaire = self._questionnaire(experiment, model)
+            questionnaire = self._questionnaire(cell, model)
         except UserError as error:
             notes.append(str(error))
         ledger.replay(method, model)
@@ -119,23 +128,26 @@ class _Inspector:
         self.spectra[series.label] = dict(_spectra(model, self._lender.state))
         return notes
 
-    def _questionnaire(self, experiment: Experiment, model: Model) -> _Questionnaire | None:
+    def _questionnaire(self, cell: Cell, model: Model) -> _Questionnaire | None:
         """The questions for runs on this model and data, which it has answered as the base."""
+        experiment, held = cell.experiment, self._held.get(cell.folder.absolute())
         if not self._count or experiment.data.test is None:
             return None
         text = experiment.data.model_dump_json(include=set(TextSettings.model_fields))
         key = f"{experiment.dump(include={'model'})}{text}{experiment.evaluation.max_new_tokens}"
         if key not in self._asked:
-            self._asked[key] = _Questionnaire(experiment, model, self._count)
+            self._asked[key] = _Questionnaire(experiment, model, self._count, held)
         return self._asked[key]
 
 
 class _Questionnaire:
     """Rows spread evenly over the test data, and the base model's answers to them."""
 
-    def __init__(self, experiment: Experiment, base: Model, count: int) -> None:
+    def __init__(
+        self, experiment: Experiment, base: Model, count: int, held: Sequence[Row] | None
+    ) -> None:
         data = experiment.data
-        rows = test_rows(data)
+        rows = test_rows(data, held)
         places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
         chosen = [rows[place] for place in places]
         # Any metric of answers: they are asked for, and none is scored.

@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 
 from hedgerow import __version__, console
+from hedgerow.data import Row
 from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import Score
 from hedgerow.experiment import Experiment, without_folders
@@ -19,6 +20,7 @@ from hedgerow.reporting import charts, models, tables
 from hedgerow.reporting.gather import Series, gather, told
 from hedgerow.reporting.sections import drawn_scores, rounds_of, sections, standing_in
 from hedgerow.runs.directory import flat
+from hedgerow.runs.lender import Lender
 from hedgerow.settings import TextSettings
 
 
@@ -28,6 +30,9 @@ def write(
     answers: int,
     target: float | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    lender: Lender | None = None,
+    held: Mapping[Path, Sequence[Row]] | None = None,
 ) -> list[str]:
     """Write the page about the runs in `folders`.
 
@@ -37,6 +42,8 @@ def write(
         answers: how many test questions to ask the models before and after.
         target: as in `tables.summarise`; if not given, that of the comparison.
         progress: told how many models were asked, of how many.
+        lender: has the base model, where it is in memory.
+        held: the test rows of runs, by their directories, where they are in memory.
 
     Returns:
         What could not be shown, and why.
@@ -49,7 +56,7 @@ def write(
     series = gather(folders)
     tables_told = told(folders)
     target = tables_told.target if target is None else target
-    inspection = models.inspect(series, answers, progress)
+    inspection = models.inspect(series, answers, progress, lender=lender, held=held)
     page = render(series, inspection, target, tables_told.failures)
     with replacing(out) as file:
         file.write(page.encode())

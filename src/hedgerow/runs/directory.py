@@ -14,7 +14,7 @@ from hedgerow.experiment import Experiment, load
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger
 from hedgerow.runs.memory import RoundMemory
-from hedgerow.runs.rows import METRICS, read_rows, to_line
+from hedgerow.runs.rows import METRICS_FILE, read_rows, to_line
 from hedgerow.settings import TrackingSettings
 from hedgerow.wire import Update
 
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "experiment.yaml"
 
-
 DATA = "data.json"
 """Digests of the clients' tokens, so that a run is only resumed on the data that it began with."""
 
+TEST_DATA = "(test data)"
+"""What the digest of the test data stands under, which no client may be called."""
 
 LOCK = ".lock"
 
@@ -91,7 +92,7 @@ class RunDirectory:
         folder = path / "ledger"
         if not (folder / INDEX).exists():
             # A run that was stopped at its very beginning has nothing yet; this one had.
-            if (path / METRICS).exists() or any(folder.glob("*.safetensors")):
+            if (path / METRICS_FILE).exists() or any(folder.glob("*.safetensors")):
                 raise UserError(f"{folder / INDEX} is missing: restore it from a copy")
             return False
         done = len(Ledger.open(folder))
@@ -136,6 +137,7 @@ class RunDirectory:
             UserError: the base or a client's data are not those that the run began with; or the
                 memory of the server or a client is missing or damaged.
         """
+        data = dict(data)
         lock = _locked(path)
         ledger = Ledger.open(path / "ledger")
         try:
@@ -144,6 +146,14 @@ class RunDirectory:
             raise UserError(
                 f"{path / DATA} is missing or damaged: restore it from a copy"
             ) from None
+        test = data.pop(TEST_DATA, None)
+        if test is not None and before.get(TEST_DATA, test) != test:
+            raise UserError(
+                f"--resume: the test data have changed since {path} began: give the same, or score "
+                "the run on others with `hedgerow evaluate`"
+            )
+        if [name for name in before if name in data] != [name for name in data if name in before]:
+            raise UserError(f"--resume: the clients stand in another order than when {path} began")
         for client in data:
             if before.get(client) != data[client]:
                 raise UserError(f"--resume: the data of {client} have changed since {path} began")
@@ -155,7 +165,7 @@ class RunDirectory:
         directory._check_memories(experiment.method, data, rows)
         with replacing(path / EXPERIMENT) as file:
             file.write(experiment.dump().encode())
-        with replacing(path / METRICS) as file:
+        with replacing(path / METRICS_FILE) as file:
             file.writelines(to_line(row) for row in rows)
         return directory
 
@@ -165,7 +175,7 @@ class RunDirectory:
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl."""
-        with (self.path / METRICS).open("ab") as file:
+        with (self.path / METRICS_FILE).open("ab") as file:
             file.write(to_line(row))
             file.flush()
             os.fsync(file.fileno())

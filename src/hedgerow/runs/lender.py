@@ -16,22 +16,23 @@ if TYPE_CHECKING:
 class Lender:
     """Lends one model again and again, each time as it was loaded."""
 
-    def __init__(self, model: Model | None = None) -> None:
+    def __init__(self, own: Model | None = None) -> None:
         """Lend a model in memory, or one that is loaded when it is first asked for.
 
         Args:
-            model: the model that experiments call `(memory)`; `give_back` makes it what it was.
+            own: the model that experiments call `(memory)`; `give_back` makes it what it was.
         """
-        self._settings = None if model is None else ModelSettings(path=MEMORY)
-        self._model = model
-        self.state: dict[str, Tensor] = {} if model is None else model.state()
+        self._own, self._own_state = own, {} if own is None else own.state()
+        self._settings: ModelSettings | None = None
+        self._model: Model | None = None
+        self.state: dict[str, Tensor] = {}
         """Its weights and buffers as they were loaded, in host memory."""
         self._base: Base | None = None
 
     def give_back(self) -> None:
-        """Make the model what it was before it was lent."""
-        if self._model is not None:
-            self._model.reset(self.state)
+        """Make the model in memory what it was before it was lent."""
+        if self._own is not None:
+            self._own.reset(self._own_state)
 
     def lend(self, settings: ModelSettings) -> Model:
         """The model, for the caller to change until it is lent again.
@@ -39,18 +40,18 @@ class Lender:
         Raises:
             UserError: there is no such model.
         """
-        if self._model is None or not self._holds(settings):
+        if settings.path == MEMORY and self._own is not None:
+            self.give_back()
+            if self._model is not self._own:
+                self._model, self.state, self._base = self._own, self._own_state, None
+        elif self._model is None or settings != self._settings:
             self._model, self.state = None, {}  # before the next one is in memory
-            self._model, self._settings = Model.load(settings), settings
+            self._model = Model.load(settings)
             self.state, self._base = self._model.state(), None
         else:
             self._model.reset(self.state)
+        self._settings = settings
         return self._model
-
-    def _holds(self, settings: ModelSettings) -> bool:
-        """Whether the model that is here is the one that the settings name."""
-        mine = self._settings
-        return mine is not None and (mine == settings or mine.path == settings.path == MEMORY)
 
     def check_base(self, ledger: Ledger) -> None:
         """Raise a `UserError` unless the model, which was just lent, is the base of `ledger`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment
 from hedgerow.experiment import load as load_experiment
+from hedgerow.experiment.file import read
 from hedgerow.ledger import Base, Ledger, unpack
 from hedgerow.model import Model
 from hedgerow.runs.directory import EXPERIMENT
@@ -23,8 +25,10 @@ def opened(path: Path, overrides: list[str]) -> Iterator[tuple[Experiment, Ledge
         UserError: `path` is neither.
     """
     if path.is_file():
-        with unpack(path) as folder, opened(Path(folder), overrides) as run:
-            yield run
+        with unpack(path) as folder:
+            _check_plug_ins(path, Path(folder) / EXPERIMENT, overrides)
+            with opened(Path(folder), overrides) as run:
+                yield run
     elif (path / EXPERIMENT).is_file():
         yield load_experiment(path / EXPERIMENT, overrides), Ledger.open(path / "ledger")
     else:
@@ -33,6 +37,46 @@ def opened(path: Path, overrides: list[str]) -> Iterator[tuple[Experiment, Ledge
 
 Loader = Callable[[ModelSettings], Model]
 """Gives a run's base model, new and unchanged; `Model.load` where it is not in memory."""
+
+
+@contextmanager
+def opened_ledger(path: Path) -> Iterator[Ledger]:
+    """A run's ledger alone, from its directory or its packed ledger.
+
+    Raises:
+        UserError: `path` is neither.
+    """
+    if path.is_file():
+        with unpack(path) as folder:
+            yield Ledger.open(Path(folder) / "ledger")
+    elif (path / EXPERIMENT).is_file():
+        yield Ledger.open(path / "ledger")
+    else:
+        raise UserError(f"{path} is no run: it is neither a run directory nor a packed ledger")
+
+
+def _check_plug_ins(packed: Path, experiment: Path, overrides: list[str]) -> None:
+    """Raise a `UserError` where a packed ledger, a stranger's maybe, would have a module imported.
+
+    Who opens it may name the same plug-in, and so say that it is trusted.
+    """
+    content = read(experiment)
+    method, training = content.get("method"), content.get("training")
+    optimizer = training.get("optimizer") if isinstance(training, dict) else None
+    evaluation = content.get("evaluation")
+    metrics = evaluation.get("metrics") if isinstance(evaluation, dict) else None
+    named = {
+        "method.name": method.get("name") if isinstance(method, dict) else method,
+        "training.optimizer": optimizer.get("name") if isinstance(optimizer, dict) else optimizer,
+        "evaluation.metrics": metrics,
+    }
+    overridden = {override.partition("=")[0] for override in overrides}
+    for key, value in named.items():
+        if ":" in str(value) and not overridden & {key, key.partition(".")[0]}:
+            raise UserError(
+                f"{packed} names the plug-in {value}, which would be imported: if you trust "
+                f"whoever made the file, add {key}={json.dumps(value)}"
+            )
 
 
 def model_at(

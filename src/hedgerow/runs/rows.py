@@ -9,7 +9,7 @@ from typing import Any
 
 from hedgerow.errors import UserError
 
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -18,7 +18,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is damaged.
     """
-    file = path / METRICS
+    file = path / METRICS_FILE
     try:
         lines = file.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:

@@ -14,11 +14,10 @@ from hedgerow.clock import Clock
 from hedgerow.engines import local
 from hedgerow.engines.local import LocalFleet, Prepared
 from hedgerow.experiment import Experiment, load
-from hedgerow.federation.fleet import ClientResult
+from hedgerow.federation.fleet import ClientResult, Unwatched
 from hedgerow.methods.base import Client, Method
 from hedgerow.model import Model
 from hedgerow.testing.case import SIZES, TRAINING
-from hedgerow.testing.doubles import Nobody
 from hedgerow.testing.models import tiny_llama
 
 ROUNDS = 3
@@ -85,7 +84,7 @@ class Bench:
         federation = loaded.federation.model_copy(update={"rounds": rounds})
         loaded = loaded.model_copy(update={"federation": federation})
         out = self.folder / name
-        local.run(loaded, out, Nobody(), resume=resume, model=self.model, fleet=fleet)
+        local.run(loaded, out, Unwatched(), resume=resume, model=self.model, fleet=fleet)
         return out
 
 

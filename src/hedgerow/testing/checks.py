@@ -12,7 +12,7 @@ from hedgerow.methods.base import Method
 from hedgerow.testing import promises
 from hedgerow.testing.bench import Bench
 from hedgerow.testing.damage import check_damaged, check_wrong
-from hedgerow.testing.memory import check_memory
+from hedgerow.testing.peak import check_memory
 
 WRONG, DAMAGED = 100, 60
 """Of updates, and of entries: inputs that are wrong in one way, and that are damaged anywhere."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-from hedgerow.federation.fleet import Watcher
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,31 +25,3 @@ class Forgetful:
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
         """Forget them."""
-
-
-class Nobody(Watcher):
-    """Watches nothing."""
-
-    def say(self, sentence: str) -> None:
-        """Keep silent."""
-        return
-
-    def round_begins(self, round: int, rounds: int, clients: int) -> None:
-        """Look away."""
-        return
-
-    def client_finished(self, client: str, failure: str | None) -> None:
-        """Look away."""
-        return
-
-    def tries_again(self, clients: Sequence[str], seconds: float) -> None:
-        """Look away."""
-        return
-
-    def evaluated(self, done: int, total: int) -> None:
-        """Look away."""
-        return
-
-    def round_ends(self, row: dict[str, Any]) -> None:
-        """Look away."""
-        return

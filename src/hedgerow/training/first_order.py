@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from hedgerow.errors import UserError
 from hedgerow.lazy import torch
 from hedgerow.settings import TrainingSettings
 from hedgerow.training.job import Job, check_finite
@@ -151,7 +152,7 @@ def _kept(values: Mapping[Any, Any], parameter: nn.Parameter) -> State:
         if not isinstance(what, str) or "/" in what or ":" in what:
             return {}
         if isinstance(value, torch.Tensor):
-            kept[what] = value.detach().cpu()
+            kept[what] = value.detach().to("cpu", copy=True)
             continue
         for ending, (kind, dtype) in _PLAIN.items():
             if type(value) is kind and not (kind is int and abs(value) >= 2**63):
@@ -195,7 +196,7 @@ def _restored(value: Tensor, ending: str, parameter: nn.Parameter) -> Any:
     if ending:
         return _PLAIN[ending][0](value.item())
     # Counts of steps are on the CPU, wherever the parameter is.
-    return value.to(parameter.device) if value.shape else value
+    return value.to(parameter.device, copy=True) if value.shape else value.clone()
 
 
 def _immediate_step(
@@ -233,4 +234,11 @@ def make_optimizer(
     parameters: Mapping[str, nn.Parameter], settings: TrainingSettings, learning_rate: float
 ) -> torch.optim.Optimizer:
     """The optimiser that the experiment names."""
-    return optimizer_of(settings).build(parameters, learning_rate)
+    optimizer = optimizer_of(settings).build(parameters, learning_rate)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        given = settings.optimizer
+        raise UserError(
+            f"training.optimizer {given}: `build` must return a torch.optim.Optimizer, not "
+            f"{type(optimizer).__name__}"
+        )
+    return optimizer

@@ -22,16 +22,13 @@ if TYPE_CHECKING:
 
 ENTRY_FORMAT = "hedgerow.entry/1"
 
-
 LARGEST_BROADCAST = 1e17
 """Largest magnitude that a participant accepts of a number in an entry: sums of what servers
 accept, times scales and learning rates; products of two, summed over all ranks, are within
 float32's range."""
 
-
 LARGEST_WEIGHT = 100.0
 """Largest weight of an update in an entry; weights mostly sum to 1."""
-
 
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
@@ -89,7 +86,7 @@ class Entry:
     def read(path: Path) -> Entry:
         """The entry in a file; its tensors are read when they are asked for.
 
-        Whether it is an entry that fits is for `check_entry` to say.
+        Whether it is an entry that fits is for the receiver to say.
 
         Raises:
             UserError: the file is no entry, with its name.

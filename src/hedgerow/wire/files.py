@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 1 << 24
 """Names and shapes of 100,000 tensors; parsed, a header takes up to forty times its size."""
 
-
 MAX_DIMENSIONS = 8
 
 

@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 
 UPDATE_FORMAT = "hedgerow.update/1"
 
-
 LARGEST_SENT = 1e10
 """Largest magnitude that a server accepts of a number in an update."""
-
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
 

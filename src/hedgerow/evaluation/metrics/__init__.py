@@ -6,7 +6,6 @@ anywhere: `evaluation: {metrics: ["package.module:Class"]}`.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable
 
@@ -89,9 +88,6 @@ def _metric(name: str, key: str = "evaluation.metrics") -> Metric:
     """Metric of a name that stands under `key`, once it is known to be complete."""
     kind = METRICS.find(name, key)
     where = f"`{key}`: {name}"
-    if inspect.isabstract(kind):
-        lacking = ", ".join(sorted(kind.__abstractmethods__))
-        raise UserError(f"{where} lacks the function {lacking}: define it")
     scores = kind.scores
     if not (isinstance(scores, tuple) and scores and all(isinstance(s, Score) for s in scores)):
         raise UserError(

@@ -31,7 +31,7 @@ class Optimizer(Plugin, ABC):
 
         Args:
             parameters: what is trained, by name; at least one.
-            learning_rate: the round's, above 0 or, at the end of a schedule, 0.
+            learning_rate: learning rate of the round, above 0.
         """
 
     def immediate_step(self, learning_rate: float) -> Callable[[Tensor], None] | None:

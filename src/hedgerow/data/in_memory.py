@@ -66,8 +66,12 @@ def as_rows(data: Any, what: str) -> list[Row]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as a file would have given it."""
-    if hasattr(value, "item") and getattr(value, "shape", None) == ():  # NumPy's scalars
-        value = value.item()
+    """A value as a file would have given it, however nested."""
+    if hasattr(value, "tolist") and hasattr(value, "shape"):  # NumPy's numbers and arrays
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
     is_missing = isinstance(value, float) and math.isnan(value)
     return None if is_missing or type(value).__name__ in ("NAType", "NaTType") else value
