@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hedgerow import comparison
+from hedgerow import comparison, console
 from hedgerow.errors import RunFailed
-from hedgerow.experiment import console, load
+from hedgerow.experiment import load
 
 
 def arguments(description: str) -> argparse.Namespace:

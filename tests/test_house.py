@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import runpy
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import hedgerow
 
@@ -38,6 +41,15 @@ def test_no_imports_go_in_a_circle():
     graph = {name: imported(path, known) - {name} for name, path in known.items()}
     assert sum(map(len, graph.values())) > 300  # they were found
     TopologicalSorter(graph).prepare()  # or it names the circle
+
+
+BENCHMARKS = sorted((Path(__file__).parents[1] / "bench").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_benchmarks_import_what_is_there(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(path.parent))
+    runpy.run_path(str(path), run_name="imported")
 
 
 def test_the_tensors_formats_know_no_method():
