@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from hedgerow.errors import UserError
@@ -24,15 +24,10 @@ def opened(path: Path, overrides: list[str]) -> Iterator[tuple[Experiment, Ledge
     Raises:
         UserError: `path` is neither.
     """
-    if path.is_file():
-        with unpack(path) as folder:
-            _check_plug_ins(path, Path(folder) / EXPERIMENT, overrides)
-            with opened(Path(folder), overrides) as run:
-                yield run
-    elif (path / EXPERIMENT).is_file():
-        yield load_experiment(path / EXPERIMENT, overrides), Ledger.open(path / "ledger")
-    else:
-        raise UserError(f"{path} is no run: it is neither a run directory nor a packed ledger")
+    with _folder(path) as folder:
+        if path.is_file():
+            _check_plug_ins(path, folder / EXPERIMENT, overrides)
+        yield load_experiment(folder / EXPERIMENT, overrides), Ledger.open(folder / "ledger")
 
 
 Loader = Callable[[ModelSettings], Model]
@@ -46,13 +41,18 @@ def opened_ledger(path: Path) -> Iterator[Ledger]:
     Raises:
         UserError: `path` is neither.
     """
-    if path.is_file():
-        with unpack(path) as folder:
-            yield Ledger.open(Path(folder) / "ledger")
-    elif (path / EXPERIMENT).is_file():
-        yield Ledger.open(path / "ledger")
-    else:
-        raise UserError(f"{path} is no run: it is neither a run directory nor a packed ledger")
+    with _folder(path) as folder:
+        yield Ledger.open(folder / "ledger")
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[Path]:
+    """A run's directory; of a packed ledger one that is there meanwhile."""
+    with unpack(path) if path.is_file() else nullcontext(str(path)) as found:
+        folder = Path(found)
+        if not (folder / EXPERIMENT).is_file():
+            raise UserError(f"{path} is no run: it is neither a run directory nor a packed ledger")
+        yield folder
 
 
 def _check_plug_ins(packed: Path, experiment: Path, overrides: list[str]) -> None:
