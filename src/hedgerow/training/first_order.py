@@ -152,7 +152,7 @@ def _kept(values: Mapping[Any, Any], parameter: nn.Parameter) -> State:
         if not isinstance(what, str) or "/" in what or ":" in what:
             return {}
         if isinstance(value, torch.Tensor):
-            kept[what] = value.detach().to("cpu", copy=True)
+            kept[what] = value.detach().cpu()  # the optimizer is gone, so nobody else steps it
             continue
         for ending, (kind, dtype) in _PLAIN.items():
             if type(value) is kind and not (kind is int and abs(value) >= 2**63):
