@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+from hedgerow.loading import name_of
 from hedgerow.model import Model
 from hedgerow.runs.lender import Lender
 from hedgerow.settings import ModelSettings
@@ -22,7 +22,7 @@ class BaseInMemory:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         place = getattr(network.config, "name_or_path", None)
-        self._name = Path(place).name if place else type(network).__name__
+        self._name = name_of(place) if place else type(network).__name__
 
     def load(self, _: ModelSettings) -> Model:
         """A copy, for whoever asks to change and to keep: a `runs.Loader`."""
