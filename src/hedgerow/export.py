@@ -75,7 +75,7 @@ def to_merged(
         check_client(experiment, ledger, client)
         model = model_at(experiment, ledger, round, load)
         experiment.method.merge(model, client)
-        pretrained.save(model, folder, dtype=dtype)
+        pretrained.save(model, folder, revision=experiment.model.revision, dtype=dtype)
         _write_card(folder, run, experiment, ledger, round, "transformers")
 
 
@@ -89,6 +89,7 @@ def to_adapter(
     rank: int | None = None,
     energy: float | None = None,
     dtype: str | None = None,
+    base: str | None = None,
     load: Loader = Model.load,
 ) -> AdapterSize:
     """Write all that the run adds to its base as an adapter that peft loads.
@@ -100,6 +101,7 @@ def to_adapter(
         rank: keep at most this rank of each matrix (the best approximation of it).
         energy: keep the fewest singular values whose squares sum to this share of all.
         dtype: of the factors, one of `DTYPES`; None for the run's own.
+        base: folder or name on the Hub that readers of the adapter load; None for the run's own.
         load: gives the base model.
 
     Raises:
@@ -120,7 +122,9 @@ def to_adapter(
         pairs = {m: lowrank.fitted(pair) for m, pair in adapter_pairs(tensors)}
         if rank is not None or energy is not None:
             pairs = {m: lowrank.truncate(p, rank=rank, energy=energy) for m, p in pairs.items()}
-        size = _save_adapter(pairs, experiment, ledger, folder, dtype)
+        path = experiment.model.path
+        base = base or (ledger.base.name if path == MEMORY else location(path))
+        size = _save_adapter(pairs, base, experiment.model.revision, folder, dtype)
         _write_card(folder, run, experiment, ledger, round, "peft")
         return size
 
@@ -139,8 +143,8 @@ def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
 
 def _save_adapter(
     pairs: Mapping[str, Factors],
-    experiment: Experiment,
-    ledger: Ledger,
+    base: str,
+    revision: str | None,
     folder: Path,
     dtype: str | None,
 ) -> AdapterSize:
@@ -151,13 +155,12 @@ def _save_adapter(
     safetensors.torch.save_file(
         tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
     )
-    path, revision = experiment.model.path, experiment.model.revision
     # What every reader asks for, and nothing that is a default: older ones refuse keys that they
     # do not know, or drop all the others with them.
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": ledger.base.name if path == MEMORY else location(path),
+        "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,  # the scale is in the factors
@@ -199,9 +202,11 @@ def _new_folder(out: Path) -> Iterator[Path]:
         yield partial
         mode = partial.stat().st_mode & 0o777  # what the umask leaves of a new folder's
         for path in partial.rglob("*"):
-            path.chmod(mode if path.is_dir() else mode & 0o666)
+            wanted = mode if path.is_dir() else mode & 0o666
+            if path.stat().st_mode & 0o777 != wanted:  # not every file system lets one change it
+                path.chmod(wanted)
         if fills:
-            for path in partial.iterdir():
+            for path in list(partial.iterdir()):
                 path.rename(out / path.name)
         else:
             partial.rename(out)

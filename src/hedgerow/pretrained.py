@@ -15,7 +15,7 @@ from typing import Any
 
 from hedgerow import spellings
 from hedgerow.errors import UserError
-from hedgerow.lazy import torch, transformers
+from hedgerow.lazy import huggingface_hub, torch, transformers
 from hedgerow.loading import tokenization
 from hedgerow.model import Model
 
@@ -43,10 +43,13 @@ _TOKENIZER_FILES = (
 """Everything that tokenizers are read from; no code, and nothing that is pickled."""
 
 
-def save(model: Model, folder: Path, *, dtype: str | None = None) -> None:
+def save(
+    model: Model, folder: Path, *, revision: str | None = None, dtype: str | None = None
+) -> None:
     """Write a model, its tokenizer and their settings; the model's weights get the dtype.
 
     Args:
+        revision: of the base, where it came from the Hub; None for the newest that is here.
         dtype: of the weights, as `bfloat16`; None for what they have.
 
     Raises:
@@ -58,13 +61,13 @@ def save(model: Model, folder: Path, *, dtype: str | None = None) -> None:
     # It is written below, as it is: save_pretrained refuses what many bases on the Hub have.
     network.generation_config = transformers.GenerationConfig() if generation else None
     network.save_pretrained(folder)
-    source = _folder_of(network.config.name_or_path, network.config)
+    source = _folder_of(network.config.name_or_path, revision)
     own = source if source and _same_config(network, source) else None
     _write_json(folder / _CONFIG, own, _config_of(network))
     if generation is not None:
         (folder / _GENERATION).write_text(generation.to_json_string(), encoding="utf-8")
         _write_json(folder / _GENERATION, source, _ends_of(generation, model.tokenizer))
-    _save_tokenizer(model.tokenizer, folder, network.config)
+    _save_tokenizer(model.tokenizer, folder, _folder_of(model.tokenizer.name_or_path, revision))
 
 
 def cast(
@@ -101,21 +104,17 @@ def cast(
             )
 
 
-def _folder_of(place: str | None, config: Any) -> Path | None:
+def _folder_of(place: str | None, revision: str | None) -> Path | None:
     """The folder that a model or a tokenizer came from; None where there is none (any more)."""
     if not place:
         return None
     if Path(place).is_dir():
         return Path(place)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    revision = config._commit_hash if place == config.name_or_path else None
     for file in (_CONFIG, _TOKENIZER):
         try:
-            cached = try_to_load_from_cache(place, file, revision=revision)
-        except HFValidationError:
-            return None
+            cached = huggingface_hub.try_to_load_from_cache(place, file, revision=revision)
+        except huggingface_hub.errors.HFValidationError:
+            return None  # a folder that is gone
         if isinstance(cached, str):
             return Path(cached).parent
     return None
@@ -212,8 +211,7 @@ def _ends_of(generation: Any, tokenizer: Any) -> Callable[[Any], Any]:
 # --- the tokenizer's files --------------------------------------------------------------------
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path, config: Any) -> None:
-    source = _folder_of(tokenizer.name_or_path, config)
+def _save_tokenizer(tokenizer: Any, folder: Path, source: Path | None) -> None:
     if source is not None and _same_tokenizer(tokenizer, source):
         for pattern in _TOKENIZER_FILES:
             for file in source.glob(pattern):

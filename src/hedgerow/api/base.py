@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hedgerow.loading import name_of
@@ -23,6 +24,12 @@ class BaseInMemory:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         place = getattr(network.config, "name_or_path", None)
         self._name = name_of(place) if place else type(network).__name__
+
+    @property
+    def place(self) -> str | None:
+        """Folder, or name on the Hub, that transformers loaded the model from; None if none."""
+        place = getattr(self.network.config, "name_or_path", None)
+        return str(Path(place).absolute()) if place and Path(place).is_dir() else place or None
 
     def load(self, _: ModelSettings) -> Model:
         """A copy, for whoever asks to change and to keep: a `runs.Loader`."""

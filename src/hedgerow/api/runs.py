@@ -251,6 +251,7 @@ class Run:
             rank=rank,
             energy=energy,
             dtype=dtype,
+            base=None if self.base is None else self.base.place,
             load=self._load,
         )
         return Path(out)
