@@ -7,7 +7,6 @@ those that only version 5 understands also get the words of version 4 (`spelling
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -62,11 +61,15 @@ def save(
     network.generation_config = transformers.GenerationConfig() if generation else None
     network.save_pretrained(folder)
     source = _folder_of(network.config.name_or_path, revision)
-    own = source if source and _same_config(network, source) else None
-    _write_json(folder / _CONFIG, own, _config_of(network))
+    if source is not None and _same_config(network, source):
+        shutil.copyfile(source / _CONFIG, folder / _CONFIG)
+    spellings.rewrite(folder / _CONFIG, _config_of(network))
     if generation is not None:
-        (folder / _GENERATION).write_text(generation.to_json_string(), encoding="utf-8")
-        _write_json(folder / _GENERATION, source, _ends_of(generation, model.tokenizer))
+        if source is not None and (source / _GENERATION).is_file():
+            shutil.copyfile(source / _GENERATION, folder / _GENERATION)
+        else:
+            (folder / _GENERATION).write_text(generation.to_json_string(), encoding="utf-8")
+        spellings.rewrite(folder / _GENERATION, _ends_of(generation, model.tokenizer))
     _save_tokenizer(model.tokenizer, folder, _folder_of(model.tokenizer.name_or_path, revision))
 
 
@@ -118,20 +121,6 @@ def _folder_of(place: str | None, revision: str | None) -> Path | None:
         if isinstance(cached, str):
             return Path(cached).parent
     return None
-
-
-def _write_json(file: Path, source: Path | None, change: Callable[[Any], Any]) -> None:
-    """Change what a file says, or the one of this name in `source`; unchanged it stays as it is."""
-    own = source / file.name if source else file
-    if not own.is_file():
-        own = file
-    content = json.loads(own.read_text(encoding="utf-8"))
-    changed = change(content)
-    if changed != content:
-        text = json.dumps(changed, indent=2, ensure_ascii=False)
-        file.write_text(text + "\n", encoding="utf-8")
-    elif own != file:
-        shutil.copyfile(own, file)
 
 
 # --- config.json ------------------------------------------------------------------------------
@@ -221,7 +210,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path, source: Path | None) -> None:
     else:
         tokenizer.save_pretrained(folder)
     if (folder / _TOKENIZER).is_file():
-        _write_json(folder / _TOKENIZER, None, _without_code)
+        spellings.rewrite(folder / _TOKENIZER, _without_code)
 
 
 def _without_code(content: dict[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,23 @@ keys here; a file that has both already stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def rewrite(file: Path, change: Callable[[Json], Json]) -> None:
+    """Change what a JSON file says; one of which nothing changes keeps its bytes."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    changed = change(content)
+    if changed != content:
+        text = json.dumps(changed, indent=2, ensure_ascii=False)
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def model_config(config: Mapping[str, Any]) -> Json:
