@@ -307,7 +307,7 @@ def test_what_a_dtype_cannot_hold_is_refused(hedgerow, experiment, tmp_path, tin
 
 
 def test_weights_that_are_no_numbers_are_not_exported():
-    with pytest.raises(UserError, match="x.weight has values .* the run has diverged"):
+    with pytest.raises(UserError, match=r"x\.weight has values .* the run has diverged"):
         pretrained.cast({"x.weight": torch.tensor([1.0, float("nan")])}, None)
 
 
