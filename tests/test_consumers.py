@@ -88,6 +88,17 @@ KINDS = {
     "qwen2, yarn": Kind("Qwen2", rope(kind="yarn", **SCALED)),
     "mistral": Kind("Mistral", {**rope(), "sliding_window": 16}),
     "gemma2": Kind("Gemma2", {**rope(), "head_dim": 8, "sliding_window": 16}),
+    "gemma3": Kind(
+        "Gemma3Text",
+        {
+            **{"head_dim": 8, "sliding_window": 16},
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20_000.0},
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500_000.0},
+            },
+        },
+    ),
     "gpt_neox": Kind("GPTNeoX", rope(partial_rotary_factor=0.5)),
     "gpt2": Kind("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
     "phi": Kind("Phi", rope(partial_rotary_factor=0.5)),

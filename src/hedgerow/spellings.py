@@ -43,11 +43,10 @@ def model_config(config: Mapping[str, Any]) -> Json:
         key: model_config(value) if isinstance(value, Mapping) and "model_type" in value else value
         for key, value in config.items()
     }
-    if "dtype" in both:
-        both.setdefault("torch_dtype", both["dtype"])
-    for key, value in {**_rope(both), **_experts(both)}.items():
-        both.setdefault(key, value)
-    return both
+    older = {**_rope(both), **_experts(both)}
+    if older.keys() - both.keys() and "dtype" in both:
+        older["torch_dtype"] = both["dtype"]
+    return both | {key: value for key, value in older.items() if key not in both}
 
 
 def tokenizer_config(config: Json, tokenizer: Json) -> Json:
