@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -15,7 +14,7 @@ import pandas as pd
 from hedgerow import console
 from hedgerow.comparison import Outcome
 from hedgerow.evaluation.metrics import Score, main_scores_of, scores_of
-from hedgerow.files import replacing
+from hedgerow.files import replacing, to_json
 
 FORMATS = ("csv", "json", "md", "tex")
 
@@ -120,7 +119,7 @@ def write(table: Sequence[dict[str, Any]], people: pd.DataFrame, out: Path) -> N
     numbers = pd.DataFrame(table)
     texts = {
         "csv": numbers.to_csv(index=False),
-        "json": json.dumps(table, indent=1) + "\n",
+        "json": to_json(table, indent=1) + "\n",
         "md": people.to_markdown(index=False, disable_numparse=True) + "\n",
         "tex": people.to_latex(index=False, escape=True),
     }
