@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -159,16 +160,29 @@ def run(
     in_memory = lender is not None or held is not None
     missing = [cell for cell in cells if in_memory or not _is_done(cell)]
     lender, failures = lender or Lender(), {}
+    said: set[str] = set()  # cells share their data, so that what is left out is said once
     for count, cell in enumerate(missing, start=1):
         with watch(f"[{count}/{len(missing)}] {title(cell)}:") as watcher:
             try:
                 model = lender.lend(cell.experiment.model)
                 local.run(
-                    cell.experiment, cell.folder, watcher, resume=True, model=model, held=held
+                    cell.experiment,
+                    cell.folder,
+                    watcher,
+                    resume=True,
+                    model=model,
+                    held=held,
+                    say=partial(_say_once, watcher, said),
                 )
             except (UserError, RunFailed) as error:
                 failures[cell.folder] = str(error)
     return [Outcome(cell, read_rows(cell.folder), failures.get(cell.folder)) for cell in cells]
+
+
+def _say_once(watcher: Watcher, said: set[str], sentence: str) -> None:
+    if sentence not in said:
+        said.add(sentence)
+        watcher.say(sentence)
 
 
 def title(cell: Cell) -> str:

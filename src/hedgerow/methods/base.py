@@ -165,6 +165,10 @@ class Method(Plugin, ABC):
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
         """Raise a `UserError` where the options do not fit the model, the clients or training."""
 
+    def left_out(self, model: Model) -> list[str]:
+        """Sentences for people on what of the model stays untrained though options ask for it."""
+        return []
+
     @abstractmethod
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """Attach what this client trains to the model; returns the trainable parameters."""

@@ -30,7 +30,8 @@ from hedgerow.files import replacing
 from hedgerow.ledger import Base
 from hedgerow.model import Model
 from hedgerow.runs.directory import RunDirectory
-from hedgerow.runs.scoring import Scorer, load_test
+from hedgerow.runs.preparation import load_test
+from hedgerow.runs.scoring import Scorer
 
 RUN = "flower.json"
 """The file of a run directory that says what the run is called at its sites."""
