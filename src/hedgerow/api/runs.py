@@ -190,6 +190,7 @@ class Run:
             longest,
             settings.evaluation.batch_size,
             lambda _: None,
+            stop=settings.evaluation.stop,
         )
         return answers
 

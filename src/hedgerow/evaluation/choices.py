@@ -19,6 +19,7 @@ import torch
 
 from hedgerow.data import Example, Row, Spool, Template, Tokenized
 from hedgerow.errors import UserError
+from hedgerow.evaluation.cache import keeps_keys_only
 from hedgerow.evaluation.likelihood import Float64, Int64, Tick, batch_losses
 from hedgerow.model import max_positions
 
@@ -120,8 +121,6 @@ class Choices:
     """The candidates of all questions, one after another, each after its prompt; uncut."""
     skipped: int
     """Rows that are not here, because their options cannot be told."""
-    metric: str
-    """Name of the metric that asks them, for messages."""
 
     @classmethod
     def prepare(
@@ -160,7 +159,6 @@ class Choices:
             rows=np.array([number for number, _ in found]),
             encoded=Spool().tokenize(name, answered, template, tokenizer, sys.maxsize, "answer"),
             skipped=len(rows) - len(found),
-            metric=metric,
         )
 
 
@@ -169,14 +167,12 @@ def log_likelihoods(
 ) -> tuple[list[Float64], int]:
     """The log-likelihood of each candidate after its prompt, without the EOS that would end it.
 
-    A prompt goes through the model once, whatever the number of its candidates. It is cut on the
-    left where it and the longest of them would not fit the model's positions.
+    A prompt goes through the model once, whatever the number of its candidates, where the model
+    keeps keys and values alone; or else with each of them. It is cut on the left where it and the
+    longest of them would not fit the model's positions.
 
     Returns:
         An array of shape (candidates,) for each question, and how many prompts were cut.
-
-    Raises:
-        UserError: the model keeps no key-value cache.
     """
     encoded = choices.encoded
     limit = max_positions(model.network)
@@ -186,20 +182,22 @@ def log_likelihoods(
     longest = np.maximum.reduceat(encoded.lengths.astype(np.int64), firsts) - 1  # without EOS
     # A prompt's last token predicts a candidate's first, so it stays whatever happens.
     cuts = np.clip(longest - limit, 0, prompts - 1)
+
+    def texts(question: int) -> tuple[Int32, list[Int32]]:
+        """All of a prompt but its last token, and what follows it: that token and a candidate."""
+        first, last = firsts[question], prompts[question] - 1
+        head = encoded[first].tokens[cuts[question] : last]
+        tails = [encoded[first + n].tokens[last:-1] for n in range(offered[question])]
+        return head, [tail[: limit - len(head)] for tail in tails]
+
+    score = _shared if keeps_keys_only(model.network) else _apart
     likelihoods: list[Float64] = [np.empty(0)] * len(offered)
     for batch, options in _batches(prompts - cuts, offered, batch_size):
-        heads, tails = [], []
-        for question in batch:
-            first, last = firsts[question], prompts[question] - 1
-            heads.append(encoded[first].tokens[cuts[question] : last])
-            for candidate in range(first, first + options):
-                tail = encoded[candidate].tokens[last:-1]
-                tails.append(Example(tail[: limit - len(heads[-1])], prompt_length=1, loss_from=1))
-        cache = _read_once(model.network, heads, options, choices.metric)
-        sums, _ = batch_losses(model.network, tails, past_key_values=cache)
+        heads, tails = zip(*map(texts, batch), strict=True)
+        sums = score(model.network, heads, tails)
         for question, sum_by_option in zip(batch, np.split(sums, len(batch)), strict=True):
             likelihoods[question] = -sum_by_option
-        tick(len(tails))
+        tick(options * len(batch))
     return likelihoods, int(np.count_nonzero(cuts))
 
 
@@ -221,18 +219,29 @@ def _batches(
             yield questions[start : start + size], options
 
 
-def _read_once(network: Any, heads: Sequence[Int32], times: int, metric: str) -> Any:
-    """The key-value cache after each of `heads` (of equal length), each repeated `times`."""
-    if not len(heads[0]):
-        return None
-    input_ids = torch.from_numpy(np.stack(heads).astype(np.int64)).to(network.device)
-    # Without the output layer: nothing is predicted here.
-    output = network.base_model(input_ids=input_ids, use_cache=True)
-    cache = getattr(output, "past_key_values", None)
-    if cache is None:
-        raise UserError(
-            f"`evaluation.metrics`: {metric} needs a key-value cache, which "
-            f"{type(network).__name__} does not have: leave it out"
-        )
-    cache.batch_repeat_interleave(times)
-    return cache
+def _shared(
+    network: Any, heads: Sequence[Int32], tails: Sequence[Sequence[Int32]]
+) -> npt.NDArray[np.float64]:
+    """Losses of all tails, each after its head; the heads, of equal length, are read once."""
+    cache = None
+    if len(heads[0]):
+        input_ids = torch.from_numpy(np.stack(heads).astype(np.int64)).to(network.device)
+        # Without the output layer: nothing is predicted here.
+        cache = network.base_model(input_ids=input_ids, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(tails[0]))
+    examples = [Example(tail, prompt_length=1, loss_from=1) for each in tails for tail in each]
+    sums, _ = batch_losses(network, examples, past_key_values=cache)
+    return sums
+
+
+def _apart(
+    network: Any, heads: Sequence[Int32], tails: Sequence[Sequence[Int32]]
+) -> npt.NDArray[np.float64]:
+    """As `_shared`, with each tail's head read again."""
+    examples = [
+        Example(np.concatenate([head, tail]), prompt_length=len(head) + 1, loss_from=len(head) + 1)
+        for head, each in zip(heads, tails, strict=True)
+        for tail in each
+    ]
+    sums, _ = batch_losses(network, examples)
+    return sums

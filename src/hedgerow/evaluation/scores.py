@@ -136,8 +136,7 @@ def evaluate(
         progress: told how many forward passes or answers are done, of how many.
 
     Raises:
-        UserError: the answers leave no room for prompts in the model's positions, the model cannot
-            be asked multiple choice, or a metric fails.
+        UserError: a metric fails.
     """
     model.network.eval()
     metrics = metrics_of(settings.metrics)
@@ -199,7 +198,14 @@ def answers(
     """The model's greedy answer to each row, and how many prompts had to be cut."""
     examples = (test.examples[index] for index in range(len(test)))
     prompts = [example.tokens[: example.prompt_length] for example in examples]
-    return generate(model, prompts, settings.max_new_tokens, settings.batch_size, tick)
+    return generate(
+        model,
+        prompts,
+        settings.max_new_tokens,
+        settings.batch_size,
+        tick,
+        stop=settings.stop,
+    )
 
 
 def _column(rows: Sequence[Row], column: str, name: str) -> list[str]:
