@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +16,9 @@ from hedgerow.cli.frame import (
 )
 from hedgerow.errors import UserError, check_installed
 from hedgerow.files import to_json
+
+_LONGEST = 60
+"""Largest number of characters of a group's name in a table."""
 
 
 class Prompt(StrEnum):
@@ -125,17 +127,12 @@ def evaluate(
     if given := [option for option, value in belonging.items() if value is not None]:
         raise UserError(f"{', '.join(given)} belong to --harness")
     from hedgerow.evaluation.metrics import scores_of
-    from hedgerow.runs.scoring import score_path
-    from hedgerow.settings import DEFAULT_TEST
+    from hedgerow.runs.scoring import asked_for, score_path
 
-    changes = list(overrides or [])
-    if data is not None:
-        changes = [*DEFAULT_TEST, *changes, f"data.test={json.dumps(data)}"]
-    if by is not None:
-        changes.append(f"evaluation.by={json.dumps(by)}")
+    named = None
     if metrics is not None:
         named = [name.strip() for name in metrics.split(",") if name.strip()]
-        changes.append(f"evaluation.metrics={json.dumps(named)}")
+    changes = asked_for(data, named, by, overrides or [])
     with console.ProgressWatcher("evaluation") as watcher:
         scores, asked = score_path(target, changes, round, client, watcher.evaluated)
     if as_json:
@@ -146,7 +143,13 @@ def evaluate(
     console.table(str(target), ["score", "value"], rows)
     for key, score in scores_of(asked).items():
         if values := scores.get(f"{key}_by"):
-            rows = [(name, console.score(value)) for name, value in values.items()]
+            rows = [
+                (
+                    name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…",
+                    console.score(value),
+                )
+                for name, value in values.items()
+            ]
             console.table("", [by or "value", score.label], rows)
     for key in ("dropped", "truncated", "skipped"):
         if scores.get(key):

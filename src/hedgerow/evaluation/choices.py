@@ -6,7 +6,9 @@ prompt (its `acc`), and by the same per character (its `acc_norm`).
 
 from __future__ import annotations
 
+import ast
 import itertools
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -47,15 +49,18 @@ class Question:
 def read_question(row: Row, fields: Fields) -> Question | None:
     """The question of a row, or None where its options cannot be told.
 
-    A row offers its options in one of two forms:
+    A row offers its options in one of these forms:
 
-    - `choices`, a list of texts, and `answer`, the right one's index (from 0) or letter;
+    - a list of texts in `choices`, `options` or `endings` (HellaSwag), or a text each in columns A,
+      B, C …; and `answer`, `answerKey` or `label`: the right one's index (from 0), letter, or text;
+    - `choices` as {text: […], label: […]} (ARC) or {A: …, B: …}, or as a list of {label, text}, and
+      the right one's label or text;
     - "Options: A. one, B. two" in the input (or at the end of the instruction), separated by commas
       or on lines of their own, and an output that ends with the right one: "The answer is: B. two",
       "two" or "B". The candidates are the output with the other options in its place.
     """
-    if "choices" in row:
-        return _explicit(row["choices"], row.get("answer"))
+    if (offered := _offered(row)) is not None:
+        return _explicit(*offered, _answer(row, fields))
     columns = [c for c in (fields.instruction, fields.input) if c is not None]
     text = "\n".join(str(row[c]) for c in columns if row.get(c) is not None)
     output = str(row.get(fields.output, "")).strip()
@@ -80,15 +85,96 @@ def read_question(row: Row, fields: Fields) -> Question | None:
     return None
 
 
-def _explicit(choices: object, answer: object) -> Question | None:
-    if not isinstance(choices, Sequence) or isinstance(choices, str) or len(choices) < 2:
+_LISTS = ("choices", "options", "endings")
+"""Columns that may hold a question's options."""
+_ANSWERS = ("answer", "answerKey", "label")
+"""Columns that may name the right one, the first before the others."""
+_LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
+
+
+def _offered(row: Row) -> tuple[object, Sequence[str] | None] | None:
+    """The options of a row, and their labels where it gives some; None where there are no options.
+
+    Of a table's cells, a list is text: JSON, or as Python writes it.
+    """
+    for column in _LISTS:
+        if row.get(column) is None:
+            continue
+        found = row[column]
+        if isinstance(found, str):
+            found = _parsed(found)
+            if column != "choices" and not isinstance(found, list | dict):
+                continue
+        if isinstance(found, list) and found and all(isinstance(each, dict) for each in found):
+            found = {key: [each.get(key) for each in found] for key in ("text", "label")}
+        if not isinstance(found, dict):
+            return found, None
+        if found.keys() == {"text", "label"}:
+            return found["text"], _labels_of(found["label"])
+        return list(found.values()), _labels_of(list(found))
+    if row.get("A") is None or row.get("B") is None:
         return None
-    if isinstance(answer, str) and re.fullmatch("[A-Za-z]", answer.strip()):
-        answer = ord(answer.strip().upper()) - ord("A")
-    candidates = tuple(str(choice).strip() for choice in choices)
-    if not isinstance(answer, int) or answer not in range(len(candidates)) or not all(candidates):
+    letters = itertools.takewhile(row.__contains__, map(chr, range(ord("A"), ord("Z") + 1)))
+    return [row[letter] for letter in letters], None
+
+
+def _parsed(text: str) -> object:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text
+
+
+def _labels_of(found: object) -> Sequence[str]:
+    return [str(label).strip() for label in found] if isinstance(found, list) else []
+
+
+def _answer(row: Row, fields: Fields) -> object:
+    columns = (*_ANSWERS, fields.output)
+    return next((row[column] for column in columns if row.get(column) not in (None, "")), None)
+
+
+def _explicit(choices: object, labels: Sequence[str] | None, answer: object) -> Question | None:
+    if not isinstance(choices, Sequence) or isinstance(choices, str):
         return None
-    return Question(candidates, answer)
+    texts = [_text(choice) for choice in choices]
+    while texts and not texts[-1]:  # tables have as many columns as their longest row
+        texts.pop()
+    if len(texts) < 2 or not all(texts) or (labels is not None and len(labels) < len(texts)):
+        return None
+    right = _places(answer, texts, labels)
+    # Where an answer could be read in two ways, it is not for us to choose.
+    return Question(tuple(texts), right.pop()) if len(right) == 1 else None
+
+
+def _text(value: object) -> str:
+    """An option as text; empty where it is none."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value).strip() if isinstance(value, str | int | float) else ""
+
+
+def _places(answer: object, texts: Sequence[str], labels: Sequence[str] | None) -> set[int]:
+    """The options that an answer may mean."""
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)  # as a table with empty cells has whole numbers
+    if isinstance(answer, bool) or not isinstance(answer, int | str):
+        return set()
+    said = str(answer).strip()
+    if labels is not None:
+        labelled = {place for place, label in enumerate(labels[: len(texts)]) if label == said}
+        if labelled:
+            return labelled
+    elif isinstance(answer, int):
+        return {answer} & set(range(len(texts)))
+    same = {place for place, text in enumerate(texts) if text == said}
+    if letter := _LETTER.fullmatch(said):
+        return same | {ord(letter[1].upper()) - ord("A")} & set(range(len(texts)))
+    if said.isdecimal() and labels is None:
+        return same | {int(said)} & set(range(len(texts)))
+    return same
 
 
 def _readings(text: str, letter: str) -> Iterator[list[str]]:
@@ -139,14 +225,16 @@ class Choices:
             name: where the rows are from, for messages.
 
         Raises:
-            UserError: no row has options that can be told.
+            UserError: no row has options that can be told, or answers count from 1.
         """
+        _check_counting(name, rows, fields)
         read = [(number, read_question(row, fields)) for number, row in enumerate(rows)]
         found = [(number, question) for number, question in read if question is not None]
         if not found:
             raise UserError(
                 f"`evaluation.metrics`: {metric} finds no options in {name}: rows need "
-                "`choices` (a list) with `answer` (an index or a letter), or an input with "
+                "`choices` (a list; or `options`, `endings`, or columns A, B …) with `answer` (an "
+                "index from 0, a letter or a text; or `answerKey`, `label`), or an input with "
                 "`Options: A. …, B. …` and an output that ends with the right one"
             )
         answered = [
@@ -159,6 +247,27 @@ class Choices:
             rows=np.array([number for number, _ in found]),
             encoded=Spool().tokenize(name, answered, template, tokenizer, sys.maxsize, "answer"),
             skipped=len(rows) - len(found),
+        )
+
+
+def _check_counting(name: str, rows: Sequence[Row], fields: Fields) -> None:
+    """Raise a `UserError` where answers seem to count options from 1: each would be another's."""
+    beyond = None
+    for number, row in enumerate(rows, start=1):
+        offered, answer = _offered(row), _answer(row, fields)
+        if offered is None or offered[1] is not None or not isinstance(offered[0], Sequence):
+            continue
+        said = str(answer).strip()
+        if not said.isdecimal() or said in map(str, offered[0]):
+            continue
+        if int(said) == 0:
+            return
+        if int(said) == len(offered[0]) and beyond is None:
+            beyond = number, said
+    if beyond is not None:
+        raise UserError(
+            f"{name}: row {beyond[0]}: the answer {beyond[1]} is none of {beyond[1]} options, "
+            "since they count from 0, and no row's answer is 0: subtract 1, or give letters"
         )
 
 

@@ -19,6 +19,7 @@ from hedgerow.evaluation.likelihood import Tick, losses
 from hedgerow.evaluation.measuring import Evidence, derived, measure
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.metrics.base import Answer, Choice, Likelihood, Need
+from hedgerow.files import to_json
 from hedgerow.names import MEMORY
 
 if TYPE_CHECKING:
@@ -216,4 +217,10 @@ def _column(rows: Sequence[Row], column: str, name: str) -> list[str]:
                 f"`evaluation.by`: row {number} of {name} has no column {column!r}: name one of "
                 f"{known}"
             )
-    return [str(row[column]) for row in rows]
+    return [_group(row[column]) for row in rows]
+
+
+def _group(value: Any) -> str:
+    """A value's name as a group: null, true, numbers and lists as JSON has them."""
+    plain = value is None or isinstance(value, bool | float | list | dict)
+    return to_json(value, ensure_ascii=False, default=str) if plain else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from hedgerow.methods.base import Method
 from hedgerow.model import Model
 from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
 from hedgerow.runs.preparation import load_test
-from hedgerow.settings import Evaluation, EvaluationSettings, TextSettings
+from hedgerow.settings import DEFAULT_TEST, Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
 
 Progress = Callable[[int, int], None]
@@ -110,6 +111,27 @@ class Subject:
             yield None
         else:
             yield from self.method.models(self.model, self.clients)
+
+
+def asked_for(
+    data: str | None, metrics: Sequence[str] | None, by: str | None, overrides: Sequence[str] = ()
+) -> list[str]:
+    """Overrides that say what is evaluated, on which rows.
+
+    Args:
+        data: the test data, instead of the experiment's, of which nothing counts then.
+        metrics: names of metrics; None for the experiment's.
+        by: column of the test data; None for the experiment's.
+        overrides: others, which count before all these.
+    """
+    changes = list(overrides)
+    if data is not None:
+        changes = [*DEFAULT_TEST, *changes, f"data.test={json.dumps(data)}"]
+    if metrics is not None:
+        changes.append(f"evaluation.metrics={json.dumps(list(metrics))}")
+    if by is not None:
+        changes.append(f"evaluation.by={json.dumps(by)}")
+    return changes
 
 
 @contextmanager
