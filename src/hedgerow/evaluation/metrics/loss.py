@@ -27,4 +27,4 @@ class Loss(LikelihoodMetric):
     def derive(self, scores: Mapping[str, float]) -> dict[str, float]:
         """Perplexity: exp(loss), infinite where that is beyond a float."""
         loss = scores["eval_loss"]
-        return {"eval_perplexity": math.inf if loss >= 700 else math.exp(loss)}
+        return {"eval_perplexity": math.exp(loss) if loss < 700 else math.inf}
