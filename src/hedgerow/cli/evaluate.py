@@ -154,6 +154,9 @@ def evaluate(
     for key in ("dropped", "truncated", "skipped"):
         if scores.get(key):
             console.out.print(f"{key}: {scores[key]} rows")
+    for key in ("answer_prompts_cut", "choice_prompts_cut"):
+        if scores.get(key):
+            console.out.print(f"{scores[key]:g} prompts cut on the left to fit the model")
 
 
 def _say_harness(title: str, scores: dict[str, Any]) -> None:

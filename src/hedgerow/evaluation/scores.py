@@ -86,7 +86,8 @@ class TestSet:
             raise UserError(
                 f"`data.max_length`: no answer of {name} is left to measure a loss on, since every "
                 f"prompt (the shortest has {examples.prompt_lengths.min()} tokens) fills "
-                f"{settings.max_length} tokens: raise it"
+                f"{settings.max_length} tokens: raise it where the model has more positions, "
+                "or give rows with shorter prompts"
             )
         choices = None
         if "choices" in needs:

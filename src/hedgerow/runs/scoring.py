@@ -18,7 +18,7 @@ from hedgerow.experiment import Experiment, apply_overrides, validate
 from hedgerow.methods.base import Method
 from hedgerow.model import Model
 from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
-from hedgerow.runs.preparation import load_test
+from hedgerow.runs.preparation import check_causal, load_test
 from hedgerow.settings import DEFAULT_TEST, Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
 
@@ -160,6 +160,7 @@ def loaded(
         content: dict[str, Any] = {"model": {"path": str(path.absolute())}, "data": {}}
         asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(path), Evaluation)
         model = Model.load(asked.model)
+        check_causal(model)
         yield Subject(
             model=model,
             data=asked.data,
