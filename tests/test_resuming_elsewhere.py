@@ -17,9 +17,7 @@ def project(experiment, tiny_model, tmp_path):
     """A folder with a model, data and an experiment of three rounds."""
     folder = tmp_path / "project"
     folder.mkdir()
-    path = experiment(
-        model={"path": "model"}, federation={"rounds": 3}, method={"restart": "own"}
-    )
+    path = experiment(model={"path": "model"}, federation={"rounds": 3}, method={"restart": "own"})
     for file in [*tmp_path.glob("*.json"), path]:
         file.rename(folder / file.name)
     shutil.copytree(tiny_model, folder / "model")
@@ -129,9 +127,7 @@ def test_what_would_change_entries_is_refused(hedgerow, project, begun, change):
     assert before == (ledger_bytes(run), (run / "experiment.yaml").read_bytes())
 
 
-def test_out_may_be_another_path_or_a_link_to_it(
-    hedgerow, project, begun, monkeypatch, tmp_path
-):
+def test_out_may_be_another_path_or_a_link_to_it(hedgerow, project, begun, monkeypatch, tmp_path):
     (tmp_path / "link").symlink_to(project / "run")
     monkeypatch.chdir(project)
     first = hedgerow("run", "experiment.yaml", "federation.rounds=2", "--out", "run", "--resume")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
-from hedgerow.files import replacing
+from hedgerow.files import check_name, check_place, replacing
 from hedgerow.ledger import INDEX, Base, Ledger
 from hedgerow.runs.changes import another_run, changes
 from hedgerow.runs.memory import RoundMemory
@@ -58,9 +58,11 @@ class RunDirectory:
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Raise a `UserError` where a new run would write over something."""
+        """Raise a `UserError` where a new run would write over something, or could not write."""
+        check_name(path, "--out")
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path} is a file: name a directory that is not there yet")
+        check_place(path, "--out")
         # What a run that was killed at its very first step has left is nobody's work.
         begun = {LOCK, DATA, f"{DATA}.partial", f"{EXPERIMENT}.partial"}
         if path.is_dir() and any(child.name not in begun for child in path.iterdir()):
@@ -78,6 +80,7 @@ class RunDirectory:
         Raises:
             UserError: it is another experiment's run, naming the key that differs.
         """
+        check_place(path, "--out")
         if not (path / EXPERIMENT).exists():
             RunDirectory.check_free(path)
             return False
