@@ -17,6 +17,7 @@ def process(*arguments, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
         env=os.environ | environment,
     )
 
@@ -63,7 +64,7 @@ def test_a_name_that_cannot_be_one_is_a_sentence(
 def test_a_place_that_may_not_be_written_to_is_said_at_once(
     hedgerow, experiment, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: not mode & os.W_OK)
     result = hedgerow("run", experiment(), "--out", tmp_path / "r")
     assert result.code == 2
     assert f"{tmp_path} may not be written to" in result.err
