@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -231,6 +231,9 @@ class TrainingSettings(Section):
 
 class FederationSettings(Section):
     """Rounds: how many there are, and who takes part."""
+
+    decide: ClassVar = ("clients_per_round", "seed")
+    """Keys that the entries of a run depend on; a run that goes on may change all others."""
 
     rounds: int = Field(10, ge=1)
     """Number of rounds of the whole run; a finished run goes on where it is raised (`--resume`)."""

@@ -13,7 +13,7 @@ from typing import Any
 from hedgerow import federation, tracking
 from hedgerow.clock import Clock
 from hedgerow.data import Held, Tokenized
-from hedgerow.errors import ClientFailed
+from hedgerow.errors import ClientFailed, UserError
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import ClientResult, Watcher
 from hedgerow.federation.participant import train_client
@@ -81,6 +81,7 @@ def run(
     model: Model | None = None,
     held: Held | None = None,
     say: Callable[[str], None] | None = None,
+    scored_on: str | None = None,
     fleet: type[LocalFleet] = LocalFleet,
 ) -> None:
     """Run an experiment in this process; the run directory is written as it goes.
@@ -89,7 +90,9 @@ def run(
         resume: go on with the run that is in `out`, if one was begun.
         model: the unchanged base model where it is loaded already; the run changes it.
         held: the rows that the experiment calls `(memory)`.
-        say: told, before training, what there is and what is left out of it; None tells `watcher`.
+        say: told, before training, what there is, what is left out of it, and what is other than
+            before the run was resumed; None tells `watcher`.
+        scored_on: digest that the test data must have, if any.
         fleet: who has the clients train.
 
     Raises:
@@ -102,13 +105,19 @@ def run(
     else:
         RunDirectory.check_free(out)
     prepared = prepare(experiment, model, held)
+    say = say or watcher.say
     for note in prepared.notes:
-        (say or watcher.say)(note)
+        say(note)
     opener = RunDirectory.resume if resume else RunDirectory.create
-    data = {name: shard.digest() for name, shard in prepared.shards.items()}
-    if prepared.test is not None:
-        data[TEST_DATA] = prepared.test.examples.digest()
+    data = prepared.digests()
+    if scored_on not in (None, data.get(TEST_DATA)):
+        raise UserError(
+            "data.test: the runs of this comparison were scored on other test data: give the same, "
+            "or another --out"
+        )
     with opener(out, experiment, prepared.base, data, prepared.trained) as directory:
+        for change in directory.changes:
+            say(change)
         directory.ledger.replay(experiment.method, prepared.model)
         with tracking.tracked(experiment, directory, watcher) as tracked:
             federation.run(experiment, fleet(experiment, prepared, directory), directory, tracked)

@@ -27,6 +27,7 @@ from hedgerow.settings import (
     TrackingSettings,
     TrainingSettings,
 )
+from hedgerow.training.optimizers import SHORTHANDS, optimizer_of
 
 
 class Experiment(Section):
@@ -76,6 +77,22 @@ class Experiment(Section):
         if self.evaluation.by is not None and self.data.test is None:
             raise ValueError("`evaluation.by` needs `data.test`")
         return self
+
+    def deciding(self) -> dict[str, Any]:
+        """What the entries of a run depend on as it is said, by section, in one form each.
+
+        Of the base model and the data, fingerprint and digests decide instead, wherever they lie.
+        Nothing else does.
+        """
+        training = self.training.model_dump(mode="json", exclude=set(SHORTHANDS))
+        training["optimizer"] = optimizer_of(self.training).model_dump(mode="json")
+        if self.training.epochs is None:
+            training["steps"] = self.training.most_steps(1)
+        return {
+            "method": self.method.model_dump(mode="json"),
+            "training": training,
+            "federation": self.federation.model_dump(include=set(FederationSettings.decide)),
+        }
 
     def dump(self, include: set[str] | None = None) -> str:
         """Experiment (or some of its sections) as YAML, with every default written out."""

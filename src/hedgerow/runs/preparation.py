@@ -20,6 +20,7 @@ from hedgerow.ledger import Base
 from hedgerow.methods.base import Client
 from hedgerow.model import Model, max_positions
 from hedgerow.names import MEMORY
+from hedgerow.runs.directory import TEST_DATA, Digests
 from hedgerow.seeds import Seeds
 from hedgerow.settings import EvaluationSettings, TextSettings
 
@@ -39,6 +40,13 @@ class Prepared:
     test: TestSet | None
     notes: list[str]
     """Sentences for people: what there is, then what is left out of it, each with its count."""
+
+    def digests(self) -> Digests:
+        """Digest of each client's examples, and of the test data."""
+        found: Digests = {name: shard.digest() for name, shard in self.shards.items()}
+        if self.test is not None:
+            found[TEST_DATA] = self.test.examples.digest()
+        return found
 
 
 def prepare(

@@ -69,7 +69,7 @@ def run(
         server, client = ServerApp(), ClientApp()
 
         def main(grid: Grid, context: Context) -> None:
-            data = {name: shard.digest() for name, shard in prepared.shards.items()}
+            data = prepared.digests()
             serve(grid, app, out, watcher, prepared.model, prepared.test, data)
 
         server.main()(main)
