@@ -11,8 +11,9 @@ from support.models import byte_tokenizer
 
 from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.cache import goes_on_from_state, keeps_keys_only
+from hedgerow.evaluation.choices import log_likelihoods
 from hedgerow.evaluation.scores import TestSet, evaluate
-from hedgerow.model import Model
+from hedgerow.model import Model, max_positions
 from hedgerow.settings import EvaluationSettings, TextSettings
 
 BASE = {"hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 1}
@@ -28,7 +29,13 @@ NATIVE = {
     "sequence_kernel": "native_sequence__native",
     "step_kernel": "native",
 }
-LONG = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+}
 MODELS = {
     "Llama": ATTENTION,
     "Mistral": ATTENTION | {"sliding_window": 8},
@@ -48,10 +55,11 @@ MODELS = {
     | {"block_types": ["recurrent", "attention"]},
     "Rwkv": BASE,
     "xLSTM": BASE | {"num_heads": 4} | NATIVE,
+    "Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 96},
     "OpenAIGPT": {"n_embd": 32, "n_layer": 2, "n_head": 4},
 }
 NAMES = {"OpenAIGPT": "OpenAIGPTLMHeadModel"}
-PLAIN = {"Llama", "Mistral", "Gemma2"}
+PLAIN = {"Llama", "Mistral", "Gemma2", "Mpt"}
 
 ROWS = [
     {"instruction": "Which?", "choices": ["sea", "a big sky", "no"], "answer": 0},
@@ -86,12 +94,14 @@ def model(request):
 
 
 def test_what_a_model_keeps_is_told_by_its_cache(model):
-    assert keeps_keys_only(model.network) == (model.name in PLAIN)
+    assert keeps_keys_only(model.network, 64) == (model.name in PLAIN)
     assert goes_on_from_state(model.network) == (model.name not in {"Rwkv", "xLSTM"})
 
 
 def test_positions_that_the_longest_text_scales_are_not_shared():
-    assert not keeps_keys_only(made("Llama", rope_parameters=LONG).network)
+    network = made("Llama", rope_parameters=LONG).network
+    assert keeps_keys_only(network, 64)
+    assert not keeps_keys_only(network, 65)
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
@@ -116,8 +126,6 @@ def test_likelihoods_are_those_of_each_text_alone(model, batch_size):
     scores = evaluate(model, test, settings)
     assert scores["eval_loss"] == pytest.approx(nats / count, rel=1e-5)
     assert scores["accuracy"] == pytest.approx(100 * right / len(ROWS))
-    from hedgerow.evaluation.choices import log_likelihoods
-
     with torch.inference_mode():
         ours, _ = log_likelihoods(model, test.choices, batch_size, lambda count: None)
     for mine, theirs in zip(ours, expected, strict=True):
@@ -137,3 +145,7 @@ def test_answers_are_those_of_each_prompt_alone(model):
                 break
         said = model.tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
         assert answer == said
+
+
+def test_positions_of_mpt_are_known():
+    assert max_positions(made("Mpt").network) == 96

@@ -32,7 +32,7 @@ from hedgerow.data import Template, load_template, tokenize_prompts
 from hedgerow.errors import UserError, did_you_mean, readable
 from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.cache import keeps_keys_only
-from hedgerow.files import replacing, to_json
+from hedgerow.files import check_name, check_place, replacing, to_json
 from hedgerow.model import Model
 from hedgerow.runs.scoring import Subject, loaded, mean
 
@@ -156,7 +156,7 @@ class _Network(HFLM):  # type: ignore[misc]
         return super().loglikelihood_rolling(requests, disable_tqdm=not sys.stderr.isatty())
 
     def generate_until(self, requests: Any, **_: Any) -> Any:
-        if not keeps_keys_only(self.own.network):
+        if not keeps_keys_only(self.own.network, self.max_length):
             # The harness pads on the left, which some networks take for a part of the text.
             return self._answers(requests)
         return super().generate_until(requests, disable_tqdm=not sys.stderr.isatty())
@@ -359,10 +359,12 @@ def _set_generation(
 
 def _check_new(file: Path) -> None:
     """Raise a `UserError` where a file is there already, or has no folder to be in."""
+    check_name(file, "--log-samples")
     if file.exists():
         raise UserError(f"--log-samples {file} is there already: name a new file")
     if not file.parent.is_dir():
         raise UserError(f"--log-samples {file}: there is no folder {file.parent}: make it first")
+    check_place(file.parent, "--log-samples")
 
 
 def _lines(client: str | None, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:

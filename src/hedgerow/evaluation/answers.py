@@ -70,7 +70,8 @@ def generate(
     room = max_positions(model.network) - max_new_tokens
     answers = [""] * len(prompts)
     lengths = np.array([len(prompt) for prompt in prompts])
-    pads = keeps_keys_only(model.network)
+    longest = min(int(lengths.max(initial=0)), room) + max_new_tokens
+    pads = keeps_keys_only(model.network, longest)
     with _greedy(model, max_new_tokens) as config:
         if not pads:
             config.use_cache = goes_on_from_state(model.network)

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hedgerow.model import max_positions
+
 _TEXTS = ((0, 1, 2, 1, 0), (2, 0, 0, 1, 1))
 """Two texts for trials: any ids that every vocabulary has."""
 
 
 @torch.inference_mode()
-def keeps_keys_only(network: Any) -> bool:
+def keeps_keys_only(network: Any, longest: int) -> bool:
     """Whether the network keeps nothing but the keys and values of tokens, each by itself.
+
+    Args:
+        network: a causal language model of transformers.
+        longest: number of tokens in the longest text that it is to read and write.
 
     Then several texts can go on from one prompt, and padding on the left is no part of a text where
     a mask says so. Recurrent and convolutional layers keep a state of the whole text instead, which
-    padding would change, and positions that are scaled by the longest text change all keys.
+    padding would change, and positions that are scaled for long texts change all keys.
     """
-    if any(_scales_by_length(module) for module in network.modules()):
+    if longest > _unscaled(network):
         return False
     input_ids = torch.tensor([_TEXTS[0][:1]], device=network.device)
     try:
@@ -64,7 +71,13 @@ def goes_on_from_state(network: Any) -> bool:
     return bool((kept - afresh).abs().max() <= 0.05 * afresh.std())
 
 
-def _scales_by_length(module: Any) -> bool:
-    """Whether a rotary embedding's frequencies depend on the longest text in a batch."""
-    kind = str(getattr(module, "rope_type", ""))
-    return "dynamic" in kind or "longrope" in kind
+def _unscaled(network: Any) -> int:
+    """Number of positions up to which rotary frequencies do not depend on the longest text."""
+    kinds = " ".join(str(getattr(module, "rope_type", "")) for module in network.modules())
+    if "dynamic" not in kinds and "longrope" not in kinds:
+        return sys.maxsize
+    parameters = getattr(network.config.get_text_config(), "rope_parameters", None) or {}
+    # They may be given for each kind of layer by itself.
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    known = [one.get("original_max_position_embeddings") for one in each]
+    return min([count for count in known if count], default=max_positions(network))

@@ -299,7 +299,8 @@ def log_likelihoods(
         tails = [encoded[first + n].tokens[last:-1] for n in range(offered[question])]
         return head, [tail[: limit - len(head)] for tail in tails]
 
-    score = _shared if keeps_keys_only(model.network) else _apart
+    fits = keeps_keys_only(model.network, min(int(longest.max()), limit))
+    score = _shared if fits else _apart
     likelihoods: list[Float64] = [np.empty(0)] * len(offered)
     for batch, options in _batches(prompts - cuts, offered, batch_size):
         heads, tails = zip(*map(texts, batch), strict=True)
