@@ -449,6 +449,18 @@ def test_options_come_in_many_forms(row):
     assert (question.candidates, question.right) == (tuple(FOUR), 2)
 
 
+def test_options_in_the_columns_of_a_table(hedgerow, folder, tmp_path):
+    table = "question,A,B,C,answer\nWhich?,sea,sky,,B\nWho?,x,y,z,A\nWhat?,x,,z,A\n"
+    (tmp_path / "mc.csv").write_text(table)
+    command = ["evaluate", folder, "data.prompt=plain", "data.fields.instruction=question"]
+    command += ["--data", tmp_path / "mc.csv", "--metrics", "multiple_choice", "--json"]
+    result = hedgerow(*command)
+    assert result.code == 0, result.err
+    scores = json.loads(result.out)
+    assert (scores["rows"], scores["skipped"]) == (3, 1)
+    assert scores["accuracy_chance"] == pytest.approx(100 * (1 / 2 + 1 / 3) / 2)
+
+
 @pytest.mark.parametrize(
     "row",
     [
