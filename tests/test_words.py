@@ -1,5 +1,6 @@
 """Metrics of answers in any script and any way of writing numbers."""
 
+import time
 import unicodedata
 
 import pytest
@@ -58,7 +59,12 @@ def test_scripts_without_spaces_are_compared_by_characters():
     assert 0 < Bleu().corpus(["猫住在大房子里面"], ["猫住在大房子外面"]) < 100
 
 
-@given(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127)))
+ASCII = st.text(st.characters(max_codepoint=127)) | st.lists(
+    st.sampled_from(["a", "b", "the", "cats", "running"])
+).map(" ".join)
+
+
+@given(ASCII, ASCII)
 def test_ascii_scores_as_rouge_score_does(reference, answer):
     expected = RougeScorer(["rougeL"], use_stemmer=True).score(reference, answer)["rougeL"]
     if words(reference):
@@ -67,6 +73,13 @@ def test_ascii_scores_as_rouge_score_does(reference, answer):
 
 def test_english_words_are_stemmed():
     assert RougeL().score(reference="the cats were running", answer="the cat were runs") == 100
+
+
+def test_long_answers_in_characters_take_no_time():
+    text = "".join(chr(0x4E00 + n * n % 5000) for n in range(3000))
+    begin = time.process_time()
+    assert RougeL().score(reference=text, answer=text[1000:2000]) == pytest.approx(50)
+    assert time.process_time() - begin < 0.5  # rouge_score takes ten times as long
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import simple_parse_args_string
+from lm_eval.utils import handle_non_serializable, simple_parse_args_string
 
 from hedgerow.data import Template, load_template, tokenize_prompts
 from hedgerow.errors import UserError, did_you_mean, readable
@@ -371,7 +371,10 @@ def _lines(client: str | None, samples: Mapping[str, Sequence[Mapping[str, Any]]
     """A line of JSON on each question of each task."""
     whose = {} if client is None else {"client": client}
     return [
-        to_json({"task": task, **whose, **sample}, ensure_ascii=False, default=str) + "\n"
+        to_json(
+            {"task": task, **whose, **sample}, ensure_ascii=False, default=handle_non_serializable
+        )
+        + "\n"
         for task, found in samples.items()
         for sample in found
     ]

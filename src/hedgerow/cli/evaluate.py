@@ -110,7 +110,7 @@ def evaluate(
             log_samples=log_samples,
         )
         if as_json:
-            print(to_json(found, default=str))
+            print(to_json(found))
         else:
             _say_harness(str(target), found)
         return

@@ -91,11 +91,14 @@ def shown(
         scores: as `compared` gives them.
     """
     names = columns(table, scores)
+    # What some rows have was measured in all that got to their end, and may be no number.
+    measured = {key for key in scores for row in table if row.get(key) is not None}
     lines = []
     for row in table:
         line = {"method": row["method"], **{key: row[key] for key in keys}}
         for key, name in names.items():
-            line[name] = _shown(key, row[key], row.get(f"{key}_spread"))
+            is_nan = row[key] is None and row["seeds"] and key in measured
+            line[name] = "nan" if is_nan else _shown(key, row[key], row.get(f"{key}_spread"))
         if any(each["failed"] for each in table):
             line["failed"] = str(row["failed"] or "")
         lines.append(line)
