@@ -223,4 +223,3 @@ def test_scores_of_runs_that_have_diverged_are_said():
     scores = scores_of(["loss"])
     shown = tables.shown(table, [], {"eval_loss": scores["eval_loss"]})
     assert shown["loss"].tolist() == ["2", "nan", "-"]
-    assert ()
