@@ -15,12 +15,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from hedgerow.errors import did_you_mean
 from hedgerow.names import NAME
+from hedgerow.sentences import check_no_boolean
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -29,6 +31,12 @@ class Section(BaseModel):
     """Part of the experiment file; unknown keys are mistakes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        check_no_boolean(value, cls, info.field_name)
+        return value
 
 
 class ModelSettings(Section):
@@ -362,7 +370,9 @@ class Comparison(Section):
                 raise ValueError(f"{key} needs a list of values, as [1, 2, 3]")
 
         def text(value: Any) -> str:
-            return value if isinstance(value, str) else json.dumps(value, default=str)
+            if isinstance(value, str | float):
+                return str(value)
+            return json.dumps(value, default=str)
 
         return {key: [text(value) for value in values] for key, values in sweep.items()}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import (
     SerializeAsAny,
     ValidationError,
@@ -15,8 +14,10 @@ from pydantic import (
 
 from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import metrics_of
-from hedgerow.experiment.mistakes import method_of, sentence, with_optimizer
+from hedgerow.experiment import yaml
+from hedgerow.experiment.mistakes import method_of, with_optimizer
 from hedgerow.methods.base import Method
+from hedgerow.sentences import sentence
 from hedgerow.settings import (
     ClientFile,
     DataSettings,
@@ -97,7 +98,7 @@ class Experiment(Section):
     def dump(self, include: set[str] | None = None) -> str:
         """Experiment (or some of its sections) as YAML, with every default written out."""
         content = self.model_dump(mode="json", include=include)
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        return yaml.dump(content)
 
 
 def without_folders(experiment: Experiment) -> Experiment:
