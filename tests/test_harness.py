@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 from lm_eval.api.instance import Instance
-from support.models import tiny_llama
-from transformers import AutoTokenizer
+from support.models import byte_tokenizer, tiny_llama
+from transformers import AutoTokenizer, MiniMaxConfig, MiniMaxForCausalLM
 
 import hedgerow as hr
 from hedgerow import demo
@@ -246,6 +246,38 @@ def test_options_of_generation_reach_the_answers(hedgerow, run, tasks, tmp_path)
         assert until == [answer.partition(stop)[0] for answer in whole]
     drawn = answers("--gen-kwargs", "temperature=5,top_k=50")
     assert drawn != answers()
+
+
+def test_prompts_of_a_recurrent_model_are_not_padded(hedgerow, tasks, tmp_path):
+    """MiniMax goes on from a state that padding on the left changes, mask or not."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = MiniMaxConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        block_size=8,
+        layer_types=["linear_attention", "full_attention"],
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    MiniMaxForCausalLM(config).save_pretrained(tmp_path / "recurrent")
+    tokenizer.save_pretrained(tmp_path / "recurrent")
+    command = ["evaluate", tmp_path / "recurrent", "--harness", "own_answer"]
+    found = []
+    for size in (1, 8):
+        samples = tmp_path / f"{size}.jsonl"
+        options = ["--include-path", tasks, "--log-samples", samples]
+        result = hedgerow(*command, *options, f"evaluation.batch_size={size}")
+        assert result.code == 0, result.err
+        found.append([json.loads(line)["resps"] for line in samples.read_text().splitlines()])
+    assert found[0] == found[1]
+    assert len(set(map(str, found[0]))) == len(ROWS)
 
 
 def test_examples_are_turns_of_the_prompt(hedgerow, run, tasks, tmp_path):

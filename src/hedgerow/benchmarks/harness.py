@@ -34,7 +34,7 @@ from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.cache import keeps_keys_only
 from hedgerow.files import check_name, check_place, replacing, to_json
 from hedgerow.model import Model
-from hedgerow.runs.scoring import Subject, loaded, mean
+from hedgerow.runs.scoring import Subject, is_model, loaded, mean
 
 _KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
 """What is kept of the harness's results, under its own names."""
@@ -271,7 +271,7 @@ def _check_options(
             "--apply-chat-template"
         )
     keys = [override.partition("=")[0] for override in overrides]
-    if run_prompt and (path / "config.json").is_file() and "data.prompt" not in keys:
+    if run_prompt and is_model(path) and "data.prompt" not in keys:
         raise UserError(
             f"--prompt run: {path} is a model, which no run has trained: name its prompt, as "
             "data.prompt=alpaca"

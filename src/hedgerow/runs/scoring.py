@@ -134,6 +134,11 @@ def asked_for(
     return changes
 
 
+def is_model(path: Path) -> bool:
+    """Whether a folder holds a model, or an adapter of one, rather than a run."""
+    return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+
+
 @contextmanager
 def loaded(
     path: Path,
@@ -154,7 +159,7 @@ def loaded(
     Raises:
         UserError: naming what does not fit.
     """
-    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+    if is_model(path):
         if round is not None or client is not None:
             raise UserError(f"{path} is a model, not a run: leave out --round and --client")
         content: dict[str, Any] = {"model": {"path": str(path.absolute())}, "data": {}}
