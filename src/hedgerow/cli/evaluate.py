@@ -125,7 +125,7 @@ def evaluate(
         "--log-samples": log_samples,
     }
     if given := [option for option, value in belonging.items() if value is not None]:
-        raise UserError(f"{', '.join(given)} belong to --harness")
+        raise UserError(f"{', '.join(given)}: of use with --harness TASKS only: add it")
     from hedgerow.evaluation.metrics import scores_of
     from hedgerow.runs.scoring import asked_for, score_path
 
