@@ -238,7 +238,10 @@ def test_exports_do_not_write_over_anything(hedgerow, experiment, tmp_path):
         check(hedgerow("export", run, tmp_path / "taken", "--to", to), "exists already")
         check(hedgerow("export", run, tmp_path / "no" / "where", "--to", to), "does not exist")
     assert (tmp_path / "taken").read_text() == "mine"
-    check(hedgerow("export", run, tmp_path / "x", "--to", "merged", "--round", 3), "--round 3")
+    check(
+        hedgerow("export", run, tmp_path / "x", "--to", "merged", "--round", 3),
+        "round 3: the ledger has",
+    )
     check(hedgerow("export", run, tmp_path / "x", "--to", "adapter", "--round", 0), "round 0")
     check(hedgerow("export", run, tmp_path / "x", "--to", "merged", "--rank", 3), "--to adapter")
 
