@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hedgerow.data import ClientData, Held, Row, Tokenized, read
 from hedgerow.data.sources import share_of
-from hedgerow.errors import UserError
+from hedgerow.errors import NothingToLearn, UserError
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.scores import TestSet
@@ -29,6 +29,8 @@ from hedgerow.settings import EvaluationSettings, TextSettings
 class Prepared:
     """Everything that a run needs, checked before anything is written."""
 
+    names: list[str]
+    """Clients that the experiment names, in their order, also those that are left out."""
     model: Model
     base: Base
     trained: Mapping[str, Sequence[int]]
@@ -66,13 +68,13 @@ def prepare(
     held = held or Held()
     data = ClientData(experiment.data, model.tokenizer, Seeds(experiment.federation.seed), held)
     check_fits(experiment, model, len(data.names))
-    shards = {name: data.tokenize(name) for name in data.names}
+    shards, left_out = _tokenized(data)
     clients = [
         Client(index, name, len(shards[name]))
         for index, name in enumerate(data.names)
         if name in shards
     ]
-    notes = _notes_on(shards)
+    notes = [*left_out, *_notes_on(shards)]
     if experiment.method.pools_data:
         shards = {"pooled": Tokenized.concatenate(list(shards.values()))}
         clients = [Client(0, name, len(shard)) for name, shard in shards.items()]
@@ -87,6 +89,7 @@ def prepare(
     examples = sum(len(shard) for shard in shards.values())
     there_is = f"{base.name}, {len(clients)} clients, {examples:,} examples"
     return Prepared(
+        names=data.names,
         model=model,
         base=base,
         trained=experiment.method.trained_shapes(model),
@@ -197,6 +200,24 @@ def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
         for why, count in counts.items()
         if count
     ]
+
+
+def _tokenized(data: ClientData) -> tuple[dict[str, Tokenized], list[str]]:
+    """Examples of each client that has some, and a sentence on each that has none.
+
+    Raises:
+        NothingToLearn: no client has any.
+    """
+    shards: dict[str, Tokenized] = {}
+    empty: dict[str, NothingToLearn] = {}
+    for name in data.names:
+        try:
+            shards[name] = data.tokenize(name)
+        except NothingToLearn as error:
+            empty[name] = error
+    if not shards:
+        raise next(iter(empty.values()))
+    return shards, [f"client {name} is left out: {error}" for name, error in empty.items()]
 
 
 def _notes_on(shards: Mapping[str, Tokenized]) -> list[str]:
