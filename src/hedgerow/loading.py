@@ -24,6 +24,19 @@ def location(path: str) -> str:
     return str(MODEL) if path == DEMO else path
 
 
+def name_of(path: str) -> str:
+    """Name of a base model: the whole one on the Hub, as `acme/tiny-llama`; a folder's own name.
+
+    A folder of the Hub's cache is named after what it is a copy of.
+    """
+    place = Path(path)
+    cached = [part for part in place.parts if part.startswith("models--")]
+    if cached:
+        return cached[-1].removeprefix("models--").replace("--", "/")
+    is_folder = place.is_absolute() or place.exists() or len(place.parts) != 2
+    return place.name if is_folder or path.startswith(".") else path
+
+
 @contextmanager
 def _bars_in_terminals_only() -> Iterator[None]:
     """Keep transformers' bars out of files and notebooks, where they are lines upon lines."""
