@@ -16,7 +16,7 @@ from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.scores import TestSet, evaluate
 from hedgerow.experiment import Experiment, apply_overrides, validate
 from hedgerow.methods.base import Method
-from hedgerow.model import Model
+from hedgerow.model import Model, max_positions
 from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
 from hedgerow.runs.preparation import check_causal, load_test
 from hedgerow.settings import DEFAULT_TEST, Evaluation, EvaluationSettings, TextSettings
@@ -166,9 +166,13 @@ def loaded(
         asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(path), Evaluation)
         model = Model.load(asked.model)
         check_causal(model)
+        data = asked.data
+        if "max_length" not in data.model_fields_set:  # the default is for models with room for it
+            most = min(data.max_length, max_positions(model.network))
+            data = data.model_copy(update={"max_length": most})
         yield Subject(
             model=model,
-            data=asked.data,
+            data=data,
             evaluation=asked.evaluation,
             name=model.name,
             entry=None,
