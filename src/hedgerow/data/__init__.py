@@ -7,7 +7,8 @@ from hedgerow.data.partition import partition
 from hedgerow.data.sources import Row, check_columns, client_files, read
 from hedgerow.data.templates import Template
 from hedgerow.data.templates import load as load_template
-from hedgerow.data.tokens import Example, Spool, Tokenized, tokenize_prompts
+from hedgerow.data.encoding import Encoder
+from hedgerow.data.tokens import Example, Spool, Tokenized
 
 __all__ = [
     "ClientData",
