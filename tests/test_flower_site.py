@@ -32,7 +32,7 @@ from hedgerow.engines.flower.worker import Host, WorkerRequest
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
 from hedgerow.experiment import load
 from hedgerow.model import Model
-from hedgerow.runs.scoring import load_test
+from hedgerow.runs.preparation import load_test
 from hedgerow.wire import Entry
 
 CLIENTS = ["client-000", "client-001", "client-002"]

@@ -10,18 +10,20 @@ import datetime
 import json
 import math
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from hedgerow.errors import did_you_mean
 from hedgerow.names import NAME
+from hedgerow.sentences import check_no_boolean
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -30,6 +32,12 @@ class Section(BaseModel):
     """Part of the experiment file; unknown keys are mistakes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        check_no_boolean(value, cls, info.field_name)
+        return value
 
 
 class ModelSettings(Section):
@@ -245,6 +253,9 @@ class TrainingSettings(Section):
 class FederationSettings(Section):
     """Rounds: how many there are, and who takes part."""
 
+    decide: ClassVar = ("clients_per_round", "seed")
+    """Keys that the entries of a run depend on; a run that goes on may change all others."""
+
     rounds: int = Field(10, ge=1)
     """Number of rounds of the whole run; a finished run goes on where it is raised (`--resume`)."""
     clients_per_round: int | None = Field(None, ge=1)
@@ -361,7 +372,9 @@ class Comparison(Section):
                 raise ValueError(f"{key} needs a list of values, as [1, 2, 3]")
 
         def text(value: Any) -> str:
-            return value if isinstance(value, str) else json.dumps(value, default=str)
+            if isinstance(value, str | float):
+                return str(value)
+            return json.dumps(value, default=str)
 
         return {key: [text(value) for value in values] for key, values in sweep.items()}
 

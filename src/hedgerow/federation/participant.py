@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hedgerow.errors import ClientFailed, InvalidMessage, UserError
+from hedgerow.errors import ClientFailed, InvalidMessage
 from hedgerow.lazy import torch
-from hedgerow.model import max_positions
 from hedgerow.training.job import Job, learning_rate
 from hedgerow.wire import Update
 
@@ -16,16 +15,6 @@ if TYPE_CHECKING:
     from hedgerow.experiment import Experiment
     from hedgerow.methods.base import ClientRound
     from hedgerow.model import Model
-
-
-def check_max_length(model: Model, max_length: int) -> None:
-    """Raise a `UserError` where `data.max_length` is more than the model was made for."""
-    positions = max_positions(model.network)
-    if max_length > positions:
-        raise UserError(
-            f"data.max_length: {max_length} is above the {positions} positions of {model.name}: "
-            f"give at most {positions}"
-        )
 
 
 def train_client(

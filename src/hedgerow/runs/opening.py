@@ -87,6 +87,12 @@ def model_at(
     Raises:
         UserError: model.path does not hold the ledger's base, or an entry is damaged.
     """
+    path = Path(experiment.model.path)
+    if path.is_absolute() and not path.exists():
+        raise UserError(
+            f"model.path: {path}, the run's base, is not there any more: add model.path=FOLDER, "
+            "the folder of a copy of it"
+        )
     model = load(experiment.model)
     ledger.check_base(Base.of(model), f"model.path {experiment.model.path}")
     ledger.replay(experiment.method, model, round)

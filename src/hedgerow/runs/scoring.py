@@ -8,58 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hedgerow.data import Row, read
-from hedgerow.data.sources import share_of
+from hedgerow.data import Row
 from hedgerow.errors import UserError
-from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.measuring import derived
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.scores import TestSet, evaluate
 from hedgerow.experiment import Experiment, apply_overrides, validate
 from hedgerow.methods.base import Method
 from hedgerow.model import Model
-from hedgerow.names import MEMORY
 from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
+from hedgerow.runs.preparation import load_test
 from hedgerow.settings import Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
 
 Progress = Callable[[int, int], None]
 """Callback that is told how many forward passes or answers are done, of how many."""
-
-
-def load_test(
-    text: TextSettings,
-    settings: EvaluationSettings,
-    model: Model,
-    held: Sequence[Row] | None = None,
-) -> TestSet:
-    """The test data of an experiment, ready to be scored.
-
-    Args:
-        text: names them, and how they become text.
-        settings: what is scored.
-        model: whose tokenizer and positions count.
-        held: the rows, where `data.test` is `(memory)`.
-
-    Raises:
-        UserError: there is none, or it cannot be scored as `settings` ask.
-    """
-    rows = test_rows(text, held)
-    check_positions(model, settings)
-    return TestSet.prepare(rows, text, settings, model.tokenizer)
-
-
-def test_rows(text: TextSettings, held: Sequence[Row] | None = None) -> list[Row]:
-    """The rows to evaluate on; `held` has them where `data.test` is `(memory)`.
-
-    Raises:
-        UserError: there are none.
-    """
-    if text.test is None:
-        raise UserError("`data.test` is missing: name the file to evaluate on")
-    if text.test == MEMORY and held is not None:
-        return share_of(held, text.test_share)
-    return read(text.test, text.test_split, text.test_subset, text.test_share)
 
 
 class Scorer:
