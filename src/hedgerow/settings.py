@@ -113,7 +113,17 @@ class TemplateSettings(Section):
     """Name of the chat template, of a tokenizer that has several; with null, its default."""
     date: datetime.date | None = None
     """Day that a chat template which writes the date is given, as 2026-11-25; with null, the day on
-    which the run begins, which the run's experiment.yaml has then."""
+    which the run begins, which its experiment.yaml says from then on."""
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _day(cls, date: Any) -> Any:
+        if date is None or isinstance(date, datetime.date):
+            return date
+        try:
+            return datetime.date.fromisoformat(str(date))
+        except ValueError:
+            raise ValueError(f"{date!r} is no day: write it as 2026-11-25") from None
 
 
 class TextSettings(Section):

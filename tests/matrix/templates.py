@@ -39,10 +39,14 @@ TEMPLATES: dict[str, str] = {
     "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
     "{{ m.content | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-    "mistral-v1": "{{ bos_token }}{% for m in messages %}" + _ALTERNATE + "{% if m.role == 'user' %}"
+    "mistral-v1": "{{ bos_token }}{% for m in messages %}"
+    + _ALTERNATE
+    + "{% if m.role == 'user' %}"
     "[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}{{ eos_token }} {% endif %}"
     "{% endfor %}",
-    "mistral-v3": "{{ bos_token }}" + _SYSTEM_APART + "{% for m in turns %}{% if m.role == 'user' %}"
+    "mistral-v3": "{{ bos_token }}"
+    + _SYSTEM_APART
+    + "{% for m in turns %}{% if m.role == 'user' %}"
     "[INST] {% if loop.last and system %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
     "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}",
     "mistral-tekken": "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"

@@ -27,5 +27,4 @@ __all__ = [
     "load_template",
     "partition",
     "read",
-    "tokenize_prompts",
 ]

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hedgerow.data.sources import Row
+from hedgerow.data.rows import Row
 from hedgerow.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -44,7 +44,11 @@ _CLOCK = (
 
 The line's end is none of the text: transformers has Jinja trim it.
 """
-_DIRECTIVES = [f"%{flag}{letter}" for letter in "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZf" for flag in ("-", "")]
+_DIRECTIVES = [
+    f"%{flag}{letter}"
+    for letter in "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZf"
+    for flag in ("-", "")
+]
 
 
 class ChatTemplate:
@@ -123,14 +127,6 @@ class ChatTemplate:
         # Some leave out thoughts, or read them wrongly: the answer is learnt as it stands.
         return before, self._lead + row.output + after
 
-    def conversation(self, texts: Sequence[str]) -> str:
-        """The prompt of a later turn, after the texts of user, assistant, user … up to the user's.
-
-        Of one text, it is the prompt of a row with this instruction and no input.
-        """
-        roles = ("user", "assistant")
-        return self._around([(roles[n % 2], text) for n, text in enumerate(texts)])[0]
-
     def _asked(self, row: Row) -> list[tuple[str, str]]:
         """The messages of a row, up to the one that is to be answered."""
         history = [(message.role, message.content) for message in row.history]
@@ -145,15 +141,18 @@ class ChatTemplate:
         before, found, after = self._write([*messages, ("assistant", _REPLY)]).rpartition(_REPLY)
         if not found:
             raise UserError(f"{_WHAT} leaves out the answer: {_OTHER}")
-        for role, text in messages:
-            # It may leave out the thoughts of earlier answers.
-            if role != "assistant" and text.strip() not in before:
+        before = before.removesuffix(self._lead)
+        if left_out := _left_out(messages, before):
+            # Some put the system's text before the last message, where that is the user's.
+            before = self._write(messages, generation=True)
+            if _left_out(messages, before):
+                role, text = left_out
                 raise UserError(
                     f"{_WHAT} leaves out or alters what the {role} says ({_shown(text)}): {_OTHER}"
                 )
         end = self._token.search(after)
         cut = end.end() if end else len(after)
-        return before.removesuffix(self._lead), after[:cut], after[cut:]
+        return before, after[:cut], after[cut:]
 
     def _write(self, messages: _Messages, *, generation: bool = False) -> str:
         """What the template makes of messages.
@@ -323,6 +322,14 @@ def _difference(asked: _Messages, written: str) -> str | None:
             problem = "alters" if mark in written else "leaves out"
             return f"{problem} what the {role} says"
         place = found + len(text)
+    return None
+
+
+def _left_out(messages: _Messages, written: str) -> tuple[str, str] | None:
+    """The first message that was not written; earlier answers may be without their thoughts."""
+    for role, text in messages:
+        if role != "assistant" and text.strip() not in written:
+            return role, text
     return None
 
 

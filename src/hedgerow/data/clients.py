@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held
 from hedgerow.data.partition import partition
 from hedgerow.data.sources import Row, check_columns, client_files, read, share_of
@@ -31,6 +32,7 @@ class ClientData:
         tokenizer: PreTrainedTokenizerBase,
         seeds: Seeds,
         held: Held | None = None,
+        vocabulary_size: int | None = None,
     ) -> None:
         """Find out who the clients are.
 
@@ -39,13 +41,15 @@ class ClientData:
             tokenizer: the base model's.
             seeds: the run's, which decide how a source is divided.
             held: the rows that the settings call `(memory)`.
+            vocabulary_size: number of the base model's embeddings; None compares no tokens.
 
         Raises:
             UserError: a file is missing, or the source or its division is wrong.
         """
-        self._settings, self._tokenizer, self._spool = settings, tokenizer, Spool()
+        self._settings, self._spool = settings, Spool()
         self._held = held or Held()
-        self._template = load_template(settings.prompt, tokenizer, settings.fields)
+        template = load_template(settings, tokenizer)
+        self.encoder = Encoder(template, tokenizer, vocabulary_size)
         self._rows: list[Row] = []
         self._parts: Mapping[str, Sequence[int]] = {}
         if settings.clients is not None:
@@ -73,8 +77,7 @@ class ClientData:
         return self._spool.tokenize(
             name,
             rows,
-            template=self._template,
-            tokenizer=self._tokenizer,
+            encoder=self.encoder,
             max_length=settings.max_length,
             loss_on=settings.loss_on,
         )

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hedgerow.data.sources import Row
+from hedgerow.data.rows import Row
 from hedgerow.data.templates import Template
 from hedgerow.errors import UserError
 from hedgerow.lazy import transformers
@@ -58,14 +58,13 @@ class Encoder:
         """Tokens that end an answer in this template, beside the model's own."""
         return self.template.ends
 
-    def examples(self, rows: Sequence[Row], where: str, first: int = 1) -> list[Encoded]:
+    def examples(self, rows: Sequence[Row], where: str) -> list[Encoded]:
         """Tokenise rows as prompt and answer with its end.
 
         The prompt's tokens are those that it has alone, as in generation, where nothing follows it.
 
         Args:
             where: the file or source that the rows are from, for messages.
-            first: number of the first of them.
 
         Raises:
             UserError: naming the row that the template cannot write, or that has a token which the
@@ -77,76 +76,58 @@ class Encoder:
                 "`model.path`: the tokenizer has no EOS token, so answers would have no end: set "
                 "`eos_token` in its tokenizer_config.json"
             )
-        spelt = self._spelling(rows)
         found: list[Encoded | None] = [None] * len(rows)
-        for careful in (False, True):
-            numbers = [number for number, it in enumerate(spelt) if it is careful]
-            if not numbers:
-                continue
-            reader = self._careful if careful else self._plain
-            shown = [reader.hide(rows[number]) for number in numbers]
-            texts = self._written(self.template.example, shown, numbers, where, first)
+        for reader, numbers, shown in self._readable(rows):
+            texts = _written(self.template.example, shown, where)
             prompts, answers = self._split(reader, texts)
             for number, prompt, answer in zip(numbers, prompts, answers, strict=True):
-                if not self.ends and answer[-1:] != [eos]:
+                if not answer or answer[-1] not in (eos, *self.ends):
                     answer.append(eos)
-                found[number] = Encoded(prompt, answer, careful)
+                found[number] = Encoded(prompt, answer, reader is not self._plain)
         encoded = [each for each in found if each is not None]
-        self._check(((each.prompt, each.answer) for each in encoded), where, first)
+        self._check(rows, [each.prompt + each.answer for each in encoded], where)
         return encoded
 
-    def prompts(self, rows: Sequence[Row], where: str, first: int = 1) -> list[Ids]:
+    def prompts(self, rows: Sequence[Row], where: str) -> list[Ids]:
         """Tokenise the prompts of rows, for an answer to follow; as `examples` has them.
 
         Raises:
             UserError: as `examples`.
         """
-        spelt = self._spelling(rows)
         found: list[Ids] = [[]] * len(rows)
-        for careful in (False, True):
-            numbers = [number for number, it in enumerate(spelt) if it is careful]
-            if not numbers:
-                continue
-            reader = self._careful if careful else self._plain
-            shown = [reader.hide(rows[number]) for number in numbers]
-            texts = self._written(self.template.prompt, shown, numbers, where, first)
-            begun = self._begun(reader.ids(texts))
-            for number, prompt in zip(numbers, begun, strict=True):
+        for reader, numbers, shown in self._readable(rows):
+            texts = _written(self.template.prompt, shown, where)
+            for number, prompt in zip(numbers, self._begun(reader.ids(texts)), strict=True):
                 found[number] = prompt
-        self._check(((prompt,) for prompt in found), where, first)
+        self._check(rows, found, where)
         return found
+
+    def count_unknown(self, encoded: Encoded) -> int:
+        """Number of tokens that stand for text which the tokenizer does not know."""
+        unknown, eos = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
+        if unknown is None or unknown == eos:  # some give all their special tokens one number
+            return 0
+        return encoded.prompt.count(unknown) + encoded.answer.count(unknown)
 
     def texts(self, texts: Sequence[str]) -> list[Ids]:
         """Tokenise prompts that the template has written already, for an answer to follow."""
         return self._begun(self._plain.ids(texts))
 
-    def _spelling(self, rows: Sequence[Row]) -> list[bool]:
-        """Whether each row's text spells a control token."""
+    def _readable(self, rows: Sequence[Row]) -> Iterator[tuple[_Reader, list[int], list[Row]]]:
+        """Rows by who can read them, with their places: most by the tokenizer as it is."""
         find = self._control.search
-        return [any(find(text) for text in _texts(row)) for row in rows]
-
-    def _written(
-        self,
-        write: Callable[[Row], _T],
-        rows: Iterable[Row],
-        numbers: Iterable[int],
-        where: str,
-        first: int,
-    ) -> list[_T]:
-        written = []
-        for row, number in zip(rows, numbers, strict=True):
-            try:
-                written.append(write(row))
-            except UserError as error:
-                raise UserError(f"{where}: row {number + first}: {error}") from None
-        return written
+        spelt = [any(find(text) for text in _texts(row)) for row in rows]
+        plain = [number for number, it in enumerate(spelt) if not it]
+        if plain:
+            yield self._plain, plain, [rows[number] for number in plain]
+        careful = [number for number, it in enumerate(spelt) if it]
+        if careful:
+            yield self._careful, careful, [self._careful.hide(rows[number]) for number in careful]
 
     def _begun(self, prompts: list[Ids]) -> list[Ids]:
         """Prompts with what the tokenizer begins texts with, unless the template writes that."""
         begin = [] if self.template.has_special_tokens else self._begin
-        return [
-            prompt if prompt[: len(begin)] == begin else begin + prompt for prompt in prompts
-        ]
+        return [_joined(begin, prompt) for prompt in prompts]
 
     def _split(
         self, reader: _Reader, texts: Sequence[tuple[str, str]]
@@ -171,17 +152,17 @@ class Encoder:
                 answers[number] = answer
         return self._begun(prompts), answers
 
-    def _check(self, rows: Iterable[tuple[Ids, ...]], where: str, first: int) -> None:
+    def _check(self, rows: Sequence[Row], encoded: Sequence[Ids], where: str) -> None:
         """Raise a `UserError` for a token that the model has no embedding for."""
         if self.vocabulary_size is None:
             return
-        for number, parts in enumerate(rows, start=first):
-            highest = max((max(part) for part in parts if part), default=0)
+        for row, ids in zip(rows, encoded, strict=True):
+            highest = max(ids, default=0)
             if highest >= self.vocabulary_size:
                 token = self.tokenizer.convert_ids_to_tokens(highest)
                 raise UserError(
-                    f"{where}: row {number} has the token {token!r} (number {highest}), which the "
-                    f"model has no embedding for (it has {self.vocabulary_size:,}): give the "
+                    f"{where}: row {row.number} has the token {token!r} (number {highest}), which "
+                    f"the model has no embedding for (it has {self.vocabulary_size:,}): give the "
                     "model the tokenizer that it was trained with, or a checkpoint whose "
                     "embeddings were resized to the tokenizer (resize_token_embeddings)"
                 )
@@ -202,6 +183,7 @@ class Encoder:
         added = self.tokenizer.added_tokens_decoder.values()
         written = self.template.written
         found = {str(token) for token in added if token.special or str(token) in written}
+        found.update(self.tokenizer.all_special_tokens)
         # One of whitespace alone is how a tokenizer reads text, whatever it calls it.
         return sorted((token for token in found if token.strip()), key=len, reverse=True)
 
@@ -214,7 +196,7 @@ class Encoder:
         return _Reader(self.tokenizer)
 
     @cached_property
-    def _careful(self) -> _Reader:
+    def _careful(self) -> _Hiding:
         kind = _Renamed if self.tokenizer.is_fast else _Pieces
         return kind(self.tokenizer, self._tokens, self._control)
 
@@ -224,10 +206,6 @@ class _Reader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-
-    def hide(self, row: Row) -> Row:
-        """The row as a template is given it."""
-        return row
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
         """The tokens of texts, without any at their beginning or end that they do not hold."""
@@ -261,6 +239,7 @@ class _Hiding(_Reader):
         self._either = re.compile(f"{key}x\\d+x|{control.pattern}")
 
     def hide(self, row: Row) -> Row:
+        """The row as a template is given it."""
         return _mapped(row, lambda text: self._control.sub(self._hide_one, text))
 
     def _hide_one(self, found: re.Match[str]) -> str:
@@ -281,18 +260,18 @@ class _Renamed(_Hiding):
         self, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], control: re.Pattern[str]
     ) -> None:
         super().__init__(tokenizer, tokens, control)
-        content = json.loads(tokenizer.backend_tokenizer.to_str())
-        _rename(content, self._hidden)
         from tokenizers import Tokenizer
 
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        _rename(content, self._hidden)
         self.tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(json.dumps(content))
         )
         for token, hidden in self._hidden.items():
             if _ids(self.tokenizer, [hidden]) != _ids(tokenizer, [token]):
                 raise UserError(
-                    f"spells the control token {token}, which this tokenizer cannot read as text: "
-                    "take it out"
+                    f"`model.path`: rows spell control tokens, and the tokenizer cannot read {token} "
+                    "as text: take it out of them"
                 )
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
@@ -372,6 +351,8 @@ def _from(ids: Ids, spans: Sequence[tuple[int, int]], boundary: int) -> Ids | No
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Ids]) -> list[str]:
+    if not ids:
+        return []
     texts: list[str] = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
     return texts
 
@@ -389,13 +370,26 @@ def _rename(content: dict[str, Any], names: dict[str, str]) -> None:
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     # Letters must not be merged into a control token, nor further.
-    model_merges = [
-        pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])
-    ]
-    if model_merges:
-        model["merges"] = [
-            pair for pair in model_merges if not {"".join(pair), *pair} & names.keys()
-        ]
+    if "merges" in model:
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        model["merges"] = [pair for pair in pairs if not {"".join(pair), *pair} & names.keys()]
+
+
+def _joined(begin: Ids, ids: Ids) -> Ids:
+    """Tokens behind those that begin a text, as many of which as they begin with themselves."""
+    same = next(n for n in range(len(begin), -1, -1) if begin[len(begin) - n :] == ids[:n])
+    return begin[: len(begin) - same] + ids
+
+
+def _written(write: Callable[[Row], _T], rows: Iterable[Row], where: str) -> list[_T]:
+    """What a template makes of rows; a `UserError` of its own names the row."""
+    written = []
+    for row in rows:
+        try:
+            written.append(write(row))
+        except UserError as error:
+            raise UserError(f"{where}: row {row.number}: {error}") from None
+    return written
 
 
 def _texts(row: Row) -> list[str]:
@@ -411,9 +405,7 @@ def _mapped(row: Row, change: Callable[[str], str]) -> Row:
         instruction=change(row.instruction),
         input=change(row.input),
         output=change(row.output),
-        history=tuple(
-            replace(message, content=change(message.content)) for message in row.history
-        ),
+        history=tuple(replace(message, content=change(message.content)) for message in row.history),
     )
 
 
@@ -445,3 +437,10 @@ def _call(
         verbose=False,  # It would warn of texts above its own limit, which are cut later.
         **options,
     )
+
+
+def tokenize_prompts(
+    texts: Sequence[str], template: Template, tokenizer: PreTrainedTokenizerBase
+) -> list[Ids]:
+    """Tokenise prompts that `template` has made, for an answer to follow."""
+    return Encoder(template, tokenizer).texts(texts)

@@ -10,10 +10,10 @@ import datetime
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from hedgerow.data.chat import ChatTemplate
-from hedgerow.data.sources import Row
+from hedgerow.data.rows import Message, Row
 from hedgerow.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,11 +70,12 @@ class Template(Protocol):
     def example(self, row: Row) -> tuple[str, str]:
         """The text that the model is given, and the text that should follow it."""
 
-    def conversation(self, texts: Sequence[str]) -> str:
-        """The prompt of a later turn, after the texts of user, assistant, user … up to the user's.
 
-        Of one text, it is the prompt of a row with this instruction and no input.
-        """
+def in_turns(texts: Sequence[str]) -> Row:
+    """The row of a conversation, of the texts of user, assistant, user … up to the user's."""
+    roles: tuple[Literal["user"], Literal["assistant"]] = ("user", "assistant")
+    earlier = (Message(roles[n % 2], text) for n, text in enumerate(texts[:-1]))
+    return Row(instruction=texts[-1], history=tuple(earlier))
 
 
 def load(text: TextSettings, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -88,7 +89,7 @@ def load(text: TextSettings, tokenizer: PreTrainedTokenizerBase) -> Template:
     name = text.prompt
     if name == "chat":
         message = TextTemplate(_USER_MESSAGE, "chat")
-        return ChatTemplate(tokenizer, text.template, message.prompt)
+        return ChatTemplate(tokenizer, text.template, message.asked)
     if name in TEXTS:
         return TextTemplate(TEXTS[name], name)
     try:
@@ -142,28 +143,43 @@ class TextTemplate:
             )
 
     def prompt(self, row: Row) -> str:
-        values = {"instruction": row.instruction, "input": row.input}
-        text = self.with_input if values["input"].strip() else self.without_input
-        # In one pass: a value that holds "{input}" itself must stay as it is.
-        return _FIELD.sub(lambda field: values[field[1]], text)
-
-    def example(self, row: Row) -> tuple[str, str]:
-        return self.prompt(row), row.output
-
-    def conversation(self, texts: Sequence[str]) -> str:
-        """As `Template.conversation`, for a template that knows of one turn only.
+        """The text that the model is given.
 
         What comes before the instruction's own paragraph, as alpaca's introduction, stands once;
-        what follows it is repeated for each turn. An empty line ends each answer.
+        what follows it is repeated for each turn. An empty line ends each other turn.
         """
-        before = self.without_input.partition("{instruction}")[0]
-        introduction = before[: before.rfind("\n\n") + 2] if "\n\n" in before else ""
-        turn = self.without_input.removeprefix(introduction)
+        if not row.history:
+            return self.asked(row)
+        introduction, turn = _parts(self.without_input)
+        told = [f"{each.content}\n\n" for each in row.history if each.role == "system"]
+        turns = [
+            _filled(turn, each.content) if each.role == "user" else f"{each.content}\n\n"
+            for each in row.history
+            if each.role != "system"
+        ]
+        last = _filled(_parts(self._text(row))[1], row.instruction, row.input)
+        return "".join([*told, _filled(introduction), *turns, last])
 
-        def asked(text: str) -> str:
-            return _FIELD.sub(lambda f: {"instruction": text, "input": ""}[f[1]], turn)
+    def example(self, row: Row) -> tuple[str, str]:
+        """The text that the model is given, and the text that should follow it."""
+        return self.prompt(row), row.output
 
-        parts = [f"{text}\n\n" if n % 2 else asked(text) for n, text in enumerate(texts)]
-        return _FIELD.sub("", introduction) + "".join(parts)
+    def asked(self, row: Row) -> str:
+        """The text of a row without its earlier turns."""
+        return _filled(self._text(row), row.instruction, row.input)
+
+    def _text(self, row: Row) -> str:
+        return self.with_input if row.input.strip() else self.without_input
 
 
+def _filled(text: str, instruction: str = "", input: str = "") -> str:
+    # In one pass: a value that holds "{input}" itself must stay as it is.
+    values = {"instruction": instruction, "input": input}
+    return _FIELD.sub(lambda field: values[field[1]], text)
+
+
+def _parts(text: str) -> tuple[str, str]:
+    """A template's introduction, which may be empty, and what is said in each turn."""
+    before = text.partition("{instruction}")[0]
+    introduction = before[: before.rfind("\n\n") + 2] if "\n\n" in before else ""
+    return introduction, text.removeprefix(introduction)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hedgerow.data.encoding import Encoder
-from hedgerow.data.sources import Row
+from hedgerow.data.rows import Row
 from hedgerow.errors import UserError
 
 Int32 = npt.NDArray[np.int32]
@@ -62,6 +62,8 @@ class Tokenized:
     """Examples that are not here: their prompts leave no room for any of the answer."""
     spelt: int = 0
     """Examples whose rows spell a control token, as `</s>`, which is text there."""
+    unknown: int = 0
+    """Tokens that stand for text which the tokenizer does not know."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -102,6 +104,7 @@ class Tokenized:
             truncated=sum(part.truncated for part in parts),
             dropped=sum(part.dropped for part in parts),
             spelt=sum(part.spelt for part in parts),
+            unknown=sum(part.unknown for part in parts),
         )
 
 
@@ -143,14 +146,15 @@ class Spool:
         lengths: list[int] = []
         prompt_lengths: list[int] = []
         kept_rows: list[int] = []
-        truncated = spelt = 0
+        truncated = spelt = unknown = 0
         shortest_prompt = sys.maxsize
         for first in range(0, len(rows), _CHUNK):
             kept: list[list[int]] = []
-            encoded = encoder.examples(rows[first : first + _CHUNK], name, first + 1)
+            encoded = encoder.examples(rows[first : first + _CHUNK], name)
             for number, each in enumerate(encoded, start=first):
                 prompt, answer = each.prompt, each.answer
                 spelt += each.spelt
+                unknown += encoder.count_unknown(each)
                 shortest_prompt = min(shortest_prompt, len(prompt))
                 tokens = (prompt + answer)[:max_length]
                 # Nothing predicts the very first token, so it cannot be all of the answer.
@@ -176,6 +180,7 @@ class Spool:
             truncated=truncated,
             dropped=len(rows) - len(lengths),
             spelt=spelt,
+            unknown=unknown,
         )
 
     def read(self, start: int, count: int) -> Int32:

@@ -51,6 +51,7 @@ def generate(
     batch_size: int,
     tick: Tick,
     draws: Sequence[Draw | None] | None = None,
+    ends: Sequence[int] = (),
 ) -> tuple[list[str], int]:
     """The model's answer to each prompt, without special tokens.
 
@@ -59,6 +60,7 @@ def generate(
     Args:
         prompts: token ids, at least one in each.
         draws: how each answer is drawn; None, for one or all, is the greedy answer.
+        ends: tokens that end an answer, beside the tokenizer's EOS and those that the model names.
 
     Returns:
         The answers, and how many prompts were cut.
@@ -67,7 +69,7 @@ def generate(
     room = max_positions(model.network) - max_new_tokens
     answers = [""] * len(prompts)
     lengths = np.array([len(prompt) for prompt in prompts])
-    with _greedy(model, max_new_tokens) as config:
+    with _greedy(model, max_new_tokens, ends) as config:
         for batch in batches(np.minimum(lengths, room), batch_size):
             inputs = _pad_left([prompts[i][-room:] for i in batch], config.pad_token_id)
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -102,7 +104,7 @@ class _Drawn(LogitsProcessor):  # type: ignore[misc]
 
 
 @contextmanager
-def _greedy(model: Model, max_new_tokens: int) -> Iterator[Any]:
+def _greedy(model: Model, max_new_tokens: int, ends: Sequence[int]) -> Iterator[Any]:
     """A configuration of greedy generation, in which nothing of the model's own is left.
 
     `generate` fills what it is not given from the model's own configuration, so that sampling
@@ -110,11 +112,11 @@ def _greedy(model: Model, max_new_tokens: int) -> Iterator[Any]:
     """
     own = model.network.generation_config
     # Chat models end their turns with tokens of their own, which only their configuration names.
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    named = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted({model.tokenizer.eos_token_id, *ends} - {None}),
+        eos_token_id=sorted({model.tokenizer.eos_token_id, *named, *ends} - {None}),
         pad_token_id=model.tokenizer.pad_token_id,
     )
     model.network.generation_config = config
