@@ -1,13 +1,11 @@
-from types import SimpleNamespace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hedgerow.data.rows import Row
 from hedgerow.data.templates import TextTemplate, load
 from hedgerow.errors import UserError
 
-FIELDS = SimpleNamespace(instruction="q", input="context", output="a")
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -35,18 +33,18 @@ class Chat:
 
 
 def test_alpaca_word_for_word():
-    template = load("alpaca", None, FIELDS)
-    assert template.prompt({"q": "Add.", "context": "2 and 3", "a": 5}) == (
+    template = load("alpaca", None)
+    assert template.prompt(Row("Add.", "2 and 3", "5")) == (
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Input:\n2 and 3\n\n### Response:\n"
     )
-    assert template.prompt({"q": "Add.", "context": ""}) == (
+    assert template.prompt(Row("Add.")) == (
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Response:\n"
     )
-    assert template.answer({"q": "Add.", "a": 5}) == "5"
+    assert template.answer(Row("Add.", output="5")) == "5"
 
 
 @pytest.mark.parametrize(
@@ -61,27 +59,25 @@ def test_alpaca_word_for_word():
     ],
 )
 def test_short_templates(name, with_input, without):
-    template = load(name, None, FIELDS)
-    assert template.prompt({"q": "Q", "context": "C"}) == with_input
-    for row in [{"q": "Q", "context": " \n"}, {"q": "Q", "context": None}, {"q": "Q"}]:
+    template = load(name, None)
+    assert template.prompt(Row("Q", "C")) == with_input
+    for row in [Row("Q", " \n"), Row("Q")]:
         assert template.prompt(row) == without
-    no_input = SimpleNamespace(instruction="q", input=None, output="a")
-    assert load(name, None, no_input).prompt({"q": "Q", "context": "C"}) == without
 
 
 @given(instruction=st.text(), context=st.text())
 def test_values_are_never_read_as_templates(instruction, context):
-    template = TextTemplate("<{instruction}|{input}>", FIELDS, "test")
-    row = {"q": instruction + "{input}", "context": context + "{instruction} \\1"}
-    assert template.prompt(row) == f"<{row['q']}|{row['context']}>"
+    template = TextTemplate("<{instruction}|{input}>", "test")
+    row = Row(instruction + "{input}", context + "{instruction} \\1")
+    assert template.prompt(row) == f"<{row.instruction}|{row.input}>"
 
 
 def test_template_file(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text('{"ask": "{instruction}"{?input}, "of": "{input}"{/input}}\n', encoding="utf-8")
-    template = load(str(path), None, FIELDS)
-    assert template.prompt({"q": "Why?", "context": "sky"}) == '{"ask": "Why?", "of": "sky"}\n'
-    assert template.prompt({"q": "Why?"}) == '{"ask": "Why?"}\n'
+    template = load(str(path), None)
+    assert template.prompt(Row("Why?", "sky")) == '{"ask": "Why?", "of": "sky"}\n'
+    assert template.prompt(Row("Why?")) == '{"ask": "Why?"}\n'
 
 
 @pytest.mark.parametrize(
@@ -99,17 +95,17 @@ def test_bad_template_files(tmp_path, text, message):
     path = tmp_path / "mine.txt"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=rf"mine\.txt: {message}"):
-        load(str(path), None, FIELDS)
+        load(str(path), None)
 
 
 def test_unknown_name():
     with pytest.raises(UserError, match=r"alpacca is neither a file .* nor one of alpaca, "):
-        load("alpacca", None, FIELDS)
+        load("alpacca", None)
 
 
 def test_chat():
-    template = load("chat", Chat(CHATML), FIELDS)
-    row = {"q": "Add.", "context": "2 and 3", "a": 5}
+    template = load("chat", Chat(CHATML))
+    row = Row("Add.", "2 and 3", "5")
     assert template.prompt(row) == "<|user|>Add.\n\n2 and 3<|end|>\n<|assistant|>"
     assert template.answer(row) == "5<|end|>"
 
@@ -121,4 +117,4 @@ def test_chat_mistakes():
         ("{{ raise_exception('only system') }}", "fails .*only system"),
     ]:
         with pytest.raises(UserError, match=message):
-            load("chat", Chat(chat_template), FIELDS)
+            load("chat", Chat(chat_template))

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from hedgerow.data.rows import Row
 from hedgerow.data.templates import TextTemplate
 from hedgerow.data.tokens import Spool, Tokenized
 from hedgerow.errors import UserError
 
-FIELDS = SimpleNamespace(instruction="q", input=None, output="a")
-TEMPLATE = TextTemplate("{instruction}", FIELDS, "test")
+TEMPLATE = TextTemplate("{instruction}", "test")
 BOS, EOS = 1, 2
 
 
@@ -40,7 +40,7 @@ def words(count):
 
 
 def row(prompt, answer):
-    return {"q": words(prompt), "a": words(answer)}
+    return Row(words(prompt), output=words(answer))
 
 
 def tokenize(rows, spool=None, tokenizer=TOKENIZER, max_length=12, loss_on="answer"):
@@ -48,24 +48,24 @@ def tokenize(rows, spool=None, tokenizer=TOKENIZER, max_length=12, loss_on="answ
 
 
 def test_an_example():
-    example = tokenize([{"q": "w0 w1", "a": "w7"}])[0]
+    example = tokenize([Row("w0 w1", output="w7")])[0]
     assert example.tokens.tolist() == [BOS, 3, 4, 10, EOS]
     assert example.tokens.dtype == np.int32
     assert (example.prompt_length, example.loss_from) == (3, 3)
-    example = tokenize([{"q": "w0 w1", "a": "w7"}], loss_on="all")[0]
+    example = tokenize([Row("w0 w1", output="w7")], loss_on="all")[0]
     assert (example.prompt_length, example.loss_from) == (3, 0)
 
 
 def test_eos_stands_at_the_end_and_nowhere_else():
     tokenizer = build("<s> $A </s>")
     assert tokenize([row(2, 1)], tokenizer=tokenizer)[0].tokens.tolist() == [BOS, 3, 4, 3, EOS]
-    answer = {"q": "w0", "a": "w1 </s>"}
+    answer = Row("w0", output="w1 </s>")
     assert tokenize([answer])[0].tokens.tolist() == [BOS, 3, 4, EOS]
 
 
 def test_a_template_with_special_tokens_gets_no_others():
     template = SimpleNamespace(
-        has_special_tokens=True, prompt=lambda r: "<s> " + r["q"], answer=lambda r: r["a"]
+        has_special_tokens=True, prompt=lambda r: "<s> " + r.instruction, answer=lambda r: r.output
     )
     tokenized = Spool().tokenize("ward", [row(1, 1)], template, TOKENIZER, 12, "answer")
     assert tokenized[0].tokens.tolist() == [BOS, 3, 3, EOS]

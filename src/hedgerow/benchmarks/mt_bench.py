@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field
 
-from hedgerow.data import Template, load_template, tokenize_prompts
+from hedgerow.data import Message, Template, load_template, tokenize_prompts
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import Draw, generate
 from hedgerow.evaluation.likelihood import Tick
@@ -145,7 +145,7 @@ def answer(
         tokenizer = it.model.tokenizer
         is_chosen = any(override.startswith("data.prompt=") for override in overrides)
         prompt = "chat" if tokenizer.chat_template and not is_chosen else it.data.prompt
-        template = load_template(prompt, tokenizer, it.data.fields)
+        template = load_template(prompt, tokenizer)
         model_id = model_id or "-".join([it.name, *it.clients])
         length = max(1, min(max_new_tokens, max_positions(it.model.network) // 2))
         ids = _answer_ids(it, asked, template, length)
@@ -198,7 +198,9 @@ def _answer_both(
     cut = 0
     for turn in (1, 2):
         texts = [
-            template.conversation([question.turns[0], *given, question.turns[1]][: 2 * turn - 1])
+            template.conversation(
+                _turns(question.turns[0], *given, question.turns[1])[: 2 * turn - 1]
+            )
             for question, given in zip(questions, answers, strict=True)
         ]
         prompts = tokenize_prompts(texts, template, it.model.tokenizer)
@@ -214,6 +216,11 @@ def _answer_both(
         for given, text in zip(answers, new, strict=True):
             given.append(text.strip())
     return answers, cut
+
+
+def _turns(*texts: str) -> list[Message]:
+    """The texts of user, assistant, user …, as messages."""
+    return [Message("assistant" if n % 2 else "user", text) for n, text in enumerate(texts)]
 
 
 def _temperature(category: str) -> float:
@@ -238,7 +245,9 @@ def _answer_ids(
     ids = {}
     for question in questions:
         first, second = question.turns
-        prompts = [template.conversation(texts) for texts in ([first], [first, "", second])]
+        prompts = [
+            template.conversation(_turns(*texts)) for texts in ([first], [first, "", second])
+        ]
         draw = [it.seed, _temperature(question.category)]
         content = json.dumps([model, question.question_id, prompts, length, draw])
         ids[question.question_id] = hashlib.sha256(content.encode()).hexdigest()[:32]

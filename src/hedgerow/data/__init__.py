@@ -2,9 +2,10 @@
 
 from hedgerow.data.batches import batches, collate, epoch
 from hedgerow.data.clients import ClientData
-from hedgerow.data.in_memory import Held, as_rows
+from hedgerow.data.in_memory import Held, as_records
 from hedgerow.data.partition import partition
-from hedgerow.data.sources import Row, check_columns, client_files, read
+from hedgerow.data.rows import Message, Records, Row, Rows, check
+from hedgerow.data.sources import client_files, read
 from hedgerow.data.templates import Template
 from hedgerow.data.templates import load as load_template
 from hedgerow.data.tokens import Example, Spool, Tokenized, tokenize_prompts
@@ -13,13 +14,16 @@ __all__ = [
     "ClientData",
     "Example",
     "Held",
+    "Message",
+    "Records",
     "Row",
+    "Rows",
     "Spool",
     "Template",
     "Tokenized",
-    "as_rows",
+    "as_records",
     "batches",
-    "check_columns",
+    "check",
     "client_files",
     "collate",
     "epoch",

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hedgerow.data.sources import Row
+from hedgerow.data.rows import Message, Row
 from hedgerow.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from hedgerow.settings import Fields
 
 _BLOCKS = (
     "### Instruction:\n{instruction}\n\n{?input}### Input:\n{input}\n\n{/input}### Response:\n"
@@ -51,30 +50,29 @@ class Template(Protocol):
     def answer(self, row: Row) -> str:
         """The text that should follow the prompt."""
 
-    def conversation(self, texts: Sequence[str]) -> str:
-        """The prompt of a later turn, after the texts of user, assistant, user … up to the user's.
+    def conversation(self, messages: Sequence[Message]) -> str:
+        """The prompt of a later turn, after messages up to the user's that is to be answered.
 
-        Of one text, it is the prompt of a row with this instruction and no input.
+        Of one message, it is the prompt of a row with this instruction and no input.
         """
 
 
-def load(name: str, tokenizer: PreTrainedTokenizerBase, fields: Fields) -> Template:
+def load(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template called `name`.
 
     Args:
         name: `alpaca`, `alpaca-short`, `plain`, `chat` (the tokenizer's own), or a text file, which
             is taken as it stands, with the newline at its end.
-        fields: the columns that hold instruction, input and output.
 
     Raises:
         UserError: there is no such template, or it cannot be used.
     """
     if name == "chat":
-        return ChatTemplate(tokenizer, fields)
+        return ChatTemplate(tokenizer)
     if name in TEXTS:
-        return TextTemplate(TEXTS[name], fields, name)
+        return TextTemplate(TEXTS[name], name)
     try:
-        return TextTemplate(Path(name).read_text(encoding="utf-8"), fields, name)
+        return TextTemplate(Path(name).read_text(encoding="utf-8-sig"), name)
     except OSError:
         known = ", ".join([*TEXTS, "chat"])
         raise UserError(
@@ -89,7 +87,6 @@ class TextTemplate:
 
     Args:
         text: the template.
-        fields: the columns that hold instruction, input and output.
         where: the template's name or file, for messages.
 
     Raises:
@@ -98,8 +95,7 @@ class TextTemplate:
 
     has_special_tokens = False
 
-    def __init__(self, text: str, fields: Fields, where: str) -> None:
-        self.fields = fields
+    def __init__(self, text: str, where: str) -> None:
         self.with_input = _SECTION.sub(lambda section: section[1], text)
         self.without_input = _SECTION.sub("", text)
         for mark in _MARK.findall(self.with_input):
@@ -116,32 +112,46 @@ class TextTemplate:
             )
 
     def prompt(self, row: Row) -> str:
-        values = {
-            "instruction": _text(row, self.fields.instruction),
-            "input": _text(row, self.fields.input),
-        }
-        text = self.with_input if values["input"].strip() else self.without_input
-        # In one pass: a value that holds "{input}" itself must stay as it is.
-        return _FIELD.sub(lambda field: values[field[1]], text)
+        text = self.with_input if row.input.strip() else self.without_input
+        if row.history:
+            return self._opening(row.history) + _filled(self._turn(text), row)
+        return _filled(text, row)
 
     def answer(self, row: Row) -> str:
-        return _text(row, self.fields.output)
+        return row.output
 
-    def conversation(self, texts: Sequence[str]) -> str:
+    def conversation(self, messages: Sequence[Message]) -> str:
         """As `Template.conversation`, for a template that knows of one turn only.
 
         What comes before the instruction's own paragraph, as alpaca's introduction, stands once;
-        what follows it is repeated for each turn. An empty line ends each answer.
+        what follows it is repeated for each turn. An empty line ends each answer, and a system's
+        message, which stands in front.
         """
+        *history, last = messages
+        return self.prompt(Row(instruction=last.content, history=tuple(history)))
+
+    @property
+    def _introduction(self) -> str:
         before = self.without_input.partition("{instruction}")[0]
-        introduction = before[: before.rfind("\n\n") + 2] if "\n\n" in before else ""
-        turn = self.without_input.removeprefix(introduction)
+        return before[: before.rfind("\n\n") + 2] if "\n\n" in before else ""
 
-        def asked(text: str) -> str:
-            return _FIELD.sub(lambda f: {"instruction": text, "input": ""}[f[1]], turn)
+    def _turn(self, text: str) -> str:
+        """A turn of the template, without the introduction."""
+        before = text.partition("{instruction}")[0]
+        return text.removeprefix(before[: before.rfind("\n\n") + 2] if "\n\n" in before else "")
 
-        parts = [f"{text}\n\n" if n % 2 else asked(text) for n, text in enumerate(texts)]
-        return _FIELD.sub("", introduction) + "".join(parts)
+    def _opening(self, history: Sequence[Message]) -> str:
+        """The introduction and the turns of a history."""
+        turn = self._turn(self.without_input)
+        system = "".join(f"{m.content}\n\n" for m in history if m.role == "system")
+        turns = [
+            _filled(turn, Row(message.content))
+            if message.role == "user"
+            else f"{message.content}\n\n"
+            for message in history
+            if message.role != "system"
+        ]
+        return system + _FIELD.sub("", self._introduction) + "".join(turns)
 
 
 class ChatTemplate:
@@ -154,23 +164,22 @@ class ChatTemplate:
 
     has_special_tokens = True
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, fields: Fields) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
             raise UserError(
                 "`data.prompt`: the tokenizer has no chat template: choose another, as alpaca"
             )
         self.tokenizer = tokenizer
-        self.fields = fields
-        self.message = TextTemplate(_USER_MESSAGE, fields, "chat")
+        self.message = TextTemplate(_USER_MESSAGE, "chat")
         # Now, rather than after minutes of reading and tokenising.
-        self.answer({fields.instruction: "question", fields.output: "reply"})
+        self.answer(Row(instruction="question", output="reply"))
 
     def prompt(self, row: Row) -> str:
-        return self._render(self._user(row), add_generation_prompt=True)
+        return self._render(self._asked(row), add_generation_prompt=True)
 
     def answer(self, row: Row) -> str:
-        reply = {"role": "assistant", "content": _text(row, self.fields.output)}
-        prompt, whole = self.prompt(row), self._render([*self._user(row), reply])
+        reply = {"role": "assistant", "content": row.output}
+        prompt, whole = self.prompt(row), self._render([*self._asked(row), reply])
         if not whole.startswith(prompt):
             raise UserError(
                 "`data.prompt`: the tokenizer's chat template does not continue its own prompt "
@@ -181,13 +190,15 @@ class ChatTemplate:
         # Many templates add a newline after EOS, where generation has long stopped.
         return answer.rstrip() if eos and answer.rstrip().endswith(eos) else answer
 
-    def conversation(self, texts: Sequence[str]) -> str:
-        roles = ("user", "assistant")
-        messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
-        return self._render(messages, add_generation_prompt=True)
+    def conversation(self, messages: Sequence[Message]) -> str:
+        *history, last = messages
+        return self.prompt(Row(instruction=last.content, history=tuple(history)))
 
-    def _user(self, row: Row) -> list[dict[str, str]]:
-        return [{"role": "user", "content": self.message.prompt(row)}]
+    def _asked(self, row: Row) -> list[dict[str, str]]:
+        """The messages before the answer."""
+        asked = self.message.prompt(replace(row, history=()))
+        messages = [*row.history, Message(role="user", content=asked)]
+        return [{"role": message.role, "content": message.content} for message in messages]
 
     def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
         import jinja2
@@ -202,6 +213,8 @@ class ChatTemplate:
         return text
 
 
-def _text(row: Row, column: str | None) -> str:
-    value = None if column is None else row.get(column)
-    return "" if value is None else str(value)
+def _filled(text: str, row: Row) -> str:
+    """A template's text with a row's; what stands in the row is never read as a template."""
+    values = {"instruction": row.instruction, "input": row.input}
+    # In one pass: a value that holds "{input}" itself must stay as it is.
+    return _FIELD.sub(lambda field: values[field[1]], text)

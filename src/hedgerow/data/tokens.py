@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hedgerow.data.sources import Row
+from hedgerow.data.rows import Row
 from hedgerow.data.templates import Template
 from hedgerow.errors import UserError
 
