@@ -79,9 +79,7 @@ def pieces(scheme):
 
 def unigram(scheme):
     space = {"prepend_scheme": scheme}
-    return trained(
-        models.Unigram(), pre_tokenizers.Metaspace(**space), decoders.Metaspace(**space)
-    )
+    return trained(models.Unigram(), pre_tokenizers.Metaspace(**space), decoders.Metaspace(**space))
 
 
 KINDS = {
@@ -228,6 +226,4 @@ def test_earlier_turns_are_read_as_text_too():
     assert (example.prompt + example.answer).index(tokenizer.eos_token_id) == (
         len(example.prompt + example.answer) - 1
     )
-    assert tokenizer.decode(example.prompt) == (
-        "Q: what is </s>?\nA: an end, </s>\n\nQ: so?\nA: "
-    )
+    assert tokenizer.decode(example.prompt) == ("Q: what is </s>?\nA: an end, </s>\n\nQ: so?\nA: ")

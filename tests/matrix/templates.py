@@ -98,10 +98,12 @@ TEMPLATES: dict[str, str] = {
     "{{ '<|user|>\n' + m.content + eos_token }}\n{% elif m.role == 'system' %}\n"
     "{{ '<|system|>\n' + m.content + eos_token }}\n{% else %}\n"
     "{{ '<|assistant|>\n' + m.content + eos_token }}\n{% endif %}\n"
-    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
-    "vicuna": "{{ bos_token }}A chat between a curious user and an assistant. {% for m in messages %}"
-    "{% if m.role == 'user' %}USER: {{ m.content }} {% else %}ASSISTANT: {{ m.content }}"
-    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
+    "{% endfor %}",
+    "vicuna": "{{ bos_token }}A chat between a curious user and an assistant. "
+    "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% else %}"
+    "ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
     "falcon": "{% for m in messages %}{{ '' if loop.first else '\n' }}"
     "{{ m.role | capitalize }}: {{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\nAssistant:' }}{% endif %}",
@@ -128,8 +130,9 @@ TEMPLATES: dict[str, str] = {
     "{% if m.role == 'assistant' %}<think>\n\n</think>\n{{ m.content.lstrip('\\n') }}"
     "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n{% endif %}",
-    "yi": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>'"
-    " + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "yi": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] "
+    "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}",
     "internlm": "{{ bos_token }}" + _CHATML,
     "starchat": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}",
     "parts": _CHATML.replace(

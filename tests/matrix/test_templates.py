@@ -146,7 +146,7 @@ def test_earlier_turns_and_the_system_come_back(name: str) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_control_tokens_are_the_template_s(name: str) -> None:
     """A row that spells them gives the tokens of its letters, and the others stay."""
-    tokenizer, template, encoder = chat(name)
+    tokenizer, _, encoder = chat(name)
     spelt = [token for token in tokenizer.all_special_tokens if token != "<pad>"]
     text = " ".join(spelt)
     row = Row(f"a {text} b", "", f"c {text} d", (Message("user", text), Message("assistant", text)))

@@ -8,7 +8,6 @@ given, what it writes before and after an answer, whether it reads the clock.
 from __future__ import annotations
 
 import datetime
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -264,8 +263,8 @@ class ChatTemplate:
             self.ends = (self._tokenizer.convert_tokens_to_ids(end[0]),)
         if begun is None:
             return
-        common = os.path.commonprefix([before, begun])
-        opened, put = begun[len(common) :], before[len(common) :]
+        same = _same(before, begun)
+        opened, put = begun[same:], before[same:]
         if not opened and not put.strip():
             self._lead = put  # which generation begins with by itself
         elif begun == bare:
@@ -340,6 +339,12 @@ def _between(before: str, whole: str, after: str) -> str | None:
     if not (whole.startswith(before) and whole.endswith(after)):
         return None
     return whole[len(before) : len(whole) - len(after)]
+
+
+def _same(one: str, other: str) -> int:
+    """Number of characters with which both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _letters(text: str) -> str:

@@ -270,8 +270,8 @@ class _Renamed(_Hiding):
         for token, hidden in self._hidden.items():
             if _ids(self.tokenizer, [hidden]) != _ids(tokenizer, [token]):
                 raise UserError(
-                    f"`model.path`: rows spell control tokens, and the tokenizer cannot read {token} "
-                    "as text: take it out of them"
+                    f"`model.path`: rows spell control tokens, and the tokenizer cannot read "
+                    f"{token} as text: take it out of them"
                 )
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
@@ -388,7 +388,8 @@ def _written(write: Callable[[Row], _T], rows: Iterable[Row], where: str) -> lis
         try:
             written.append(write(row))
         except UserError as error:
-            raise UserError(f"{where}: row {row.number}: {error}") from None
+            place = f"{where}: row {row.number}" if row.number else where
+            raise UserError(f"{place}: {error}") from None
     return written
 
 

@@ -10,23 +10,20 @@ import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hedgerow.data import Example, Row, Spool, Template, Tokenized
+from hedgerow.data import Encoder, Example, Row, Spool, Tokenized
 from hedgerow.errors import UserError
 from hedgerow.evaluation.likelihood import Float64, Int64, Tick, batch_losses
 from hedgerow.model import max_positions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from hedgerow.model import Model
-    from hedgerow.settings import Fields
 
 Int32 = npt.NDArray[np.int32]
 
@@ -43,7 +40,7 @@ class Question:
     right: int
 
 
-def read_question(row: Row, fields: Fields) -> Question | None:
+def read_question(row: Row) -> Question | None:
     """The question of a row, or None where its options cannot be told.
 
     A row offers its options in one of two forms:
@@ -53,11 +50,10 @@ def read_question(row: Row, fields: Fields) -> Question | None:
       or on lines of their own, and an output that ends with the right one: "The answer is: B. two",
       "two" or "B". The candidates are the output with the other options in its place.
     """
-    if "choices" in row:
-        return _explicit(row["choices"], row.get("answer"))
-    columns = [c for c in (fields.instruction, fields.input) if c is not None]
-    text = "\n".join(str(row[c]) for c in columns if row.get(c) is not None)
-    output = str(row.get(fields.output, "")).strip()
+    if "choices" in row.columns:
+        return _explicit(row.columns["choices"], row.columns.get("answer"))
+    text = f"{row.instruction}\n{row.input}"
+    output = row.output.strip()
     _, found, options = text.rpartition("Options:")
     first = re.match(r"\s*A\.\s", options)
     if not (found and first):
@@ -129,9 +125,7 @@ class Choices:
         metric: str,
         name: str,
         rows: Sequence[Row],
-        fields: Fields,
-        template: Template,
-        tokenizer: PreTrainedTokenizerBase,
+        encoder: Encoder,
     ) -> Choices:
         """Find the questions among `rows`, and tokenise what they offer.
 
@@ -142,7 +136,7 @@ class Choices:
         Raises:
             UserError: no row has options that can be told.
         """
-        read = [(number, read_question(row, fields)) for number, row in enumerate(rows)]
+        read = [(number, read_question(row)) for number, row in enumerate(rows)]
         found = [(number, question) for number, question in read if question is not None]
         if not found:
             raise UserError(
@@ -151,14 +145,14 @@ class Choices:
                 "`Options: A. …, B. …` and an output that ends with the right one"
             )
         answered = [
-            rows[number] | {fields.output: candidate}
+            replace(rows[number], output=candidate)
             for number, question in found
             for candidate in question.candidates
         ]
         return cls(
             questions=[question for _, question in found],
             rows=np.array([number for number, _ in found]),
-            encoded=Spool().tokenize(name, answered, template, tokenizer, sys.maxsize, "answer"),
+            encoded=Spool().tokenize(name, answered, encoder, sys.maxsize, "answer"),
             skipped=len(rows) - len(found),
             metric=metric,
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hedgerow.data import ClientData, Held, Row, Template, Tokenized, read
+from hedgerow.data import ClientData, Held, Records, Rows, Template, Tokenized, check, read
 from hedgerow.data.sources import share_of
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import check_positions
@@ -153,7 +153,7 @@ def load_test(
     text: TextSettings,
     settings: EvaluationSettings,
     model: Model,
-    held: Sequence[Row] | None = None,
+    held: Records | None = None,
 ) -> TestSet:
     """The test data of an experiment, ready to be scored.
 
@@ -166,24 +166,30 @@ def load_test(
     Raises:
         UserError: there is none, or it cannot be scored as `settings` ask.
     """
-    rows = test_rows(text, held)
+    rows = test_rows(text, settings, held)
     if any(metric.needs == "likelihood" for metric in metrics_of(settings.metrics)):
         check_max_length(model, text.max_length)
     check_positions(model, settings)
     return TestSet.prepare(rows, text, settings, model.tokenizer, model.vocabulary_size)
 
 
-def test_rows(text: TextSettings, held: Sequence[Row] | None = None) -> list[Row]:
+def test_rows(
+    text: TextSettings, settings: EvaluationSettings, held: Records | None = None
+) -> Rows:
     """The rows to evaluate on; `held` has them where `data.test` is `(memory)`.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or they cannot be scored.
     """
     if text.test is None:
         raise UserError("`data.test` is missing: name the file to evaluate on")
     if text.test == MEMORY and held is not None:
-        return share_of(held, text.test_share)
-    return read(text.test, text.test_split, text.test_subset, text.test_share)
+        records = share_of(held, text.test_share)
+    else:
+        records = read(text.test, text.test_split, text.test_subset, text.test_share)
+    # Multiple choice alone needs no output: a question may name its answer otherwise.
+    answered = any(metric.needs != "choices" for metric in metrics_of(settings.metrics))
+    return check(records, text.fields_of_test, answered=answered)
 
 
 def notes_on_template(template: Template) -> list[str]:

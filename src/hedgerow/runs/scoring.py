@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hedgerow.data import Row
+from hedgerow.data import Records
 from hedgerow.errors import UserError
 from hedgerow.evaluation.measuring import derived
 from hedgerow.evaluation.metrics import metrics_of
@@ -173,7 +173,7 @@ def score_path(
     progress: Progress | None = None,
     *,
     load: Loader = Model.load,
-    held: Sequence[Row] | None = None,
+    held: Records | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Scores of a run's model after a round, or of a model folder; the arguments are `loaded`'s.
 

@@ -115,13 +115,13 @@ def init(
         )
     model = Model.load(experiment.model)
     check_fits(experiment, model, len(clients))
-    template = load_template(experiment.data, model.tokenizer)
-    experiment = with_date(experiment, template.date)
+    words = load_template(experiment.data, model.tokenizer)
+    experiment = with_date(experiment, words.date)
     shapes = experiment.method.trained_shapes(model)
     file = _BaseFile(
         base=Base.of(model), trained={name: list(shape) for name, shape in shapes.items()}
     )
-    for note in [*notes_on_template(template), *experiment.method.left_out(model)]:
+    for note in [*notes_on_template(words), *experiment.method.left_out(model)]:
         say(note)
     folder.mkdir(parents=True, exist_ok=True)
     shared, template = _without_paths(experiment, clients)
