@@ -149,3 +149,16 @@ def test_who_stops_it_while_it_starts_is_promised_nothing(endless, tmp_path, sec
     assert "--resume" not in shown
     if running.returncode == 130:
         assert shown == "hedgerow: interrupted\n"
+
+
+def test_a_model_on_a_hub_that_cannot_be_reached_is_told_soon(experiment, tmp_path):
+    began = time.monotonic()
+    arguments = ["run", experiment(), "model.path=acme/tiny", "--out", tmp_path / "run"]
+    running = process(*arguments, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "hf"))
+    shown, _ = running.communicate()
+    assert running.returncode == 2
+    assert shown.startswith(
+        "hedgerow: model.path: acme/tiny is no folder, and the Hugging Face Hub"
+    )
+    assert shown.count("\n") == 1
+    assert time.monotonic() - began < 20  # where it would be tried for 50 seconds

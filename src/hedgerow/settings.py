@@ -274,8 +274,8 @@ class FederationSettings(Section):
     """Number of usable updates that a round needs at least."""
     deadline: float | None = Field(None, gt=0)
     """Seconds that a run waits for its clients to join, and a round for their updates, on networks;
-    with null, it waits for all. In one process clients train one after another, and none is
-    late."""
+    with null, it waits for all but sites that refuse to take part. In one process clients train one
+    after another, and none is late."""
     attempts: int = Field(3, ge=1)
     """Number of times that a round is tried where too few clients answer; then the run stops."""
     backoff: float = Field(10.0, ge=0)

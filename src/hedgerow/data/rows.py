@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from hedgerow.errors import UserError
+from hedgerow.errors import NothingToLearn, UserError
 
 if TYPE_CHECKING:
     from hedgerow.settings import Fields
@@ -121,7 +121,7 @@ class Rows(Sequence[Row]):
         return iter(self.rows)
 
 
-class NothingUsable(UserError):
+class NothingUsable(NothingToLearn):
     """Data of which nothing is left to use, though nothing in them is a mistake."""
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from hedgerow.data.encoding import Encoder
 from hedgerow.data.rows import Row
-from hedgerow.errors import UserError
+from hedgerow.errors import NothingToLearn, UserError
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -141,7 +141,7 @@ class Spool:
                 encoded, or the disk is full.
         """
         if not rows:
-            raise UserError(f"{name}: has no examples: give it data, or leave it out")
+            raise NothingToLearn(f"{name}: has no examples: give it data, or leave it out")
         starts: list[int] = []
         lengths: list[int] = []
         prompt_lengths: list[int] = []
@@ -166,7 +166,7 @@ class Spool:
             starts += self._append(kept)
             lengths += map(len, kept)
         if not lengths:
-            raise UserError(
+            raise NothingToLearn(
                 f"{name}: no label is left to learn from, since every prompt (the shortest has "
                 f"{shortest_prompt} tokens) fills `data.max_length` ({max_length}): raise it"
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hedgerow.data import ClientData, Held, Records, Rows, Template, Tokenized, check, read
 from hedgerow.data.sources import share_of
-from hedgerow.errors import UserError
+from hedgerow.errors import NothingToLearn, UserError
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.scores import TestSet
@@ -35,6 +35,8 @@ class Prepared:
 
     experiment: Experiment
     """The experiment, with what the run records at its beginning."""
+    names: list[str]
+    """Clients that the experiment names, in their order, also those that are left out."""
     model: Model
     base: Base
     trained: Mapping[str, Sequence[int]]
@@ -79,13 +81,13 @@ def prepare(
     )
     experiment = with_date(experiment, data.encoder.template.date)
     check_fits(experiment, model, len(data.names))
-    shards = {name: data.tokenize(name) for name in data.names}
+    shards, left_out = _tokenized(data)
     clients = [
         Client(index, name, len(shards[name]))
         for index, name in enumerate(data.names)
         if name in shards
     ]
-    notes = [*notes_on_template(data.encoder.template), *_notes_on(shards)]
+    notes = [*notes_on_template(data.encoder.template), *left_out, *_notes_on(shards)]
     if experiment.method.pools_data:
         shards = {"pooled": Tokenized.concatenate(list(shards.values()))}
         clients = [Client(0, name, len(shard)) for name, shard in shards.items()]
@@ -100,6 +102,7 @@ def prepare(
     there_is = f"{base.name}, {len(clients)} clients, {examples:,} examples"
     return Prepared(
         experiment=experiment,
+        names=data.names,
         model=model,
         base=base,
         trained=experiment.method.trained_shapes(model),
@@ -246,6 +249,24 @@ def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
         for why, count in counts.items()
         if count
     ]
+
+
+def _tokenized(data: ClientData) -> tuple[dict[str, Tokenized], list[str]]:
+    """Examples of each client that has some, and a sentence on each that has none.
+
+    Raises:
+        NothingToLearn: no client has any.
+    """
+    shards: dict[str, Tokenized] = {}
+    empty: dict[str, NothingToLearn] = {}
+    for name in data.names:
+        try:
+            shards[name] = data.tokenize(name)
+        except NothingToLearn as error:
+            empty[name] = error
+    if not shards:
+        raise next(iter(empty.values()))
+    return shards, [f"client {name} is left out: {error}" for name, error in empty.items()]
 
 
 def _notes_on(shards: Mapping[str, Tokenized]) -> list[str]:

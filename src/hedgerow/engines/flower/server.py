@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,12 +80,14 @@ def serve(
     model: Model | None,
     test: TestSet | None,
     data: Digests | None = None,
+    awaited: Sequence[str] | None = None,
 ) -> None:
     """Run an experiment on a grid, or go on with the run that is in `out`.
 
     Args:
         loaded: with the server's own paths in its experiment.
         model: the base, to score the global model; None scores nothing.
+        awaited: clients that the run begins with; None for all of the experiment's.
         data: digests of the clients' and the test data, where the server may know them.
 
     Raises:
@@ -115,6 +118,7 @@ def serve(
                 grid,
                 experiment=experiment,
                 names=loaded.clients,
+                awaited=loaded.clients if awaited is None else awaited,
                 ledger=directory.ledger,
                 run=_run_name(directory),
                 folder=arrived,

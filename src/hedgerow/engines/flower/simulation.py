@@ -64,7 +64,7 @@ def run(
         experiment=experiment,
         base=prepared.base,
         trained=prepared.trained,
-        clients=names,
+        clients=prepared.names,
     )
     logging.getLogger("flwr").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="hedgerow-sites-") as folder:
@@ -72,7 +72,7 @@ def run(
 
         def main(grid: Grid, context: Context) -> None:
             data = prepared.digests()
-            serve(grid, app, out, watcher, prepared.model, prepared.test, data)
+            serve(grid, app, out, watcher, prepared.model, prepared.test, data, awaited=names)
 
         server.main()(main)
 

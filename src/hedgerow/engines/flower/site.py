@@ -21,7 +21,7 @@ from hedgerow.data import ClientData, Tokenized
 from hedgerow.engines.flower.app import App, without_test
 from hedgerow.engines.flower.messages import Held, Reply, Request, info
 from hedgerow.engines.flower.node import SiteSettings, place_of
-from hedgerow.errors import ClientFailed, InvalidMessage, UserError
+from hedgerow.errors import ClientFailed, InvalidMessage, NothingToLearn, UserError
 from hedgerow.experiment import validate
 from hedgerow.federation.participant import train_client
 from hedgerow.files import replacing
@@ -104,6 +104,9 @@ class Site:
         except Refused as refusal:
             _say(name, f"refused: {refusal}")
             return Reply(name=name, refused=refusal.public), None
+        except NothingToLearn as error:
+            _say(name, f"refused: {error}")
+            return Reply(name=name, refused="it has no examples to learn from"), None
         except UserError as error:
             return wrong_settings(name, error), None
         finally:
