@@ -1,13 +1,15 @@
-"""Files that are there whole, or not at all; and files of JSON lines, which grow line by line."""
+"""Files that are there whole, or not at all; JSON, and files of its lines, which grow."""
 
 from __future__ import annotations
 
 import fcntl
+import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -36,6 +38,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)  # or the new name could be lost with the power
     finally:
         os.close(folder)
+
+
+def to_json(value: Any, **style: Any) -> str:
+    """JSON of plain values, in which a number that is not finite is null, since JSON has no such.
+
+    Args:
+        value: dictionaries, lists and plain values.
+        style: as `json.dumps` takes it, as `indent=1`.
+    """
+    return json.dumps(_finite(value), allow_nan=False, **style)
 
 
 def expanded(path: str) -> str:
@@ -134,6 +146,14 @@ def appending_json_lines(
         finally:
             if not file.seek(0, os.SEEK_END):
                 path.unlink()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parsed(path: Path, lines: Sequence[bytes], kind: type[_Line]) -> list[_Line]:

@@ -346,4 +346,5 @@ def _is_transposed(layer: Any) -> bool:
 def max_positions(network: Any) -> int:
     """Number of tokens that the network was made for; `sys.maxsize` where it does not say."""
     config = network.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+    names = ("max_position_embeddings", "max_seq_len")  # the latter is MPT's
+    return next(filter(None, (getattr(config, name, None) for name in names)), sys.maxsize)

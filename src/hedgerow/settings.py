@@ -309,6 +309,17 @@ class EvaluationSettings(Section):
     """Number of sequences in one forward pass."""
     max_new_tokens: int = Field(64, ge=1)
     """Number of tokens that a greedy answer has at most, for the metrics that need answers."""
+    stop: list[str] = []
+    """Texts before the first of which an answer ends, as ["\\n\\nQuestion:"], or one text alone; by
+    default none, so that answers end with the model's own end or at `max_new_tokens`."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _texts(cls, stop: Any) -> Any:
+        texts = [stop] if isinstance(stop, str) else stop
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError('must be a list of texts that are not empty, as ["\\n\\n"]')
+        return texts
 
     @field_validator("metrics")
     @classmethod

@@ -126,10 +126,9 @@ class Run:
         """
         from hedgerow.data.in_memory import as_records
         from hedgerow.names import MEMORY
-        from hedgerow.runs.scoring import score_path
-        from hedgerow.settings import DEFAULT_TEST
+        from hedgerow.runs.scoring import asked_for, score_path
 
-        changes, held = [*self._overrides, *overrides], self.test
+        changes, held, named = [*self._overrides, *overrides], self.test, None
         if isinstance(metrics, str):
             raise UserError(f"metrics= must be a list of names, as [{metrics!r}]")
         if data is None and held is not None:
@@ -137,11 +136,7 @@ class Run:
         if data is not None:
             named = str(data) if isinstance(data, str | Path) else MEMORY
             held = as_records(data, "data=") if named == MEMORY else None
-            changes = [*DEFAULT_TEST, *changes, _override("data.test", named)]
-        if metrics is not None:
-            changes.append(_override("evaluation.metrics", list(metrics)))
-        if by is not None:
-            changes.append(_override("evaluation.by", by))
+        changes = asked_for(named, metrics, by, changes)
         scores, _ = score_path(self.path, changes, round, client, load=self._load, held=held)
         return scores
 
@@ -191,6 +186,7 @@ class Run:
             settings.evaluation.batch_size,
             lambda _: None,
             ends=template.ends,
+            stop=settings.evaluation.stop,
         )
         return answers
 

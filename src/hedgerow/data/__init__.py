@@ -2,7 +2,7 @@
 
 from hedgerow.data.batches import batches, collate, epoch
 from hedgerow.data.clients import ClientData
-from hedgerow.data.encoding import Encoder, tokenize_prompts
+from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held, as_records
 from hedgerow.data.partition import partition
 from hedgerow.data.rows import Message, Records, Row, Rows, check
@@ -33,5 +33,4 @@ __all__ = [
     "load_template",
     "partition",
     "read",
-    "tokenize_prompts",
 ]

@@ -79,7 +79,7 @@ class Encoder:
         found: list[Encoded | None] = [None] * len(rows)
         for reader, numbers, shown in self._readable(rows):
             texts = _written(self.template.example, shown, where)
-            prompts, answers = self._split(reader, texts)
+            prompts, answers = self._pairs(reader, texts)
             for number, prompt, answer in zip(numbers, prompts, answers, strict=True):
                 if not answer or answer[-1] not in (eos, *self.ends):
                     answer.append(eos)
@@ -113,6 +113,10 @@ class Encoder:
         """Tokenise prompts that the template has written already, for an answer to follow."""
         return self._begun(self._plain.ids(texts))
 
+    def pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[list[Ids], list[Ids]]:
+        """Tokenise prompts that the template has written already, and the texts after them."""
+        return self._pairs(self._plain, texts)
+
     def _readable(self, rows: Sequence[Row]) -> Iterator[tuple[_Reader, list[int], list[Row]]]:
         """Rows by who can read them, with their places: most by the tokenizer as it is."""
         find = self._control.search
@@ -129,7 +133,7 @@ class Encoder:
         begin = [] if self.template.has_special_tokens else self._begin
         return [_joined(begin, prompt) for prompt in prompts]
 
-    def _split(
+    def _pairs(
         self, reader: _Reader, texts: Sequence[tuple[str, str]]
     ) -> tuple[list[Ids], list[Ids]]:
         """The tokens of prompts, and of the answers after them."""
@@ -438,10 +442,3 @@ def _call(
         verbose=False,  # It would warn of texts above its own limit, which are cut later.
         **options,
     )
-
-
-def tokenize_prompts(
-    texts: Sequence[str], template: Template, tokenizer: PreTrainedTokenizerBase
-) -> list[Ids]:
-    """Tokenise prompts that `template` has made, for an answer to follow."""
-    return Encoder(template, tokenizer).texts(texts)

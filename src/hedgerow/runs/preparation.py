@@ -17,6 +17,7 @@ from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment, load
+from hedgerow.lazy import torch
 from hedgerow.ledger import Base
 from hedgerow.methods.base import Client
 from hedgerow.model import Model, max_positions
@@ -98,6 +99,7 @@ def prepare(
         test = load_test(experiment.data, experiment.evaluation, model, held.test)
         notes += notes_on_test(test, experiment.evaluation)
     base = Base.of(model)
+    check_causal(model)  # not before: RWKV's first forward pass rescales its weights
     examples = sum(len(shard) for shard in shards.values())
     there_is = f"{base.name}, {len(clients)} clients, {examples:,} examples"
     return Prepared(
@@ -140,6 +142,23 @@ def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
     """Raise a `UserError` where data or method do not fit the model, or so many clients."""
     check_max_length(model, experiment.data.max_length)
     experiment.method.check(model, num_clients, experiment.training)
+
+
+@torch.no_grad()
+def check_causal(model: Model) -> None:
+    """Raise a `UserError` where what the model says of a text depends on what follows it.
+
+    Such a model sees the answer that it is to predict, and the padding after it.
+    """
+    input_ids = torch.tensor([[0, 1, 1], [0, 2, 2]], device=model.device)
+    first, second = model.network(input_ids=input_ids, use_cache=False).logits[:, 0].float()
+    rounding = 0.01 if model.network.dtype == torch.float32 else 0.1
+    if (first - second).abs().max() > rounding * first.std():
+        raise UserError(
+            f"model.path: {model.architecture} predicts a token from those that follow it too, so "
+            "that it could neither be trained nor scored on answers: give a causal language model "
+            "(one of BERT's kind is if its config.json has `is_decoder: true`)"
+        )
 
 
 def check_max_length(model: Model, max_length: int) -> None:

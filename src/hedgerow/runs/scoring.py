@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from hedgerow.experiment import Experiment, apply_overrides, validate
 from hedgerow.methods.base import Method
 from hedgerow.model import Model
 from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
-from hedgerow.runs.preparation import load_test
-from hedgerow.settings import Evaluation, EvaluationSettings, TextSettings
+from hedgerow.runs.preparation import check_causal, load_test
+from hedgerow.settings import DEFAULT_TEST, Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
 
 Progress = Callable[[int, int], None]
@@ -112,6 +113,32 @@ class Subject:
             yield from self.method.models(self.model, self.clients)
 
 
+def asked_for(
+    data: str | None, metrics: Sequence[str] | None, by: str | None, overrides: Sequence[str] = ()
+) -> list[str]:
+    """Overrides that say what is evaluated, on which rows.
+
+    Args:
+        data: the test data, instead of the experiment's, of which nothing counts then.
+        metrics: names of metrics; None for the experiment's.
+        by: column of the test data; None for the experiment's.
+        overrides: others, which count before all these.
+    """
+    changes = list(overrides)
+    if data is not None:
+        changes = [*DEFAULT_TEST, *changes, f"data.test={json.dumps(data)}"]
+    if metrics is not None:
+        changes.append(f"evaluation.metrics={json.dumps(list(metrics))}")
+    if by is not None:
+        changes.append(f"evaluation.by={json.dumps(by)}")
+    return changes
+
+
+def is_model(path: Path) -> bool:
+    """Whether a folder holds a model, or an adapter of one, rather than a run."""
+    return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+
+
 @contextmanager
 def loaded(
     path: Path,
@@ -132,12 +159,13 @@ def loaded(
     Raises:
         UserError: naming what does not fit.
     """
-    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+    if is_model(path):
         if round is not None or client is not None:
             raise UserError(f"{path} is a model, not a run: leave out --round and --client")
         content: dict[str, Any] = {"model": {"path": str(path.absolute())}, "data": {}}
         asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(path), Evaluation)
         model = Model.load(asked.model)
+        check_causal(model)
         yield Subject(
             model=model,
             data=asked.data,
