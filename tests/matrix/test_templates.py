@@ -203,3 +203,23 @@ def test_what_cannot_be_trained_with_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load(TextSettings(prompt="chat"), tokenizer_of(source))
     assert str(caught.value).startswith("`data.prompt`: the tokenizer's chat template ")
+
+
+def test_a_time_of_day_is_a_clock_too() -> None:
+    tokenizer = tokenizer_of("{{ strftime_now('%H:%M:%S') }}\n" + TEMPLATES["chatml"])
+    template = load(TextSettings(prompt="chat"), tokenizer)
+    assert template.date == datetime.date.today()
+    assert template.prompt(Row("What?")).startswith("12:00:00\n")
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_an_answer_ends_without_the_letters_of_a_template(control: bool) -> None:
+    """Generation would go through them, and no metric knows them."""
+    source = TEMPLATES["falcon"].replace("m.content }}", "m.content }} [END]")
+    source = source.replace("[END]", "[END]{{ eos_token }}") if control else source
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = source
+    template = load(TextSettings(prompt="chat"), tokenizer)
+    assert "'[END]'" in template.notes[0]
+    example = Encoder(template, tokenizer).examples([Row("What?", "", "It.")], "rows")[0]
+    assert tokenizer.decode(example.answer) == " It.</s>"

@@ -27,10 +27,14 @@ _QUESTION, _REPLY = "Question8Wd3Xy", "Reply4Qm7Zk"
 """Texts that no row holds; the last place where the reply stands is the answer's."""
 _AWKWARD = " <b>&\"'{}$ é\n\n  - item\n" + "a long text goes on and on. " * 200
 """A text that is altered wherever texts are escaped, cut, or change their case or their spaces."""
-_DAYS = (datetime.date(2001, 2, 3), datetime.date(2012, 11, 10))
-"""Two days that are written differently in every form."""
+_TIMES = (
+    datetime.datetime(2001, 2, 3, 4, 5, 6, 7),
+    datetime.datetime(2012, 11, 10, 19, 18, 17, 16),
+)
+"""Two times that are written differently in every form."""
 _SAME = 8
 """Number of times that a template has to write the same."""
+_ASKED = [("user", _QUESTION), ("assistant", _REPLY)]
 _OTHER = "choose another `data.prompt`, as alpaca"
 _WHAT = "the tokenizer's chat template"
 _CLOCK = (
@@ -84,7 +88,7 @@ class ChatTemplate:
         self._source = _chosen(tokenizer, settings.name)
         self._in_parts = False
         self._lead = ""
-        self._clock: datetime.date | None = None
+        self._clock: datetime.datetime | None = None
         self._day: datetime.date | None = None
         self.notes: tuple[str, ...] = ()
         self.ends: tuple[int, ...] = ()
@@ -94,6 +98,7 @@ class ChatTemplate:
         try:
             self._probe_texts()
             self._probe_clock(settings.date)
+            self._probe_chance()
             self._probe_answer()
         except UserError as error:
             raise UserError(f"`data.prompt`: {error}") from None
@@ -101,7 +106,7 @@ class ChatTemplate:
     @property
     def date(self) -> datetime.date | None:
         """Day that the template is given; None where it writes no date."""
-        return self._clock or self._day
+        return self._day
 
     def prompt(self, row: Row) -> str:
         """The text that the model is given."""
@@ -110,21 +115,21 @@ class ChatTemplate:
     def example(self, row: Row) -> tuple[str, str]:
         """The text that the model is given, and the text that should follow it, to its end."""
         messages = self._asked(row)
-        before, after, left_out = self._around(messages)
+        before, end, after = self._around(messages)
         whole = self._write([*messages, ("assistant", row.output)])
-        said = _between(before, whole, after + left_out)
+        said = _between(before, whole, after)
         if said is not None and _letters(said) == _letters(row.output):
-            return before, said + after
+            return before, said + end
         # An answer with thoughts of its own, which take the place of empty ones, maybe in the form
         # that the generation prompt begins.
         begun = self._write(messages, generation=True)
-        said = _between(begun, whole, after + left_out)
+        said = _between(begun, whole, after)
         if said is not None and _letters(row.output).endswith(_letters(said)):
             thought = _letters(row.output).removesuffix(_letters(said))
             if _letters(begun).endswith(thought):
-                return begun, said + after
+                return begun, said + end
         # Some leave out thoughts, or read them wrongly: the answer is learnt as it stands.
-        return before, self._lead + row.output + after
+        return before, self._lead + row.output + end
 
     def _asked(self, row: Row) -> list[tuple[str, str]]:
         """The messages of a row, up to the one that is to be answered."""
@@ -132,7 +137,7 @@ class ChatTemplate:
         return [*history, ("user", self._message(row))]
 
     def _around(self, messages: _Messages) -> tuple[str, str, str]:
-        """What is written before an answer, after it to its end, and after that.
+        """What is written before an answer, what ends it, and all that is written after it.
 
         Raises:
             UserError: the template fails, or leaves out what it is given.
@@ -149,9 +154,18 @@ class ChatTemplate:
                 raise UserError(
                     f"{_WHAT} leaves out or alters what the {role} says ({_shown(text)}): {_OTHER}"
                 )
+        return before, *self._to_end(after)
+
+    def _to_end(self, after: str) -> tuple[str, str]:
+        """What ends an answer, of all that is written after it, and that all.
+
+        Letters are none of the answer, nor a token that generation stops at.
+        """
         end = self._token.search(after)
-        cut = end.end() if end else len(after)
-        return before, after[:cut], after[cut:]
+        if end is None:
+            return "", after
+        blank = after[: end.start()]
+        return (after[: end.end()] if not blank.strip() else end[0]), after
 
     def _write(self, messages: _Messages, *, generation: bool = False) -> str:
         """What the template makes of messages.
@@ -186,8 +200,7 @@ class ChatTemplate:
         """What the template is told beside the messages."""
         told: dict[str, Any] = {}
         if self._clock is not None:
-            noon = datetime.datetime.combine(self._clock, datetime.time(12))
-            told["hedgerow_day"] = {each: noon.strftime(each) for each in _DIRECTIVES}
+            told["hedgerow_day"] = {each: self._clock.strftime(each) for each in _DIRECTIVES}
         if self._day is not None:
             told["date_string"] = self._day.strftime("%d %b %Y")
         return told
@@ -215,14 +228,9 @@ class ChatTemplate:
             problems.append(f"{_WHAT} {problem}: {_OTHER}")
         else:
             raise UserError(problems[0])
-        if any(self._write(asked) != written for _ in range(_SAME)):
-            raise UserError(f"{_WHAT} writes something else each time: {_OTHER}")
         longer = [("user", "first"), ("assistant", _REPLY), ("user", "last"), ("assistant", "end")]
-        try:
-            written = self._write(longer)
-        except UserError:
-            return  # so do rows with several turns, which there may be none of
-        if _REPLY not in written:
+        # Where it fails, so do rows with several turns, which there may be none of.
+        if _REPLY not in (self._attempt(longer) or _REPLY):
             raise UserError(f"{_WHAT} leaves out earlier answers: {_OTHER}")
 
     def _probe_clock(self, chosen: datetime.date | None) -> None:
@@ -231,49 +239,56 @@ class ChatTemplate:
         Args:
             chosen: the day that it is given; None is today, and leaves it a date of its own.
         """
-
-        def written() -> str:
-            return self._write([("user", _QUESTION), ("assistant", _REPLY)])
-
         by_clock, by_name = set(), set()
-        for self._clock in _DAYS:
-            by_clock.add(written())
+        for self._clock in _TIMES:
+            by_clock.add(self._write(_ASKED))
         self._clock = None
-        for self._day in _DAYS:
-            by_name.add(written())
+        for time in _TIMES:
+            self._day = time.date()
+            by_name.add(self._write(_ASKED))
         self._day = None
         if len(by_clock) > 1:
-            self._clock = self._day = chosen or datetime.date.today()
+            self._day = chosen or datetime.date.today()
+            self._clock = datetime.datetime.combine(self._day, datetime.time(12))
         elif len(by_name) > 1:
             self._day = chosen
+
+    def _probe_chance(self) -> None:
+        """Raise a `UserError` where the template writes something else each time."""
+        if len({self._write(_ASKED) for _ in range(_SAME)}) > 1:
+            raise UserError(f"{_WHAT} writes something else each time: {_OTHER}")
 
     def _probe_answer(self) -> None:
         """Find out what the template writes before and after an answer, and in generation."""
         asked = [("user", _QUESTION)]
         before, _, after = self._write([*asked, ("assistant", _REPLY)]).rpartition(_REPLY)
-        found: list[str | None] = []
-        for generation in (False, True):
-            try:
-                found.append(self._write(asked, generation=generation))
-            except UserError:
-                found.append(None)
-        bare, begun = found
+        bare, begun = self._attempt(asked), self._attempt(asked, generation=True)
         self.written = (before if bare is None else bare) + after
-        if end := self._token.search(after):
+        end = self._token.search(after)
+        if end:
             self.ends = (self._tokenizer.convert_tokens_to_ids(end[0]),)
-        if begun is None:
-            return
-        same = _same(before, begun)
-        opened, put = begun[same:], before[same:]
-        if not opened and not put.strip():
-            self._lead = put  # which generation begins with by itself
-        elif begun == bare:
+        notes = []
+        if said := (after[: end.start()] if end else after).strip():
+            notes.append(f"the chat template writes {said!r} after answers: they end without it")
+        same = 0 if begun is None else _same(before, begun)
+        opened, put = (begun or "")[same:], before[same:]
+        if begun is None or (begun == bare and put.strip()):
             pass  # it knows of no generation
+        elif not opened and not put.strip():
+            self._lead = put  # which generation begins with by itself
         elif not opened:
-            self.notes = (f"the chat template writes {put!r} before answers: so do prompts",)
+            notes.append(f"the chat template writes {put!r} before answers: so do prompts")
         else:
             instead = f"have {put!r} instead" if put else "leave it out, as before answers"
-            self.notes = (f"the chat template opens {opened!r} in generation: prompts {instead}",)
+            notes.append(f"the chat template opens {opened!r} in generation: prompts {instead}")
+        self.notes = tuple(notes)
+
+    def _attempt(self, messages: _Messages, *, generation: bool = False) -> str | None:
+        """What the template makes of messages; None where it fails."""
+        try:
+            return self._write(messages, generation=generation)
+        except UserError:
+            return None
 
 
 def _chosen(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
