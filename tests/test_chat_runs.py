@@ -80,6 +80,19 @@ def test_a_run_has_one_date(chatty, experiment, hedgerow, days, tmp_path):
     assert json.loads(other.out)["eval_loss"] != before["eval_loss"]
 
 
+def test_a_model_s_scores_name_their_date(chatty, hedgerow, days, tmp_path):
+    model = chatty(DATED)
+    (tmp_path / "rows.json").write_text('[{"instruction": "Hi", "output": "Yes"}]')
+    command = ["evaluate", model, "data.prompt=chat", "--data", tmp_path / "rows.json", "--json"]
+    days(FIRST)
+    today = datetime.date.today()
+    first = hedgerow(*command)
+    assert f"the chat template writes the date: {today}" in first.err
+    days(SECOND)
+    again = hedgerow(*command, f"data.template.date={today}")
+    assert json.loads(again.out) == json.loads(first.out) != json.loads(hedgerow(*command).out)
+
+
 def test_the_cells_of_a_comparison_have_one_date(chatty, experiment, hedgerow, days, tmp_path):
     path = experiment(model={"path": str(chatty(DATED))})
     chosen = ["data.prompt=chat", "data.max_length=128", "federation.rounds=1"]

@@ -18,7 +18,7 @@ from hedgerow.experiment import Experiment, apply_overrides, validate
 from hedgerow.methods.base import Method
 from hedgerow.model import Model
 from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
-from hedgerow.runs.preparation import check_causal, load_test
+from hedgerow.runs.preparation import check_causal, load_test, notes_on_template
 from hedgerow.settings import DEFAULT_TEST, Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
 
@@ -202,11 +202,13 @@ def score_path(
     *,
     load: Loader = Model.load,
     held: Records | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Scores of a run's model after a round, or of a model folder; the arguments are `loaded`'s.
 
     Args:
         held: the test rows, where `data.test` is `(memory)`.
+        say: told what is unexpected about the prompts, as a date in them.
 
     Returns:
         The scores, and the names of the metrics that gave them.
@@ -216,6 +218,8 @@ def score_path(
     """
     with loaded(path, overrides, round, client, load) as it:
         test = load_test(it.data, it.evaluation, it.model, held)
+        for note in notes_on_template(test.template):
+            say(note)
         scored = {name: evaluate(it.model, test, it.evaluation, progress) for name in it.models()}
         metrics = it.evaluation.metrics
         return by_model(scored, metrics) | counts(test), metrics
