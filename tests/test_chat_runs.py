@@ -83,7 +83,15 @@ def test_a_run_has_one_date(chatty, experiment, hedgerow, days, tmp_path):
 def test_a_model_s_scores_name_their_date(chatty, hedgerow, days, tmp_path):
     model = chatty(DATED)
     (tmp_path / "rows.json").write_text('[{"instruction": "Hi", "output": "Yes"}]')
-    command = ["evaluate", model, "data.prompt=chat", "--data", tmp_path / "rows.json", "--json"]
+    command = [
+        "evaluate",
+        model,
+        "data.prompt=chat",
+        "data.max_length=128",
+        "--data",
+        tmp_path / "rows.json",
+        "--json",
+    ]
     days(FIRST)
     today = datetime.date.today()
     first = hedgerow(*command)

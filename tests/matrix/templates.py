@@ -171,13 +171,6 @@ REFUSED: dict[str, tuple[str, str]] = {
         _CHATML.replace("in messages", "in messages | reverse"),
         "leaves out|alters|order",
     ),
-    "no earlier answers": (
-        _CHATML.replace(
-            "{{ m.content }}",
-            "{{ m.content if m.role == 'user' or loop.last }}",
-        ),
-        "leaves out earlier answers",
-    ),
     "at random": ("{{ range(100000) | random }}" + _CHATML, "something else each time"),
     "filler": ("{{ lipsum() }}" + _CHATML, "something else each time"),
 }

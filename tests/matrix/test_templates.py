@@ -205,11 +205,46 @@ def test_what_cannot_be_trained_with_is_refused(name: str) -> None:
     assert str(caught.value).startswith("`data.prompt`: the tokenizer's chat template ")
 
 
-def test_a_time_of_day_is_a_clock_too() -> None:
-    tokenizer = tokenizer_of("{{ strftime_now('%H:%M:%S') }}\n" + TEMPLATES["chatml"])
+@pytest.mark.parametrize(
+    ("clock", "written"),
+    [
+        ("{{ strftime_now('%H:%M:%S') }}", "12:00:00"),
+        ("{{ strftime_now('%A, %-d') }}", "Tuesday, 31"),
+        ("{% if strftime_now('%Y') | int > 2020 %}{{ 'new' }}{% endif %}", "new"),
+        ("{% macro day() %}{{ strftime_now(format='%m/%d') }}{% endmacro %}{{ day() }}", "12/31"),
+        ("{% if messages[0].role == 'system' %}{{ strftime_now('%d') }}{% endif %}", ""),
+    ],
+)
+def test_whatever_is_read_of_the_clock_is_that_day_s(clock: str, written: str) -> None:
+    tokenizer = tokenizer_of(clock + "\n" + TEMPLATES["chatml"])
     template = load(TextSettings(prompt="chat"), tokenizer)
     assert template.date == datetime.date.today()
-    assert template.prompt(Row("What?")).startswith("12:00:00\n")
+    given = TextSettings(prompt="chat", template=TemplateSettings(date=DAY))
+    text = load(given, tokenizer).prompt(Row("What?"))
+    assert text.startswith(written)
+
+
+def test_a_template_may_want_a_system() -> None:
+    want = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer = tokenizer_of(want + TEMPLATES["chatml"])
+    template = load(TextSettings(prompt="chat"), tokenizer)
+    encoder = Encoder(template, tokenizer)
+    ruled = Row("What?", "", "It.", (Message("system", "Be brief"),))
+    assert tokenizer.decode(encoder.examples([ruled], "rows")[0].answer) == "It.<|im_end|>"
+    with pytest.raises(UserError, match=r"rows: row 3: .* fails \(no system\)"):
+        encoder.examples([ruled, Row("What?", "", "It.", number=3)], "rows")
+
+
+def test_a_template_may_forget_what_no_row_has() -> None:
+    source = TEMPLATES["chatml"].replace(
+        "{{ m.content }}", "{{ m.content if m.role == 'user' or loop.last }}"
+    )
+    tokenizer = tokenizer_of(source)
+    encoder = Encoder(load(TextSettings(prompt="chat"), tokenizer), tokenizer)
+    encoder.examples([Row("What?", "", "It.")], "rows")
+    earlier = (Message("user", "Hi"), Message("assistant", "Hello!"))
+    with pytest.raises(UserError, match=r"rows: row 3: .* leaves out earlier answers"):
+        encoder.examples([Row("What?", "", "It.", earlier, number=3)], "rows")
 
 
 @pytest.mark.parametrize("control", [True, False])

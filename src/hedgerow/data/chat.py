@@ -8,6 +8,7 @@ given, what it writes before and after an answer, whether it reads the clock.
 from __future__ import annotations
 
 import datetime
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,13 +28,11 @@ _QUESTION, _REPLY = "Question8Wd3Xy", "Reply4Qm7Zk"
 """Texts that no row holds; the last place where the reply stands is the answer's."""
 _AWKWARD = " <b>&\"'{}$ é\n\n  - item\n" + "a long text goes on and on. " * 200
 """A text that is altered wherever texts are escaped, cut, or change their case or their spaces."""
-_TIMES = (
-    datetime.datetime(2001, 2, 3, 4, 5, 6, 7),
-    datetime.datetime(2012, 11, 10, 19, 18, 17, 16),
-)
-"""Two times that are written differently in every form."""
+_DAYS = (datetime.date(2001, 2, 3), datetime.date(2012, 11, 12))
+"""Two days that are written differently in every form."""
 _SAME = 8
 """Number of times that a template has to write the same."""
+_RULE = ("system", "You are asked to answer.")
 _ASKED = [("user", _QUESTION), ("assistant", _REPLY)]
 _OTHER = "choose another `data.prompt`, as alpaca"
 _WHAT = "the tokenizer's chat template"
@@ -47,6 +46,10 @@ _CLOCK = (
 
 The line's end is none of the text: transformers has Jinja trim it.
 """
+_READ = "the clock is read"
+_NO_CLOCK = (
+    f"{{%- macro strftime_now(format) %}}{{{{ raise_exception('{_READ}') }}}}{{% endmacro %}}\n"
+)
 _DIRECTIVES = [
     f"%{flag}{letter}"
     for letter in "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZf"
@@ -88,6 +91,8 @@ class ChatTemplate:
         self._source = _chosen(tokenizer, settings.name)
         self._in_parts = False
         self._lead = ""
+        self._opening: list[tuple[str, str]] = []
+        self._forgets = False
         self._clock: datetime.datetime | None = None
         self._day: datetime.date | None = None
         self.notes: tuple[str, ...] = ()
@@ -142,6 +147,8 @@ class ChatTemplate:
         Raises:
             UserError: the template fails, or leaves out what it is given.
         """
+        if self._forgets and any(role == "assistant" for role, _ in messages):
+            raise UserError(f"{_WHAT} leaves out earlier answers: {_OTHER}")
         before, found, after = self._write([*messages, ("assistant", _REPLY)]).rpartition(_REPLY)
         if not found:
             raise UserError(f"{_WHAT} leaves out the answer: {_OTHER}")
@@ -167,16 +174,20 @@ class ChatTemplate:
         blank = after[: end.start()]
         return (after[: end.end()] if not blank.strip() else end[0]), after
 
-    def _write(self, messages: _Messages, *, generation: bool = False) -> str:
+    def _write(
+        self, messages: _Messages, *, generation: bool = False, before: str | None = None
+    ) -> str:
         """What the template makes of messages.
 
         Args:
             generation: whether an answer is to follow.
+            before: source that stands before the template's; None is what gives it its day.
 
         Raises:
             UserError: it fails.
         """
-        source = self._source if self._clock is None else _CLOCK + self._source
+        if before is None:
+            before = "" if self._clock is None else _CLOCK
         content = [
             {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
             for role, text in messages
@@ -184,7 +195,7 @@ class ChatTemplate:
         try:
             text = self._tokenizer.apply_chat_template(
                 content,
-                chat_template=source,
+                chat_template=before + self._source,
                 tokenize=False,
                 add_generation_prompt=generation,
                 **self._variables,
@@ -206,7 +217,7 @@ class ChatTemplate:
         return told
 
     def _probe_texts(self) -> None:
-        """Find the form in which texts come back as they are given; and that they always do.
+        """Find the form in which texts come back as they are given.
 
         Raises:
             UserError: there is none.
@@ -216,9 +227,10 @@ class ChatTemplate:
             ("assistant", f"{_REPLY}{_AWKWARD}{_REPLY}"),
         ]
         problems: list[str] = []
-        for self._in_parts in (False, True):
+        # Some do without a system's message not even where rows have none; they say so then.
+        for self._opening, self._in_parts in itertools.product(([], [_RULE]), (False, True)):
             try:
-                written = self._write(asked)
+                written = self._write([*self._opening, *asked])
             except UserError as error:
                 problems.append(str(error))
                 continue
@@ -228,10 +240,9 @@ class ChatTemplate:
             problems.append(f"{_WHAT} {problem}: {_OTHER}")
         else:
             raise UserError(problems[0])
-        longer = [("user", "first"), ("assistant", _REPLY), ("user", "last"), ("assistant", "end")]
-        # Where it fails, so do rows with several turns, which there may be none of.
-        if _REPLY not in (self._attempt(longer) or _REPLY):
-            raise UserError(f"{_WHAT} leaves out earlier answers: {_OTHER}")
+        turns = [("user", "first"), ("assistant", _REPLY), ("user", "last"), ("assistant", "end")]
+        # Where it fails, so do rows with several turns.
+        self._forgets = _REPLY not in (self._attempt([*self._opening, *turns]) or _REPLY)
 
     def _probe_clock(self, chosen: datetime.date | None) -> None:
         """Find out whether the template writes the date, and give it one.
@@ -239,15 +250,17 @@ class ChatTemplate:
         Args:
             chosen: the day that it is given; None is today, and leaves it a date of its own.
         """
-        by_clock, by_name = set(), set()
-        for self._clock in _TIMES:
-            by_clock.add(self._write(_ASKED))
-        self._clock = None
-        for time in _TIMES:
-            self._day = time.date()
-            by_name.add(self._write(_ASKED))
+        reads = False
+        by_name = set()
+        for messages in ([*self._opening, *_ASKED], [_RULE, *_ASKED]):
+            try:
+                self._write(messages, before=_NO_CLOCK)
+            except UserError as error:
+                reads = reads or _READ in str(error)
+        for self._day in _DAYS:
+            by_name.add(self._attempt([*self._opening, *_ASKED]))
         self._day = None
-        if len(by_clock) > 1:
+        if reads:
             self._day = chosen or datetime.date.today()
             self._clock = datetime.datetime.combine(self._day, datetime.time(12))
         elif len(by_name) > 1:
@@ -255,12 +268,13 @@ class ChatTemplate:
 
     def _probe_chance(self) -> None:
         """Raise a `UserError` where the template writes something else each time."""
-        if len({self._write(_ASKED) for _ in range(_SAME)}) > 1:
+        asked = [*self._opening, *_ASKED]
+        if len({self._write(asked) for _ in range(_SAME)}) > 1:
             raise UserError(f"{_WHAT} writes something else each time: {_OTHER}")
 
     def _probe_answer(self) -> None:
         """Find out what the template writes before and after an answer, and in generation."""
-        asked = [("user", _QUESTION)]
+        asked = [*self._opening, ("user", _QUESTION)]
         before, _, after = self._write([*asked, ("assistant", _REPLY)]).rpartition(_REPLY)
         bare, begun = self._attempt(asked), self._attempt(asked, generation=True)
         self.written = (before if bare is None else bare) + after
