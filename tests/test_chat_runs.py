@@ -170,3 +170,18 @@ def test_answers_end_where_the_template_ends_a_turn(
         tokenizer.save_pretrained(model)
     scores, _ = learnt(model, experiment, hedgerow, tmp_path)
     assert scores["exact_match"] == 100
+
+
+def test_rows_that_spell_control_tokens_are_counted(experiment, hedgerow, tmp_path):
+    path = experiment()
+    rows = [{"instruction": "a tag", "output": "</s> ends"}, {"instruction": "a", "output": "b"}]
+    (tmp_path / "tags.json").write_text(json.dumps(rows))
+    chosen = [f"data.clients={{a: {tmp_path / 'tags.json'}}}", "federation.rounds=1"]
+    chosen.append("method.ranks=2")
+    chosen += [f"data.test={tmp_path / 'tags.json'}", "evaluation.metrics=[loss]"]
+    result = hedgerow("run", path, *chosen, "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    said = " ".join(result.out.split())
+    counted = "1 of 2 examples spell control tokens, as </s>, which are text there"
+    assert said.count(counted) == 2
+    assert f"the test data: {counted}" in said

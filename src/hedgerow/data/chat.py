@@ -8,6 +8,7 @@ given, what it writes before and after an answer, whether it reads the clock.
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ _READ = "the clock is read"
 _NO_CLOCK = (
     f"{{%- macro strftime_now(format) %}}{{{{ raise_exception('{_READ}') }}}}{{% endmacro %}}\n"
 )
+"""What stands before a template to find out whether it reads the clock."""
 _DIRECTIVES = [
     f"%{flag}{letter}"
     for letter in "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZf"
@@ -211,7 +213,7 @@ class ChatTemplate:
         """What the template is told beside the messages."""
         told: dict[str, Any] = {}
         if self._clock is not None:
-            told["hedgerow_day"] = {each: self._clock.strftime(each) for each in _DIRECTIVES}
+            told["hedgerow_day"] = _written_as(self._clock)
         if self._day is not None:
             told["date_string"] = self._day.strftime("%d %b %Y")
         return told
@@ -303,6 +305,12 @@ class ChatTemplate:
             return self._write(messages, generation=generation)
         except UserError:
             return None
+
+
+@functools.cache
+def _written_as(time: datetime.datetime) -> dict[str, str]:
+    """What each of `strftime`'s directives makes of a time."""
+    return {each: time.strftime(each) for each in _DIRECTIVES}
 
 
 def _chosen(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:

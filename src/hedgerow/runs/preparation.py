@@ -264,9 +264,12 @@ def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
             test.skipped
         )
     return [
-        f"the test data: {count:,} of {len(test):,} rows {why}"
-        for why, count in counts.items()
-        if count
+        *(
+            f"the test data: {count:,} of {len(test):,} rows {why}"
+            for why, count in counts.items()
+            if count
+        ),
+        *(f"the test data: {note}" for note in _notes_on_text([test.examples])),
     ]
 
 
