@@ -227,3 +227,12 @@ def test_earlier_turns_are_read_as_text_too():
         len(example.prompt + example.answer) - 1
     )
     assert tokenizer.decode(example.prompt) == ("Q: what is </s>?\nA: an end, </s>\n\nQ: so?\nA: ")
+
+
+def test_a_token_that_cannot_be_read_as_text_is_refused_where_a_row_spells_it(monkeypatch):
+    tokenizer = wrapped(byte_level(add_prefix_space=False))
+    encoder = Encoder(TextTemplate("{instruction}\n", "test"), tokenizer)
+    monkeypatch.setattr(encoder._careful, "_unreadable", {"<s>"})
+    encoder.examples([Row("a </s>", "", "b")], "rows")
+    with pytest.raises(UserError, match="row 3 spells <s>, which this tokenizer cannot read but"):
+        encoder.examples([Row("a <s>", "", "b", number=3)], "rows")

@@ -102,12 +102,11 @@ class Encoder:
         self._check(rows, found, where)
         return found
 
-    def count_unknown(self, encoded: Encoded) -> int:
+    def count_unknown(self, ids: Ids) -> int:
         """Number of tokens that stand for text which the tokenizer does not know."""
         unknown, eos = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
-        if unknown is None or unknown == eos:  # some give all their special tokens one number
-            return 0
-        return encoded.prompt.count(unknown) + encoded.answer.count(unknown)
+        # Some give all their special tokens one number.
+        return 0 if unknown in (None, eos) else ids.count(unknown)
 
     def texts(self, texts: Sequence[str]) -> list[Ids]:
         """Tokenise prompts that the template has written already, for an answer to follow."""
@@ -271,12 +270,20 @@ class _Renamed(_Hiding):
         self.tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(json.dumps(content))
         )
-        for token, hidden in self._hidden.items():
-            if _ids(self.tokenizer, [hidden]) != _ids(tokenizer, [token]):
-                raise UserError(
-                    f"`model.path`: rows spell control tokens, and the tokenizer cannot read "
-                    f"{token} as text: take it out of them"
-                )
+        self._unreadable = {
+            token
+            for token, hidden in self._hidden.items()
+            if _ids(self.tokenizer, [hidden]) != _ids(tokenizer, [token])
+        }
+
+    def hide(self, row: Row) -> Row:
+        spelt = {found for text in _texts(row) for found in self._control.findall(text)}
+        if unreadable := sorted(spelt & self._unreadable):
+            raise UserError(
+                f"row {row.number} spells {unreadable[0]}, which this tokenizer cannot read but as "
+                "a control token: take it out"
+            )
+        return super().hide(row)
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
         return super().ids([self._swapped(text) for text in texts])

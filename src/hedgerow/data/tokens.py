@@ -154,7 +154,6 @@ class Spool:
             for number, each in enumerate(encoded, start=first):
                 prompt, answer = each.prompt, each.answer
                 spelt += each.spelt
-                unknown += encoder.count_unknown(each)
                 shortest_prompt = min(shortest_prompt, len(prompt))
                 tokens = (prompt + answer)[:max_length]
                 # Nothing predicts the very first token, so it cannot be all of the answer.
@@ -163,6 +162,7 @@ class Spool:
                     prompt_lengths.append(len(prompt))
                     kept_rows.append(number)
                     kept.append(tokens)
+                    unknown += encoder.count_unknown(tokens)
             starts += self._append(kept)
             lengths += map(len, kept)
         if not lengths:
