@@ -107,6 +107,8 @@ class ChatTemplate:
             self._probe_clock(settings.date)
             self._probe_chance()
             self._probe_answer()
+            if settings.date is not None and self.date is None:
+                self.notes += ("data.template.date: the chat template writes no date",)
         except UserError as error:
             raise UserError(f"`data.prompt`: {error}") from None
 
