@@ -197,6 +197,12 @@ def test_a_date_of_the_template_s_own_is_no_clock() -> None:
     assert "31 Dec 2024" in tokenizer.decode(encoder.prompts([Row("What?")], "rows")[0])
 
 
+def test_a_date_that_is_not_written_is_said() -> None:
+    _, template, _ = chat("chatml", date=DAY)
+    assert template.date is None
+    assert template.notes == ("data.template.date: the chat template writes no date",)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_trained_with_is_refused(name: str) -> None:
     source, message = REFUSED[name]

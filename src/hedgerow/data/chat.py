@@ -107,6 +107,8 @@ class ChatTemplate:
             self._probe_clock(settings.date)
             self._probe_chance()
             self._probe_answer()
+            if settings.date is not None and self.date is None:
+                self.notes += ("data.template.date: the chat template writes no date",)
         except UserError as error:
             raise UserError(f"`data.prompt`: {error}") from None
 
@@ -229,7 +231,7 @@ class ChatTemplate:
             ("assistant", f"{_REPLY}{_AWKWARD}{_REPLY}"),
         ]
         problems: list[str] = []
-        # Some do without a system's message not even where rows have none; they say so then.
+        # Some insist on a system's message, and fail for rows that have none.
         for self._opening, self._in_parts in itertools.product(([], [_RULE]), (False, True)):
             try:
                 written = self._write([*self._opening, *asked])
@@ -285,7 +287,10 @@ class ChatTemplate:
             self.ends = (self._tokenizer.convert_tokens_to_ids(end[0]),)
         notes = []
         if said := (after[: end.start()] if end else after).strip():
-            notes.append(f"the chat template writes {said!r} after answers: they end without it")
+            why = "" if end else ", which is no token"
+            notes.append(
+                f"the chat template writes {said!r} after answers{why}: they end without it"
+            )
         same = 0 if begun is None else _same(before, begun)
         opened, put = (begun or "")[same:], before[same:]
         if begun is None or (begun == bare and put.strip()):
