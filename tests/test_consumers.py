@@ -84,6 +84,7 @@ KINDS = {
         "Llama", rope(kind="llama3", low_freq_factor=1.0, high_freq_factor=4.0, **SCALED)
     ),
     "llama, linear": Kind("Llama", rope(kind="linear", factor=4.0)),
+    "llama, output layer": Kind("Llama", rope(), targets=["q_proj", "down_proj", "lm_head"]),
     "llama, tied": Kind("Llama", {**rope(), "tie_word_embeddings": True}),
     "qwen2, yarn": Kind("Qwen2", rope(kind="yarn", **SCALED)),
     "mistral": Kind("Mistral", {**rope(), "sliding_window": 16}),
@@ -306,6 +307,38 @@ def test_a_tokenizer_of_version_5_makes_the_same_tokens_in_version_4(
     assert (
         transformers.AutoTokenizer.from_pretrained(folder)(text).input_ids == made(text).input_ids
     )
+
+
+ENDS = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model.generate(torch.tensor([[5, 6]]), max_new_tokens=1)
+print(json.dumps(model.generation_config.eos_token_id))
+"""
+
+
+def test_generate_of_version_4_stops_where_answers_end(request, tmp_path, tiny_model):
+    """Also where config.json has settings of generation, from which they are derived anew."""
+    base, folder = tmp_path / "base", tmp_path / "merged"
+    shutil.copytree(tiny_model, base)
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.7}))
+    network = transformers.AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"eos_token": "a"})
+    folder.mkdir()
+    pretrained.save(Model(network, tokenizer, "base"), folder)
+    path = [str(installed(package, request.config)) for package in TRANSFORMERS]
+    for places in (path, []):
+        result = subprocess.run(
+            [sys.executable, "-c", ENDS, folder],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(places), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert json.loads(result.stdout) == [1, tokenizer.eos_token_id]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")

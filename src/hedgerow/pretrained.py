@@ -62,7 +62,9 @@ def save(
     network.generation_config = transformers.GenerationConfig() if generation else None
     network.save_pretrained(folder)
     source = _folder_of(network.config.name_or_path, revision)
-    if source is not None and _same_config(network, source):
+    if source is not None and not _same_config(network, source):
+        source = None
+    if source is not None:
         shutil.copyfile(source / _CONFIG, folder / _CONFIG)
     spellings.rewrite(folder / _CONFIG, _config_of(network))
     if generation is not None:
@@ -193,6 +195,8 @@ def _ends_of(generation: Any, tokenizer: Any) -> Callable[[Any], Any]:
         if tokenizer.eos_token_id is None or tokenizer.eos_token_id in ids:
             return content
         ids.append(tokenizer.eos_token_id)
+        # What is only derived from config.json, readers may derive again.
+        content = {key: value for key, value in content.items() if key != "_from_model_config"}
         return content | {"eos_token_id": ids if len(ids) > 1 else ids[0]}
 
     return change
@@ -211,6 +215,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path, source: Path | None) -> None:
         for pattern in _TOKENIZER_FILES:
             for file in folder.glob(pattern):
                 file.unlink()
+        shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
         tokenizer.save_pretrained(folder)
     config = folder / _TOKENIZER
     if not config.is_file():

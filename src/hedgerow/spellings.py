@@ -66,8 +66,7 @@ def tokenizer_config(config: Json, tokenizer: Json) -> Json:
             both["add_prefix_space"] = spaces
     if isinstance(both.get("extra_special_tokens"), list):
         # Version 4 takes a mapping by this name only, and calls a list of them otherwise.
-        extra = both.pop("extra_special_tokens")
-        both.setdefault("additional_special_tokens", extra)
+        both["additional_special_tokens"] = both.pop("extra_special_tokens")
     return both
 
 
