@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import yaml
 
-from hedgerow import lowrank, pretrained
+from hedgerow import experts, lowrank, pretrained, targets
 from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.ledger import Ledger
-from hedgerow.loading import location, name_of
+from hedgerow.loading import location, name_of, skeleton
 from hedgerow.lowrank import Factors
 from hedgerow.model import Model
 from hedgerow.names import MEMORY
@@ -124,7 +124,8 @@ def to_adapter(
             pairs = {m: lowrank.truncate(p, rank=rank, energy=energy) for m, p in pairs.items()}
         path = experiment.model.path
         base = base or (ledger.base.name if path == MEMORY else location(path))
-        size = _save_adapter(pairs, base, experiment.model.revision, folder, dtype)
+        order = _expert_parameters(pairs, experiment, load)
+        size = _save_adapter(pairs, order, base, experiment.model.revision, folder, dtype)
         _write_card(folder, run, experiment, ledger, round, "peft")
         return size
 
@@ -143,6 +144,7 @@ def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
 
 def _save_adapter(
     pairs: Mapping[str, Factors],
+    order: Sequence[str],
     base: str,
     revision: str | None,
     folder: Path,
@@ -150,7 +152,11 @@ def _save_adapter(
 ) -> AdapterSize:
     rank = max(pair.rank for pair in pairs.values())
     padded = {module: pair.padded(rank) for module, pair in pairs.items()}
-    tensors = {key: tensor.contiguous() for key, tensor in adapter_tensors(padded).items()}
+    groups = experts.grouped(padded, order)
+    of_experts = {f"{name}.{n}" for name, group in groups.items() for n in range(len(group))}
+    layers = {module: pair for module, pair in padded.items() if module not in of_experts}
+    together = adapter_tensors(layers | experts.joined(groups))
+    tensors = {key: tensor.contiguous() for key, tensor in together.items()}
     pretrained.cast(tensors, dtype)
     safetensors.torch.save_file(
         tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
@@ -166,13 +172,28 @@ def _save_adapter(
         "lora_alpha": rank,  # the scale is in the factors
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(pairs),
+        "target_modules": sorted(layers),
     }
+    if groups:
+        # peft takes some layers' names for those of experts of old, but not those of weights.
+        config["target_modules"] = []
+        config["target_parameters"] = sorted([*(f"{name}.weight" for name in layers), *groups])
     if revision is not None:
         config["revision"] = revision
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     return AdapterSize(len(pairs), rank)
+
+
+def _expert_parameters(
+    pairs: Mapping[str, Factors], experiment: Experiment, load: Loader
+) -> Sequence[str]:
+    """Names of the parameters that hold the experts among `pairs`, in the base's order."""
+    if not any(module.rpartition(".")[2].isdecimal() for module in pairs):
+        return ()
+    is_here = experiment.model.path != MEMORY
+    network = skeleton(experiment.model) if is_here else load(experiment.model).network
+    return list(targets.expert_parameters(network))
 
 
 def _check_dtype(dtype: str | None) -> None:
