@@ -29,9 +29,11 @@ class _Joined(nn.Module):
         self.what = what
         rank = weight.shape[0 if what == "lora_A" else 1] // experts
         shape = (rank, weight.shape[1]) if what == "lora_A" else (weight.shape[0], rank)
-        self.factors = nn.ParameterList(weight.new_zeros(shape) for _ in range(experts)) @ property
+        self.factors = nn.ParameterList(weight.new_zeros(shape) for _ in range(experts))
 
+    @property
     def weight(self) -> Tensor:
+        """What peft reads."""
         join = joined_rows if self.what == "lora_A" else joined_columns
         return join(list(self.factors))
 
