@@ -10,14 +10,18 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 import safetensors.torch
+import transformers
 import yaml
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from hedgerow import experts, lowrank, pretrained, targets
 from hedgerow.adapters import adapter_pairs, adapter_tensors
@@ -124,8 +128,8 @@ def to_adapter(
             pairs = {m: lowrank.truncate(p, rank=rank, energy=energy) for m, p in pairs.items()}
         path = experiment.model.path
         base = base or (ledger.base.name if path == MEMORY else location(path))
-        order = _expert_parameters(pairs, experiment, load)
-        size = _save_adapter(pairs, order, base, experiment.model.revision, folder, dtype)
+        network = _renamed_base(pairs, experiment, ledger, load)
+        size = _save_adapter(pairs, network, base, experiment.model.revision, folder, dtype)
         _write_card(folder, run, experiment, ledger, round, "peft")
         return size
 
@@ -144,7 +148,7 @@ def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
 
 def _save_adapter(
     pairs: Mapping[str, Factors],
-    order: Sequence[str],
+    network: Any | None,
     base: str,
     revision: str | None,
     folder: Path,
@@ -152,7 +156,8 @@ def _save_adapter(
 ) -> AdapterSize:
     rank = max(pair.rank for pair in pairs.values())
     padded = {module: pair.padded(rank) for module, pair in pairs.items()}
-    groups = experts.grouped(padded, order)
+    stacked = [] if network is None else list(targets.expert_parameters(network))
+    groups = experts.grouped(padded, stacked)
     of_experts = {f"{name}.{n}" for name, group in groups.items() for n in range(len(group))}
     layers = {module: pair for module, pair in padded.items() if module not in of_experts}
     together = adapter_tensors(layers | experts.joined(groups))
@@ -174,7 +179,7 @@ def _save_adapter(
         "bias": "none",
         "target_modules": sorted(layers),
     }
-    if groups:
+    if stacked:
         # peft takes some layers' names for those of experts of old, but not those of weights.
         config["target_modules"] = []
         config["target_parameters"] = sorted([*(f"{name}.weight" for name in layers), *groups])
@@ -182,18 +187,41 @@ def _save_adapter(
         config["revision"] = revision
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    if network is not None:
+        _check_read_back(network, folder, tensors)
     return AdapterSize(len(pairs), rank)
 
 
-def _expert_parameters(
-    pairs: Mapping[str, Factors], experiment: Experiment, load: Loader
-) -> Sequence[str]:
-    """Names of the parameters that hold the experts among `pairs`, in the base's order."""
-    if not any(module.rpartition(".")[2].isdecimal() for module in pairs):
-        return ()
-    is_here = experiment.model.path != MEMORY
-    network = skeleton(experiment.model) if is_here else load(experiment.model).network
-    return list(targets.expert_parameters(network))
+def _renamed_base(
+    pairs: Mapping[str, Factors], experiment: Experiment, ledger: Ledger, load: Loader
+) -> Any | None:
+    """The base's network, maybe without values, where adapters' files need a look at it.
+
+    They do where an adapter has experts, and where peft changes the names in files: for
+    architectures whose layers transformers names otherwise than in checkpoints.
+    """
+    network = getattr(transformers, ledger.base.architecture, None)
+    kind = getattr(getattr(network, "config_class", None), "model_type", None)
+    has_experts = any(module.rpartition(".")[2].isdecimal() for module in pairs)
+    if not has_experts and get_checkpoint_conversion_mapping(kind) is None:
+        return None
+    if experiment.model.path == MEMORY:
+        return load(experiment.model).network
+    return skeleton(experiment.model)
+
+
+def _check_read_back(network: Any, folder: Path, tensors: Mapping[str, Any]) -> None:
+    """Raise a `UserError` where peft would not read an adapter as it was written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.PeftModel.from_pretrained(network, str(folder))
+        found = peft.set_peft_model_state_dict(adapted, dict(tensors))
+        read = set(peft.get_peft_model_state_dict(adapted))
+    if lost := [*found.unexpected_keys, *(read ^ set(tensors))]:
+        raise UserError(
+            f"peft {peft.__version__} changes the names of adapters of {type(network).__name__}, "
+            f"and would lose {min(lost)}: export the whole model with --to merged"
+        )
 
 
 def _check_dtype(dtype: str | None) -> None:
