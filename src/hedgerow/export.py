@@ -10,21 +10,25 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 import safetensors.torch
+import transformers
 import yaml
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from hedgerow import lowrank, pretrained
+from hedgerow import experts, lowrank, pretrained, targets
 from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.ledger import Ledger
-from hedgerow.loading import location, name_of
+from hedgerow.loading import location, name_of, skeleton
 from hedgerow.lowrank import Factors
 from hedgerow.model import Model
 from hedgerow.names import MEMORY
@@ -124,7 +128,8 @@ def to_adapter(
             pairs = {m: lowrank.truncate(p, rank=rank, energy=energy) for m, p in pairs.items()}
         path = experiment.model.path
         base = base or (ledger.base.name if path == MEMORY else location(path))
-        size = _save_adapter(pairs, base, experiment.model.revision, folder, dtype)
+        network = _renamed_base(pairs, experiment, ledger, load)
+        size = _save_adapter(pairs, network, base, experiment.model.revision, folder, dtype)
         _write_card(folder, run, experiment, ledger, round, "peft")
         return size
 
@@ -143,6 +148,7 @@ def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
 
 def _save_adapter(
     pairs: Mapping[str, Factors],
+    network: Any | None,
     base: str,
     revision: str | None,
     folder: Path,
@@ -150,7 +156,12 @@ def _save_adapter(
 ) -> AdapterSize:
     rank = max(pair.rank for pair in pairs.values())
     padded = {module: pair.padded(rank) for module, pair in pairs.items()}
-    tensors = {key: tensor.contiguous() for key, tensor in adapter_tensors(padded).items()}
+    stacked = [] if network is None else list(targets.expert_parameters(network))
+    groups = experts.grouped(padded, stacked)
+    of_experts = {f"{name}.{n}" for name, group in groups.items() for n in range(len(group))}
+    layers = {module: pair for module, pair in padded.items() if module not in of_experts}
+    together = adapter_tensors(layers | experts.joined(groups))
+    tensors = {key: tensor.contiguous() for key, tensor in together.items()}
     pretrained.cast(tensors, dtype)
     safetensors.torch.save_file(
         tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
@@ -166,13 +177,51 @@ def _save_adapter(
         "lora_alpha": rank,  # the scale is in the factors
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(pairs),
+        "target_modules": sorted(layers),
     }
+    if stacked:
+        # peft takes some layers' names for those of experts of old, but not those of weights.
+        config["target_modules"] = []
+        config["target_parameters"] = sorted([*(f"{name}.weight" for name in layers), *groups])
     if revision is not None:
         config["revision"] = revision
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    if network is not None:
+        _check_read_back(network, folder, tensors)
     return AdapterSize(len(pairs), rank)
+
+
+def _renamed_base(
+    pairs: Mapping[str, Factors], experiment: Experiment, ledger: Ledger, load: Loader
+) -> Any | None:
+    """The base's network, maybe without values, where adapters' files need a look at it.
+
+    They do where an adapter has experts, and where peft changes the names in files: for
+    architectures whose layers transformers names otherwise than in checkpoints.
+    """
+    network = getattr(transformers, ledger.base.architecture, None)
+    kind = getattr(getattr(network, "config_class", None), "model_type", None)
+    has_experts = any(module.rpartition(".")[2].isdecimal() for module in pairs)
+    if not has_experts and get_checkpoint_conversion_mapping(kind) is None:
+        return None
+    if experiment.model.path == MEMORY:
+        return load(experiment.model).network
+    return skeleton(experiment.model)
+
+
+def _check_read_back(network: Any, folder: Path, tensors: Mapping[str, Any]) -> None:
+    """Raise a `UserError` where peft would not read an adapter as it was written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.PeftModel.from_pretrained(network, str(folder))
+        found = peft.set_peft_model_state_dict(adapted, dict(tensors))
+        read = set(peft.get_peft_model_state_dict(adapted))
+    if lost := [*found.unexpected_keys, *(read ^ set(tensors))]:
+        raise UserError(
+            f"peft {peft.__version__} changes the names of adapters of {type(network).__name__}, "
+            f"and would lose {min(lost)}: export the whole model with --to merged"
+        )
 
 
 def _check_dtype(dtype: str | None) -> None:

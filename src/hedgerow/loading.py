@@ -117,6 +117,18 @@ def load(settings: ModelSettings) -> tuple[Any, Any]:
     return network.to(device), tokenizer
 
 
+def skeleton(settings: ModelSettings) -> Any:
+    """The network of a base model without values, to look at its layers in no time."""
+    path = location(settings.path)
+    if (Path(path) / "adapter_config.json").is_file():
+        path = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
+    config = transformers.AutoConfig.from_pretrained(
+        path, revision=settings.revision, trust_remote_code=False
+    )
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def _check_reachable(settings: ModelSettings) -> None:
     """Raise a `UserError` where a model is neither in the cache nor on a Hub that can be reached.
 

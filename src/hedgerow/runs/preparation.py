@@ -81,6 +81,7 @@ def prepare(
         vocabulary_size=model.vocabulary_size,
     )
     experiment = with_date(experiment, data.encoder.template.date)
+    base = Base.of(model)  # before any forward pass, of which RWKV's first rescales its weights
     check_fits(experiment, model, len(data.names))
     shards, left_out = _tokenized(data)
     clients = [
@@ -98,8 +99,7 @@ def prepare(
     if experiment.data.test is not None:
         test = load_test(experiment.data, experiment.evaluation, model, held.test)
         notes += notes_on_test(test, experiment.evaluation)
-    base = Base.of(model)
-    check_causal(model)  # not before: RWKV's first forward pass rescales its weights
+    check_causal(model)
     examples = sum(len(shard) for shard in shards.values())
     there_is = f"{base.name}, {len(clients)} clients, {examples:,} examples"
     return Prepared(
