@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ class Architecture(NamedTuple):
     name: str
     config: str
     """Class of the configuration."""
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     """Arguments of the configuration, beside those of `SMALL`; None leaves one of them out."""
     kind: str = "dense"
     quick: bool = False
@@ -528,7 +530,7 @@ def build(architecture: Architecture, folder: Path) -> Path:
     leaves something out gives another loss.
     """
     options = SMALL if architecture.kind != "vision" else {}
-    options = {k: v for k, v in (options | architecture.options).items() if v is not None}
+    options = {k: v for k, v in ({**options, **architecture.options}).items() if v is not None}
     config = getattr(transformers, architecture.config)(**options)
     with torch.random.fork_rng():
         torch.manual_seed(0)
