@@ -28,6 +28,8 @@ class Architecture(NamedTuple):
     """Method that is tried beside `flora`: of all weights, so only a merged export is."""
     network: str = "AutoModelForCausalLM"
     """Class that makes the network from the configuration."""
+    saved: Mapping[str, Any] = MappingProxyType({})
+    """Arguments of `save_pretrained`."""
     refused: str = ""
     """Words of the sentence by which it has to be refused, if it has to."""
 
@@ -132,6 +134,20 @@ ARCHITECTURES = [
             }
         },
     ),
+    _A(
+        "llama, rope dynamic",
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 24,
+            }
+        },
+    ),
+    _A("llama, sharded", "LlamaConfig", saved={"max_shard_size": "40KB"}),
+    _A("llama, stored in bfloat16", "LlamaConfig", {"dtype": "bfloat16"}),
     _A("mistral, window", "MistralConfig", {"sliding_window": 8}),
     _A("ministral", "MinistralConfig", {"sliding_window": 8}),
     _A("qwen2", "Qwen2Config", {"tie_word_embeddings": True}),
@@ -141,6 +157,21 @@ ARCHITECTURES = [
     _A("gemma3 (text)", "Gemma3TextConfig", {"sliding_window": 8}),
     _A("phi", "PhiConfig", _NO_GQA),
     _A("phi3", "Phi3Config", kind="fused"),
+    _A(
+        "phi3, rope longrope",
+        "Phi3Config",
+        {
+            "original_max_position_embeddings": 24,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 2.0, 3.0, 4.0],
+                "original_max_position_embeddings": 24,
+            },
+        },
+        kind="fused",
+    ),
     _A("stablelm", "StableLmConfig", {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
     _A("olmo", "OlmoConfig", {"clip_qkv": 0.5}),
     _A("olmo2", "Olmo2Config"),
@@ -520,6 +551,74 @@ ARCHITECTURES = [
         "vision",
         network="Mistral3ForConditionalGeneration",
     ),
+    _A(
+        "qwen3_5",
+        "Qwen3_5Config",
+        {
+            "text_config": _text(**_DELTA),
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 16,
+            },
+        },
+        "vision",
+        network="Qwen3_5ForConditionalGeneration",
+    ),
+    _A(
+        "llama4",
+        "Llama4Config",
+        {
+            "text_config": _text(
+                intermediate_size_mlp=48, num_local_experts=4, attention_chunk_size=64
+            ),
+            "vision_config": {
+                **_VISION,
+                "vision_output_dim": 16,
+                "projector_input_dim": 16,
+                "projector_output_dim": 16,
+            },
+        },
+        "vision",
+        network="Llama4ForConditionalGeneration",
+    ),
+    _A(
+        "mllama",
+        "MllamaConfig",
+        {
+            "text_config": _text(cross_attention_layers=[1], num_hidden_layers=3),
+            "vision_config": {
+                **_VISION,
+                "num_global_layers": 1,
+                "attention_heads": 2,
+                "intermediate_layers_indices": [0],
+                "vision_output_dim": 32,
+                "supported_aspect_ratios": [[1, 1]],
+            },
+        },
+        "vision",
+        network="MllamaForConditionalGeneration",
+    ),
+    _A(
+        "gemma4",
+        "Gemma4Config",
+        {
+            "text_config": _text(
+                layer_types=["sliding_attention", "full_attention"],
+                vocab_size_per_layer_input=264,
+                hidden_size_per_layer_input=8,
+                sliding_window=8,
+                global_head_dim=16,
+            ),
+            "vision_config": {**_VISION, "num_key_value_heads": 2, "head_dim": 8},
+            "audio_config": None,
+        },
+        "vision",
+        network="Gemma4ForConditionalGeneration",
+    ),
 ]
 
 
@@ -540,6 +639,6 @@ def build(architecture: Architecture, folder: Path) -> Path:
             for parameter in network.parameters():
                 scale = 0.1 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5
                 parameter.add_(scale * torch.randn_like(parameter))
-    network.save_pretrained(folder)
+    network.to(config.dtype or torch.float32).save_pretrained(folder, **architecture.saved)
     byte_tokenizer().save_pretrained(folder)
     return folder

@@ -69,7 +69,9 @@ def _say(
     import torch
     import transformers
 
-    network = transformers.AutoModelForCausalLM.from_pretrained(model)
+    # A base may be stored in few bits; what is exported whole says itself what it is.
+    options = {} if adapter is None else {"dtype": torch.float32}
+    network = transformers.AutoModelForCausalLM.from_pretrained(model, **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     kind = type(network).__name__
     if adapter is not None:

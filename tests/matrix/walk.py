@@ -232,10 +232,10 @@ def _look_at_adapter(outcome: Outcome, run: hr.Run, adapter: Path) -> None:
     matrices = {n for n, w in network.named_parameters() if w.ndim > 1 and not _ASIDE.search(n)}
     outcome.left = sorted({_short(name) for name in matrices - changed})
     if experts:
-        zeros = [n for n, t in tensors.items() if not torch.any(t)]
         outcome.experts = bool(experts & changed)
-        if zeros:
-            outcome.faults.append(f"factors that are zero: {', '.join(sorted(zeros)[:4])} …")
+    zeros = sorted({_short(_module(name)) for name, t in tensors.items() if not torch.any(t)})
+    if zeros:
+        outcome.faults.append(f"adapted, and never changed: {', '.join(zeros)}")
 
 
 _ASIDE = re.compile(r"embed|wte|wpe|lm_head|^head|word_|norm|bias")
