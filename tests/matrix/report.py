@@ -75,11 +75,20 @@ def _cells(outcome: Outcome) -> list[str]:
     return [
         outcome.architecture.name,
         f"`{outcome.network}`" if outcome.network else "",
-        ", ".join(outcome.adapted),
-        ", ".join(outcome.left),
+        _grouped(outcome.adapted),
+        _grouped(outcome.left),
         *exports,
         "" if deviation is None else f"{deviation:.0e}",
     ]
+
+
+def _grouped(names: list[str]) -> str:
+    """Names of weights by the layer that they are in: `mlp: down_proj, up_proj; attn: qkv`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer, _, weight = name.rpartition(".")
+        groups.setdefault(layer, []).append(weight)
+    return "; ".join(f"{layer}: {', '.join(weights)}" for layer, weights in groups.items())
 
 
 def _export(outcome: Outcome, part: str) -> str:
