@@ -96,6 +96,18 @@ def test_the_second_turn_sees_the_first_and_its_answer(answer, model, tmp_path, 
         assert text == expected[0].strip()
 
 
+def test_turns_end_before_a_stop(answer, tiny_model, tmp_path):
+    out, stopped = tmp_path / "answers.jsonl", tmp_path / "stopped.jsonl"
+    assert answer(tiny_model, out).code == 0
+    whole = {number: turns[0] for number, turns in texts(out).items()}
+    stop = max(whole.values(), key=len)[1]
+    assert answer(tiny_model, stopped, f"evaluation.stop={json.dumps(stop)}").code == 0
+    cut = {number: turns[0] for number, turns in texts(stopped).items()}
+    assert cut == {number: text.partition(stop)[0].strip() for number, text in whole.items()}
+    again = answer(tiny_model, stopped)
+    assert (again.code, "of another model, round, question file or setting" in again.err) == (2, 1)
+
+
 def test_introductions_stand_once_and_chats_have_roles():
     tokenizer = byte_tokenizer()
     alpaca = load_template("alpaca", tokenizer, Fields())

@@ -13,13 +13,12 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hedgerow.adapters import PREFIX, adapter_pairs
 from hedgerow.errors import UserError
 from hedgerow.lazy import peft, torch, transformers
-from hedgerow.loading import load, tokenization
+from hedgerow.loading import load, name_of, tokenization
 from hedgerow.lowrank import Factors
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class Model:
                 weights (others are pickles), or the device is not there.
         """
         network, tokenizer = load(settings)
-        return cls(network, tokenizer, Path(settings.path).name)
+        return cls(network, tokenizer, name_of(settings.path))
 
     @property
     def device(self) -> torch.device:
@@ -341,4 +340,5 @@ def _is_transposed(layer: Any) -> bool:
 def max_positions(network: Any) -> int:
     """Number of tokens that the network was made for; `sys.maxsize` where it does not say."""
     config = network.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+    names = ("max_position_embeddings", "max_seq_len")  # the latter is MPT's
+    return next(filter(None, (getattr(config, name, None) for name in names)), sys.maxsize)

@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from hedgerow.errors import did_you_mean
 from hedgerow.names import NAME
+from hedgerow.sentences import check_no_boolean
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -29,6 +31,12 @@ class Section(BaseModel):
     """Part of the experiment file; unknown keys are mistakes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        check_no_boolean(value, cls, info.field_name)
+        return value
 
 
 class ModelSettings(Section):
@@ -232,6 +240,9 @@ class TrainingSettings(Section):
 class FederationSettings(Section):
     """Rounds: how many there are, and who takes part."""
 
+    decide: ClassVar = ("clients_per_round", "seed")
+    """Keys that the entries of a run depend on; a run that goes on may change all others."""
+
     rounds: int = Field(10, ge=1)
     """Number of rounds of the whole run; a finished run goes on where it is raised (`--resume`)."""
     clients_per_round: int | None = Field(None, ge=1)
@@ -240,8 +251,8 @@ class FederationSettings(Section):
     """Number of usable updates that a round needs at least."""
     deadline: float | None = Field(None, gt=0)
     """Seconds that a run waits for its clients to join, and a round for their updates, on networks;
-    with null, it waits for all. In one process clients train one after another, and none is
-    late."""
+    with null, it waits for all but sites that refuse to take part. In one process clients train one
+    after another, and none is late."""
     attempts: int = Field(3, ge=1)
     """Number of times that a round is tried where too few clients answer; then the run stops."""
     backoff: float = Field(10.0, ge=0)
@@ -275,6 +286,17 @@ class EvaluationSettings(Section):
     """Number of sequences in one forward pass."""
     max_new_tokens: int = Field(64, ge=1)
     """Number of tokens that a greedy answer has at most, for the metrics that need answers."""
+    stop: list[str] = []
+    """Texts before the first of which an answer ends, as ["\\n\\nQuestion:"], or one text alone; by
+    default none, so that answers end with the model's own end or at `max_new_tokens`."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _texts(cls, stop: Any) -> Any:
+        texts = [stop] if isinstance(stop, str) else stop
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError('must be a list of texts that are not empty, as ["\\n\\n"]')
+        return texts
 
     @field_validator("metrics")
     @classmethod
@@ -348,7 +370,9 @@ class Comparison(Section):
                 raise ValueError(f"{key} needs a list of values, as [1, 2, 3]")
 
         def text(value: Any) -> str:
-            return value if isinstance(value, str) else json.dumps(value, default=str)
+            if isinstance(value, str | float):
+                return str(value)
+            return json.dumps(value, default=str)
 
         return {key: [text(value) for value in values] for key, values in sweep.items()}
 

@@ -209,6 +209,7 @@ def _answer_both(
             len(questions),
             tick,
             [_draw(it.seed, question, turn) for question in questions],
+            stop=it.evaluation.stop,
         )
         cut += cut_here
         for given, text in zip(answers, new, strict=True):
@@ -240,6 +241,7 @@ def _answer_ids(
         first, second = question.turns
         prompts = [template.conversation(texts) for texts in ([first], [first, "", second])]
         draw = [it.seed, _temperature(question.category)]
-        content = json.dumps([model, question.question_id, prompts, length, draw])
+        ends = [it.evaluation.stop] if it.evaluation.stop else []
+        content = json.dumps([model, question.question_id, prompts, length, draw, *ends])
         ids[question.question_id] = hashlib.sha256(content.encode()).hexdigest()[:32]
     return ids

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hedgerow.bundled import tasks
-from hedgerow.errors import UserError
+from hedgerow.errors import NothingToLearn, UserError
 from hedgerow.names import DEMO, MEMORY, NAME
 from hedgerow.seeds import Seeds
 
@@ -61,7 +61,7 @@ def read(source: str, split: str, subset: str | None = None, share: float = 1.0)
     else:
         rows = _read_file(path)
     if not rows:
-        raise UserError(f"{source}: holds no rows: give at least one example")
+        raise NothingToLearn(f"{source}: holds no rows: give at least one example")
     return share_of(rows, share)
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from hedgerow.data.sources import Row
 from hedgerow.data.templates import Template
-from hedgerow.errors import UserError
+from hedgerow.errors import NothingToLearn, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,7 +138,7 @@ class Spool:
                 has no EOS, or the disk is full.
         """
         if not rows:
-            raise UserError(f"{name}: has no examples: give it data, or leave it out")
+            raise NothingToLearn(f"{name}: has no examples: give it data, or leave it out")
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "`model.path`: the tokenizer has no EOS token, so answers would have no end: set "
@@ -165,7 +165,7 @@ class Spool:
             starts += self._append(kept)
             lengths += map(len, kept)
         if not lengths:
-            raise UserError(
+            raise NothingToLearn(
                 f"{name}: no label is left to learn from, since every prompt (the shortest has "
                 f"{shortest_prompt} tokens) fills `data.max_length` ({max_length}): raise it"
             )

@@ -19,6 +19,7 @@ from hedgerow.evaluation.likelihood import Tick, losses
 from hedgerow.evaluation.measuring import Evidence, derived, measure
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.metrics.base import Answer, Choice, Likelihood, Need
+from hedgerow.files import to_json
 from hedgerow.names import MEMORY
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ class TestSet:
             raise UserError(
                 f"`data.max_length`: no answer of {name} is left to measure a loss on, since every "
                 f"prompt (the shortest has {examples.prompt_lengths.min()} tokens) fills "
-                f"{settings.max_length} tokens: raise it"
+                f"{settings.max_length} tokens: raise it where the model has more positions, "
+                "or give rows with shorter prompts"
             )
         choices = None
         if "choices" in needs:
@@ -136,8 +138,7 @@ def evaluate(
         progress: told how many forward passes or answers are done, of how many.
 
     Raises:
-        UserError: the answers leave no room for prompts in the model's positions, the model cannot
-            be asked multiple choice, or a metric fails.
+        UserError: a metric fails.
     """
     model.network.eval()
     metrics = metrics_of(settings.metrics)
@@ -199,7 +200,14 @@ def answers(
     """The model's greedy answer to each row, and how many prompts had to be cut."""
     examples = (test.examples[index] for index in range(len(test)))
     prompts = [example.tokens[: example.prompt_length] for example in examples]
-    return generate(model, prompts, settings.max_new_tokens, settings.batch_size, tick)
+    return generate(
+        model,
+        prompts,
+        settings.max_new_tokens,
+        settings.batch_size,
+        tick,
+        stop=settings.stop,
+    )
 
 
 def _column(rows: Sequence[Row], column: str, name: str) -> list[str]:
@@ -210,4 +218,10 @@ def _column(rows: Sequence[Row], column: str, name: str) -> list[str]:
                 f"`evaluation.by`: row {number} of {name} has no column {column!r}: name one of "
                 f"{known}"
             )
-    return [str(row[column]) for row in rows]
+    return [_group(row[column]) for row in rows]
+
+
+def _group(value: Any) -> str:
+    """A value's name as a group: null, true, numbers and lists as JSON has them."""
+    plain = value is None or isinstance(value, bool | float | list | dict)
+    return to_json(value, ensure_ascii=False, default=str) if plain else str(value)

@@ -20,7 +20,7 @@ from hedgerow.ledger import Ledger
 from hedgerow.model import Model
 from hedgerow.reporting.gather import Series
 from hedgerow.runs.lender import Lender
-from hedgerow.runs.scoring import test_rows
+from hedgerow.runs.preparation import test_rows
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TextSettings
 

@@ -2,64 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hedgerow.data import Row, read
-from hedgerow.data.sources import share_of
+from hedgerow.data import Row
 from hedgerow.errors import UserError
-from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.measuring import derived
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.scores import TestSet, evaluate
 from hedgerow.experiment import Experiment, apply_overrides, validate
 from hedgerow.methods.base import Method
 from hedgerow.model import Model
-from hedgerow.names import MEMORY
 from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
-from hedgerow.settings import Evaluation, EvaluationSettings, TextSettings
+from hedgerow.runs.preparation import check_causal, load_test
+from hedgerow.settings import DEFAULT_TEST, Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
 
 Progress = Callable[[int, int], None]
 """Callback that is told how many forward passes or answers are done, of how many."""
-
-
-def load_test(
-    text: TextSettings,
-    settings: EvaluationSettings,
-    model: Model,
-    held: Sequence[Row] | None = None,
-) -> TestSet:
-    """The test data of an experiment, ready to be scored.
-
-    Args:
-        text: names them, and how they become text.
-        settings: what is scored.
-        model: whose tokenizer and positions count.
-        held: the rows, where `data.test` is `(memory)`.
-
-    Raises:
-        UserError: there is none, or it cannot be scored as `settings` ask.
-    """
-    rows = test_rows(text, held)
-    check_positions(model, settings)
-    return TestSet.prepare(rows, text, settings, model.tokenizer)
-
-
-def test_rows(text: TextSettings, held: Sequence[Row] | None = None) -> list[Row]:
-    """The rows to evaluate on; `held` has them where `data.test` is `(memory)`.
-
-    Raises:
-        UserError: there are none.
-    """
-    if text.test is None:
-        raise UserError("`data.test` is missing: name the file to evaluate on")
-    if text.test == MEMORY and held is not None:
-        return share_of(held, text.test_share)
-    return read(text.test, text.test_split, text.test_subset, text.test_share)
 
 
 class Scorer:
@@ -149,6 +113,32 @@ class Subject:
             yield from self.method.models(self.model, self.clients)
 
 
+def asked_for(
+    data: str | None, metrics: Sequence[str] | None, by: str | None, overrides: Sequence[str] = ()
+) -> list[str]:
+    """Overrides that say what is evaluated, on which rows.
+
+    Args:
+        data: the test data, instead of the experiment's, of which nothing counts then.
+        metrics: names of metrics; None for the experiment's.
+        by: column of the test data; None for the experiment's.
+        overrides: others, which count before all these.
+    """
+    changes = list(overrides)
+    if data is not None:
+        changes = [*DEFAULT_TEST, *changes, f"data.test={json.dumps(data)}"]
+    if metrics is not None:
+        changes.append(f"evaluation.metrics={json.dumps(list(metrics))}")
+    if by is not None:
+        changes.append(f"evaluation.by={json.dumps(by)}")
+    return changes
+
+
+def is_model(path: Path) -> bool:
+    """Whether a folder holds a model, or an adapter of one, rather than a run."""
+    return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+
+
 @contextmanager
 def loaded(
     path: Path,
@@ -169,12 +159,13 @@ def loaded(
     Raises:
         UserError: naming what does not fit.
     """
-    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+    if is_model(path):
         if round is not None or client is not None:
             raise UserError(f"{path} is a model, not a run: leave out --round and --client")
         content: dict[str, Any] = {"model": {"path": str(path.absolute())}, "data": {}}
         asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(path), Evaluation)
         model = Model.load(asked.model)
+        check_causal(model)
         yield Subject(
             model=model,
             data=asked.data,
