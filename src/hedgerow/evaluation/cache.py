@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hedgerow.model import max_positions
+from hedgerow.training.loss import unscaled_positions
 
 _TEXTS = ((0, 1, 2, 1, 0), (2, 0, 0, 1, 1))
 """Two texts for trials: any ids that every vocabulary has."""
@@ -27,7 +26,7 @@ def keeps_keys_only(network: Any, longest: int) -> bool:
     a mask says so. Recurrent and convolutional layers keep a state of the whole text instead, which
     padding would change, and positions that are scaled for long texts change all keys.
     """
-    if longest > _unscaled(network):
+    if longest > unscaled_positions(network):
         return False
     input_ids = torch.tensor([_TEXTS[0][:1]], device=network.device)
     try:
@@ -36,7 +35,25 @@ def keeps_keys_only(network: Any, longest: int) -> bool:
         return False
     cache: Any = getattr(output, "past_key_values", None)
     kinds = {DynamicLayer, DynamicSlidingWindowLayer}
-    return type(cache) is DynamicCache and {type(layer) for layer in cache.layers} <= kinds
+    plain = type(cache) is DynamicCache and {type(layer) for layer in cache.layers} <= kinds
+    return plain and _reads_past_padding(network)
+
+
+def _reads_past_padding(network: Any) -> bool:
+    """Whether a text comes to the same behind padding: not where positions count the padding."""
+    text = torch.tensor([_TEXTS[0]], device=network.device)
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    config = GenerationConfig(**options, return_dict_in_generate=True, output_logits=True)
+
+    def logits(padding: int) -> torch.Tensor:
+        pad = text.new_zeros(1, padding)
+        ids, mask = (torch.cat(pair, 1) for pair in ((pad, text), (pad, torch.ones_like(text))))
+        made = network.generate(ids, attention_mask=mask, generation_config=config)
+        found: torch.Tensor = made.logits[0].float()
+        return found
+
+    alone, behind = logits(0), logits(3)
+    return bool((behind - alone).abs().max() <= 0.05 * alone.std())
 
 
 @torch.inference_mode()
@@ -69,15 +86,3 @@ def goes_on_from_state(network: Any) -> bool:
     except Exception:  # as above
         return False
     return bool((kept - afresh).abs().max() <= 0.05 * afresh.std())
-
-
-def _unscaled(network: Any) -> int:
-    """Number of positions up to which rotary frequencies do not depend on the longest text."""
-    kinds = " ".join(str(getattr(module, "rope_type", "")) for module in network.modules())
-    if "dynamic" not in kinds and "longrope" not in kinds:
-        return sys.maxsize
-    parameters = getattr(network.config.get_text_config(), "rope_parameters", None) or {}
-    # They may be given for each kind of layer by itself.
-    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    known = [one.get("original_max_position_embeddings") for one in each]
-    return min([count for count in known if count], default=max_positions(network))

@@ -104,13 +104,16 @@ def unscaled_positions(network: Any) -> int:
     It is `sys.maxsize` where they are the same in all texts.
     """
     config = getattr(network, "config", None)
-    parameters = (config and getattr(config.get_text_config(), "rope_parameters", None)) or {}
+    if config is None:
+        return sys.maxsize
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
     # They may be given for each kind of layer by itself.
     each = [parameters, *(value for value in parameters.values() if isinstance(value, Mapping))]
     limits = [
-        one["original_max_position_embeddings"]
+        one.get("original_max_position_embeddings") or text.max_position_embeddings
         for one in each
-        if one.get("rope_type") == "longrope" and one.get("original_max_position_embeddings")
+        if one.get("rope_type") in ("longrope", "dynamic")
     ]
     return min(limits, default=sys.maxsize)
 
