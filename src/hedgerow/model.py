@@ -77,6 +77,11 @@ class Model:
         """The transformers class, as `LlamaForCausalLM`."""
         return type(self.network).__name__
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens that have an embedding."""
+        return len(self.network.get_input_embeddings().weight)
+
     def fingerprint(self) -> str:
         """SHA-256 of the weights (names, dtypes, shapes, bytes) and of the tokenizer."""
         digest = hashlib.sha256(self.architecture.encode())

@@ -35,6 +35,7 @@ _TOKENIZER_FILES = (
     "*.spm",
     "spiece.model",
     "sentencepiece*.model",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
@@ -98,13 +99,13 @@ def cast(
             )
         if dtype is None or keep(name):
             continue
-        largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
-        tensor.data = tensor.data.to(getattr(torch, dtype))
-        if not tensor.isfinite().all():
+        cast = tensor.detach().to(getattr(torch, dtype))
+        if not cast.isfinite().all():
             raise UserError(
-                f"--dtype {dtype}: {name} has a value of {largest:.6g}, and {dtype} goes to "
-                f"{torch.finfo(tensor.dtype).max:.6g}: use bfloat16 or float32"
+                f"dtype {dtype}: {name} has a value of {float(tensor.abs().max()):.6g}, and "
+                f"{dtype} goes to {torch.finfo(cast.dtype).max:.6g}: use bfloat16 or float32"
             )
+        tensor.data = cast
 
 
 def _folder_of(place: str | None, revision: str | None) -> Path | None:
@@ -201,21 +202,28 @@ def _ends_of(generation: Any, tokenizer: Any) -> Callable[[Any], Any]:
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path, source: Path | None) -> None:
-    if source is not None and _same_tokenizer(tokenizer, source):
+    if source is not None:
         for pattern in _TOKENIZER_FILES:
             for file in source.glob(pattern):
-                target = folder / file.relative_to(source)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)
-    else:
+                (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, folder / file.relative_to(source))
+    if not _same_tokenizer(tokenizer, folder):
+        for pattern in _TOKENIZER_FILES:
+            for file in folder.glob(pattern):
+                file.unlink()
         tokenizer.save_pretrained(folder)
-    if (folder / _TOKENIZER).is_file():
-        spellings.rewrite(folder / _TOKENIZER, _without_code)
+    config = folder / _TOKENIZER
+    if not config.is_file():
+        return
+    spellings.rewrite(config, _without_code)
+    as_it_is = config.read_bytes()
+    spellings.rewrite_tokenizer(folder)
+    if config.read_bytes() != as_it_is and not _same_tokenizer(tokenizer, folder):
+        config.write_bytes(as_it_is)  # its class does more than tokenizer.json says
 
 
 def _without_code(content: dict[str, Any]) -> dict[str, Any]:
-    content = {key: value for key, value in content.items() if key != "auto_map"}
-    return spellings.tokenizer_config(content)
+    return {key: value for key, value in content.items() if key != "auto_map"}
 
 
 def _same_tokenizer(tokenizer: Any, folder: Path) -> bool:
