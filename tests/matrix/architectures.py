@@ -196,7 +196,7 @@ ARCHITECTURES = [
     _A("arcee", "ArceeConfig"),
     _A("apertus", "ApertusConfig"),
     _A("minicpm3", "MiniCPM3Config", {**_MLA, "dim_model_base": 8, "scale_emb": 2}),
-    _A("gpt_neox", "GPTNeoXConfig", kind="fused", quick=True),
+    _A("gpt_neox", "GPTNeoXConfig", kind="fused"),
     _A(
         "gpt_neo",
         "GPTNeoConfig",

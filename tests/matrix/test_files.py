@@ -9,7 +9,7 @@ import pytest
 from .files import CLIENT_OF, FILES, Rows
 
 SETTINGS = {
-    "method": {"name": "flora", "ranks": 2},
+    "method": {"name": "fedavg"},
     "training": {"steps": 1, "batch_size": 4, "learning_rate": 0.01},
     "federation": {"rounds": 1},
 }
