@@ -47,6 +47,7 @@ ROWS = [
     {"instruction": "Name a pet.", "input": "that lives,\nin a house", "output": "A cat."},
 ]
 FIRST, SECOND, LAST = ROWS
+ONE_LEFT_OUT = r"\b(1|one)\b.{0,40}\brows?\b|\brows?\b.{0,60}\b(1|one)\b"
 NUMBERS = [
     {"instruction": f"Say {n}", "input": i, "output": n} for n, i in (("1", "42"), ("2", ""))
 ]
@@ -420,6 +421,7 @@ FILES = [
         lines(three(_EMPTY)),
         [FIRST, LAST],
         "2.*output",
+        said=ONE_LEFT_OUT,
         alike="no answer",
     ),
     File(
@@ -428,6 +430,7 @@ FILES = [
         array(three(with_(SECOND, output=_NAN))),
         [FIRST, LAST],
         "2.*output",
+        said=ONE_LEFT_OUT,
         alike="no answer",
     ),
     File(
@@ -436,6 +439,7 @@ FILES = [
         lines(three(with_(SECOND, output=""))),
         [FIRST, LAST],
         "2.*output",
+        said=ONE_LEFT_OUT,
         alike="no answer",
     ),
     File(
@@ -444,6 +448,7 @@ FILES = [
         lines(three(without(SECOND, "output"))),
         [FIRST, LAST],
         "2.*output",
+        said=ONE_LEFT_OUT,
         alike="no answer",
     ),
     File(
@@ -452,6 +457,7 @@ FILES = [
         text(cells(three(_EMPTY))),
         [FIRST, LAST],
         "(row 2|line 3).*output",
+        said=ONE_LEFT_OUT,
         alike="no answer",
     ),
     File(
@@ -460,6 +466,7 @@ FILES = [
         text(cells(three(_EMPTY), "\t")),
         [FIRST, LAST],
         "(row 2|line 3).*output",
+        said=ONE_LEFT_OUT,
         alike="no answer",
     ),
     File(
@@ -468,6 +475,7 @@ FILES = [
         parquet(three(_EMPTY)),
         [FIRST, LAST],
         "2.*output",
+        said=ONE_LEFT_OUT,
         alike="no answer",
     ),
     File(
@@ -478,6 +486,7 @@ FILES = [
         ),
         [{"instruction": "Say 1", "output": "1"}],
         "2.*output",
+        said=ONE_LEFT_OUT,
         alike="no answer",
     ),
     # Rows that are empty
@@ -486,7 +495,7 @@ FILES = [
         "a.csv",
         text(cells(three(_NOTHING))),
         [FIRST, LAST],
-        said=r"\b(1|one)\b.*empty|empty.*\b1\b",
+        said=ONE_LEFT_OUT,
         alike="empty row",
     ),
     File(
@@ -494,7 +503,7 @@ FILES = [
         "a.jsonl",
         lines(three(_NOTHING)),
         [FIRST, LAST],
-        said=r"\b(1|one)\b.*empty|empty.*\b1\b",
+        said=ONE_LEFT_OUT,
         alike="empty row",
     ),
     File(
@@ -502,7 +511,7 @@ FILES = [
         "a.jsonl",
         lines(three({})),
         [FIRST, LAST],
-        said=r"\b(1|one)\b.*empty|empty.*\b1\b",
+        said=ONE_LEFT_OUT,
         alike="empty row",
     ),
     File(
@@ -510,7 +519,7 @@ FILES = [
         "a.parquet",
         parquet(three(_NOTHING)),
         [FIRST, LAST],
-        said=r"\b(1|one)\b.*empty|empty.*\b1\b",
+        said=ONE_LEFT_OUT,
         alike="empty row",
     ),
     # Damaged, or something else
@@ -528,7 +537,7 @@ FILES = [
         "rows that are all empty",
         "a.csv",
         text("instruction,output\n,\n,\n"),
-        refused="no rows|no examples|empty",
+        refused="no rows?\\b|no examples|empty",
     ),
     File("an array of texts", "a.json", text('["a", "b"]'), refused="(item|row) 1.*object"),
     File(
