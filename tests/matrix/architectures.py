@@ -24,8 +24,8 @@ class Architecture(NamedTuple):
     kind: str = "dense"
     quick: bool = False
     """Whether `make test` tries it, too; `make test-slow` tries all."""
-    also: str = "fedavg"
-    """Method that is tried beside `flora`: of all weights, so only a merged export is."""
+    also: tuple[str, ...] = ("fedavg",)
+    """Methods that are tried beside `flora`, by their names in `walk.METHODS`."""
     network: str = "AutoModelForCausalLM"
     """Class that makes the network from the configuration."""
     saved: Mapping[str, Any] = MappingProxyType({})
@@ -104,8 +104,8 @@ def _text(**options: Any) -> dict[str, Any]:
 
 ARCHITECTURES = [
     # Dense
-    _A("llama", "LlamaConfig", quick=True, also="ferret"),
-    _A("llama, tied", "LlamaConfig", {"tie_word_embeddings": True}, also="ferret"),
+    _A("llama", "LlamaConfig", quick=True, also=("ferret",)),
+    _A("llama, tied", "LlamaConfig", {"tie_word_embeddings": True}, also=("ferret",)),
     _A(
         "llama, biases, rope llama3",
         "LlamaConfig",
@@ -237,6 +237,7 @@ ARCHITECTURES = [
             "sliding_window": 8,
             "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
         },
+        also=("fedavg", "ferret over lora"),
     ),
     _A(
         "gemma4 (text)",
@@ -263,23 +264,48 @@ ARCHITECTURES = [
     ),
     _A("modernbert-decoder", "ModernBertDecoderConfig", {"local_attention": 8}, kind="fused"),
     # Experts
-    _A("mixtral", "MixtralConfig", {"num_local_experts": 4}, "experts", quick=True),
+    _A(
+        "mixtral",
+        "MixtralConfig",
+        {"num_local_experts": 4},
+        "experts",
+        quick=True,
+        also=("fedavg", "fedit", "ferret over lora"),
+    ),
     _A(
         "qwen2_moe",
         "Qwen2MoeConfig",
         {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24},
         "experts",
     ),
-    _A("qwen3_moe", "Qwen3MoeConfig", {**_EXPERTS, "num_experts": 4}, "experts"),
+    _A(
+        "qwen3_moe",
+        "Qwen3MoeConfig",
+        {**_EXPERTS, "num_experts": 4},
+        "experts",
+        also=("fedavg", "fedit", "ferret over lora"),
+    ),
     _A("deepseek_v2", "DeepseekV2Config", _DEEPSEEK, "experts"),
-    _A("deepseek_v3", "DeepseekV3Config", _DEEPSEEK, "experts"),
+    _A(
+        "deepseek_v3",
+        "DeepseekV3Config",
+        _DEEPSEEK,
+        "experts",
+        also=("fedavg", "fedit", "ferret over lora"),
+    ),
     _A(
         "glm4_moe",
         "Glm4MoeConfig",
         {**_EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1},
         "experts",
     ),
-    _A("olmoe", "OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}, "experts"),
+    _A(
+        "olmoe",
+        "OlmoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2},
+        "experts",
+        also=("fedavg", "fedit", "ferret over lora"),
+    ),
     _A(
         "gpt_oss",
         "GptOssConfig",
@@ -397,7 +423,13 @@ ARCHITECTURES = [
         "recurrent",
         quick=True,
     ),
-    _A("falcon_mamba", "FalconMambaConfig", {"state_size": 8}, "recurrent"),
+    _A(
+        "falcon_mamba",
+        "FalconMambaConfig",
+        {"state_size": 8},
+        "recurrent",
+        also=("fedavg", "ferret over lora"),
+    ),
     _A("rwkv", "RwkvConfig", {"context_length": 128}, "recurrent"),
     _A(
         "xlstm",
@@ -429,6 +461,7 @@ ARCHITECTURES = [
             "use_mamba_kernels": False,
         },
         "hybrid",
+        also=("fedavg", "ferret over lora"),
     ),
     _A("bamba", "BambaConfig", {**_MAMBA2, "attn_layer_indices": [1]}, "hybrid"),
     _A(
@@ -520,6 +553,7 @@ ARCHITECTURES = [
         },
         "vision",
         network="Gemma3ForConditionalGeneration",
+        also=("fedavg", "ferret over lora"),
     ),
     _A(
         "qwen2_vl",

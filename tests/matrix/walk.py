@@ -20,6 +20,16 @@ from .architectures import Architecture, build
 from .plain import Reader
 from .rows import CLIENTS, MAX_NEW_TOKENS, PROMPT, TEST
 
+METHODS: dict[str, dict[str, Any]] = {
+    "flora": {"name": "flora", "ranks": [2, 3], "alpha": "4r"},
+    "fedit": {"name": "fedit", "ranks": 2, "alpha": "4r"},
+    "ferret over lora": {"name": "ferret", "over": "lora", "ranks": 2, "budget": 100},
+    "ferret": {"name": "ferret"},
+    "fedavg": {"name": "fedavg"},
+}
+"""The methods that are tried, with their options."""
+WHOLE = {"ferret", "fedavg"}
+"""Those of all weights, which make no adapter."""
 METRICS = [
     ["loss", evidence.METRICS[0]],
     ["rouge_l", "exact_match", evidence.METRICS[1]],
@@ -77,46 +87,36 @@ def walk(architecture: Architecture, folder: Path, reader: Reader) -> Outcome:
     """
     outcome = Outcome(architecture)
     base = build(architecture, folder / "base")
-    flora = {"name": "flora", "ranks": [2, 3], "alpha": "4r"}
-    other = {"name": architecture.also}
-    for method, rounds, parts in [(flora, 2, ("adapter", "merged")), (other, 1, ("merged",))]:
+    names = ("flora", *architecture.also)
+    for name in names:
         try:
-            _walk(outcome, method, rounds, parts, folder, base, reader)
+            _walk(outcome, name, folder, base, reader)
         except Exception as error:
-            refused = isinstance(error, hr.UserError) and not (folder / method["name"]).exists()
+            refused = isinstance(error, hr.UserError) and not (folder / name).exists()
             said = _said(error).replace(str(folder), "…")
             if refused and architecture.refused in said:
-                outcome.refused[method["name"]] = said.removeprefix("UserError: ")
+                outcome.refused[name] = said.removeprefix("UserError: ")
             else:
-                outcome.faults.append(f"{method['name']}: {said}")
-    if architecture.refused and len(outcome.refused) < 2:
+                outcome.faults.append(f"{name}: {said}")
+    if architecture.refused and len(outcome.refused) < len(names):
         outcome.faults.append(f"not refused by a sentence with {architecture.refused!r}")
     return outcome
 
 
-def _walk(
-    outcome: Outcome,
-    method: dict[str, Any],
-    rounds: int,
-    parts: tuple[str, ...],
-    folder: Path,
-    base: Path,
-    reader: Reader,
-) -> None:
-    """Walk the path with one method; `parts` are what is exported."""
-    name = method["name"]
-    run = _run(base, folder / name, method, rounds)
+def _walk(outcome: Outcome, name: str, folder: Path, base: Path, reader: Reader) -> None:
+    """Walk the path with one of `METHODS`."""
+    run = _run(base, folder / name, METHODS[name], rounds=2 if name == "flora" else 1)
     losses = run.metrics["eval_loss"].tolist()
     if not abs(losses[0] - losses[-1]) > 1e-3:
         outcome.faults.append(f"{name} changes nothing: loss {losses[0]} -> {losses[-1]}")
     outcome.network = type(run.model(0)).__name__
     evaluated = _evaluate(outcome, run, losses[-1])
-    for part in parts:
+    for part in ("merged",) if name in WHOLE else ("adapter", "merged"):
         what = f"{name}, {part}"
         with outcome.step(what):
             out = folder / f"{name}-{part}"
             if part == "adapter":
-                _look_at_adapter(outcome, run, run.export_adapter(out))
+                _look_at_adapter(outcome, name, run, run.export_adapter(out))
                 found = _read(outcome, reader, what, base, out)
             else:
                 found = _read(outcome, reader, what, run.export_merged(out), None)
@@ -213,7 +213,7 @@ def _rounded(values: list[float]) -> list[float]:
     return [round(value, 4) for value in values]
 
 
-def _look_at_adapter(outcome: Outcome, run: hr.Run, adapter: Path) -> None:
+def _look_at_adapter(outcome: Outcome, method: str, run: hr.Run, adapter: Path) -> None:
     """Note what the adapter changes, what it leaves, and whether experts are among it."""
     tensors = load_file(adapter / "adapter_model.safetensors")
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -232,10 +232,10 @@ def _look_at_adapter(outcome: Outcome, run: hr.Run, adapter: Path) -> None:
     matrices = {n for n, w in network.named_parameters() if w.ndim > 1 and not _ASIDE.search(n)}
     outcome.left = sorted({_short(name) for name in matrices - changed})
     if experts:
-        outcome.experts = bool(experts & changed)
+        outcome.experts = bool(experts & changed) and outcome.experts is not False
     zeros = sorted({_short(_module(name)) for name, t in tensors.items() if not torch.any(t)})
-    if zeros:
-        outcome.faults.append(f"adapted, and never changed: {', '.join(zeros)}")
+    if zeros and not method.startswith("ferret"):  # whose coordinates are fewer than the weights
+        outcome.faults.append(f"{method}: adapted, and never changed: {', '.join(zeros)}")
 
 
 _ASIDE = re.compile(r"embed|wte|wpe|lm_head|^head|word_|norm|bias")
