@@ -110,7 +110,7 @@ def _walk(outcome: Outcome, name: str, folder: Path, base: Path, reader: Reader)
     if not abs(losses[0] - losses[-1]) > 1e-3:
         outcome.faults.append(f"{name} changes nothing: loss {losses[0]} -> {losses[-1]}")
     outcome.network = type(run.model(0)).__name__
-    evaluated = _evaluate(outcome, run, losses[-1])
+    evaluated = _evaluate(outcome, name, run, losses[-1])
     for part in ("merged",) if name in WHOLE else ("adapter", "merged"):
         what = f"{name}, {part}"
         with outcome.step(what):
@@ -138,25 +138,26 @@ def _run(base: Path, out: Path, method: dict[str, Any], rounds: int) -> hr.Run:
     )
 
 
-def _evaluate(outcome: Outcome, run: hr.Run, loss: float) -> dict[str, Any]:
+def _evaluate(outcome: Outcome, method: str, run: hr.Run, loss: float) -> dict[str, Any]:
     """What the run itself says of each row, one at a time; the same comes of batches of four."""
     found: dict[int, dict[str, Any]] = {}
     for size in (1, 4):
         evidence.forget()
         scores: dict[str, Any] = {}
         for names in METRICS:
-            with outcome.step(f"evaluate {names[0]} in batches of {size}"):
+            with outcome.step(f"{method}, {names[0]} in batches of {size}"):
                 override = f"evaluation.batch_size={size}"
                 scores |= run.evaluate(None, override, metrics=names)
         if "eval_loss" in scores:
-            outcome.compare(f"evaluate in batches of {size}", loss, scores.pop("eval_loss"))
+            outcome.compare(f"{method}, batches of {size}", loss, scores.pop("eval_loss"))
         found[size] = {key: list(kept) for key, kept in evidence.seen.items()}
         found[size]["scores"] = {key: scores.get(key) for key in ("rouge_l", "exact_match")}
     one, four = found[1], found[4]
-    outcome.same("answers in batches of 4", one["answers"], four["answers"])
-    outcome.same("scores in batches of 4", one["scores"], four["scores"])
-    _compare_each(outcome, "rows in batches of 4", one["nats"], four["nats"])
-    _compare_each(outcome, "options in batches of 4", *(_flat(f["options"]) for f in (one, four)))
+    outcome.same(f"{method}, answers in batches of 4", one["answers"], four["answers"])
+    outcome.same(f"{method}, scores in batches of 4", one["scores"], four["scores"])
+    options = _flat(one["options"]), _flat(four["options"])
+    _compare_each(outcome, f"{method}, rows in batches of 4", one["nats"], four["nats"])
+    _compare_each(outcome, f"{method}, options in batches of 4", *options)
     return one
 
 
