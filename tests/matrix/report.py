@@ -53,12 +53,12 @@ def table(outcomes: list[Outcome]) -> str:
     experts = sum(o.experts is True for o in good)
     text = (
         f"{len(good)} architectures with torch {torch.__version__.partition('+')[0]}, transformers "
-        f"{transformers.__version__} and peft {peft.__version__}: random models of a few thousand "
+        f"{transformers.__version__} and peft {peft.__version__}: random models of some 30,000 "
         "weights, each trained by `flora` on two clients of different ranks and by a method of all "
         "weights (`fedavg` or `ferret`), evaluated, exported, and read again by transformers and "
         "peft in a process without hedgerow. Losses, log-likelihoods of options and greedy answers "
         "are compared with those of one row at a time, without padding and without a cache; "
-        f"{CLOSE:g} nats a token may be between two losses, and {largest:.0e} was. The experts "
+        f"{CLOSE:.5f} nats a token may be between two losses, and {largest:.0e} was. The experts "
         f"of {experts} of them are trained.\n\n{_HEAD}"
     )
     text += "".join(f"| {' | '.join(_cells(outcome))} |\n" for outcome in outcomes)
