@@ -26,7 +26,6 @@ def test_rows_are_text():
     [
         ({"instruction": "", "output": [["secret"]]}, "row 3: column 'output' .* not list"),
         ({"instruction": "", "input": {"a": 1}, "output": ""}, "row 3: column 'input' .* not dict"),
-        ({"instruction": "", "output": True}, "row 3: column 'output' .* not true"),
         (
             {"instruction": "a\ud83d", "output": ""},
             r"row 3: column 'instruction' .*U\+D83D.* 1 char",

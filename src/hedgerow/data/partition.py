@@ -129,6 +129,8 @@ def _labels(rows: Sequence[Row], column: str | None) -> tuple[list[Any], list[in
     values = []
     for row in rows:
         value = row.columns.get(column)
+        if isinstance(value, str) and not value.strip():
+            value = None  # an empty cell of a CSV file
         if not isinstance(value, str | int | float):
             problem = "no value" if value is None else f"a {type(value).__name__}"
             raise UserError(
