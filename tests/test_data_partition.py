@@ -18,7 +18,9 @@ def topical(topics):
     return [Row("", columns={"topic": topic}, number=n) for n, topic in enumerate(topics, start=1)]
 
 
-values = st.one_of(st.text(min_size=1, max_size=4).filter(str.strip), st.integers(-3, 3), st.booleans())
+values = st.one_of(
+    st.text(min_size=1, max_size=4).filter(str.strip), st.integers(-3, 3), st.booleans()
+)
 
 
 @settings(max_examples=40, deadline=None)
