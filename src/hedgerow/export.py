@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import yaml
 
-from hedgerow import lowrank, pretrained
-from hedgerow.adapters import adapter_pairs, adapter_tensors
+from hedgerow import base_adapter, lowrank, pretrained
+from hedgerow.adapters import adapter_pairs, adapter_tensors, embedding_tensors
+from hedgerow.base_adapter import Joined
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.ledger import Ledger
-from hedgerow.loading import location, name_of
-from hedgerow.lowrank import Factors
+from hedgerow.loading import adapter_folder, location, name_of
 from hedgerow.model import Model
 from hedgerow.names import MEMORY
 from hedgerow.runs import Loader, check_client, check_round, model_at, opened
@@ -117,14 +117,21 @@ def to_adapter(
         round = check_round(ledger, round)
         check_client(experiment, ledger, client)
         load_model = partial(model_at, experiment, ledger, round, load)
+        below = _model_with_adapter(experiment, load_model)
         tensors = experiment.method.adapter(ledger.entries(round), client, load_model)
         pretrained.cast(tensors, None)
-        pairs = {m: lowrank.fitted(pair) for m, pair in adapter_pairs(tensors)}
+        whole = Joined(dict(adapter_pairs(tensors)))
+        path, revision = experiment.model.path, experiment.model.revision
+        place = ledger.base.name if path == MEMORY else location(path)
+        if below is not None and below.adapter is not None:
+            whole = below.adapter.joined(whole.pairs)
+            place, revision = below.adapter.base, below.adapter.revision
+            if base_adapter.has_tokenizer(below.adapter.folder):
+                pretrained.save_tokenizer(below.tokenizer, folder)
+        whole = whole.each(lowrank.fitted)
         if rank is not None or energy is not None:
-            pairs = {m: lowrank.truncate(p, rank=rank, energy=energy) for m, p in pairs.items()}
-        path = experiment.model.path
-        base = base or (ledger.base.name if path == MEMORY else location(path))
-        size = _save_adapter(pairs, base, experiment.model.revision, folder, dtype)
+            whole = whole.each(partial(lowrank.truncate, rank=rank, energy=energy))
+        size = _save_adapter(whole, base or place, revision, folder, dtype)
         _write_card(folder, run, experiment, ledger, round, "peft")
         return size
 
@@ -141,16 +148,24 @@ def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
         ledger.pack(out, without_folders(experiment).dump())
 
 
+def _model_with_adapter(experiment: Experiment, load: Callable[[], Model]) -> Model | None:
+    """The run's model where its base is an adapter, what it was in the run; else None, unloaded.
+
+    Raises:
+        UserError: the adapter is another than that of the run.
+    """
+    if experiment.model.path == MEMORY or adapter_folder(experiment.model) is None:
+        return None
+    return load()
+
+
 def _save_adapter(
-    pairs: Mapping[str, Factors],
-    base: str,
-    revision: str | None,
-    folder: Path,
-    dtype: str | None,
+    whole: Joined, base: str, revision: str | None, folder: Path, dtype: str | None
 ) -> AdapterSize:
-    rank = max(pair.rank for pair in pairs.values())
-    padded = {module: pair.padded(rank) for module, pair in pairs.items()}
-    tensors = {key: tensor.contiguous() for key, tensor in adapter_tensors(padded).items()}
+    rank = max(pair.rank for pair in (*whole.pairs.values(), *whole.embeddings.values()))
+    padded = whole.each(lambda pair: pair.padded(rank))
+    tensors = adapter_tensors(padded.pairs) | embedding_tensors(padded.embeddings)
+    tensors = {key: tensor.contiguous() for key, tensor in (tensors | dict(whole.saved)).items()}
     pretrained.cast(tensors, dtype)
     safetensors.torch.save_file(
         tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
@@ -166,13 +181,14 @@ def _save_adapter(
         "lora_alpha": rank,  # the scale is in the factors
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(pairs),
+        "target_modules": sorted({**whole.pairs, **whole.embeddings}),
+        **whole.options,
     }
     if revision is not None:
         config["revision"] = revision
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-    return AdapterSize(len(pairs), rank)
+    return AdapterSize(len(whole.pairs) + len(whole.embeddings), rank)
 
 
 def _check_dtype(dtype: str | None) -> None:

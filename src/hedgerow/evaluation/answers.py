@@ -158,13 +158,11 @@ def _greedy(model: Model, max_new_tokens: int) -> Iterator[Any]:
     temperatures or penalties of a chat model would leak in; that one steps aside meanwhile.
     """
     own = model.network.generation_config
-    # Chat models end their turns with tokens of their own, which only their configuration names.
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted({model.tokenizer.eos_token_id, *ends} - {None}),
-        pad_token_id=model.tokenizer.pad_token_id,
+        eos_token_id=model.ends or None,
+        pad_token_id=model.pad_id,
     )
     model.network.generation_config = config
     try:

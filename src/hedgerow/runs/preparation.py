@@ -17,6 +17,7 @@ from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment
 from hedgerow.lazy import torch
 from hedgerow.ledger import Base
+from hedgerow.loading import check_adds
 from hedgerow.methods.base import Client
 from hedgerow.model import Model, max_positions
 from hedgerow.names import MEMORY
@@ -96,12 +97,13 @@ def prepare(
         clients=clients,
         shards=shards,
         test=test,
-        notes=[there_is, *notes, *experiment.method.left_out(model)],
+        notes=[there_is, *_notes_on_base(model), *notes, *experiment.method.left_out(model)],
     )
 
 
 def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
     """Raise a `UserError` where data or method do not fit the model, or so many clients."""
+    check_adds(model.network, f"model.path: {model.name}")
     check_max_length(model, experiment.data.max_length)
     experiment.method.check(model, num_clients, experiment.training)
 
@@ -199,6 +201,17 @@ def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
         f"the test data: {count:,} of {len(test):,} rows {why}"
         for why, count in counts.items()
         if count
+    ]
+
+
+def _notes_on_base(model: Model) -> list[str]:
+    """A sentence on the checkpoint's weights that are left out."""
+    if not model.unused:
+        return []
+    some = ", ".join(model.unused[:3])
+    return [
+        f"{model.name}: {len(model.unused):,} weights of the checkpoint are left out, since "
+        f"{model.architecture} has no place for them ({some}{', …' * (len(model.unused) > 3)})"
     ]
 
 
