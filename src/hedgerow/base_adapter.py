@@ -210,8 +210,7 @@ def merged(folder: Path, network: Any, base: str) -> tuple[Any, BaseAdapter]:
         raise UserError(
             f"{where} has no {_WEIGHTS}: save the adapter in that format, since others are pickles"
         )
-    with _opened(folder) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    shapes = _shapes(folder)
     dtypes = {name: weight.dtype for name, weight in network.state_dict().items()}
     try:
         # peft draws what it is about to read, and warns of what is checked here.
@@ -237,15 +236,41 @@ def merged(folder: Path, network: Any, base: str) -> tuple[Any, BaseAdapter]:
                     "its base, as a run needs it: give one that is plain LoRA"
                 )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{where} cannot be merged into {base}: {_reason(error)}") from None
+        raise UserError(
+            f"{where} cannot be merged into {base} ({_reason(error)}): check that the adapter is "
+            f"whole, and that `base_model_name_or_path` in its {_CONFIG} is what it was trained on"
+        ) from None
     for name, weight in result.named_parameters():
         weight.data = weight.data.to(dtypes.get(name, weight.dtype))
-    first, last = result.get_input_embeddings(), result.get_output_embeddings()
-    if last is not None and last.weight is not first.weight:
-        # An adapter may bring two where the model had one, of which one alone would be saved.
-        for own in (result.config, result.config.get_text_config()):
-            own.tie_word_embeddings = False
+    say_whether_tied(result)
     return result, below
+
+
+def say_whether_tied(network: Any) -> None:
+    """Have a network's configuration say so where its embeddings are two, though it ties them.
+
+    An adapter may bring two where the model had one, and a checkpoint may have two; of which one
+    alone would be saved.
+    """
+    first, last = network.get_input_embeddings(), network.get_output_embeddings()
+    if last is not None and last.weight is not first.weight:
+        for config in (network.config, network.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each of an adapter's tensors, which are all finite numbers."""
+    shapes = {}
+    with _opened(folder) as file:
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_tensor(name)
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"model.path: {folder} is an adapter whose {name} has values that are no "
+                    "finite numbers: give one from before it diverged"
+                )
+            shapes[name] = tuple(tensor.shape)
+    return shapes
 
 
 def _check_kind(config: Any, folder: Path) -> None:
@@ -294,10 +319,11 @@ def _check_read(missing: Iterable[str], unexpected: Iterable[str], where: str) -
         (unexpected, "has weights that its base has no place for, as"),
     ):
         if names := sorted(names):
-            some = ", ".join(name.removeprefix(PREFIX) for name in names[:3])
+            some = ", ".join(n.removeprefix(PREFIX).replace(".default", "") for n in names[:3])
             raise UserError(
                 f"{where} {what} {some} ({len(names):,} in all): check that the adapter is "
-                f"complete, and that `base_model_name_or_path` in its {_CONFIG} is its base"
+                f"whole, and that `base_model_name_or_path` in its {_CONFIG} is what it was "
+                "trained on"
             )
 
 

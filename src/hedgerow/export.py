@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -117,17 +117,19 @@ def to_adapter(
         round = check_round(ledger, round)
         check_client(experiment, ledger, client)
         load_model = partial(model_at, experiment, ledger, round, load)
-        below = _model_with_adapter(experiment, load_model)
         tensors = experiment.method.adapter(ledger.entries(round), client, load_model)
         pretrained.cast(tensors, None)
         whole = Joined(dict(adapter_pairs(tensors)))
         path, revision = experiment.model.path, experiment.model.revision
         place = ledger.base.name if path == MEMORY else location(path)
-        if below is not None and below.adapter is not None:
-            whole = below.adapter.joined(whole.pairs)
-            place, revision = below.adapter.base, below.adapter.revision
-            if base_adapter.has_tokenizer(below.adapter.folder):
-                pretrained.save_tokenizer(below.tokenizer, folder)
+        if path != MEMORY and adapter_folder(experiment.model) is not None:
+            model = model_at(experiment, ledger, 0, load)  # sees that it is still the run's base
+            below = model.origin.adapter
+            assert below is not None
+            whole = below.joined(whole.pairs)
+            place, revision = below.base, below.revision
+            if base_adapter.has_tokenizer(below.folder):
+                pretrained.save_tokenizer(model.tokenizer, folder)
         whole = whole.each(lowrank.fitted)
         if rank is not None or energy is not None:
             whole = whole.each(partial(lowrank.truncate, rank=rank, energy=energy))
@@ -146,17 +148,6 @@ def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
         for _ in ledger.entries():
             pass  # a damaged ledger is refused here, not by whoever receives it
         ledger.pack(out, without_folders(experiment).dump())
-
-
-def _model_with_adapter(experiment: Experiment, load: Callable[[], Model]) -> Model | None:
-    """The run's model where its base is an adapter, what it was in the run; else None, unloaded.
-
-    Raises:
-        UserError: the adapter is another than that of the run.
-    """
-    if experiment.model.path == MEMORY or adapter_folder(experiment.model) is None:
-        return None
-    return load()
 
 
 def _save_adapter(

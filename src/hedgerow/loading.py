@@ -19,8 +19,6 @@ from hedgerow.lazy import huggingface_hub, peft, safetensors, torch, transformer
 from hedgerow.names import DEMO, MEMORY
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from hedgerow.settings import ModelSettings
 
 
@@ -56,6 +54,17 @@ def _bars_in_terminals_only() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
+class Origin(NamedTuple):
+    """What a model came from, beside its weights."""
+
+    adapter: BaseAdapter | None = None
+    """The adapter of an earlier fine-tune that is merged into the weights, if one is."""
+    unused: Sequence[str] = ()
+    """Names of the checkpoint's weights that the network has no place for."""
+    quantized: str | None = None
+    """Why nothing can be added to the checkpoint's weights, where they are quantized."""
+
+
 class Loaded(NamedTuple):
     """A model as it was loaded."""
 
@@ -63,10 +72,7 @@ class Loaded(NamedTuple):
     """The transformers model, on its device."""
     tokenizer: Any
     """Its tokenizer, with a padding token where there is any token that could be one."""
-    adapter: BaseAdapter | None = None
-    """The adapter of an earlier fine-tune that is merged into the network, if one is."""
-    unused: Sequence[str] = ()
-    """Names of the checkpoint's weights that the network has no place for."""
+    origin: Origin
 
 
 @_bars_in_terminals_only()
@@ -75,8 +81,7 @@ def load(settings: ModelSettings) -> Loaded:
 
     Raises:
         UserError: there is no such model, it is no causal language model, it has no safetensors
-            weights (others are pickles), weights are missing or no numbers, or the device is not
-            there.
+            weights (others are pickles), some of them are missing, or the device is not there.
     """
     if settings.path == MEMORY:
         raise UserError(
@@ -95,14 +100,14 @@ def load(settings: ModelSettings) -> Loaded:
     device = _device(settings.device)
     if not folder.exists():
         _check_reachable(settings.path, settings.revision, where)
-    adapter = None
     if (adapted := adapter_folder(settings)) is not None:
-        network, unused = _load_below(adapted, settings, where)
+        network, origin = _load_below(adapted, settings, where)
         network, adapter = base_adapter.merged(adapted, network, base_adapter.base_of(adapted))
+        origin = origin._replace(adapter=adapter)
     else:
-        network, unused = _load_network(str(folder), settings.revision, settings.dtype, where)
+        network, origin = _load_network(str(folder), settings.revision, settings.dtype, where)
     check_network(network, where)
-    return Loaded(network.to(device), load_tokenizer(settings), adapter, unused)
+    return Loaded(network.to(device), load_tokenizer(settings), origin)
 
 
 def adapter_folder(settings: ModelSettings) -> Path | None:
@@ -134,8 +139,8 @@ def adapter_folder(settings: ModelSettings) -> Path | None:
         raise UserError(f"model.path: {name} cannot be fetched: {_reason(error)}") from None
 
 
-def _load_below(folder: Path, settings: ModelSettings, where: str) -> tuple[Any, list[str]]:
-    """The network that an adapter is for, and the names of its checkpoint's unused weights."""
+def _load_below(folder: Path, settings: ModelSettings, where: str) -> tuple[Any, Origin]:
+    """The network that an adapter is for."""
     base, revision = base_adapter.base_of(folder), base_adapter.config_of(folder).revision
     below = f"{where} is an adapter of {base}, which"
     if not Path(base).is_dir():
@@ -145,28 +150,38 @@ def _load_below(folder: Path, settings: ModelSettings, where: str) -> tuple[Any,
             f"{below} has no config.json: set `base_model_name_or_path` in its adapter_config.json "
             "to a model folder in Hugging Face format"
         )
-    network, unused = _load_network(base, revision, settings.dtype, below)
-    check_adds(network, below)  # a quantized weight would round what is merged into it
-    return network, unused
+    network, origin = _load_network(base, revision, settings.dtype, below)
+    if origin.quantized is not None:  # such weights would round what is merged into them
+        raise UserError(
+            f"{below} {origin.quantized}, in `base_model_name_or_path` of its adapter_config.json"
+        )
+    return network, origin
 
 
-def _load_network(
-    place: str, revision: str | None, dtype: str, where: str
-) -> tuple[Any, list[str]]:
-    """A network from a folder or the Hub, and the names of its checkpoint's unused weights.
+def _load_network(place: str, revision: str | None, dtype: str, where: str) -> tuple[Any, Origin]:
+    """A network, complete and as its checkpoint has it, from a folder or the Hub.
 
     Args:
         where: what it is called in messages, for a verb to follow.
     """
+    pickles = sorted(Path(place).glob("*.bin"))
+    if pickles and not any(Path(place).glob("*.safetensors*")):
+        raise UserError(
+            f"{where} has its weights in {pickles[0].name} alone, and pickles are not read: save "
+            "it in safetensors format, with save_pretrained() of transformers"
+        )
     options = {"revision": revision, "trust_remote_code": False}
-    config = None
+    quantized = None
     try:
         config = transformers.AutoConfig.from_pretrained(place, **options)
+        if getattr(config, "quantization_config", None) is not None:
+            quantized = _quantized(config, place)
         network, info = _kind_of(config, where).from_pretrained(
             place,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # or it says no more than that there are some
             **options,
         )
     except (
@@ -180,12 +195,11 @@ def _load_network(
         AssertionError,
         safetensors.SafetensorError,
     ) as error:
-        if getattr(config, "quantization_config", None) is not None:
+        if quantized is not None:
             raise UserError(
-                f"{where} {_quantized(config, place)}; as it is, it cannot be loaded here: "
-                f"{_reason(error)}"
+                f"{where} {quantized} (it is not loaded here: {_reason(error)})"
             ) from None
-        if "trust_remote_code" in str(error) or "custom code" in str(error):
+        if _wants_code(error):
             raise UserError(
                 f"{where} needs code of its own, which is never run: give a model of an "
                 "architecture that transformers has itself"
@@ -193,17 +207,28 @@ def _load_network(
         raise UserError(
             f"{where} cannot be loaded as a causal language model: {_reason(error)}"
         ) from None
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        raise UserError(
+            f"{where} has {name} of shape {tuple(found)}, where its config.json asks for "
+            f"{tuple(wanted)}: give the checkpoint with its own config.json"
+        )
     if missing := info["missing_keys"]:
         # transformers would draw them at random: another base for everybody who loads it.
         names = ", ".join(sorted(missing)[:3])
         raise UserError(f"{where} has no weights for {names}: give a complete checkpoint")
     unused = sorted(info["unexpected_keys"])
-    if (odd := _belonging(network, unused)) is not None:
+    if quantized is None and (odd := _belonging(network, unused)) is not None:
         raise UserError(
-            f"{where} has weights of a larger model than its config.json describes ({odd} and "
-            f"{len(unused) - 1:,} others): give the checkpoint with its own config.json"
+            f"{where} has weights that its config.json does not account for, as {odd} "
+            f"({len(unused):,} in all): give the checkpoint with its own config.json"
         )
-    return network, unused
+    base_adapter.say_whether_tied(network)
+    return network, Origin(None, unused, quantized)
+
+
+def _wants_code(error: Exception) -> bool:
+    return "trust_remote_code" in str(error) or "custom code" in str(error)
 
 
 def _kind_of(config: Any, where: str) -> Any:
@@ -221,8 +246,8 @@ def _kind_of(config: Any, where: str) -> Any:
 def _belonging(network: Any, unused: Sequence[str]) -> str | None:
     """The first of a checkpoint's unused weights that is part of what the network is made of.
 
-    It is a further layer, or a bias of a layer that has none here; others are heads and towers of
-    their own.
+    It is of a further layer, or a bias, a scale or an adapter of a layer that has none here; others
+    are heads and towers of their own.
     """
     modules = dict(network.named_modules())
     prefix = f"{network.base_model_prefix}."
@@ -231,17 +256,14 @@ def _belonging(network: Any, unused: Sequence[str]) -> str | None:
     for name in unused:
         for own in (name, name.removeprefix(prefix), prefix + name):
             parts = own.split(".")
-            layer = modules.get(".".join(parts[:-1]))
-            if parts[-1] in ("weight", "bias") and hasattr(layer, "weight"):
-                return name
-            lists = (
-                (modules.get(".".join(parts[:end])), parts[end])
-                for end in range(1, len(parts))
-                if parts[end].isdigit()
-            )
-            for inner, index in lists:
-                if isinstance(inner, torch.nn.ModuleList) and int(index) >= len(inner) + further:
+            for end in range(1, len(parts)):
+                inner, part = modules.get(".".join(parts[:end])), parts[end]
+                if "weight" in getattr(inner, "_parameters", ()):
                     return name
+                if isinstance(inner, torch.nn.ModuleList) and part.isdigit():
+                    beyond = int(part) - len(inner) - further
+                    if beyond >= 0:
+                        return name
     return None
 
 
@@ -270,19 +292,10 @@ def check_network(network: Any, where: str) -> None:
             raise UserError(
                 f"{where} has no values of {name} in memory: load the whole model onto one device"
             )
-        if weight.is_floating_point() and weight.element_size() > 1 and not _is_finite(weight):
-            raise UserError(
-                f"{where} has values in {name} that are no finite numbers: give a checkpoint that "
-                "is not damaged, or a run's round before it diverged"
-            )
-
-
-def _is_finite(weight: Tensor) -> bool:
-    return bool(weight.isfinite().all())
 
 
 def check_adds(network: Any, where: str) -> None:
-    """Raise a `UserError` where weights are quantized, so that nothing can be added to them.
+    """Raise a `UserError` where nothing can be added to weights: quantized ones, or no numbers.
 
     Args:
         where: what the network is called in messages, for a verb to follow.
@@ -296,6 +309,12 @@ def check_adds(network: Any, where: str) -> None:
     )
     if is_quantized or getattr(network.config, "quantization_config", None) is not None:
         raise UserError(f"{where} {_quantized(network.config, network.config.name_or_path)}")
+    for name, weight in network.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(
+                f"{where} has values in {name} that are no finite numbers: give a checkpoint that "
+                "is not damaged, or one from before it diverged"
+            )
 
 
 def _quantized(config: Any, place: str | None) -> str:
@@ -378,6 +397,16 @@ def load_tokenizer(settings: ModelSettings) -> Any:
                 place, revision = base, below
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if _wants_code(error):
+            raise UserError(
+                f"model.path: {settings.path} has a tokenizer that needs code of its own, which is "
+                "never run: give a model whose tokenizer transformers has itself"
+            ) from None
+        if Path(place).is_dir() and not base_adapter.has_tokenizer(Path(place)):
+            raise UserError(
+                f"model.path: {settings.path} has no tokenizer (tokenizer.json, say): copy it "
+                "there from the model that it was made from"
+            ) from None
         raise UserError(
             f"model.path: {settings.path} has no tokenizer that can be loaded: {_reason(error)}"
         ) from None

@@ -11,20 +11,19 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hedgerow.adapters import PREFIX, adapter_pairs
 from hedgerow.errors import UserError
 from hedgerow.lazy import peft, torch, transformers
-from hedgerow.loading import load, name_of, tokenization
+from hedgerow.loading import Origin, load, name_of, tokenization
 from hedgerow.lowrank import Factors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from hedgerow.base_adapter import BaseAdapter
     from hedgerow.settings import ModelSettings
 
 
@@ -38,8 +37,7 @@ class Model:
     Attributes:
         network: the transformers model; outside `attach` it holds no adapter.
         tokenizer: its tokenizer.
-        adapter: the adapter of an earlier fine-tune that is merged into the base's weights, if any.
-        unused: names of the checkpoint's weights that the network has no place for.
+        origin: what it came from.
         momentum: a decaying sum of past steps by weight, for methods with server momentum.
         factors: the adapter that belongs to the global model, for methods that do not merge theirs
             into the weights (PEFT's key names); None where the weights are the whole model.
@@ -50,15 +48,12 @@ class Model:
         network: Any,
         tokenizer: Any,
         name: str,
-        *,
-        adapter: BaseAdapter | None = None,
-        unused: Sequence[str] = (),
+        origin: Origin = Origin(),  # noqa: B008, it is immutable
     ) -> None:
         self.network = network.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.name = name
-        self.adapter = adapter
-        self.unused = unused
+        self.origin = origin
         self.momentum: dict[str, Tensor] = {}
         self.factors: Mapping[str, Tensor] | None = None
         self._attached: dict[str, Any] = {}
@@ -77,13 +72,7 @@ class Model:
                 weights (others are pickles), or the device is not there.
         """
         loaded = load(settings)
-        return cls(
-            loaded.network,
-            loaded.tokenizer,
-            name_of(settings.path),
-            adapter=loaded.adapter,
-            unused=loaded.unused,
-        )
+        return cls(loaded.network, loaded.tokenizer, name_of(settings.path), loaded.origin)
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +89,7 @@ class Model:
     def vocabulary_size(self) -> int:
         """Number of token ids, from 0 on, that the model both reads and predicts."""
         layers = (self.network.get_input_embeddings(), self.network.get_output_embeddings())
-        return min(layer.weight.shape[0] for layer in layers if layer is not None)
+        return min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
 
     @property
     def pad_id(self) -> int:

@@ -183,8 +183,8 @@ def memory_model(network: Any, tokenizer: Any) -> dict[str, Any]:
         raise UserError(f"model= is in {dtype}: convert it with model.float() or model.bfloat16()")
     from hedgerow.loading import check_adds, check_network
 
-    check_adds(network, "model=")
     check_network(network, "model=")
+    check_adds(network, "model=")
     return {"path": MEMORY, "dtype": dtype, "device": str(network.device)}
 
 

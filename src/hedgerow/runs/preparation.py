@@ -103,7 +103,10 @@ def prepare(
 
 def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
     """Raise a `UserError` where data or method do not fit the model, or so many clients."""
-    check_adds(model.network, f"model.path: {model.name}")
+    where = f"model.path: {experiment.model.path}"
+    if model.origin.quantized is not None:
+        raise UserError(f"{where} {model.origin.quantized}")
+    check_adds(model.network, where)
     check_max_length(model, experiment.data.max_length)
     experiment.method.check(model, num_clients, experiment.training)
 
@@ -206,12 +209,13 @@ def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
 
 def _notes_on_base(model: Model) -> list[str]:
     """A sentence on the checkpoint's weights that are left out."""
-    if not model.unused:
+    unused = model.origin.unused
+    if not unused:
         return []
-    some = ", ".join(model.unused[:3])
+    some = ", ".join(unused[:3]) + ", …" * (len(unused) > 3)
     return [
-        f"{model.name}: {len(model.unused):,} weights of the checkpoint are left out, since "
-        f"{model.architecture} has no place for them ({some}{', …' * (len(model.unused) > 3)})"
+        f"{model.name}: left out, since {model.architecture} has no place for them: {len(unused):,} "
+        f"of the checkpoint's weights ({some})"
     ]
 
 
