@@ -361,11 +361,11 @@ def test_relative_paths_are_from_where_the_program_is(tiny_model, tmp_path, monk
 
 
 def test_rows_of_arrays_become_lists():
-    from hedgerow.data import as_rows
+    from hedgerow.data import as_records
 
     frame = pd.DataFrame({"choices": [np.array(["a", "b"])], "n": [np.int64(3)], "x": [np.nan]})
-    assert as_rows(frame, "rows") == [{"choices": ["a", "b"], "n": 3, "x": None}]
-    assert as_rows([{"a": {"b": [float("nan")]}}], "rows") == [{"a": {"b": [None]}}]
+    assert as_records(frame, "rows").rows == [{"choices": ["a", "b"], "n": 3, "x": None}]
+    assert as_records([{"a": {"b": [float("nan")]}}], "rows").rows == [{"a": {"b": [None]}}]
 
 
 def test_another_optimiser_does_not_inherit_a_default(memory, tmp_path):

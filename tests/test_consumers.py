@@ -26,6 +26,8 @@ from safetensors import safe_open
 from support.models import byte_tokenizer
 
 import hedgerow as hr
+from hedgerow import pretrained
+from hedgerow.model import Model
 
 pytestmark = pytest.mark.slow
 
@@ -82,10 +84,22 @@ KINDS = {
         "Llama", rope(kind="llama3", low_freq_factor=1.0, high_freq_factor=4.0, **SCALED)
     ),
     "llama, linear": Kind("Llama", rope(kind="linear", factor=4.0)),
+    "llama, output layer": Kind("Llama", rope(), targets=["q_proj", "down_proj", "lm_head"]),
     "llama, tied": Kind("Llama", {**rope(), "tie_word_embeddings": True}),
     "qwen2, yarn": Kind("Qwen2", rope(kind="yarn", **SCALED)),
     "mistral": Kind("Mistral", {**rope(), "sliding_window": 16}),
     "gemma2": Kind("Gemma2", {**rope(), "head_dim": 8, "sliding_window": 16}),
+    "gemma3": Kind(
+        "Gemma3Text",
+        {
+            **{"head_dim": 8, "sliding_window": 16},
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20_000.0},
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500_000.0},
+            },
+        },
+    ),
     "gpt_neox": Kind("GPTNeoX", rope(partial_rotary_factor=0.5)),
     "gpt2": Kind("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
     "phi": Kind("Phi", rope(partial_rotary_factor=0.5)),
@@ -254,6 +268,77 @@ def test_weights_have_the_names_that_they_have_in_the_base(exports):
             with safe_open(folder / "model.safetensors", "numpy") as file:
                 keys.append(sorted(file.keys()))
         assert keys[0] == keys[1]
+
+
+TOKENS = """
+import json, sys
+from transformers import AutoTokenizer
+for folder in sys.argv[2:]:
+    print(json.dumps(AutoTokenizer.from_pretrained(folder)(sys.argv[1]).input_ids))
+"""
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma", "Cohere", "CodeLlama", "GPT2", "Qwen2"])
+def test_a_tokenizer_of_version_5_makes_the_same_tokens_in_version_4(
+    kind, request, tmp_path, tiny_model
+):
+    """Where version 4's class of this name adds <s>, or a space, by itself."""
+    vocab = ["<unk>", "<s>", "</s>", "<x>", "▁", "Ġ", *map(chr, range(33, 127))]
+    made = getattr(transformers, f"{kind}Tokenizer")(
+        vocab={token: index for index, token in enumerate(vocab)},
+        merges=[],
+        **{"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    )
+    made.add_special_tokens({"extra_special_tokens": ["<x>"]})
+    text = " Hello,  a<x>b</s> c"
+    network = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    pretrained.save(Model(network, made, "base"), folder)
+    path = [str(installed(package, request.config)) for package in TRANSFORMERS]
+    result = subprocess.run(
+        [sys.executable, "-c", TOKENS, text, folder],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout) == made(text).input_ids
+    assert (
+        transformers.AutoTokenizer.from_pretrained(folder)(text).input_ids == made(text).input_ids
+    )
+
+
+ENDS = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model.generate(torch.tensor([[5, 6]]), max_new_tokens=1)
+print(json.dumps(model.generation_config.eos_token_id))
+"""
+
+
+def test_generate_of_version_4_stops_where_answers_end(request, tmp_path, tiny_model):
+    """Also where config.json has settings of generation, from which they are derived anew."""
+    base, folder = tmp_path / "base", tmp_path / "merged"
+    shutil.copytree(tiny_model, base)
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.7}))
+    network = transformers.AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"eos_token": "a"})
+    folder.mkdir()
+    pretrained.save(Model(network, tokenizer, "base"), folder)
+    path = [str(installed(package, request.config)) for package in TRANSFORMERS]
+    for places in (path, []):
+        result = subprocess.run(
+            [sys.executable, "-c", ENDS, folder],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(places), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert json.loads(result.stdout) == [1, tokenizer.eos_token_id]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")

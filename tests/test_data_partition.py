@@ -5,12 +5,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hedgerow.data.partition import partition
+from hedgerow.data.rows import Row
 from hedgerow.errors import UserError
 from hedgerow.names import NAME
 
 
 def how(kind, clients=None, column="topic", alpha=0.5, shards=2):
     return SimpleNamespace(kind=kind, clients=clients, column=column, alpha=alpha, shards=shards)
+
+
+def topical(topics):
+    return [Row("", columns={"topic": topic}, number=n) for n, topic in enumerate(topics, start=1)]
 
 
 values = st.one_of(st.text(max_size=4), st.integers(-3, 3), st.booleans())
@@ -25,7 +30,7 @@ values = st.one_of(st.text(max_size=4), st.integers(-3, 3), st.booleans())
     seed=st.integers(0, 2**40),
 )
 def test_each_row_is_given_to_exactly_one_client(topics, kind, clients, shards, seed):
-    rows = [{"topic": topic} for topic in topics]
+    rows = topical(topics)
     try:
         parts = partition(rows, how(kind, clients, shards=shards), seed)
     except UserError:
@@ -38,7 +43,7 @@ def test_each_row_is_given_to_exactly_one_client(topics, kind, clients, shards, 
 
 
 def test_iid_is_even_random_and_seeded():
-    rows = [{}] * 101
+    rows = topical(range(101))
     parts = partition(rows, how("iid", 4, column=None), 0)
     assert list(parts) == ["client-000", "client-001", "client-002", "client-003"]
     assert sorted(map(len, parts.values())) == [25, 25, 25, 26]
@@ -47,14 +52,14 @@ def test_iid_is_even_random_and_seeded():
 
 
 def test_shards_hold_few_values_and_all_rows():
-    rows = [{"topic": i % 10} for i in range(203)]
+    rows = topical(i % 10 for i in range(203))
     parts = partition(rows, how("shard", 5, shards=2), 0)
     assert sum(map(len, parts.values())) == 203
-    assert all(len({rows[i]["topic"] for i in part}) <= 6 for part in parts.values())
+    assert all(len({rows[i].columns["topic"] for i in part}) <= 6 for part in parts.values())
 
 
 def test_dirichlet_alpha_is_how_even_it_is():
-    rows = [{"topic": i % 2} for i in range(4000)]
+    rows = topical(i % 2 for i in range(4000))
 
     def largest(alpha):
         parts = partition(rows, how("dirichlet", 4, alpha=alpha), 0)
@@ -65,7 +70,7 @@ def test_dirichlet_alpha_is_how_even_it_is():
 
 def test_a_client_for_each_value():
     topics = ["Open QA", "open/qa", "été", "", "日本", "open_qa"]
-    parts = partition([{"topic": topic} for topic in topics], how("column"), 0)
+    parts = partition(topical(topics), how("column"), 0)
     by_row = {part[0]: name for name, part in parts.items()}
     assert [by_row[i] for i in range(6)] == [
         "open-qa",
@@ -78,7 +83,7 @@ def test_a_client_for_each_value():
 
 
 def test_nothing_is_printed(capfd, recwarn):
-    rows = [{"topic": str(i % 5)} for i in range(50)]
+    rows = topical(str(i % 5) for i in range(50))
     for settings_ in [how("iid", 3), how("dirichlet", 3, alpha=0.05), how("shard", 3)]:
         partition(rows, settings_, 0)
     partition(rows, how("column"), 0)
@@ -87,7 +92,7 @@ def test_nothing_is_printed(capfd, recwarn):
 
 
 def test_mistakes():
-    rows = [{"topic": "a"}] * 10
+    rows = topical("a" * 10)
     for settings_, message in [
         (how("iid", 11), "10 rows are too few for 11 clients: give at most 10"),
         (how("shard", 4, shards=3), "10 rows are too few for 3 shards for each of 4 clients"),
@@ -97,4 +102,4 @@ def test_mistakes():
         with pytest.raises(UserError, match=message):
             partition(rows, settings_, 0)
     with pytest.raises(UserError, match="row 1 has a list in 'topic'"):
-        partition([{"topic": ["a"]}], how("column"), 0)
+        partition(topical([["a"]]), how("column"), 0)

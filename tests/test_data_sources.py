@@ -7,12 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hedgerow.data.sources import check_columns, client_files, read
+from hedgerow.data.rows import check
+from hedgerow.data.sources import client_files, read
 from hedgerow.errors import UserError
+from hedgerow.settings import Fields
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROWS = [{"instruction": "Add, please", "output": "5"}, {"instruction": "“Hi”\n", "output": ""}]
-FIELDS = SimpleNamespace(instruction="instruction", input="input", output="output")
 
 
 def write(path: Path, text: str) -> str:
@@ -33,34 +34,33 @@ def write(path: Path, text: str) -> str:
     ids=["array", "indented array", "byte order mark", "lines", "lines and blank lines"],
 )
 def test_json_is_told_by_its_content(tmp_path, suffix, text):
-    assert read(write(tmp_path / f"rows{suffix}", text), "train") == ROWS
+    assert read(write(tmp_path / f"rows{suffix}", text), "train").rows == ROWS
 
 
 def test_csv_and_parquet(tmp_path):
     long = "word " * 40_000
     text = f'instruction,output\n"Add, please",5\n"“Hi”\n",\nlong,{long}\n'
     rows = [*ROWS, {"instruction": "long", "output": long}]
-    assert read(write(tmp_path / "rows.csv", text), "train") == rows
+    assert read(write(tmp_path / "rows.csv", text), "train").rows == rows
     folder = tmp_path / "year=2024"
     folder.mkdir()
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
-    assert read(str(folder / "rows.parquet"), "train") == rows
+    assert read(str(folder / "rows.parquet"), "train").rows == rows
 
 
 def test_not_a_number_is_no_value(tmp_path):
-    assert read(write(tmp_path / "rows.json", '[{"input": NaN}]'), "train") == [{"input": None}]
+    assert read(write(tmp_path / "rows.json", '[{"input": NaN}]'), "train").rows == [
+        {"input": None}
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("rows.json", "", "holds no rows"),
-        ("rows.json", "[]", "holds no rows"),
         ("rows.json", '[{"a": 1},\n {"a": }]', "line 2 is not valid JSON"),
         ("rows.jsonl", '{"a": 1}\n\n{"a"\n', "line 3 is not valid JSON"),
         ("rows.json", '[{"a": 1}, "text"]', "item 2 is not an object"),
         ("rows.jsonl", '{"a": 1}\n7\n', "line 2 is not an object"),
-        ("rows.csv", "a,b\n", "holds no rows"),
         ("rows.csv", "a,b\n1,2\n1,2,3\n", "line 3 has 3 cells where the header has 2"),
         ("rows.csv", "a,a\n1,2\n", "two columns have one name"),
         ("rows.csv", 'a,b\n1,"2\n', "not valid CSV"),
@@ -100,7 +100,7 @@ def test_hub(monkeypatch):
         return hub[name]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read("someone/rows", "train") == ROWS
+    assert read("someone/rows", "train").rows == ROWS
     with pytest.raises(UserError, match=r"someone/rows: the split 'dev' .*one of \['train'\]"):
         read("someone/rows", "dev")
     with pytest.raises(UserError, match="someone/else: is neither a file nor a dataset"):
@@ -143,31 +143,14 @@ def test_a_gap_in_the_numbers_drops_nobody_silently(tmp_path):
         client_files(str(tmp_path / "train_{}.json"))
 
 
-def test_columns():
-    check_columns([*ROWS, {"instruction": 1, "input": None, "output": 2.5}], FIELDS, "a.json")
-    for row, message in [
-        ({"question": "", "output": ""}, "row 3 has no column 'instruction'.*'output', 'question'"),
-        ({"instruction": "", "output": None}, "row 3: column 'output' is empty"),
-        ({"instruction": "", "output": ["secret"]}, "row 3: column 'output' .* not list"),
-        ({"instruction": "", "input": {}, "output": ""}, "row 3: column 'input' .* not dict"),
-    ]:
-        with pytest.raises(UserError, match=rf"a\.json: {message}") as caught:
-            check_columns([*ROWS, row], FIELDS, "a.json")
-        assert "secret" not in str(caught.value)
-    misspelt = SimpleNamespace(instruction="instruction", input="contxt", output="output")
-    with pytest.raises(UserError, match=r"no row has a column 'contxt'.*'instruction', 'output'"):
-        check_columns(ROWS, misspelt, "a.json")
-
-
 @pytest.mark.shared
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
 def test_shared_files():
     mmlu = read(os.fspath(SHARED / "mmlu" / "mmlu_test_1444.jsonl"), "test")
     assert len(mmlu) == 1444
-    check_columns(mmlu, FIELDS, "mmlu")
+    assert len(check(mmlu, Fields())) == 1444
     dolly = client_files(os.fspath(SHARED / "dolly" / "local_training_{}.json"))
     assert list(dolly) == [f"client-{number:03d}" for number in range(10)]
     rows = read(os.fspath(dolly["client-003"]), "train")
-    fields = SimpleNamespace(instruction="instruction", input="context", output="response")
-    check_columns(rows, fields, "dolly")
-    assert len(rows) == 1492
+    fields = Fields(instruction="instruction", input="context", output="response")
+    assert len(check(rows, fields)) == 1492

@@ -1,7 +1,6 @@
 import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +9,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from hedgerow.data.encoding import Encoder
+from hedgerow.data.rows import Row
 from hedgerow.data.templates import TextTemplate
 from hedgerow.data.tokens import Spool, Tokenized
 from hedgerow.errors import UserError
 
-FIELDS = SimpleNamespace(instruction="q", input=None, output="a")
-TEMPLATE = TextTemplate("{instruction}", FIELDS, "test")
-BOS, EOS = 1, 2
+TEMPLATE = TextTemplate("{instruction}", "test")
+UNKNOWN, BOS, EOS = 0, 1, 2
 
 
 def build(special="<s> $A", **tokens):
@@ -28,7 +28,9 @@ def build(special="<s> $A", **tokens):
         single=special, special_tokens=[("<s>", BOS), ("</s>", EOS)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=4, **{"eos_token": "</s>"} | tokens
+        tokenizer_object=tokenizer,
+        model_max_length=4,
+        **{"eos_token": "</s>", "unk_token": "<unk>"} | tokens,
     )
 
 
@@ -40,34 +42,35 @@ def words(count):
 
 
 def row(prompt, answer):
-    return {"q": words(prompt), "a": words(answer)}
+    return Row(words(prompt), output=words(answer))
 
 
 def tokenize(rows, spool=None, tokenizer=TOKENIZER, max_length=12, loss_on="answer"):
-    return (spool or Spool()).tokenize("ward", rows, TEMPLATE, tokenizer, max_length, loss_on)
+    encoder = Encoder(TEMPLATE, tokenizer)
+    return (spool or Spool()).tokenize("ward", rows, encoder, max_length, loss_on)
 
 
 def test_an_example():
-    example = tokenize([{"q": "w0 w1", "a": "w7"}])[0]
+    example = tokenize([Row("w0 w1", output="w7")])[0]
     assert example.tokens.tolist() == [BOS, 3, 4, 10, EOS]
     assert example.tokens.dtype == np.int32
     assert (example.prompt_length, example.loss_from) == (3, 3)
-    example = tokenize([{"q": "w0 w1", "a": "w7"}], loss_on="all")[0]
+    example = tokenize([Row("w0 w1", output="w7")], loss_on="all")[0]
     assert (example.prompt_length, example.loss_from) == (3, 0)
 
 
 def test_eos_stands_at_the_end_and_nowhere_else():
     tokenizer = build("<s> $A </s>")
     assert tokenize([row(2, 1)], tokenizer=tokenizer)[0].tokens.tolist() == [BOS, 3, 4, 3, EOS]
-    answer = {"q": "w0", "a": "w1 </s>"}
-    assert tokenize([answer])[0].tokens.tolist() == [BOS, 3, 4, EOS]
+    answer = Row("w0", output="w1 </s>")
+    tokenized = tokenize([answer, row(1, 1)])
+    assert tokenized[0].tokens.tolist() == [BOS, 3, 4, UNKNOWN, EOS]
+    assert (tokenized.spelt, tokenized.unknown) == (1, 1)
 
 
 def test_a_template_with_special_tokens_gets_no_others():
-    template = SimpleNamespace(
-        has_special_tokens=True, prompt=lambda r: "<s> " + r["q"], answer=lambda r: r["a"]
-    )
-    tokenized = Spool().tokenize("ward", [row(1, 1)], template, TOKENIZER, 12, "answer")
+    template = TextTemplate("<s> {instruction}", "test")
+    tokenized = Spool().tokenize("ward", [row(1, 1)], Encoder(template, TOKENIZER), 12, "answer")
     assert tokenized[0].tokens.tolist() == [BOS, 3, 3, EOS]
 
 

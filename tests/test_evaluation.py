@@ -20,7 +20,7 @@ from transformers import (
 
 from hedgerow.console import named_scores
 from hedgerow.console import score as console_score
-from hedgerow.data import collate, read
+from hedgerow.data import Records, Row, check, collate, read
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import check_positions, generate
 from hedgerow.evaluation.choices import log_likelihoods, read_question
@@ -73,6 +73,8 @@ def model(folder):
 def prepare(model, rows=ROWS, max_length=128, prompt="plain", **evaluation):
     data = DataSettings(clients="c_{}.json", test="test.json", prompt=prompt, max_length=max_length)
     settings = EvaluationSettings(**{"max_new_tokens": 8} | evaluation)
+    answered = settings.metrics != ["multiple_choice"]
+    rows = check(Records.of(rows, "test.json"), data.fields, answered=answered)
     return TestSet.prepare(rows, data, settings, model.tokenizer), settings
 
 
@@ -360,7 +362,7 @@ def test_prompts_that_do_not_fit_are_cut_on_the_left_and_counted(taught):
 
 
 def ask(options, output, **row):
-    return read_question({"instruction": "Q", "input": options, "output": output} | row, Fields())
+    return read_question(Row("Q", options, output, columns=row))
 
 
 @pytest.mark.parametrize(
@@ -445,7 +447,7 @@ FORMS = {
 
 @pytest.mark.parametrize("row", FORMS.values(), ids=FORMS)
 def test_options_come_in_many_forms(row):
-    question = read_question({"instruction": "Q"} | row, Fields())
+    question = read_question(Row("Q", output=str(row.get("output", "")), columns=row))
     assert (question.candidates, question.right) == (tuple(FOUR), 2)
 
 
@@ -476,7 +478,7 @@ def test_options_in_the_columns_of_a_table(hedgerow, folder, tmp_path):
     ],
 )
 def test_options_or_answers_that_can_be_read_in_two_ways_or_none_are_none(row):
-    assert read_question({"instruction": "Q"} | row, Fields()) is None
+    assert read_question(Row("Q", output=str(row.get("output", "")), columns=row)) is None
 
 
 def test_answers_that_count_from_one_are_an_error(model):
@@ -540,11 +542,11 @@ def test_no_options_at_all_are_an_error(model):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 def test_mmlu():
     path = SHARED / "data/mmlu/mmlu_test_1444.jsonl"
-    rows = read(str(path), "test")
-    for row in rows:
-        question = read_question(row, Fields())
+    rows = read(str(path), "test").rows
+    for row in check(Records.of(rows, "mmlu"), Fields()):
+        question = read_question(row)
         assert len(question.candidates) == 4
-        assert question.candidates[question.right] == row["output"].strip()
+        assert question.candidates[question.right] == row.output.strip()
     model = Model.load(ModelSettings(path=str(SHARED / "models/stories260k"), device="cpu"))
     scores = score(model, rows[:60], max_length=512, metrics=["multiple_choice"], by="class")
     assert scores["accuracy_chance"] == 25

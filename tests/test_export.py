@@ -217,6 +217,18 @@ def test_a_merged_export_has_the_bases_own_files(hedgerow, experiment, tmp_path,
         assert (merged / name).read_bytes() == (base / name).read_bytes(), name
 
 
+def test_of_a_configuration_that_names_another_dtype_only_that_changes(
+    hedgerow, experiment, tmp_path, tiny_model
+):
+    base = tmp_path / "base"
+    own_files(tiny_model, base)
+    config = json.loads((base / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+    (base / "config.json").write_text(json.dumps(config))
+    run_and_export(hedgerow, experiment, tmp_path, f"model.path={base}", exports=[("merged",)])
+    made = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert list(made.items()) == list((config | {"torch_dtype": "float32"}).items())
+
+
 def test_a_base_that_only_transformers_5_reads_gets_the_words_of_4_as_well(
     hedgerow, experiment, tmp_path, tiny_model
 ):

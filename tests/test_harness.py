@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, MiniMaxConfig, MiniMaxForCausalLM
 import hedgerow as hr
 from hedgerow import demo
 from hedgerow.benchmarks import harness
-from hedgerow.data import load_template
+from hedgerow.data import Encoder, Records, check, load_template
 from hedgerow.evaluation.choices import Choices, log_likelihoods
 from hedgerow.runs.scoring import loaded
 
@@ -110,9 +110,10 @@ def likelihoods(target, round):
                 for choice in row["choices"]
             ]
             theirs = [likelihood for likelihood, _ in network.loglikelihood(requests)]
-            fields, tokenizer = it.data.fields, it.model.tokenizer
-            template = load_template(it.data.prompt, tokenizer, fields)
-            choices = Choices.prepare("multiple_choice", "rows", ROWS, fields, template, tokenizer)
+            tokenizer = it.model.tokenizer
+            encoder = Encoder(load_template(it.data, tokenizer), tokenizer)
+            rows = check(Records.of(ROWS, "rows"), it.data.fields, answered=False)
+            choices = Choices.prepare("multiple_choice", "rows", rows, encoder)
             with torch.inference_mode():
                 ours, _ = log_likelihoods(it.model, choices, 4, lambda count: None)
     return np.array(theirs), np.concatenate(ours)

@@ -13,10 +13,10 @@ import torch
 from support.models import byte_tokenizer, random_llama
 
 from hedgerow.benchmarks import mt_bench
-from hedgerow.data import load_template, tokenize_prompts
+from hedgerow.data import Encoder, Row, in_turns, load_template
 from hedgerow.evaluation.answers import Draw, generate
 from hedgerow.model import Model
-from hedgerow.settings import Fields, ModelSettings
+from hedgerow.settings import ModelSettings, TextSettings
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write on b1.", "Shorter."]},
@@ -110,8 +110,8 @@ def test_turns_end_before_a_stop(answer, tiny_model, tmp_path):
 
 def test_introductions_stand_once_and_chats_have_roles():
     tokenizer = byte_tokenizer()
-    alpaca = load_template("alpaca", tokenizer, Fields())
-    rendered = alpaca.conversation(["one", "yes", "two"])
+    alpaca = load_template(TextSettings(prompt="alpaca"), tokenizer)
+    rendered = alpaca.prompt(in_turns(["one", "yes", "two"]))
     assert rendered.startswith("Below is an instruction that describes a task. Write a response")
     assert rendered.count("Below is") == 1
     assert rendered.endswith(
@@ -121,8 +121,8 @@ def test_introductions_stand_once_and_chats_have_roles():
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    chat = load_template("chat", tokenizer, Fields())
-    rendered = chat.conversation(["one", "yes", "two"])
+    chat = load_template(TextSettings(prompt="chat"), tokenizer)
+    rendered = chat.prompt(in_turns(["one", "yes", "two"]))
     assert rendered == "<user>one</s><assistant>yes</s><user>two</s><assistant>"
 
 
@@ -131,9 +131,9 @@ def test_a_conversation_of_one_turn_is_a_rows_prompt(tmp_path, name):
     if name == "file":
         name = str(tmp_path / "template.txt")
         (tmp_path / "template.txt").write_text("On {input}\n\nU: {instruction}\n\nA: ")
-    template = load_template(name, byte_tokenizer(), Fields())
+    template = load_template(TextSettings(prompt=name), byte_tokenizer())
     text = "What is {input}?\n\nAnd {instruction}?"
-    assert template.conversation([text]) == template.prompt({"instruction": text})
+    assert template.prompt(in_turns([text])) == template.prompt(Row(text))
 
 
 def test_the_tokenizers_own_template_comes_first(answer, tiny_model, tmp_path):
@@ -164,7 +164,7 @@ def test_draws_follow_the_softmax_and_repeat(model):
         tokens = []
         decode, model.tokenizer.batch_decode = (
             model.tokenizer.batch_decode,
-            lambda ids, **_: tokens.extend(ids[:, 0].tolist()) or [""] * len(ids),
+            lambda ids, **_: tokens.extend(row[0] if row else 1 for row in ids) or [""] * len(ids),
         )
         try:
             generate(model, [prompt] * count, 1, batch_size, lambda n: None, draws)
@@ -339,9 +339,10 @@ def test_a_folder_that_is_not_there(answer, tiny_model, tmp_path):
 
 def test_prompts_have_no_eos_at_their_end():
     tokenizer = byte_tokenizer()
-    template = load_template("plain", tokenizer, Fields())
-    [ids] = tokenize_prompts(["ab"], template, tokenizer)
-    assert len(ids) == 3
+    template = load_template(TextSettings(prompt="plain"), tokenizer)
+    [ids] = Encoder(template, tokenizer).prompts([Row("ab")], "rows")
+    assert tokenizer.eos_token_id not in ids
+    assert len(ids) == 5
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 import transformers
 from support.models import byte_tokenizer
 
+from hedgerow.data import Records, check
 from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.cache import goes_on_from_state, keeps_keys_only
 from hedgerow.evaluation.choices import log_likelihoods
@@ -109,7 +110,8 @@ def test_likelihoods_are_those_of_each_text_alone(model, batch_size):
     settings = EvaluationSettings(metrics=["multiple_choice", "loss"], batch_size=batch_size)
     data = TextSettings(prompt="plain", test="rows.json", max_length=64)
     rows = [row | {"output": row["choices"][row["answer"]]} for row in ROWS]
-    test = TestSet.prepare(rows, data, settings, model.tokenizer)
+    checked = check(Records.of(rows, "rows.json"), data.fields)
+    test = TestSet.prepare(checked, data, settings, model.tokenizer)
     expected, right, nats, count = [], 0, 0.0, 0
     for row in ROWS:
         prompt = model.tokenizer(row["instruction"] + "\n\n")["input_ids"]

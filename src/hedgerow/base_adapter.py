@@ -122,6 +122,8 @@ class BaseAdapter:
     """Scale of each adapted module's factors, s in s·B·A."""
     options: Mapping[str, Any]
     """As `Joined` has them."""
+    parameters: Mapping[str, tuple[str, int]]
+    """Where factors are of a parameter: its name, and the number of its experts, 0 of a matrix."""
     repeated: frozenset[str]
     """Tensors that are in its file once more under another name, which peft does not read."""
     obstacle: str | None
@@ -151,7 +153,11 @@ class BaseAdapter:
             for name, tensor in tensors.items()
             if id(tensor) not in factors and name not in self.repeated
         }
-        pairs = {module: self._scaled(module, pair) for module, pair in own.items()}
+        pairs = {
+            matrix: part
+            for module, pair in own.items()
+            for matrix, part in self._matrices(module, self._scaled(module, pair))
+        }
         for module, pair in learnt.items():
             if (name := f"{PREFIX}{module}.weight") in saved:
                 saved[name] = (saved[name].float() + pair.product()).to(saved[name].dtype)
@@ -161,6 +167,17 @@ class BaseAdapter:
                 pairs[module] = pair
         scaled = {module: self._scaled(module, pair) for module, pair in embeddings.items()}
         return Joined(pairs, scaled, saved, self.options)
+
+    def _matrices(self, module: str, pair: Factors) -> Iterator[tuple[str, Factors]]:
+        """The factors of a module, or those of each expert of a parameter, by name."""
+        name, number = self.parameters.get(module, (module, 0))
+        if not number:
+            yield name, pair
+            return
+        rows = pair.A.chunk(number)
+        columns = pair.B.reshape(len(pair.B), -1, number).unbind(-1)
+        for expert, (A, B) in enumerate(zip(rows, columns, strict=True)):
+            yield f"{name}.{expert}", Factors(A, B)
 
     def _scaled(self, module: str, pair: Factors) -> Factors:
         pair = pair.float()
@@ -327,6 +344,12 @@ def _check_read(missing: Iterable[str], unexpected: Iterable[str], where: str) -
             )
 
 
+def resize(folder: Path, network: Any) -> None:
+    """Give a network without values as many embeddings as the adapter in a folder has."""
+    with torch.no_grad():
+        _resize(network, config_of(folder), _shapes(folder))
+
+
 def _resize(network: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Give the embeddings as many rows as they had in training, where the adapter tells.
 
@@ -417,9 +440,24 @@ def _describe(
             for key in ("modules_to_save", "trainable_token_indices")
             if (value := getattr(config, key, None))
         },
+        parameters={
+            name: _parameter(name, layer)
+            for name, layer in layers.items()
+            if isinstance(layer, peft.tuners.lora.ParamWrapper)
+        },
         repeated=repeated,
         obstacle=_obstacle(config, adapted, layers, shapes),
     )
+
+
+def _parameter(place: str, wrapper: Any) -> tuple[str, int]:
+    """Name and number of experts of the parameter of which factors stand under `place`."""
+    owner = place
+    while owner.endswith(".base_layer"):  # peft nests the wrappers of one module's parameters
+        owner = owner.removesuffix(".base_layer")
+    if wrapper.get_param().ndim == 3:
+        return f"{owner}.{wrapper.parameter_name}", wrapper.num_experts
+    return owner, 0
 
 
 def _obstacle(
@@ -434,11 +472,16 @@ def _obstacle(
     start = config.init_lora_weights
     if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal", "mica"):
         return f"its `init_lora_weights: {start}` changes the weights of its own base"
-    for option in ("layer_replication", "target_parameters", "use_dora", "lora_bias"):
+    for option in ("layer_replication", "use_dora", "lora_bias"):
         if getattr(config, option, None):
             return f"it has `{option}`"
     if odd := next((name for name, layer in layers.items() if layer.lora_variant), None):
         return f"its layers are no plain LoRA ({odd})"
+    for name, layer in layers.items():
+        if isinstance(layer, peft.tuners.lora.ParamWrapper) and (
+            layer.get_param().ndim < 3 and layer.parameter_name != "weight"
+        ):
+            return f"it adapts {layer.parameter_name} of {name}, which is no layer's weight"
     live = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if odd := next((name for name in shapes if ".lora_" in name and name not in live), None):
         return f"this version of transformers has {odd} under another name"

@@ -169,7 +169,7 @@ def run(
                 scored_on = next(filter(None, (test_digest(each.folder) for each in cells)), None)
                 model = lender.lend(cell.experiment.model)
                 local.run(
-                    cell.experiment,
+                    _with_date(cell, cells),
                     cell.folder,
                     watcher,
                     resume=True,
@@ -181,6 +181,17 @@ def run(
             except (UserError, RunFailed) as error:
                 failures[cell.folder] = str(error)
     return [Outcome(cell, read_rows(cell.folder), failures.get(cell.folder)) for cell in cells]
+
+
+def _with_date(cell: Cell, cells: Sequence[Cell]) -> Experiment:
+    """A cell's experiment, with the day that its chat template was given in it or in another."""
+    from hedgerow.runs.preparation import with_date_of  # not at the top, as `local` in `run`
+
+    experiment = cell.experiment
+    for other in [cell, *cells]:
+        if other.experiment.model.path == experiment.model.path:
+            experiment = with_date_of(experiment, other.folder)
+    return experiment
 
 
 def _say_once(watcher: Watcher, said: set[str], sentence: str) -> None:
@@ -211,7 +222,7 @@ def _is_done(cell: Cell) -> bool:
     """Whether a cell's run is there to its end, and model and data are where they were."""
     if not RunDirectory.check_resumable(cell.folder, cell.experiment):
         return False
-    before, now = load(cell.folder / EXPERIMENT), cell.experiment
+    before, now = load(cell.folder / EXPERIMENT), _with_date(cell, [cell])
     rows = read_rows(cell.folder)
     # Of others it is to be seen, once, that they are the same.
     as_before = (before.model, before.data) == (now.model, now.data)

@@ -10,22 +10,27 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 import safetensors.torch
+import transformers
 import yaml
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from hedgerow import base_adapter, lowrank, pretrained
+from hedgerow import base_adapter, experts, lowrank, pretrained, targets
 from hedgerow.adapters import adapter_pairs, adapter_tensors, embedding_tensors
 from hedgerow.base_adapter import Joined
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.ledger import Ledger
-from hedgerow.loading import adapter_folder, location, name_of
+from hedgerow.loading import adapter_folder, location, name_of, skeleton
+from hedgerow.lowrank import Factors
 from hedgerow.model import Model
 from hedgerow.names import MEMORY
 from hedgerow.runs import Loader, check_client, check_round, model_at, opened
@@ -133,7 +138,8 @@ def to_adapter(
         whole = whole.each(lowrank.fitted)
         if rank is not None or energy is not None:
             whole = whole.each(partial(lowrank.truncate, rank=rank, energy=energy))
-        size = _save_adapter(whole, base or place, revision, folder, dtype)
+        network = _renamed_base(whole.pairs, experiment, ledger, load)
+        size = _save_adapter(whole, network, base or place, revision, folder, dtype)
         _write_card(folder, run, experiment, ledger, round, "peft")
         return size
 
@@ -151,12 +157,22 @@ def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
 
 
 def _save_adapter(
-    whole: Joined, base: str, revision: str | None, folder: Path, dtype: str | None
+    whole: Joined,
+    network: Any | None,
+    base: str,
+    revision: str | None,
+    folder: Path,
+    dtype: str | None,
 ) -> AdapterSize:
     rank = max(pair.rank for pair in (*whole.pairs.values(), *whole.embeddings.values()))
     padded = whole.each(lambda pair: pair.padded(rank))
-    tensors = adapter_tensors(padded.pairs) | embedding_tensors(padded.embeddings)
-    tensors = {key: tensor.contiguous() for key, tensor in (tensors | dict(whole.saved)).items()}
+    stacked = [] if network is None else list(targets.expert_parameters(network))
+    groups = experts.grouped(padded.pairs, stacked)
+    of_experts = {f"{name}.{n}" for name, group in groups.items() for n in range(len(group))}
+    layers = {module: pair for module, pair in padded.pairs.items() if module not in of_experts}
+    together = adapter_tensors(layers | experts.joined(groups))
+    together |= embedding_tensors(padded.embeddings) | dict(whole.saved)
+    tensors = {key: tensor.contiguous() for key, tensor in together.items()}
     pretrained.cast(tensors, dtype)
     safetensors.torch.save_file(
         tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
@@ -172,14 +188,53 @@ def _save_adapter(
         "lora_alpha": rank,  # the scale is in the factors
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({**whole.pairs, **whole.embeddings}),
+        "target_modules": sorted({**layers, **whole.embeddings}),
         **whole.options,
     }
+    if stacked:
+        # peft takes some layers' names for those of experts of old, but not those of weights.
+        config["target_modules"] = []
+        config["target_parameters"] = sorted([*(f"{name}.weight" for name in layers), *groups])
     if revision is not None:
         config["revision"] = revision
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    if network is not None:
+        _check_read_back(network, folder, tensors)
     return AdapterSize(len(whole.pairs) + len(whole.embeddings), rank)
+
+
+def _renamed_base(
+    pairs: Mapping[str, Factors], experiment: Experiment, ledger: Ledger, load: Loader
+) -> Any | None:
+    """The base's network, maybe without values, where adapters' files need a look at it.
+
+    They do where an adapter has experts, and where peft changes the names in files: for
+    architectures whose layers transformers names otherwise than in checkpoints.
+    """
+    network = getattr(transformers, ledger.base.architecture, None)
+    kind = getattr(getattr(network, "config_class", None), "model_type", None)
+    has_experts = any(module.rpartition(".")[2].isdecimal() for module in pairs)
+    if not has_experts and get_checkpoint_conversion_mapping(kind) is None:
+        return None
+    if experiment.model.path == MEMORY:
+        return load(experiment.model).network
+    return skeleton(experiment.model)
+
+
+def _check_read_back(network: Any, folder: Path, tensors: Mapping[str, Any]) -> None:
+    """Raise a `UserError` where peft would not read an adapter as it was written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.PeftModel.from_pretrained(network, str(folder))
+        found = peft.set_peft_model_state_dict(adapted, dict(tensors))
+        read = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    written = {name for name in tensors if ".lora_" in name}
+    if lost := [*found.unexpected_keys, *({name for name in read if ".lora_" in name} ^ written)]:
+        raise UserError(
+            f"peft {peft.__version__} changes the names of adapters of {type(network).__name__}, "
+            f"and would lose {min(lost)}: export the whole model with --to merged"
+        )
 
 
 def _check_dtype(dtype: str | None) -> None:

@@ -344,6 +344,25 @@ def _original(place: str | None) -> str | None:
     return next((name for name in names if isinstance(name, str)), None)
 
 
+def skeleton(settings: ModelSettings) -> Any:
+    """The network of a base model without values, to look at its layers in no time.
+
+    Under an adapter, it is the model that the adapter is for.
+    """
+    place, revision = location(settings.path), settings.revision
+    adapted = adapter_folder(settings)
+    if adapted is not None:
+        place, revision = base_adapter.base_of(adapted), base_adapter.config_of(adapted).revision
+    config = transformers.AutoConfig.from_pretrained(
+        place, revision=revision, trust_remote_code=False
+    )
+    with torch.device("meta"):
+        network = _kind_of(config, f"model.path: {settings.path}").from_config(config)
+        if adapted is not None:
+            base_adapter.resize(adapted, network)
+        return network
+
+
 def _check_reachable(name: str, revision: str | None, where: str) -> None:
     """Raise a `UserError` where a model is neither in the cache nor on a Hub that can be reached.
 

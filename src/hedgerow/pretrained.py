@@ -35,6 +35,7 @@ _TOKENIZER_FILES = (
     "*.spm",
     "spiece.model",
     "sentencepiece*.model",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
@@ -62,7 +63,9 @@ def save(
     network.save_pretrained(folder)
     network.generation_config = generation
     source = _folder_of(network.config.name_or_path, revision)
-    if source is not None and _same_config(network, source):
+    if source is not None and not _same_config(network, source):
+        source = None
+    if source is not None:
         shutil.copyfile(source / _CONFIG, folder / _CONFIG)
     spellings.rewrite(folder / _CONFIG, _config_of(network))
     if generation is not None:
@@ -99,13 +102,13 @@ def cast(
             )
         if dtype is None or keep(name):
             continue
-        largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
-        tensor.data = tensor.data.to(getattr(torch, dtype))
-        if not tensor.isfinite().all():
+        cast = tensor.detach().to(getattr(torch, dtype))
+        if not cast.isfinite().all():
             raise UserError(
-                f"--dtype {dtype}: {name} has a value of {largest:.6g}, and {dtype} goes to "
-                f"{torch.finfo(tensor.dtype).max:.6g}: use bfloat16 or float32"
+                f"dtype {dtype}: {name} has a value of {float(tensor.abs().max()):.6g}, and "
+                f"{dtype} goes to {torch.finfo(cast.dtype).max:.6g}: use bfloat16 or float32"
             )
+        tensor.data = cast
 
 
 def _folder_of(place: str | None, revision: str | None) -> Path | None:
@@ -192,7 +195,9 @@ def _generation_of(model: Model) -> Callable[[Any], Any]:
         ids = [] if own is None else list(own) if isinstance(own, list | tuple) else [own]
         if new := [end for end in model.ends if end not in ids]:
             ids += new
-            content = content | {"eos_token_id": ids if len(ids) > 1 else ids[0]}
+            # What is only derived from config.json, readers may derive again.
+            content = {key: value for key, value in content.items() if key != "_from_model_config"}
+            content["eos_token_id"] = ids if len(ids) > 1 else ids[0]
         padding = content.get("pad_token_id")
         if padding is not None and not 0 <= padding < model.vocabulary_size:
             content = content | {"pad_token_id": model.pad_id}
@@ -211,21 +216,29 @@ def save_tokenizer(tokenizer: Any, folder: Path, *, revision: str | None = None)
         revision: of the base, where it came from the Hub; None for the newest that is here.
     """
     source = _folder_of(tokenizer.name_or_path, revision)
-    if source is not None and _same_tokenizer(tokenizer, source):
+    if source is not None:
         for pattern in _TOKENIZER_FILES:
             for file in source.glob(pattern):
-                target = folder / file.relative_to(source)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)
-    else:
+                (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, folder / file.relative_to(source))
+    if not _same_tokenizer(tokenizer, folder):
+        for pattern in _TOKENIZER_FILES:
+            for file in folder.glob(pattern):
+                file.unlink()
+        shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
         tokenizer.save_pretrained(folder)
-    if (folder / _TOKENIZER).is_file():
-        spellings.rewrite(folder / _TOKENIZER, _without_code)
+    config = folder / _TOKENIZER
+    if not config.is_file():
+        return
+    spellings.rewrite(config, _without_code)
+    as_it_is = config.read_bytes()
+    spellings.rewrite_tokenizer(folder)
+    if config.read_bytes() != as_it_is and not _same_tokenizer(tokenizer, folder):
+        config.write_bytes(as_it_is)  # its class does more than tokenizer.json says
 
 
 def _without_code(content: dict[str, Any]) -> dict[str, Any]:
-    content = {key: value for key, value in content.items() if key != "auto_map"}
-    return spellings.tokenizer_config(content)
+    return {key: value for key, value in content.items() if key != "auto_map"}
 
 
 def _same_tokenizer(tokenizer: Any, folder: Path) -> bool:

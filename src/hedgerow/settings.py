@@ -6,6 +6,7 @@ and what type and bounds leave open.
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import re
@@ -105,6 +106,26 @@ class Partition(Section):
         return self
 
 
+class TemplateSettings(Section):
+    """The tokenizer's chat template, for `prompt: chat`."""
+
+    name: str | None = None
+    """Name of the chat template, of a tokenizer that has several; with null, its default."""
+    date: datetime.date | None = None
+    """Day that a chat template which writes the date is given, as 2026-11-25; with null, the day on
+    which the run begins, which its experiment.yaml says from then on."""
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _day(cls, date: Any) -> Any:
+        if date is None or isinstance(date, datetime.date):
+            return date
+        try:
+            return datetime.date.fromisoformat(str(date))
+        except ValueError:
+            raise ValueError(f"{date!r} is no day: write it as 2026-11-25") from None
+
+
 class TextSettings(Section):
     """Text and tokens that rows become, and the rows to evaluate on."""
 
@@ -126,6 +147,8 @@ class TextSettings(Section):
     """Template that makes a prompt of a row: `alpaca`, `alpaca-short`, `plain`, `chat` (the
     tokenizer's own), or a text file with `{instruction}` and `{input}`, and `{?input}…{/input}`
     around what belongs to an input."""
+    template: TemplateSettings = TemplateSettings()
+    """Choice of the tokenizer's chat template, and what it is given."""
     max_length: int = Field(512, ge=2)
     """Number of tokens of prompt and answer together; what is longer is cut at the end, and
     counted."""

@@ -26,6 +26,14 @@ def rewrite(file: Path, change: Callable[[Json], Json]) -> None:
         file.write_text(text + "\n", encoding="utf-8")
 
 
+def rewrite_tokenizer(folder: Path) -> None:
+    """Have both versions read a folder's tokenizer alike."""
+    whole, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if whole.is_file() and config.is_file():
+        tokenizer = json.loads(whole.read_text(encoding="utf-8"))
+        rewrite(config, lambda content: tokenizer_config(content, tokenizer))
+
+
 def model_config(config: Mapping[str, Any]) -> Json:
     """What config.json says, with the keys of transformers 4 beside those of 5.
 
@@ -35,23 +43,34 @@ def model_config(config: Mapping[str, Any]) -> Json:
         key: model_config(value) if isinstance(value, Mapping) and "model_type" in value else value
         for key, value in config.items()
     }
-    if "dtype" in both:
-        both.setdefault("torch_dtype", both["dtype"])
-    for key, value in {**_rope(both), **_experts(both)}.items():
-        both.setdefault(key, value)
-    return both
+    older = {**_rope(both), **_experts(both)}
+    if older.keys() - both.keys() and "dtype" in both:
+        older["torch_dtype"] = both["dtype"]
+    return both | {key: value for key, value in older.items() if key not in both}
 
 
-def tokenizer_config(config: Mapping[str, Any]) -> Json:
-    """What tokenizer_config.json says, in words that transformers 4 and 5 both read alike."""
+def tokenizer_config(config: Json, tokenizer: Json) -> Json:
+    """What tokenizer_config.json says, in words that transformers 4 and 5 both read alike.
+
+    Args:
+        config: what the file says. Only what version 5 has written is changed.
+        tokenizer: what tokenizer.json says.
+    """
     both = dict(config)
-    if both.get("tokenizer_class") == "TokenizersBackend":
+    if config.get("backend") == "tokenizers" or config.get("tokenizer_class") == _BACKEND:
+        # Version 4's own classes would add tokens to what tokenizer.json says, as Llama's does
+        # <s>, and its general one a space, or none.
         both["tokenizer_class"] = "PreTrainedTokenizerFast"
+        spaces = (tokenizer.get("pre_tokenizer") or {}).get("add_prefix_space")
+        if spaces is not None and spaces != bool(config.get("add_prefix_space")):
+            both["add_prefix_space"] = spaces
     if isinstance(both.get("extra_special_tokens"), list):
         # Version 4 takes a mapping by this name only, and calls a list of them otherwise.
-        extra = both.pop("extra_special_tokens")
-        both.setdefault("additional_special_tokens", extra)
+        both["additional_special_tokens"] = both.pop("extra_special_tokens")
     return both
+
+
+_BACKEND = "TokenizersBackend"
 
 
 def _experts(config: Json) -> Json:

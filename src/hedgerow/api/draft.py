@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from hedgerow.data.in_memory import Held, as_rows
+from hedgerow.data.in_memory import Held, as_records
+from hedgerow.data.rows import Records
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, validate
 from hedgerow.experiment.file import comparison_of, read, resolve
@@ -139,12 +140,12 @@ def draft(
     if clients is not None:
         data["clients"], held["clients"] = _clients(clients)
     if not isinstance(data.get("source"), str | None):
-        held["source"] = as_rows(data["source"], "data.source")
+        held["source"] = as_records(data["source"], "data.source")
         data["source"] = MEMORY
     if test is not None:
         data["test"] = plain(test) if isinstance(test, os.PathLike) else test
     if not isinstance(data.get("test"), str | None):
-        held["test"] = as_rows(data["test"], "the test data")
+        held["test"] = as_records(data["test"], "the test data")
         data["test"] = MEMORY
     if rounds is not None:
         given.setdefault("federation", {})["rounds"] = rounds
@@ -208,7 +209,7 @@ def _method(method: Any) -> Any:
     return options
 
 
-def _clients(clients: Any) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
+def _clients(clients: Any) -> tuple[Any, dict[str, Records]]:
     """`data.clients`, and the rows of those whose data are in memory."""
     if isinstance(clients, str | os.PathLike):
         return os.fspath(clients), {}
@@ -222,14 +223,14 @@ def _clients(clients: Any) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
             f"such as train_{{}}.json, not {type(clients).__name__}"
         )
     files: dict[str, str] = {}
-    held: dict[str, list[dict[str, Any]]] = {}
+    held: dict[str, Records] = {}
     for name, data in named:
         if str(name) in files:
             raise UserError(f"clients= names {name} twice: give each a name of its own")
         if isinstance(data, str | os.PathLike):
             files[str(name)] = os.fspath(data)
         else:
-            held[str(name)] = as_rows(data, f"the data of {name}")
+            held[str(name)] = as_records(data, f"the data of {name}")
             files[str(name)] = MEMORY
     return files, held
 

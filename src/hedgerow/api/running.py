@@ -132,7 +132,7 @@ def open_run(
     """
     from hedgerow.api.base import BaseInMemory
     from hedgerow.api.runs import Run
-    from hedgerow.data.in_memory import as_rows
+    from hedgerow.data.in_memory import as_records
 
     if isinstance(model, str | os.PathLike):
         overrides, model = (*overrides, f"model.path={json.dumps(os.fspath(model))}"), None
@@ -141,7 +141,7 @@ def open_run(
     elif tokenizer is not None:
         raise UserError("hr.open_run: tokenizer= belongs to a model in memory: give model= as well")
     base = None if model is None else BaseInMemory(model, tokenizer)
-    rows = None if test is None else as_rows(test, "the test data")
+    rows = None if test is None else as_records(test, "the test data")
     return Run(Path(path), overrides=overrides, base=base, test=rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hedgerow.api.base import BaseInMemory
     from hedgerow.api.charts import Chart
     from hedgerow.api.draft import PathLike
+    from hedgerow.data import Records
     from hedgerow.experiment import Experiment
 
 
@@ -38,7 +39,7 @@ class Run:
         *,
         overrides: Sequence[str] = (),
         base: BaseInMemory | None = None,
-        test: Sequence[Mapping[str, Any]] | None = None,
+        test: Records | None = None,
     ) -> None:
         """Open a run; `hr.run` and `hr.open_run` do so.
 
@@ -51,7 +52,7 @@ class Run:
         """
         self.path = path.absolute()
         self._overrides, self.base = list(overrides), base
-        self.test = None if test is None else [dict(row) for row in test]
+        self.test = test
         with opened(path, self._overrides) as (experiment, _):
             self._experiment = experiment
 
@@ -123,7 +124,7 @@ class Run:
         Raises:
             UserError: naming what does not fit.
         """
-        from hedgerow.data.in_memory import as_rows
+        from hedgerow.data.in_memory import as_records
         from hedgerow.names import MEMORY
         from hedgerow.runs.scoring import asked_for, score_path
 
@@ -134,7 +135,7 @@ class Run:
             changes.append(_override("data.test", MEMORY))
         if data is not None:
             named = str(data) if isinstance(data, str | Path) else MEMORY
-            held = as_rows(data, "data=") if named == MEMORY else None
+            held = as_records(data, "data=") if named == MEMORY else None
         changes = asked_for(named, metrics, by, changes)
         scores, _ = score_path(self.path, changes, round, client, load=self._load, held=held)
         return scores
@@ -160,8 +161,7 @@ class Run:
         """
         import numpy
 
-        from hedgerow.data import load_template
-        from hedgerow.data.tokens import tokenize_prompts
+        from hedgerow.data import Encoder, Row, load_template
         from hedgerow.evaluation.answers import generate
         from hedgerow.model import Model, max_positions
 
@@ -175,16 +175,17 @@ class Run:
             raise UserError(f"answer: max_new_tokens={longest}: give 1 to {most}")
         if not prompts:
             return []
-        fields = settings.data.fields
-        template = load_template(settings.data.prompt, self.tokenizer, fields)
-        texts = [template.prompt({fields.instruction: prompt}) for prompt in prompts]
-        encoded = tokenize_prompts(texts, template, self.tokenizer)
+        template = load_template(settings.data, self.tokenizer)
+        encoder = Encoder(template, self.tokenizer, model.vocabulary_size)
+        rows = [Row(prompt, number=number) for number, prompt in enumerate(prompts, start=1)]
+        encoded = encoder.prompts(rows, "answer: prompts")
         answers, _ = generate(
             model,
             [numpy.array(ids, dtype=numpy.int32) for ids in encoded],
             longest,
             settings.evaluation.batch_size,
             lambda _: None,
+            ends=template.ends,
             stop=settings.evaluation.stop,
         )
         return answers

@@ -28,7 +28,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, simple_parse_args_string
 
-from hedgerow.data import Template, load_template, tokenize_prompts
+from hedgerow.data import Encoder, in_turns, load_template
 from hedgerow.errors import UserError, did_you_mean, readable
 from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.cache import keeps_keys_only
@@ -91,11 +91,11 @@ def score_path(
     manager = _manager(tasks, include_path)
     names = [name for task in tasks for name in _matching(task, manager)]
     with loaded(path, overrides, round, client) as it:
-        template = _template(it, run_prompt, apply_chat_template)
+        encoder = _encoder(it, run_prompt, apply_chat_template)
         scores: dict[str | None, dict[str, Any]] = {}
         lines: list[str] = []
         for name in it.models():
-            network = _network(it, template)
+            network = _network(it, encoder)
             with _harness_seeds():
                 chosen = _load(manager, names)
                 _set_generation(chosen["tasks"].values(), generation, it.evaluation.stop)
@@ -108,7 +108,7 @@ def score_path(
                         chosen,
                         limit=limit,
                         log_samples=log_samples is not None,
-                        apply_chat_template=template is not None or apply_chat_template,
+                        apply_chat_template=encoder is not None or apply_chat_template,
                         fewshot_as_multiturn=fewshot_as_multiturn,
                     )
             scores[name] = {key: found[key] for key in _KEPT if key in found}
@@ -142,6 +142,11 @@ class _Network(HFLM):  # type: ignore[misc]
     prompts_cut = 0
     own: Model
     """The model, as hedgerow knows it."""
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer, beside the model's own."""
+        return ()
 
     def apply_chat_template(self, *arguments: Any, **options: Any) -> str:
         try:
@@ -182,6 +187,7 @@ class _Network(HFLM):  # type: ignore[misc]
                 self.batch_size,
                 lambda count: None,
                 stop=[text for text in asked["until"] if text],
+                ends=self.ends,
             )
             self.prompts_cut += cut
             for index, answer in zip(indices, given, strict=True):
@@ -207,7 +213,12 @@ class _Network(HFLM):  # type: ignore[misc]
 class _Prompted(_Network):
     """A model whose questions stand in a run's own prompt, token by token as in training."""
 
-    template: Template
+    encoder: Encoder
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer in the run's prompt."""
+        return self.encoder.ends
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -217,34 +228,34 @@ class _Prompted(_Network):
         if chat_history[0]["role"] == "system":
             texts[:2] = [f"{texts[0].rstrip()}\n\n{texts[1]}"]
         begun = "" if add_generation_prompt else texts.pop()
-        return self.template.conversation(texts) + begun
+        return self.encoder.template.prompt(in_turns(texts)) + begun
 
     def tok_encode(self, string: str, *_: Any, **__: Any) -> list[int]:
-        return tokenize_prompts([string], self.template, self.own.tokenizer)[0]
+        return self.encoder.texts([string])[0]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        answer = self.own.tokenizer(continuation, add_special_tokens=False)["input_ids"]
-        return self.tok_encode(context), answer
+        [context_ids], [answer] = self.encoder.pairs([(context, continuation)])
+        return context_ids, answer
 
     def generate_until(self, requests: Any, **_: Any) -> Any:
         return [answer.strip() for answer in self._answers(requests)]
 
 
-def _network(it: Subject, template: Template | None) -> _Network:
-    """What the harness is given to evaluate; with a template, in whose prompts it is asked."""
-    kind = _Network if template is None else _Prompted
+def _network(it: Subject, encoder: Encoder | None) -> _Network:
+    """What the harness is given to evaluate; with an encoder, in whose prompts it is asked."""
+    kind = _Network if encoder is None else _Prompted
     network = kind(
         pretrained=it.model.network,
         tokenizer=it.model.tokenizer,
         batch_size=it.evaluation.batch_size,
     )
     network.own = it.model
-    if isinstance(network, _Prompted) and template is not None:
-        network.template = template
+    if isinstance(network, _Prompted) and encoder is not None:
+        network.encoder = encoder
     return network
 
 
-def _template(it: Subject, run_prompt: bool, apply_chat_template: bool) -> Template | None:
+def _encoder(it: Subject, run_prompt: bool, apply_chat_template: bool) -> Encoder | None:
     if apply_chat_template and not it.model.tokenizer.chat_template:
         raise UserError(
             "--apply-chat-template: the tokenizer has no chat template: leave it out, or use "
@@ -252,7 +263,8 @@ def _template(it: Subject, run_prompt: bool, apply_chat_template: bool) -> Templ
         )
     if not run_prompt:
         return None
-    return load_template(it.data.prompt, it.model.tokenizer, it.data.fields)
+    template = load_template(it.data, it.model.tokenizer)
+    return Encoder(template, it.model.tokenizer, it.model.vocabulary_size)
 
 
 def _check_options(

@@ -223,7 +223,7 @@ def main() -> None:
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     spellings.rewrite(options.out / "config.json", spellings.model_config)
-    spellings.rewrite(options.out / "tokenizer_config.json", spellings.tokenizer_config)
+    spellings.rewrite_tokenizer(options.out)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -133,8 +134,13 @@ def evaluate(
     if metrics is not None:
         named = [name.strip() for name in metrics.split(",") if name.strip()]
     changes = asked_for(data, named, by, overrides or [])
+    said: list[str] = []
     with console.ProgressWatcher("evaluation") as watcher:
-        scores, asked = score_path(target, changes, round, client, watcher.evaluated)
+        scores, asked = score_path(
+            target, changes, round, client, watcher.evaluated, say=said.append
+        )
+    for sentence in said:
+        print(sentence, file=sys.stderr)
     if as_json:
         print(to_json(scores))
         return

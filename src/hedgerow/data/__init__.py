@@ -2,29 +2,35 @@
 
 from hedgerow.data.batches import batches, collate, epoch
 from hedgerow.data.clients import ClientData
-from hedgerow.data.in_memory import Held, as_rows
+from hedgerow.data.encoding import Encoder
+from hedgerow.data.in_memory import Held, as_records
 from hedgerow.data.partition import partition
-from hedgerow.data.sources import Row, check_columns, client_files, read
-from hedgerow.data.templates import Template
+from hedgerow.data.rows import Message, Records, Row, Rows, check
+from hedgerow.data.sources import client_files, read
+from hedgerow.data.templates import Template, in_turns
 from hedgerow.data.templates import load as load_template
-from hedgerow.data.tokens import Example, Spool, Tokenized, tokenize_prompts
+from hedgerow.data.tokens import Example, Spool, Tokenized
 
 __all__ = [
     "ClientData",
+    "Encoder",
     "Example",
     "Held",
+    "Message",
+    "Records",
     "Row",
+    "Rows",
     "Spool",
     "Template",
     "Tokenized",
-    "as_rows",
+    "as_records",
     "batches",
-    "check_columns",
+    "check",
     "client_files",
     "collate",
     "epoch",
+    "in_turns",
     "load_template",
     "partition",
     "read",
-    "tokenize_prompts",
 ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held
 from hedgerow.data.partition import partition
-from hedgerow.data.sources import Row, check_columns, client_files, read, share_of
+from hedgerow.data.rows import Records, Row, check
+from hedgerow.data.sources import client_files, read, share_of
 from hedgerow.data.templates import load as load_template
 from hedgerow.data.tokens import Spool, Tokenized
 from hedgerow.names import MEMORY
@@ -31,6 +33,7 @@ class ClientData:
         tokenizer: PreTrainedTokenizerBase,
         seeds: Seeds,
         held: Held | None = None,
+        vocabulary_size: int | None = None,
     ) -> None:
         """Find out who the clients are.
 
@@ -39,14 +42,16 @@ class ClientData:
             tokenizer: the base model's.
             seeds: the run's, which decide how a source is divided.
             held: the rows that the settings call `(memory)`.
+            vocabulary_size: number of the base model's embeddings; None compares no tokens.
 
         Raises:
             UserError: a file is missing, or the source or its division is wrong.
         """
-        self._settings, self._tokenizer, self._spool = settings, tokenizer, Spool()
+        self._settings, self._spool = settings, Spool()
         self._held = held or Held()
-        self._template = load_template(settings.prompt, tokenizer, settings.fields)
-        self._rows: list[Row] = []
+        template = load_template(settings, tokenizer)
+        self.encoder = Encoder(template, tokenizer, vocabulary_size)
+        self._rows: Sequence[Row] = ()
         self._parts: Mapping[str, Sequence[int]] = {}
         if settings.clients is not None:
             self._files = client_files(settings.clients)
@@ -54,7 +59,7 @@ class ClientData:
             return
         assert settings.source is not None
         assert settings.partition is not None
-        self._rows = self._read(settings.source, self._held.source, "data.source")
+        self._rows = self._read(settings.source, self._held.source)
         self._parts = partition(self._rows, settings.partition, seeds.derive("clients"))
         self.names = list(self._parts)
 
@@ -65,26 +70,24 @@ class ClientData:
             UserError: they cannot be read, or nothing of them is left to learn from.
         """
         if name in self._parts:
-            rows = [self._rows[index] for index in self._parts[name]]
+            rows: Sequence[Row] = [self._rows[index] for index in self._parts[name]]
         else:
             own = self._held.clients.get(name)
-            rows = self._read(str(self._files[name]), own, f"the data of {name}")
+            rows = self._read(str(self._files[name]), own)
         settings = self._settings
         return self._spool.tokenize(
             name,
             rows,
-            template=self._template,
-            tokenizer=self._tokenizer,
+            encoder=self.encoder,
             max_length=settings.max_length,
             loss_on=settings.loss_on,
         )
 
-    def _read(self, source: str, held: Sequence[Row] | None, what: str) -> list[Row]:
-        """The rows of a source; `what` is the name of those that are held in memory."""
+    def _read(self, source: str, held: Records | None) -> Sequence[Row]:
+        """The rows of a source, or of what is held in memory."""
         settings = self._settings
         if source == MEMORY and held is not None:
-            rows = share_of(held, settings.share)
+            records = share_of(held, settings.share)
         else:
-            rows = read(source, settings.split, settings.subset, settings.share)
-        check_columns(rows, settings.fields, what if source == MEMORY else source)
-        return rows
+            records = read(source, settings.split, settings.subset, settings.share)
+        return check(records, settings.fields)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hedgerow.data.sources import Row
+from hedgerow.data.rows import Records
 from hedgerow.errors import UserError
 
 
@@ -21,12 +20,12 @@ class Held:
         test: rows to evaluate on, if those are in memory.
     """
 
-    clients: Mapping[str, Sequence[Row]] = field(default_factory=dict)
-    source: Sequence[Row] | None = None
-    test: Sequence[Row] | None = None
+    clients: Mapping[str, Records] = field(default_factory=dict)
+    source: Records | None = None
+    test: Records | None = None
 
 
-def as_rows(data: Any, what: str) -> list[Row]:
+def as_records(data: Any, what: str) -> Records:
     """Rows of what people have in memory.
 
     Args:
@@ -35,7 +34,7 @@ def as_rows(data: Any, what: str) -> list[Row]:
         what: what it is, for messages, as "the data of north".
 
     Returns:
-        One dictionary a row, with Python's own types; a missing value (None, NaN) is None.
+        One record a row.
 
     Raises:
         UserError: it is something else, or has no rows.
@@ -52,26 +51,7 @@ def as_rows(data: Any, what: str) -> list[Row]:
             f"{what} must be rows (a list of dictionaries, a datasets.Dataset or a "
             f"pandas.DataFrame), not {type(data).__name__}{hint}"
         )
-    rows: list[Row] = []
-    for number, row in enumerate(found, start=1):
-        if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
-            raise UserError(
-                f"{what}: row {number} must be a dictionary from column names to values, not "
-                f"{type(row).__name__}"
-            )
-        rows.append({key: _plain(value) for key, value in row.items()})
-    if not rows:
+    records = Records.of(found, what)
+    if not len(records):
         raise UserError(f"{what}: holds no rows: give at least one example")
-    return rows
-
-
-def _plain(value: Any) -> Any:
-    """A value as a file would have given it, however nested."""
-    if hasattr(value, "tolist") and hasattr(value, "shape"):  # NumPy's numbers and arrays
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    is_missing = isinstance(value, float) and math.isnan(value)
-    return None if is_missing or type(value).__name__ in ("NAType", "NaTType") else value
+    return records

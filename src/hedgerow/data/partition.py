@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hedgerow.data.sources import Row
+from hedgerow.data.rows import Row
 from hedgerow.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,13 +126,13 @@ def _labels(rows: Sequence[Row], column: str | None) -> tuple[list[Any], list[in
     """The distinct values of a column in order, and for each row the index of its value."""
     assert column is not None, "`Partition` demands it for all kinds but iid"
     values = []
-    for number, row in enumerate(rows, start=1):
-        value = row.get(column)
+    for row in rows:
+        value = row.columns.get(column)
         if not isinstance(value, str | int | float):
             problem = "no value" if value is None else f"a {type(value).__name__}"
             raise UserError(
-                f"`data.partition.column`: row {number} has {problem} in {column!r}, where text or "
-                f"a number must be (columns there: {', '.join(sorted(row))})"
+                f"`data.partition.column`: row {row.number} has {problem} in {column!r}, where "
+                f"text or a number must be (columns there: {', '.join(sorted(row.columns))})"
             )
         values.append(value)
     if any(isinstance(value, str) for value in values):

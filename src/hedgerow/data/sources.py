@@ -6,22 +6,19 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hedgerow.bundled import tasks
-from hedgerow.errors import NothingToLearn, UserError
+from hedgerow.data.rows import Record, Records
+from hedgerow.errors import UserError
 from hedgerow.names import DEMO, MEMORY, NAME
 from hedgerow.seeds import Seeds
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from hedgerow.settings import ClientFile, Fields
-
-Row = dict[str, Any]
-"""One example: column names and their values."""
+    from hedgerow.settings import ClientFile
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -32,7 +29,7 @@ def may_be_on_hub(source: str) -> bool:
     return not source.endswith(SUFFIXES) and _HUB_NAME.fullmatch(source) is not None
 
 
-def read(source: str, split: str, subset: str | None = None, share: float = 1.0) -> list[Row]:
+def read(source: str, split: str, subset: str | None = None, share: float = 1.0) -> Records:
     """The rows of a file, of one split of a dataset as on the Hugging Face Hub, or of the demo.
 
     Args:
@@ -45,7 +42,7 @@ def read(source: str, split: str, subset: str | None = None, share: float = 1.0)
     Raises:
         UserError: the source is missing, unreadable, empty, or holds something else than rows.
     """
-    path = Path(source)
+    path, numbers = Path(source), None
     if source == MEMORY:
         raise UserError(
             "the run's data were in the memory of the program that began it: hand them over there "
@@ -56,21 +53,22 @@ def read(source: str, split: str, subset: str | None = None, share: float = 1.0)
     elif path.is_dir() or (not path.exists() and may_be_on_hub(source)):
         dataset = _load_dataset(source, split, subset)
         # Before they become Python's objects, which take several times as much memory.
-        chosen = dataset if share == 1 else dataset.select(_drawn(len(dataset), share))
-        rows, share = chosen.to_list(), 1.0
+        if share < 1:
+            drawn = _drawn(len(dataset), share)
+            numbers, share = [index + 1 for index in drawn], 1.0
+            dataset = dataset.select(drawn)
+        rows = dataset.to_list()
     else:
         rows = _read_file(path)
-    if not rows:
-        raise NothingToLearn(f"{source}: holds no rows: give at least one example")
-    return share_of(rows, share)
+    return share_of(Records.of(rows, source, numbers), share)
 
 
-def share_of(rows: Sequence[Row], share: float) -> list[Row]:
+def share_of(records: Records, share: float) -> Records:
     """Share of the rows, above 0 and at most 1: drawn at random, always the same, in their order.
 
-    At least one is left.
+    At least one is left, where there are any.
     """
-    return list(rows) if share == 1 else [rows[index] for index in _drawn(len(rows), share)]
+    return records if share == 1 else records.select(_drawn(len(records), share))
 
 
 def _drawn(count: int, share: float) -> list[int]:
@@ -117,48 +115,6 @@ def client_files(clients: str | dict[str, str] | list[ClientFile | str]) -> dict
     return files
 
 
-def check_columns(rows: Iterable[Row], fields: Fields, where: str) -> None:
-    """Make sure that all rows have the columns that `fields` names.
-
-    Instruction and output must be text or numbers in each row. The input may be empty or left out,
-    but a column that no row has is a misspelling (unless it is the default that nobody wrote).
-
-    Args:
-        where: the file or source that the rows are from, for the message.
-
-    Raises:
-        UserError: naming `where`, the row (from 1), the column, and the columns that are there.
-    """
-    seen: set[str] = set()
-    for number, row in enumerate(rows, start=1):
-        seen.update(row)
-        for key, column in [("instruction", fields.instruction), ("output", fields.output)]:
-            if column not in row:
-                raise UserError(
-                    f"{where}: row {number} has no column {column!r}: set `data.fields.{key}` to "
-                    f"one of {_listed(row)}"
-                )
-            _check_value(row[column], f"{where}: row {number}: column {column!r}")
-        if fields.input is not None and row.get(fields.input) is not None:
-            _check_value(row[fields.input], f"{where}: row {number}: column {fields.input!r}")
-    if fields.input not in (None, "input") and fields.input not in seen:
-        raise UserError(
-            f"{where}: no row has a column {fields.input!r}: set `data.fields.input` to one of "
-            f"{_listed(seen)}, or to null if there is none"
-        )
-
-
-def _check_value(value: Any, where: str) -> None:
-    if value is None:
-        raise UserError(f"{where} is empty (null): it must be text or a number")
-    if not isinstance(value, str | int | float):
-        raise UserError(f"{where} must be text or a number, not {type(value).__name__}")
-
-
-def _listed(columns: Iterable[str]) -> str:
-    return ", ".join(repr(column) for column in sorted(columns)) or "(no columns)"
-
-
 def _numbered_files(pattern: str) -> dict[str, Path]:
     if "{}" not in pattern:
         raise UserError(
@@ -181,7 +137,7 @@ def _numbered_files(pattern: str) -> dict[str, Path]:
     return {f"client-{number:03d}": path(number) for number in range(count)}
 
 
-def _read_file(path: Path) -> list[Row]:
+def _read_file(path: Path) -> list[Record]:
     if not path.exists():
         raise UserError(f"{path}: does not exist: give a file ({', '.join(SUFFIXES)})")
     try:
@@ -204,7 +160,7 @@ def _read_file(path: Path) -> list[Row]:
         raise UserError(f"{path}: is not text in UTF-8: convert it first") from None
 
 
-def _read_json(file: TextIO, path: Path) -> list[Row]:
+def _read_json(file: TextIO, path: Path) -> list[Record]:
     """An array of objects, or one object a line: the content tells, since suffixes often lie."""
     first = next((line.lstrip() for line in file if not line.isspace()), "")
     file.seek(0)
@@ -241,7 +197,7 @@ def _parse(text: str, path: Path, line: int) -> Any:
         raise UserError(f"{path}: line {line} cannot be read: {error}") from None
 
 
-def _read_csv(file: TextIO, path: Path) -> list[Row]:
+def _read_csv(file: TextIO, path: Path) -> list[Record]:
     csv.field_size_limit(2**31 - 1)  # The default refuses texts above 128 KiB.
     reader = csv.reader(file, strict=True)
     try:
@@ -263,20 +219,20 @@ def _read_csv(file: TextIO, path: Path) -> list[Row]:
     return rows
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> list[Record]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         # Not read_table, which adds columns that it guesses from the folders' names.
         with pyarrow.parquet.ParquetFile(path) as file:
-            rows: list[Row] = file.read().to_pylist()
+            rows: list[Record] = file.read().to_pylist()
     except pyarrow.ArrowException:
         raise UserError(f"{path}: is not a valid Parquet file") from None
     return rows
 
 
-def _read_demo(split: str) -> list[Row]:
+def _read_demo(split: str) -> list[Record]:
     if split == "train":
         return [dict(row) for rows in tasks.clients().values() for row in rows]
     if split == "test":

@@ -20,7 +20,7 @@ from hedgerow.federation.participant import train_client
 from hedgerow.methods.base import Client, ClientRound
 from hedgerow.model import Model
 from hedgerow.runs.directory import TEST_DATA, RunDirectory
-from hedgerow.runs.preparation import Prepared, prepare
+from hedgerow.runs.preparation import Prepared, prepare, with_date_of
 from hedgerow.runs.scoring import Progress, Scorer
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry
@@ -102,9 +102,11 @@ def run(
     tracking.check(experiment.tracking)
     if resume:
         resume = RunDirectory.check_resumable(out, experiment)
+        experiment = with_date_of(experiment, out)
     else:
         RunDirectory.check_free(out)
     prepared = prepare(experiment, model, held)
+    experiment = prepared.experiment
     say = say or watcher.say
     for note in prepared.notes:
         say(note)

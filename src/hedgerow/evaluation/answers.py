@@ -52,6 +52,7 @@ def generate(
     batch_size: int,
     tick: Tick,
     draws: Sequence[Draw | None] | None = None,
+    ends: Sequence[int] = (),
     stop: Sequence[str] = (),
 ) -> tuple[list[str], int]:
     """The model's answer to each prompt, without special tokens.
@@ -61,6 +62,7 @@ def generate(
     Args:
         prompts: token ids, at least one in each.
         draws: how each answer is drawn; None, for one or all, is the greedy answer.
+        ends: tokens that end an answer, beside the tokenizer's EOS and those that the model names.
         stop: texts at the first of which an answer ends, before it.
 
     Returns:
@@ -72,7 +74,7 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts])
     longest = min(int(lengths.max(initial=0)), room) + max_new_tokens
     pads = keeps_keys_only(model.network, longest)
-    with _greedy(model, max_new_tokens) as config:
+    with _greedy(model, max_new_tokens, ends) as config:
         if not pads:
             config.use_cache = goes_on_from_state(model.network)
         for batch in _batches(np.minimum(lengths, room), batch_size, pads):
@@ -86,8 +88,9 @@ def generate(
                 logits_processor=[drawn] if drawn else None,
                 stopping_criteria=[stopped] if stopped else None,
             )
+            said = tokens[:, inputs["input_ids"].shape[1] :].tolist()
             texts = model.tokenizer.batch_decode(
-                tokens[:, inputs["input_ids"].shape[1] :],
+                [_to_end(ids, config.eos_token_id or ()) for ids in said],
                 skip_special_tokens=True,
                 clean_up_tokenization_spaces=False,
             )
@@ -109,6 +112,11 @@ def _batches(lengths: Int64, batch_size: int, pads: bool) -> list[Int64]:
         for alike in np.split(places, ends)
         for start in range(0, len(alike), batch_size)
     ]
+
+
+def _to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """Tokens up to the first that ends them, which may be none that tokenizers call special."""
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), None)]
 
 
 def _places(stop: Sequence[str], text: str) -> list[int]:
@@ -151,7 +159,7 @@ class _Drawn(LogitsProcessor):  # type: ignore[misc]
 
 
 @contextmanager
-def _greedy(model: Model, max_new_tokens: int) -> Iterator[Any]:
+def _greedy(model: Model, max_new_tokens: int, ends: Sequence[int]) -> Iterator[Any]:
     """A configuration of greedy generation, in which nothing of the model's own is left.
 
     `generate` fills what it is not given from the model's own configuration, so that sampling
@@ -161,7 +169,7 @@ def _greedy(model: Model, max_new_tokens: int) -> Iterator[Any]:
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=model.ends or None,
+        eos_token_id=sorted({*model.ends, *ends}) or None,
         pad_token_id=model.pad_id,
     )
     model.network.generation_config = config

@@ -12,24 +12,21 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hedgerow.data import Example, Row, Spool, Template, Tokenized
+from hedgerow.data import Encoder, Example, Row, Spool, Tokenized
 from hedgerow.errors import UserError
 from hedgerow.evaluation.cache import keeps_keys_only
 from hedgerow.evaluation.likelihood import Float64, Int64, Tick, batch_losses
 from hedgerow.model import max_positions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from hedgerow.model import Model
-    from hedgerow.settings import Fields
 
 Int32 = npt.NDArray[np.int32]
 
@@ -46,7 +43,7 @@ class Question:
     right: int
 
 
-def read_question(row: Row, fields: Fields) -> Question | None:
+def read_question(row: Row) -> Question | None:
     """The question of a row, or None where its options cannot be told.
 
     A row offers its options in one of these forms:
@@ -60,10 +57,9 @@ def read_question(row: Row, fields: Fields) -> Question | None:
       "two" or "B". The candidates are the output with the other options in its place.
     """
     if (offered := _offered(row)) is not None:
-        return _explicit(*offered, _answer(row, fields))
-    columns = [c for c in (fields.instruction, fields.input) if c is not None]
-    text = "\n".join(str(row[c]) for c in columns if row.get(c) is not None)
-    output = str(row.get(fields.output, "")).strip()
+        return _explicit(*offered, _answer(row))
+    text = f"{row.instruction}\n{row.input}"
+    output = row.output.strip()
     _, found, options = text.rpartition("Options:")
     first = re.match(r"\s*A\.\s", options)
     if not (found and first):
@@ -97,10 +93,11 @@ def _offered(row: Row) -> tuple[object, Sequence[str] | None] | None:
 
     Of a table's cells, a list is text: JSON, or as Python writes it.
     """
+    columns = row.columns
     for column in _LISTS:
-        if row.get(column) is None:
+        if columns.get(column) is None:
             continue
-        found = row[column]
+        found = columns[column]
         if isinstance(found, str):
             found = _parsed(found)
             if column != "choices" and not isinstance(found, list | dict):
@@ -112,10 +109,10 @@ def _offered(row: Row) -> tuple[object, Sequence[str] | None] | None:
         if found.keys() == {"text", "label"}:
             return found["text"], _labels_of(found["label"])
         return list(found.values()), _labels_of(list(found))
-    if row.get("A") is None or row.get("B") is None:
+    if columns.get("A") is None or columns.get("B") is None:
         return None
-    letters = itertools.takewhile(row.__contains__, map(chr, range(ord("A"), ord("Z") + 1)))
-    return [row[letter] for letter in letters], None
+    letters = itertools.takewhile(columns.__contains__, map(chr, range(ord("A"), ord("Z") + 1)))
+    return [columns[letter] for letter in letters], None
 
 
 def _parsed(text: str) -> object:
@@ -131,9 +128,9 @@ def _labels_of(found: object) -> Sequence[str]:
     return [str(label).strip() for label in found] if isinstance(found, list) else []
 
 
-def _answer(row: Row, fields: Fields) -> object:
-    columns = (*_ANSWERS, fields.output)
-    return next((row[column] for column in columns if row.get(column) not in (None, "")), None)
+def _answer(row: Row) -> object:
+    found = (row.columns.get(column) for column in _ANSWERS)
+    return next((value for value in found if value not in (None, "")), row.output or None)
 
 
 def _explicit(choices: object, labels: Sequence[str] | None, answer: object) -> Question | None:
@@ -214,9 +211,7 @@ class Choices:
         metric: str,
         name: str,
         rows: Sequence[Row],
-        fields: Fields,
-        template: Template,
-        tokenizer: PreTrainedTokenizerBase,
+        encoder: Encoder,
     ) -> Choices:
         """Find the questions among `rows`, and tokenise what they offer.
 
@@ -227,8 +222,8 @@ class Choices:
         Raises:
             UserError: no row has options that can be told, or answers count from 1.
         """
-        _check_counting(name, rows, fields)
-        read = [(number, read_question(row, fields)) for number, row in enumerate(rows)]
+        _check_counting(name, rows)
+        read = [(number, read_question(row)) for number, row in enumerate(rows)]
         found = [(number, question) for number, question in read if question is not None]
         if not found:
             raise UserError(
@@ -238,23 +233,23 @@ class Choices:
                 "`Options: A. …, B. …` and an output that ends with the right one"
             )
         answered = [
-            rows[number] | {fields.output: candidate}
+            replace(rows[number], output=candidate)
             for number, question in found
             for candidate in question.candidates
         ]
         return cls(
             questions=[question for _, question in found],
             rows=np.array([number for number, _ in found]),
-            encoded=Spool().tokenize(name, answered, template, tokenizer, sys.maxsize, "answer"),
+            encoded=Spool().tokenize(name, answered, encoder, sys.maxsize, "answer"),
             skipped=len(rows) - len(found),
         )
 
 
-def _check_counting(name: str, rows: Sequence[Row], fields: Fields) -> None:
+def _check_counting(name: str, rows: Sequence[Row]) -> None:
     """Raise a `UserError` where answers seem to count options from 1: each would be another's."""
     beyond = None
-    for number, row in enumerate(rows, start=1):
-        offered, answer = _offered(row), _answer(row, fields)
+    for row in rows:
+        offered, answer = _offered(row), _answer(row)
         if offered is None or offered[1] is not None or not isinstance(offered[0], Sequence):
             continue
         said = str(answer).strip()
@@ -263,7 +258,7 @@ def _check_counting(name: str, rows: Sequence[Row], fields: Fields) -> None:
         if int(said) == 0:
             return
         if int(said) == len(offered[0]) and beyond is None:
-            beyond = number, said
+            beyond = row.number, said
     if beyond is not None:
         raise UserError(
             f"{name}: row {beyond[0]}: the answer {beyond[1]} is none of {beyond[1]} options, "

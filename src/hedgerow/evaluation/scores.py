@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hedgerow.data import Example, Row, Spool, Tokenized, check_columns, load_template
+from hedgerow.data import Encoder, Example, Row, Spool, Template, Tokenized, load_template
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.choices import Choices, log_likelihoods
@@ -39,6 +39,8 @@ class TestSet:
 
     examples: Tokenized
     """The prompt and answer of every row, in the rows' order, uncut."""
+    template: Template
+    """What made text of them."""
     max_length: int
     """Tokens of prompt and answer that the loss sees."""
     scored: Int64
@@ -57,23 +59,20 @@ class TestSet:
         settings: TextSettings,
         evaluation: EvaluationSettings,
         tokenizer: PreTrainedTokenizerBase,
+        vocabulary_size: int | None = None,
     ) -> TestSet:
         """Check the rows for what `evaluation` asks of them, and tokenise them.
 
         Raises:
-            UserError: there are no rows; a column is missing; the likelihood of answers is needed
-                and no prompt leaves room for one; options are needed and no row has any; or a
-                prompt is empty where an answer is to follow it.
+            UserError: there are no rows; the column `evaluation.by` is missing; the likelihood
+                of answers is needed and no prompt leaves room for one; options are needed and no
+                row has any; or a prompt is empty where an answer is to follow it.
         """
         name = "the test data" if settings.test in (None, MEMORY) else settings.test
-        fields = settings.fields_of_test
         needs = {metric.needs: metric.name for metric in metrics_of(evaluation.metrics)}
-        # Multiple choice alone needs no output: a question may name its answer otherwise.
-        answered = rows if needs.keys() - {"choices"} else [{fields.output: ""} | r for r in rows]
-        check_columns(answered, fields, name)
-        template = load_template(settings.prompt, tokenizer, fields)
+        encoder = Encoder(load_template(settings, tokenizer), tokenizer, vocabulary_size)
         # Uncut, since a prompt that leaves no room for its answer's loss can still be answered.
-        examples = Spool().tokenize(name, answered, template, tokenizer, sys.maxsize, "answer")
+        examples = Spool().tokenize(name, rows, encoder, sys.maxsize, "answer")
         if examples.dropped or (
             needs.keys() - {"likelihood"} and not examples.prompt_lengths.all()
         ):
@@ -91,12 +90,13 @@ class TestSet:
             )
         choices = None
         if "choices" in needs:
-            choices = Choices.prepare(needs["choices"], name, rows, fields, template, tokenizer)
+            choices = Choices.prepare(needs["choices"], name, rows, encoder)
         return cls(
             examples=examples,
+            template=encoder.template,
             max_length=settings.max_length,
             scored=scored,
-            references=[str(row[fields.output]) for row in answered],
+            references=[row.output for row in rows],
             groups=None if evaluation.by is None else _column(rows, evaluation.by, name),
             choices=choices,
         )
@@ -206,19 +206,20 @@ def answers(
         settings.max_new_tokens,
         settings.batch_size,
         tick,
+        ends=test.template.ends,
         stop=settings.stop,
     )
 
 
 def _column(rows: Sequence[Row], column: str, name: str) -> list[str]:
-    for number, row in enumerate(rows, start=1):
-        if column not in row:
-            known = ", ".join(repr(other) for other in sorted(row))
+    for row in rows:
+        if column not in row.columns:
+            known = ", ".join(repr(other) for other in sorted(row.columns))
             raise UserError(
-                f"`evaluation.by`: row {number} of {name} has no column {column!r}: name one of "
-                f"{known}"
+                f"`evaluation.by`: row {row.number} of {name} has no column {column!r}: name one "
+                f"of {known}"
             )
-    return [_group(row[column]) for row in rows]
+    return [_group(row.columns[column]) for row in rows]
 
 
 def _group(value: Any) -> str:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hedgerow.comparison import Cell
-from hedgerow.data import Row, load_template
+from hedgerow.data import Records
+from hedgerow.data.templates import TEXTS, TextTemplate
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.scores import TestSet, answers
@@ -56,7 +57,7 @@ def inspect(
     progress: Callable[[int, int], None] | None = None,
     *,
     lender: Lender | None = None,
-    held: Mapping[Path, Sequence[Row]] | None = None,
+    held: Mapping[Path, Records] | None = None,
 ) -> Inspection:
     """Answers to `count` rows of each test set, and spectra; of one run of each series.
 
@@ -88,7 +89,7 @@ def inspect(
 class _Inspector:
     """Inspects one series after another, on one base model."""
 
-    def __init__(self, count: int, lender: Lender, held: Mapping[Path, Sequence[Row]]) -> None:
+    def __init__(self, count: int, lender: Lender, held: Mapping[Path, Records]) -> None:
         self.spectra: dict[str, dict[str, list[float]]] = {}
         self._count = count
         self._lender, self._held = lender, held
@@ -144,19 +145,19 @@ class _Questionnaire:
     """Rows spread evenly over the test data, and the base model's answers to them."""
 
     def __init__(
-        self, experiment: Experiment, base: Model, count: int, held: Sequence[Row] | None
+        self, experiment: Experiment, base: Model, count: int, held: Records | None
     ) -> None:
         data = experiment.data
-        rows = test_rows(data, held)
-        places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
-        chosen = [rows[place] for place in places]
         # Any metric of answers: they are asked for, and none is scored.
         self._settings = experiment.evaluation.model_copy(
             update={"metrics": ["rouge_l"], "by": None}
         )
+        rows = test_rows(data, self._settings, held)
+        places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+        chosen = [rows[place] for place in places]
         check_positions(base, self._settings)
         self._test = TestSet.prepare(chosen, data, self._settings, base.tokenizer)
-        words = load_template("plain", base.tokenizer, data.fields_of_test)
+        words = TextTemplate(TEXTS["plain"], "plain")
         prompts = [words.prompt(row).strip() for row in chosen]
         texts = zip(prompts, self._test.references, self._answers(base), strict=True)
         self.questions = [Question(*each, {}) for each in texts]

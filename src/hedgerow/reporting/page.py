@@ -11,7 +11,7 @@ import pandas as pd
 import yaml
 
 from hedgerow import __version__, console
-from hedgerow.data import Row
+from hedgerow.data import Records
 from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import Score
 from hedgerow.experiment import Experiment, without_folders
@@ -32,7 +32,7 @@ def write(
     progress: Callable[[int, int], None] | None = None,
     *,
     lender: Lender | None = None,
-    held: Mapping[Path, Sequence[Row]] | None = None,
+    held: Mapping[Path, Records] | None = None,
 ) -> list[str]:
     """Write the page about the runs in `folders`.
 

@@ -5,31 +5,38 @@ There is one for all: local runs, comparisons, Flower's server, apps and sites, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from hedgerow.data import ClientData, Held, Row, Tokenized, read
+from hedgerow.data import ClientData, Held, Records, Rows, Template, Tokenized, check, read
 from hedgerow.data.sources import share_of
 from hedgerow.errors import NothingToLearn, UserError
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.scores import TestSet
-from hedgerow.experiment import Experiment
+from hedgerow.experiment import Experiment, load
 from hedgerow.lazy import torch
 from hedgerow.ledger import Base
 from hedgerow.loading import check_adds
 from hedgerow.methods.base import Client
 from hedgerow.model import Model, max_positions
 from hedgerow.names import MEMORY
-from hedgerow.runs.directory import TEST_DATA, Digests
+from hedgerow.runs.directory import EXPERIMENT, TEST_DATA, Digests
 from hedgerow.seeds import Seeds
 from hedgerow.settings import EvaluationSettings, TextSettings
+
+_MUCH = 0.05
+"""Share of unknown tokens that is worth a sentence."""
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything that a run needs, checked before anything is written."""
 
+    experiment: Experiment
+    """The experiment, with what the run records at its beginning."""
     names: list[str]
     """Clients that the experiment names, in their order, also those that are left out."""
     model: Model
@@ -67,7 +74,15 @@ def prepare(
     """
     model = model or Model.load(experiment.model)
     held = held or Held()
-    data = ClientData(experiment.data, model.tokenizer, Seeds(experiment.federation.seed), held)
+    data = ClientData(
+        experiment.data,
+        model.tokenizer,
+        Seeds(experiment.federation.seed),
+        held,
+        vocabulary_size=model.vocabulary_size,
+    )
+    experiment = with_date(experiment, data.encoder.template.date)
+    base = Base.of(model)  # before any forward pass, of which RWKV's first rescales its weights
     check_fits(experiment, model, len(data.names))
     shards, left_out = _tokenized(data)
     clients = [
@@ -75,7 +90,7 @@ def prepare(
         for index, name in enumerate(data.names)
         if name in shards
     ]
-    notes = [*left_out, *_notes_on(shards)]
+    notes = [*notes_on_template(data.encoder.template), *left_out, *_notes_on(shards)]
     if experiment.method.pools_data:
         shards = {"pooled": Tokenized.concatenate(list(shards.values()))}
         clients = [Client(0, name, len(shard)) for name, shard in shards.items()]
@@ -85,11 +100,11 @@ def prepare(
     if experiment.data.test is not None:
         test = load_test(experiment.data, experiment.evaluation, model, held.test)
         notes += notes_on_test(test, experiment.evaluation)
-    base = Base.of(model)
-    check_causal(model)  # not before: RWKV's first forward pass rescales its weights
+    check_causal(model)
     examples = sum(len(shard) for shard in shards.values())
     there_is = f"{base.name}, {len(clients)} clients, {examples:,} examples"
     return Prepared(
+        experiment=experiment,
         names=data.names,
         model=model,
         base=base,
@@ -99,6 +114,29 @@ def prepare(
         test=test,
         notes=[there_is, *_notes_on_base(model), *notes, *experiment.method.left_out(model)],
     )
+
+
+def with_date(experiment: Experiment, date: datetime.date | None) -> Experiment:
+    """The experiment with the day that its chat template writes; None is no day."""
+    if date is None:
+        return experiment
+    template = experiment.data.template.model_copy(update={"date": date})
+    data = experiment.data.model_copy(update={"template": template})
+    return experiment.model_copy(update={"data": data})
+
+
+def with_date_of(experiment: Experiment, run: Path) -> Experiment:
+    """The experiment with the day that a run has on record, if it has one and this has none.
+
+    Args:
+        run: directory of a run with the same chat template, which need not have begun.
+    """
+    own = experiment.data
+    if own.prompt != "chat" or own.template.date or not (run / EXPERIMENT).is_file():
+        return experiment
+    before = load(run / EXPERIMENT).data
+    same = (before.prompt, before.template.name) == (own.prompt, own.template.name)
+    return with_date(experiment, before.template.date) if same else experiment
 
 
 def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
@@ -142,7 +180,7 @@ def load_test(
     text: TextSettings,
     settings: EvaluationSettings,
     model: Model,
-    held: Sequence[Row] | None = None,
+    held: Records | None = None,
 ) -> TestSet:
     """The test data of an experiment, ready to be scored.
 
@@ -155,24 +193,36 @@ def load_test(
     Raises:
         UserError: there is none, or it cannot be scored as `settings` ask.
     """
-    rows = test_rows(text, held)
+    rows = test_rows(text, settings, held)
     if any(metric.needs == "likelihood" for metric in metrics_of(settings.metrics)):
         check_max_length(model, text.max_length)
     check_positions(model, settings)
-    return TestSet.prepare(rows, text, settings, model.tokenizer)
+    return TestSet.prepare(rows, text, settings, model.tokenizer, model.vocabulary_size)
 
 
-def test_rows(text: TextSettings, held: Sequence[Row] | None = None) -> list[Row]:
+def test_rows(
+    text: TextSettings, settings: EvaluationSettings, held: Records | None = None
+) -> Rows:
     """The rows to evaluate on; `held` has them where `data.test` is `(memory)`.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or they cannot be scored.
     """
     if text.test is None:
         raise UserError("`data.test` is missing: name the file to evaluate on")
     if text.test == MEMORY and held is not None:
-        return share_of(held, text.test_share)
-    return read(text.test, text.test_split, text.test_subset, text.test_share)
+        records = share_of(held, text.test_share)
+    else:
+        records = read(text.test, text.test_split, text.test_subset, text.test_share)
+    # Multiple choice alone needs no output: a question may name its answer otherwise.
+    answered = any(metric.needs != "choices" for metric in metrics_of(settings.metrics))
+    return check(records, text.fields_of_test, answered=answered)
+
+
+def notes_on_template(template: Template) -> list[str]:
+    """Sentences on what is unexpected about prompts."""
+    day = [] if template.date is None else [f"the chat template writes the date: {template.date}"]
+    return [*template.notes, *day]
 
 
 def notes_on_data(name: str, shard: Tokenized) -> list[str]:
@@ -185,6 +235,24 @@ def notes_on_data(name: str, shard: Tokenized) -> list[str]:
         notes.append(
             f"{name}: {shard.dropped:,} of {total:,} examples are left out, since their prompts "
             "fill max_length"
+        )
+    return [*notes, *(f"{name}: {note}" for note in _notes_on_text([shard]))]
+
+
+def _notes_on_text(shards: Iterable[Tokenized]) -> list[str]:
+    """Sentences on what the tokenizer makes of texts, other than people may expect."""
+    notes = []
+    shards = list(shards)
+    if spelt := sum(shard.spelt for shard in shards):
+        total = sum(len(shard) + shard.dropped for shard in shards)
+        notes.append(
+            f"{spelt:,} of {total:,} examples spell control tokens, as </s>, which are text there"
+        )
+    unknown = sum(shard.unknown for shard in shards)
+    tokens = sum(int(shard.lengths.sum()) for shard in shards)
+    if unknown > _MUCH * tokens:
+        notes.append(
+            f"{unknown / tokens:.0%} of the tokens stand for text that the tokenizer lacks"
         )
     return notes
 
@@ -201,9 +269,12 @@ def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
             test.skipped
         )
     return [
-        f"the test data: {count:,} of {len(test):,} rows {why}"
-        for why, count in counts.items()
-        if count
+        *(
+            f"the test data: {count:,} of {len(test):,} rows {why}"
+            for why, count in counts.items()
+            if count
+        ),
+        *(f"the test data: {note}" for note in _notes_on_text([test.examples])),
     ]
 
 
@@ -214,8 +285,8 @@ def _notes_on_base(model: Model) -> list[str]:
         return []
     some = ", ".join(unused[:3]) + ", …" * (len(unused) > 3)
     return [
-        f"{model.name}: left out, since {model.architecture} has no place for them: {len(unused):,} "
-        f"of the checkpoint's weights ({some})"
+        f"left out, since {model.architecture} has no place for them: {len(unused):,} of the "
+        f"checkpoint's weights ({some})"
     ]
 
 
@@ -251,7 +322,7 @@ def _notes_on(shards: Mapping[str, Tokenized]) -> list[str]:
             if shard.dropped > len(shard):
                 own = len(shard) + shard.dropped
                 notes.append(f"{name} keeps {len(shard):,} of {own:,} examples")
-    return notes
+    return [*notes, *_notes_on_text(shards.values())]
 
 
 def _check_counts(experiment: Experiment, named: int, there: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hedgerow.data import Row
+from hedgerow.data import Records
 from hedgerow.errors import UserError
 from hedgerow.evaluation.measuring import derived
 from hedgerow.evaluation.metrics import metrics_of
@@ -18,7 +18,7 @@ from hedgerow.experiment import Experiment, apply_overrides, validate
 from hedgerow.methods.base import Method
 from hedgerow.model import Model, max_positions
 from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
-from hedgerow.runs.preparation import check_causal, load_test
+from hedgerow.runs.preparation import check_causal, load_test, notes_on_template
 from hedgerow.settings import DEFAULT_TEST, Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
 
@@ -205,12 +205,14 @@ def score_path(
     progress: Progress | None = None,
     *,
     load: Loader = Model.load,
-    held: Sequence[Row] | None = None,
+    held: Records | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Scores of a run's model after a round, or of a model folder; the arguments are `loaded`'s.
 
     Args:
         held: the test rows, where `data.test` is `(memory)`.
+        say: told what is unexpected about the prompts, as a date in them.
 
     Returns:
         The scores, and the names of the metrics that gave them.
@@ -220,6 +222,8 @@ def score_path(
     """
     with loaded(path, overrides, round, client, load) as it:
         test = load_test(it.data, it.evaluation, it.model, held)
+        for note in notes_on_template(test.template):
+            say(note)
         scored = {name: evaluate(it.model, test, it.evaluation, progress) for name in it.models()}
         metrics = it.evaluation.metrics
         return by_model(scored, metrics) | counts(test), metrics

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from hedgerow.data import load_template
 from hedgerow.data.sources import client_files
 from hedgerow.engines.flower import BASE
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
 from hedgerow.ledger import Base
 from hedgerow.model import Model
-from hedgerow.runs.preparation import check_fits
+from hedgerow.runs.preparation import check_fits, notes_on_template, with_date
 from hedgerow.settings import ClientFile
 
 EXPERIMENT = "experiment.yaml"
@@ -97,7 +98,8 @@ def init(
     Args:
         folder: made by this function.
         name: what Flower calls the app.
-        say: told what of the model the method leaves untrained.
+        say: told what of the model the method leaves untrained, and what is unexpected about
+            prompts.
 
     Raises:
         UserError: something in the experiment does not fit, or `folder` is taken.
@@ -113,11 +115,13 @@ def init(
         )
     model = Model.load(experiment.model)
     check_fits(experiment, model, len(clients))
+    words = load_template(experiment.data, model.tokenizer)
+    experiment = with_date(experiment, words.date)
     shapes = experiment.method.trained_shapes(model)
     file = _BaseFile(
         base=Base.of(model), trained={name: list(shape) for name, shape in shapes.items()}
     )
-    for note in experiment.method.left_out(model):
+    for note in [*notes_on_template(words), *experiment.method.left_out(model)]:
         say(note)
     folder.mkdir(parents=True, exist_ok=True)
     shared, template = _without_paths(experiment, clients)

@@ -26,7 +26,7 @@ from hedgerow.engines.flower.site import Site
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import Watcher
 from hedgerow.runs.directory import RunDirectory
-from hedgerow.runs.preparation import Prepared, prepare
+from hedgerow.runs.preparation import Prepared, prepare, with_date_of
 
 _sites: dict[Path, Site] = {}
 """What this actor's process has in memory, by the folder of the simulation."""
@@ -52,9 +52,11 @@ def run(
     tracking.check(experiment.tracking)
     if resume:
         RunDirectory.check_resumable(out, experiment)  # before everything is loaded
+        experiment = with_date_of(experiment, out)
     else:
         RunDirectory.check_free(out)
     prepared = prepare(experiment)
+    experiment = prepared.experiment
     for note in prepared.notes:
         watcher.say(note)
     names = [client.name for client in prepared.clients]

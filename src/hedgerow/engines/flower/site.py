@@ -167,7 +167,12 @@ class Site:
             raise Refused(f"the experiment has no client {name}, only {_listed(self._app.clients)}")
         if name not in self._examples:
             settings, tokenizer = self._experiment.data, self._model.tokenizer
-            self._data = self._data or ClientData(settings, tokenizer, self._seeds)
+            self._data = self._data or ClientData(
+                settings,
+                tokenizer,
+                self._seeds,
+                vocabulary_size=self._model.vocabulary_size,
+            )
             examples = self._data.tokenize(name)
             for note in notes_on_data(name, examples):
                 _say(name, note)
