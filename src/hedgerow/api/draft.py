@@ -179,6 +179,11 @@ def memory_model(network: Any, tokenizer: Any) -> dict[str, Any]:
         )
     if tokenizer is None:
         raise UserError("model= is a model in memory: give its tokenizer= as well")
+    if not hasattr(tokenizer, "eos_token_id") or not hasattr(tokenizer, "get_vocab"):
+        inner = ": give its .tokenizer" * hasattr(tokenizer, "tokenizer")
+        raise UserError(
+            f"tokenizer= must be a tokenizer of transformers, not {type(tokenizer).__name__}{inner}"
+        )
     dtype = str(network.dtype).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"model= is in {dtype}: convert it with model.float() or model.bfloat16()")
