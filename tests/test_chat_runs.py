@@ -168,9 +168,9 @@ def test_answers_end_where_the_template_ends_a_turn(
         tokenizer = AutoTokenizer.from_pretrained(model)
         tokenizer.add_tokens(["!"])
         tokenizer.save_pretrained(model)
-    scores, run = learnt(model, experiment, hedgerow, tmp_path)
+    scores, _ = learnt(model, experiment, hedgerow, tmp_path)
     assert scores["exact_match"] == 100
-    result = hedgerow("export", run, tmp_path / "merged", "--to", "merged")
+    result = hedgerow("export", tmp_path / "run", tmp_path / "merged", "--to", "merged")
     assert result.code == 0, result.err
     ends = json.loads((tmp_path / "merged/generation_config.json").read_text())["eos_token_id"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
