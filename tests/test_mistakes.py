@@ -66,16 +66,45 @@ def test_a_mistake_in_the_experiment(hedgerow, experiment, tmp_path, override, w
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[]", ["client_1.json"]),
         ("[{'a': 1}]", ["client_1.json", "line 1"]),
         ('[{"instruction": "x"}]', ["client_1.json", "output"]),
-        ('[{"instruction": "' + "x" * 99 + '", "output": "y"}]', ["client-001", "max_length"]),
     ],
 )
-def test_a_client_without_usable_data(hedgerow, experiment, tmp_path, content, words):
+def test_a_client_whose_data_are_a_mistake(hedgerow, experiment, tmp_path, content, words):
     path = experiment()
     (tmp_path / "client_1.json").write_text(content)
     check(hedgerow("run", path, "--out", tmp_path / "run"), *words)
+    assert not (tmp_path / "run").exists()
+
+
+UNUSABLE = [
+    ("[]", "holds no rows"),
+    ('[{"instruction": "x", "output": ""}]', "no answer"),
+    ('[{"instruction": "' + "x" * 99 + '", "output": "y"}]', "max_length"),
+]
+
+
+@pytest.mark.parametrize(("content", "why"), UNUSABLE)
+def test_a_client_without_usable_data_is_left_out(hedgerow, experiment, tmp_path, content, why):
+    """And the others keep their ranks."""
+    path = experiment(federation={"keep_updates": True})  # with ranks 4, 2 and 1
+    (tmp_path / "client_0.json").write_text(content)
+    result = hedgerow("run", path, "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert "1 client left out (client-000): " in result.out
+    assert why in result.out
+    for client, rank in (("client-001", 2), ("client-002", 1)):
+        file = tmp_path / f"run/updates/round-0001/{client}.safetensors"
+        tensors = safetensors.torch.load_file(file)
+        assert {t.shape[0] for name, t in tensors.items() if "lora_A" in name} == {rank}
+
+
+@pytest.mark.parametrize(("content", "why"), UNUSABLE)
+def test_a_run_needs_one_usable_client(hedgerow, experiment, tmp_path, content, why):
+    path = experiment()
+    for number in (0, 1, 2):
+        (tmp_path / f"client_{number}.json").write_text(content)
+    check(hedgerow("run", path, "--out", tmp_path / "run"), "client-000", why)
     assert not (tmp_path / "run").exists()
 
 

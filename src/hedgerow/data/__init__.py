@@ -4,7 +4,7 @@ from hedgerow.data.batches import batches, collate, epoch
 from hedgerow.data.clients import ClientData
 from hedgerow.data.in_memory import Held, as_records
 from hedgerow.data.partition import partition
-from hedgerow.data.rows import Message, Records, Row, Rows, check
+from hedgerow.data.rows import Message, NothingUsable, Records, Remarks, Row, Rows, check
 from hedgerow.data.sources import client_files, read
 from hedgerow.data.templates import Template
 from hedgerow.data.templates import load as load_template
@@ -15,7 +15,9 @@ __all__ = [
     "Example",
     "Held",
     "Message",
+    "NothingUsable",
     "Records",
+    "Remarks",
     "Row",
     "Rows",
     "Spool",

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from hedgerow.data.in_memory import Held
 from hedgerow.data.partition import partition
-from hedgerow.data.rows import Records, Row, check
+from hedgerow.data.rows import NothingUsable, Records, Remarks, Row, check
 from hedgerow.data.sources import client_files, read, share_of
 from hedgerow.data.templates import load as load_template
 from hedgerow.data.tokens import Spool, Tokenized
+from hedgerow.errors import UserError
 from hedgerow.names import MEMORY
 from hedgerow.seeds import Seeds
 
@@ -24,6 +25,10 @@ class ClientData:
     """The clients of an experiment, in their order, and their tokenised examples.
 
     Files are read one at a time; one source for all is read once.
+
+    Attributes:
+        names: all clients, in their order, whether their data can be used or not.
+        remarks: what is to be said of the rows that have been read.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class ClientData:
         self._settings, self._tokenizer, self._spool = settings, tokenizer, Spool()
         self._held = held or Held()
         self._template = load_template(settings.prompt, tokenizer)
+        self.remarks = Remarks()
         self._rows: Sequence[Row] = ()
         self._parts: Mapping[str, Sequence[int]] = {}
         if settings.clients is not None:
@@ -63,10 +69,13 @@ class ClientData:
         """Tokenise one client's examples.
 
         Raises:
-            UserError: they cannot be read, or nothing of them is left to learn from.
+            UserError: they cannot be read.
+            NothingUsable: nothing of them is left to learn from.
         """
         if name in self._parts:
             rows: Sequence[Row] = [self._rows[index] for index in self._parts[name]]
+            if not rows:
+                raise NothingUsable(f"{name}: `data.partition` gives it no row")
         else:
             own = self._held.clients.get(name)
             rows = self._read(str(self._files[name]), own)
@@ -80,6 +89,29 @@ class ClientData:
             loss_on=settings.loss_on,
         )
 
+    def tokenize_all(self) -> tuple[dict[str, Tokenized], dict[str, str]]:
+        """Tokenise every client's examples.
+
+        Returns:
+            Those of the clients that have any, by name; and why the others have none.
+
+        Raises:
+            UserError: a client's data cannot be read, or no client has anything to learn from.
+        """
+        shards: dict[str, Tokenized] = {}
+        reasons: dict[str, str] = {}
+        for name in self.names:
+            try:
+                shards[name] = self.tokenize(name)
+            except NothingUsable as error:
+                reasons[name] = str(error).removeprefix(f"{name}: ")
+        if not shards:
+            (name, why), others = next(iter(reasons.items())), len(reasons) - 1
+            raise UserError(
+                f"{name}: {why}" + (f" (and {others} more clients have none)" if others else "")
+            )
+        return shards, reasons
+
     def _read(self, source: str, held: Records | None) -> Sequence[Row]:
         """The rows of a source, or of what is held in memory."""
         settings = self._settings
@@ -87,4 +119,6 @@ class ClientData:
             records = share_of(held, settings.share)
         else:
             records = read(source, settings.split, settings.subset, settings.share)
-        return check(records, settings.fields)
+        rows = check(records, settings.fields)
+        self.remarks.update(rows.remarks)
+        return rows

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hedgerow.data.rows import Row
+from hedgerow.data.rows import NothingUsable, Row
 from hedgerow.data.templates import Template
 from hedgerow.errors import UserError
 
@@ -134,11 +134,11 @@ class Spool:
             loss_on: the tokens that carry loss.
 
         Raises:
-            UserError: there are no rows, no example has room for any of its answer, the tokenizer
-                has no EOS, or the disk is full.
+            NothingUsable: there are no rows, or no example has room for any of its answer.
+            UserError: the tokenizer has no EOS, or the disk is full.
         """
         if not rows:
-            raise UserError(f"{name}: has no examples: give it data, or leave it out")
+            raise NothingUsable(f"{name}: has no examples: give it data, or leave it out")
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "`model.path`: the tokenizer has no EOS token, so answers would have no end: set "
@@ -165,7 +165,7 @@ class Spool:
             starts += self._append(kept)
             lengths += map(len, kept)
         if not lengths:
-            raise UserError(
+            raise NothingUsable(
                 f"{name}: no label is left to learn from, since every prompt (the shortest has "
                 f"{shortest_prompt} tokens) fills `data.max_length` ({max_length}): raise it"
             )

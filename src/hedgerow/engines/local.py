@@ -6,7 +6,7 @@ their files. A client costs its trainables while it trains, and a few bytes an e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from hedgerow.runs.scoring import Progress, Scorer, load_test
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry
 
+MOST_NAMED = 10
+"""Clients that are named where several are left out for one reason."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -37,6 +40,10 @@ class Prepared:
     clients: list[Client]
     shards: dict[str, Tokenized]
     test: TestSet | None
+    names: Sequence[str] = ()
+    """Everybody whom the experiment names, in order; of `clients` some may be left out."""
+    remarks: Sequence[str] = ()
+    """Sentences on rows and clients that are left out."""
 
     @property
     def note(self) -> str:
@@ -53,7 +60,7 @@ class Prepared:
                 if shard.dropped > len(shard):
                     total = len(shard) + shard.dropped
                     note += f"\n{name} keeps {len(shard):,} of {total:,} examples"
-        return note
+        return "\n".join([note, *self.remarks])
 
 
 def prepare(
@@ -73,22 +80,36 @@ def prepare(
     check_max_length(model, experiment.data.max_length)
     held = held or Held()
     data = ClientData(experiment.data, model.tokenizer, Seeds(experiment.federation.seed), held)
-    shards = {name: data.tokenize(name) for name in data.names}
-    experiment.method.check(model, len(shards), experiment.training)
+    shards, unusable = data.tokenize_all()
+    remarks = [*data.remarks.sentences(), *left_out(unusable)]
+    experiment.method.check(model, len(data.names), experiment.training)
     if experiment.method.pools_data:
         shards = {"pooled": Tokenized.concatenate(list(shards.values()))}
-    clients = [
-        Client(index, name, len(shard)) for index, (name, shard) in enumerate(shards.items())
-    ]
+    places = {name: index for index, name in enumerate(data.names)}  # also of those left out
+    clients = [Client(places.get(name, 0), name, len(shard)) for name, shard in shards.items()]
     wanted = experiment.federation.clients_per_round
-    if wanted is not None and wanted > len(clients) and not experiment.method.pools_data:
+    if wanted is not None and wanted > len(data.names) and not experiment.method.pools_data:
         raise UserError(
-            f"federation.clients_per_round: {wanted} is above the {len(clients)} clients there are"
+            f"federation.clients_per_round: {wanted} is above the {len(data.names)} clients there "
+            "are"
         )
     test = None
     if experiment.data.test is not None:
         test = load_test(experiment.data, experiment.evaluation, model, held.test)
-    return Prepared(model, Base.of(model), clients, shards, test)
+        remarks += [f"test data: {sentence}" for sentence in test.remarks]
+    return Prepared(model, Base.of(model), clients, shards, test, data.names, remarks)
+
+
+def left_out(unusable: Mapping[str, str]) -> list[str]:
+    """Sentences on clients that are left out, by name, one for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in unusable.items():
+        by_reason.setdefault(why, []).append(name)
+    return [
+        f"{len(names)} {'client' if len(names) == 1 else 'clients'} left out "
+        f"({', '.join(names[:MOST_NAMED])}{' …' if len(names) > MOST_NAMED else ''}): {why}"
+        for why, names in by_reason.items()
+    ]
 
 
 class LocalFleet:

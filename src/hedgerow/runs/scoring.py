@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ def load_test(
     """
     rows = test_rows(text, settings, held)
     check_positions(model, settings)
-    return TestSet.prepare(rows, text, settings, model.tokenizer)
+    test = TestSet.prepare(rows, text, settings, model.tokenizer)
+    return replace(test, remarks=rows.remarks.sentences())
 
 
 def test_rows(

@@ -6,7 +6,7 @@ import collections
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class FlowerFleet:
     Args:
         grid: Flower's.
         names: the experiment's clients, in their order.
+        absent: those that are not waited for.
         run: names the run to the sites.
         folder: where updates wait on disk until they are aggregated.
         scorer: the server's own copy of the model, or None where it has none.
@@ -77,6 +78,7 @@ class FlowerFleet:
         grid: Grid,
         experiment: Experiment,
         names: Sequence[str],
+        absent: Collection[str],
         ledger: Ledger,
         run: str,
         folder: Path,
@@ -85,6 +87,7 @@ class FlowerFleet:
     ) -> None:
         self._grid, self._method, self._ledger = grid, experiment.method, ledger
         self._settings, self._names = experiment.federation, list(names)
+        self._awaited = [name for name in names if name not in absent]
         self._run, self._folder, self._scorer, self._say = run, folder, scorer, say
         # Of float32 numbers; an adapter of full rank has up to twice as many as its matrix.
         numbers = sum(math.prod(shape) for shape in ledger.trained.values())
@@ -109,7 +112,7 @@ class FlowerFleet:
         """Wait until every client has joined, or for so many seconds."""
         self._began = True
         began = said = time.monotonic()
-        while missing := [name for name in self._names if name not in self._members]:
+        while missing := [name for name in self._awaited if name not in self._members]:
             self._invite()
             now = time.monotonic()
             if now - said > 30:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +79,7 @@ def serve(
     model: Model | None,
     test: TestSet | None,
     data: Mapping[str, str] | None = None,
+    absent: Collection[str] = (),
 ) -> None:
     """Run an experiment on a grid, or go on with the run that is in `out`.
 
@@ -86,6 +87,7 @@ def serve(
         loaded: with the server's own paths in its experiment.
         model: the base, to score the global model; None scores nothing.
         data: digests of the clients' data, where the server may know them.
+        absent: clients that are not waited for, as none of their rows can be used.
 
     Raises:
         UserError: something in the experiment or in `out` is wrong.
@@ -109,6 +111,7 @@ def serve(
                 grid,
                 experiment=experiment,
                 names=loaded.clients,
+                absent=absent,
                 ledger=directory.ledger,
                 run=_run_name(directory),
                 folder=arrived,

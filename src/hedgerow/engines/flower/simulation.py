@@ -63,7 +63,7 @@ def run(
         experiment=experiment,
         base=prepared.base,
         trained=experiment.method.trained_shapes(prepared.model),
-        clients=names,
+        clients=list(prepared.names),
     )
     logging.getLogger("flwr").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="hedgerow-sites-") as folder:
@@ -71,7 +71,8 @@ def run(
 
         def main(grid: Grid, context: Context) -> None:
             data = {name: shard.digest() for name, shard in prepared.shards.items()}
-            serve(grid, app, out, watcher, prepared.model, prepared.test, data)
+            absent = set(prepared.names).difference(names)
+            serve(grid, app, out, watcher, prepared.model, prepared.test, data, absent)
 
         server.main()(main)
 

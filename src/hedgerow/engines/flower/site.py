@@ -166,6 +166,8 @@ class Site:
             settings, tokenizer = self._experiment.data, self._model.tokenizer
             self._data = self._data or ClientData(settings, tokenizer, self._seeds)
             examples = self._data.tokenize(name)
+            for sentence in self._data.remarks.sentences():
+                _say(name, sentence)
             path = self._place / "updates" / name / "data.sha256"
             if path.exists() and path.read_text() != examples.digest():
                 raise Refused("its data have changed since the run began")
