@@ -8,7 +8,8 @@ from support.runs import rows_of
 
 from hedgerow.evaluation.metrics.bleu import Bleu
 from hedgerow.evaluation.scores import answers
-from hedgerow.runs.scoring import load_test, loaded
+from hedgerow.runs.preparation import load_test
+from hedgerow.runs.scoring import loaded
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ import pytest
 from support.runs import rows_of
 
 from hedgerow.comparison import Cell, Outcome, plan
+from hedgerow.evaluation.metrics import scores_of
 from hedgerow.experiment import Experiment, load, split_at
+from hedgerow.reporting import tables
 from hedgerow.reporting.tables import default_target, summarise
 from hedgerow.settings import EvaluationSettings
 
@@ -212,3 +214,12 @@ def test_long_and_odd_options_have_folders_of_their_own(experiment, tmp_path):
     folders = [cell.folder.name for cell in cells]
     assert len(set(folders)) == 3
     assert max(map(len, folders)) < 200
+
+
+def test_scores_of_runs_that_have_diverged_are_said():
+    row = {"method": "flora", "seeds": 2, "failed": 0, "bytes_up": 1, "bytes_down": 1, "seconds": 1}
+    table = [row | {"eval_loss": 2.0}, row | {"eval_loss": None}]
+    table += [row | {"eval_loss": None, "seeds": 0, "failed": 2}]
+    scores = scores_of(["loss"])
+    shown = tables.shown(table, [], {"eval_loss": scores["eval_loss"]})
+    assert shown["loss"].tolist() == ["2", "nan", "-"]

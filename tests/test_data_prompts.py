@@ -2,9 +2,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hedgerow.data.rows import Row
-from hedgerow.data.templates import TextTemplate, load
+from hedgerow.data.rows import Message, Row
+from hedgerow.data.templates import TextTemplate, in_turns, load
 from hedgerow.errors import UserError
+from hedgerow.settings import TemplateSettings, TextSettings
+from hedgerow.testing.models import byte_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
@@ -12,28 +14,16 @@ CHATML = (
 )
 
 
-class Chat:
-    """Renders a chat template as a tokenizer does."""
-
-    eos_token = "<|end|>"
-
-    def __init__(self, template):
-        self.chat_template = template
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        assert not tokenize
-        texts, _ = render_jinja_template(
-            [messages],
-            chat_template=self.chat_template,
-            add_generation_prompt=add_generation_prompt,
-        )
-        return texts[0]
+def named(prompt, template=None, **settings):
+    """The template of a name, of a tokenizer of bytes whose chat template this is."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    return load(TextSettings(prompt=prompt, template=TemplateSettings(**settings)), tokenizer)
 
 
 def test_alpaca_word_for_word():
-    template = load("alpaca", None)
+    template = named("alpaca")
     assert template.prompt(Row("Add.", "2 and 3", "5")) == (
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n"
@@ -44,7 +34,8 @@ def test_alpaca_word_for_word():
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Response:\n"
     )
-    assert template.answer(Row("Add.", output="5")) == "5"
+    prompt = template.prompt(Row("Add."))
+    assert template.example(Row("Add.", output="5")) == (prompt, "5")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +50,7 @@ def test_alpaca_word_for_word():
     ],
 )
 def test_short_templates(name, with_input, without):
-    template = load(name, None)
+    template = named(name)
     assert template.prompt(Row("Q", "C")) == with_input
     for row in [Row("Q", " \n"), Row("Q")]:
         assert template.prompt(row) == without
@@ -75,7 +66,7 @@ def test_values_are_never_read_as_templates(instruction, context):
 def test_template_file(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text('{"ask": "{instruction}"{?input}, "of": "{input}"{/input}}\n', encoding="utf-8")
-    template = load(str(path), None)
+    template = named(str(path))
     assert template.prompt(Row("Why?", "sky")) == '{"ask": "Why?", "of": "sky"}\n'
     assert template.prompt(Row("Why?")) == '{"ask": "Why?"}\n'
 
@@ -95,26 +86,80 @@ def test_bad_template_files(tmp_path, text, message):
     path = tmp_path / "mine.txt"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=rf"mine\.txt: {message}"):
-        load(str(path), None)
+        named(str(path))
 
 
 def test_unknown_name():
     with pytest.raises(UserError, match=r"alpacca is neither a file .* nor one of alpaca, "):
-        load("alpacca", None)
+        named("alpacca")
+
+
+def test_a_template_file_may_have_a_bom(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("{instruction}\n", encoding="utf-8-sig")
+    assert named(str(path)).prompt(Row("Why?")) == "Why?\n"
+
+
+@pytest.mark.parametrize("text", [CHATML, "{{ messages[0]['content'] }}", "{{instruction}}\n"])
+def test_a_jinja_file_gets_a_sentence(text, tmp_path):
+    path = tmp_path / "chat_template.jinja"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"chat_template\.jinja: is written in Jinja.* data\.prompt"
+    ):
+        named(str(path))
+
+
+def test_earlier_turns_in_a_text():
+    history = (Message("system", "Be brief."), Message("user", "One"), Message("assistant", "1"))
+    assert named("alpaca-short").prompt(Row("Two", "2", history=history)) == (
+        "Be brief.\n\n### Instruction:\nOne\n\n### Response:\n1\n\n"
+        "### Instruction:\nTwo\n\n### Input:\n2\n\n### Response:\n"
+    )
+    assert in_turns(["One", "1", "Two"]) == Row("Two", history=history[1:])
 
 
 def test_chat():
-    template = load("chat", Chat(CHATML))
+    template = named("chat", CHATML)
+    prompt = "<|user|>Add.\n\n2 and 3<|end|>\n<|assistant|>"
     row = Row("Add.", "2 and 3", "5")
-    assert template.prompt(row) == "<|user|>Add.\n\n2 and 3<|end|>\n<|assistant|>"
-    assert template.answer(row) == "5<|end|>"
+    assert template.prompt(row) == prompt
+    assert template.example(row) == (prompt, "5<|end|>")
+
+
+def test_one_of_several_chat_templates():
+    other = CHATML.replace("user", "human")
+    both = {"rag": CHATML, "tool_use": other}
+    assert named("chat", both, name="rag").prompt(Row("a")).startswith("<|user|>a")
+    with_default = {"default": CHATML, "rag": CHATML.replace("<|end|>", "<|rag|>")}
+    assert named("chat", with_default).prompt(Row("a")) == "<|user|>a<|end|>\n<|assistant|>"
+    assert named("chat", {"only": CHATML}).prompt(Row("a")).startswith("<|user|>a")
+    for several, name, message in [
+        (both, None, r"`data\.template\.name`: .* several chat templates \(rag, tool_use\)"),
+        (both, "rga", r"no chat template 'rga', did you mean `rag`\?.* one of rag, tool_use"),
+        (CHATML, "rag", r"`data\.template\.name`: 'rag': .* has one chat template"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            named("chat", several, name=name)
 
 
 def test_chat_mistakes():
     for chat_template, message in [
         (None, "has no chat template"),
-        (CHATML.replace("<|assistant|>{%", "<|bot|>{%"), "does not continue its own prompt"),
         ("{{ raise_exception('only system') }}", "fails .*only system"),
     ]:
         with pytest.raises(UserError, match=message):
-            load("chat", Chat(chat_template))
+            named("chat", chat_template)
+
+
+def test_another_begin_of_answers_in_generation():
+    template = named("chat", CHATML.replace("<|assistant|>{%", "<|bot|>{%"))
+    assert template.prompt(Row("a")).endswith("<|assistant|>")
+    assert "'bot|>'" in template.notes[0]
+    assert "'assistant|>'" in template.notes[0]
+
+
+@pytest.mark.parametrize("date", ["2026-13-01", "tomorrow", 2026])
+def test_a_date_is_a_day(date):
+    with pytest.raises(ValueError, match="is no day: write it as 2026-11-25"):
+        TemplateSettings(date=date)

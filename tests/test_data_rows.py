@@ -2,8 +2,8 @@
 
 import pytest
 
-from hedgerow.data.rows import NothingUsable, Records, Row, check
-from hedgerow.errors import UserError
+from hedgerow.data.rows import Records, Row, check
+from hedgerow.errors import NothingToLearn, UserError
 from hedgerow.settings import Fields
 
 ROWS = [{"instruction": "Add, please", "output": "5"}, {"instruction": "“Hi”\n", "output": "x"}]
@@ -52,7 +52,7 @@ def test_a_row_without_an_answer_is_left_out_and_counted(empty):
     assert [row.number for row in rows] == [1, 2]
     assert rows.remarks.sentences() == ["1 row left out: no answer (first: a.json row 3)"]
     assert len(checked([{"instruction": "Why?", "output": empty}], answered=False)) == 1
-    with pytest.raises(NothingUsable, match="no row can be used: 1 row left out: no answer"):
+    with pytest.raises(NothingToLearn, match="no row can be used: 1 row left out: no answer"):
         checked([{"instruction": "Why?", "output": empty}])
 
 

@@ -1,7 +1,6 @@
 import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +9,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from hedgerow.data.encoding import Encoder
 from hedgerow.data.rows import Row
 from hedgerow.data.templates import TextTemplate
 from hedgerow.data.tokens import Spool, Tokenized
 from hedgerow.errors import UserError
 
 TEMPLATE = TextTemplate("{instruction}", "test")
-BOS, EOS = 1, 2
+UNKNOWN, BOS, EOS = 0, 1, 2
 
 
 def build(special="<s> $A", **tokens):
@@ -28,7 +28,9 @@ def build(special="<s> $A", **tokens):
         single=special, special_tokens=[("<s>", BOS), ("</s>", EOS)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=4, **{"eos_token": "</s>"} | tokens
+        tokenizer_object=tokenizer,
+        model_max_length=4,
+        **{"eos_token": "</s>", "unk_token": "<unk>"} | tokens,
     )
 
 
@@ -44,7 +46,8 @@ def row(prompt, answer):
 
 
 def tokenize(rows, spool=None, tokenizer=TOKENIZER, max_length=12, loss_on="answer"):
-    return (spool or Spool()).tokenize("ward", rows, TEMPLATE, tokenizer, max_length, loss_on)
+    encoder = Encoder(TEMPLATE, tokenizer)
+    return (spool or Spool()).tokenize("ward", rows, encoder, max_length, loss_on)
 
 
 def test_an_example():
@@ -60,14 +63,14 @@ def test_eos_stands_at_the_end_and_nowhere_else():
     tokenizer = build("<s> $A </s>")
     assert tokenize([row(2, 1)], tokenizer=tokenizer)[0].tokens.tolist() == [BOS, 3, 4, 3, EOS]
     answer = Row("w0", output="w1 </s>")
-    assert tokenize([answer])[0].tokens.tolist() == [BOS, 3, 4, EOS]
+    tokenized = tokenize([answer, row(1, 1)])
+    assert tokenized[0].tokens.tolist() == [BOS, 3, 4, UNKNOWN, EOS]
+    assert (tokenized.spelt, tokenized.unknown) == (1, 1)
 
 
 def test_a_template_with_special_tokens_gets_no_others():
-    template = SimpleNamespace(
-        has_special_tokens=True, prompt=lambda r: "<s> " + r.instruction, answer=lambda r: r.output
-    )
-    tokenized = Spool().tokenize("ward", [row(1, 1)], template, TOKENIZER, 12, "answer")
+    template = TextTemplate("<s> {instruction}", "test")
+    tokenized = Spool().tokenize("ward", [row(1, 1)], Encoder(template, TOKENIZER), 12, "answer")
     assert tokenized[0].tokens.tolist() == [BOS, 3, 3, EOS]
 
 

@@ -1,4 +1,6 @@
+import json
 import logging
+import math
 import sys
 
 import numpy as np
@@ -16,12 +18,15 @@ from transformers import (
     MambaConfig,
 )
 
+from hedgerow.console import named_scores
+from hedgerow.console import score as console_score
 from hedgerow.data import Records, Row, check, collate, read
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import check_positions, generate
 from hedgerow.evaluation.choices import log_likelihoods, read_question
 from hedgerow.evaluation.metrics.final_answer import FinalAnswer
 from hedgerow.evaluation.scores import TestSet, evaluate
+from hedgerow.files import to_json
 from hedgerow.model import Model, max_positions
 from hedgerow.settings import DataSettings, EvaluationSettings, Fields, ModelSettings
 from hedgerow.training.loss import batch_loss
@@ -181,6 +186,71 @@ def test_progress_reaches_its_total(model):
     total = 4 + 4 + (2 + 3 + 2)
     assert steps[-1] == (total, total)
     assert steps == sorted(set(steps))
+
+
+def test_groups_of_values_that_are_no_texts(model):
+    kinds = [None, True, float("nan"), "x" * 300]
+    rows = [row | {"kind": kind} for row, kind in zip(ROWS, kinds, strict=True)]
+    scores = score(model, rows, metrics=["loss"], by="kind")
+    assert list(scores["eval_loss_by"]) == ["null", "true", "x" * 300]
+
+
+def test_a_model_that_has_diverged_has_no_accuracy_and_no_nan_in_its_json(taught):
+    weight = taught.network.lm_head.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(math.nan)
+        scores = score(taught, metrics=["loss", "multiple_choice"])
+        weight.copy_(before)
+    assert math.isnan(scores["eval_loss"])
+    assert math.isnan(scores["accuracy"])
+    assert json.loads(to_json(scores), parse_constant=pytest.fail)["eval_loss"] is None
+    named = named_scores(json.loads(to_json(scores)), ["loss", "multiple_choice"])
+    assert {label: console_score(value) for label, value in named.items()} == {
+        "loss": "nan",
+        "perplexity": "nan",
+        "accuracy": "nan",
+        "accuracy (normalised)": "nan",
+        "chance": "44.44",
+    }
+
+
+def test_a_folder_s_scores_are_json_whatever_they_are(hedgerow, folder, tmp_path, model):
+    model.network.lm_head.weight.fill_(math.nan)
+    model.network.save_pretrained(tmp_path / "nan")
+    model.tokenizer.save_pretrained(tmp_path / "nan")
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    command = ["evaluate", tmp_path / "nan", "data.prompt=plain", "data.max_length=64"]
+    command += ["--data", tmp_path / "rows.json", "--by", "kind"]
+    result = hedgerow(*command, "--json")
+    assert result.code == 0, result.err
+    scores = json.loads(result.out, parse_constant=pytest.fail)
+    assert (scores["eval_loss"], scores["eval_loss_by"]) == (None, {"a": None, "b": None})
+    assert "nan" in hedgerow(*command).out
+
+
+def test_answers_end_before_a_stop(taught):
+    prompts = [
+        np.array(taught.tokenizer(f"{row['instruction']}\n\n{row['input']}\n\n")["input_ids"])
+        for row in ROWS[:2]
+    ] + [np.array(taught.tokenizer("Why?\n\n")["input_ids"])]
+    prompts = [prompt.astype(np.int32) for prompt in prompts]
+    whole, _ = generate(taught, prompts, 32, 3, lambda count: None)
+    assert whole == ["B. big sky", "A. oak", "because it is so"]
+    steps = []
+    taught.network.register_forward_hook(lambda *_: steps.append(1))
+    cut, _ = generate(taught, prompts, 32, 3, lambda count: None, stop=[" is", "sky", "oak"])
+    assert cut == ["B. big ", "A. ", "because it"]
+    assert len(steps) < len(" because it is so")
+    assert generate(taught, prompts, 32, 3, lambda count: None, stop=["B", "zz"])[0][0] == ""
+    stopped = score(taught, metrics=["exact_match"], max_new_tokens=32, stop=" is so")
+    assert stopped["exact_match"] == 75
+
+
+@pytest.mark.parametrize("stop", [[""], [1], {"a": 1}])
+def test_stops_that_are_no_texts(stop):
+    with pytest.raises(ValueError, match="a list of texts that are not empty"):
+        EvaluationSettings(stop=stop)
 
 
 def test_a_missing_column_is_named(model):
@@ -345,10 +415,78 @@ def test_any_options_are_told_apart(texts, data):
 def test_choices_may_be_given_as_a_list():
     assert ask("", "", choices=["x", "y"], answer=1).right == 1
     assert ask("", "", choices=["x", 2], answer="B").candidates == ("x", "2")
-    for wrong in [2, -1, "C", "", None, "x", 1.5]:
+    for wrong in [2, -1, "C", "", None, "z", 1.5]:
         assert ask("", "", choices=["x", "y"], answer=wrong) is None
     assert ask("", "", choices=["x"], answer=0) is None
     assert ask("", "", choices="xy", answer=0) is None
+
+
+FOUR = ["one", "two", "three", "four"]
+FORMS = {
+    "HellaSwag": {"endings": FOUR, "label": "2"},
+    "ARC": {"choices": {"text": FOUR, "label": ["A", "B", "C", "D"]}, "answerKey": "C"},
+    "ARC, numbered": {"choices": {"text": FOUR, "label": ["1", "2", "3", "4"]}, "answerKey": "3"},
+    "ARC, raw": {
+        "choices": [
+            {"text": text, "label": label} for text, label in zip(FOUR, "ABCD", strict=True)
+        ],
+        "answerKey": "C",
+    },
+    "MMLU": {"choices": FOUR, "answer": 2},
+    "MMLU, letters": {"choices": FOUR, "answer": "(c)."},
+    "a text": {"choices": FOUR, "answer": "three"},
+    "the output": {"choices": FOUR, "output": "three"},
+    "MedQA": {"options": dict(zip("ABCD", FOUR, strict=True)), "answer": "three"},
+    "CSV, JSON": {"choices": '["one", "two", "three", "four"]', "answer": "2"},
+    "CSV, as pandas writes it": {"choices": "['one', 'two', 'three', 'four']", "answer": "C"},
+    "CSV, columns": dict(zip("ABCD", FOUR, strict=True)) | {"answer": "C"},
+    "CSV, fewer options": dict(zip("ABCDE", [*FOUR, ""], strict=True)) | {"answer": "C"},
+    "a column with nulls": {"choices": [*FOUR, None], "answer": 2.0},
+}
+
+
+@pytest.mark.parametrize("row", FORMS.values(), ids=FORMS)
+def test_options_come_in_many_forms(row):
+    question = read_question(Row("Q", output=str(row.get("output", "")), columns=row))
+    assert (question.candidates, question.right) == (tuple(FOUR), 2)
+
+
+def test_options_in_the_columns_of_a_table(hedgerow, folder, tmp_path):
+    table = "question,A,B,C,answer\nWhich?,sea,sky,,B\nWho?,x,y,z,A\nWhat?,x,,z,A\n"
+    (tmp_path / "mc.csv").write_text(table)
+    command = ["evaluate", folder, "data.prompt=plain", "data.fields.instruction=question"]
+    command += ["--data", tmp_path / "mc.csv", "--metrics", "multiple_choice", "--json"]
+    result = hedgerow(*command)
+    assert result.code == 0, result.err
+    scores = json.loads(result.out)
+    assert (scores["rows"], scores["skipped"]) == (3, 1)
+    assert scores["accuracy_chance"] == pytest.approx(100 * (1 / 2 + 1 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"choices": ["2", "4", "1"], "answer": "2"},  # the text, or the third
+        {"choices": ["B", "A"], "answer": "A"},
+        {"choices": ["same", "same"], "answer": "same"},
+        {"choices": ["x", None, "y"], "answer": 0},
+        {"choices": {"text": ["x", "y"], "label": ["A"]}, "answer": "A"},
+        {"endings": ["x", "y"], "label": ""},
+        {"choices": "x, y", "answer": 0},
+        {"choices": ["x", "y"], "answer": True},
+        {"A": "x", "answer": "A"},
+    ],
+)
+def test_options_or_answers_that_can_be_read_in_two_ways_or_none_are_none(row):
+    assert read_question(Row("Q", output=str(row.get("output", "")), columns=row)) is None
+
+
+def test_answers_that_count_from_one_are_an_error(model):
+    rows = [{"instruction": "Q", "choices": ["x", "y"], "answer": answer} for answer in (1, 2)]
+    with pytest.raises(UserError, match=r"test\.json: row 2: the answer 2 is none of 2 options"):
+        prepare(model, rows, metrics=["multiple_choice"])
+    rows.append(rows[0] | {"answer": 0})
+    assert prepare(model, rows, metrics=["multiple_choice"])[0].skipped == 1
 
 
 CHOICES = [["a", "Some more", "b"], ["Kite", "no"], ["an oak", "ash", "fir"], ["x", "y", "zebra"]]

@@ -7,6 +7,7 @@ from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load, validate
 from hedgerow.experiment.file import parse_yaml
 from hedgerow.experiment.overrides import split_override
+from hedgerow.methods import FLoRA
 
 
 def test_a_dump_loads_to_the_same_experiment(experiment, tmp_path):
@@ -119,3 +120,111 @@ def test_every_default_is_written_out(experiment):
     content = yaml.safe_load(load(experiment()).dump())
     assert content["training"]["optimizer"] == "adamw"
     assert content["method"]["targets"] == "all-linear"
+
+
+PLAIN = {
+    "training.steps=1:30": "`training.steps`: must be a whole number, not '1:30'",
+    "training.steps=yes": "`training.steps`: must be a whole number, not 'yes'",
+    "training.steps=true": "`training.steps`: must be a number, not true",
+    "training.steps=[1]": "`training.steps`: must be a whole number, not [1]",
+    "training.steps={a: 1}": """`training.steps`: must be a whole number, not {"a": 1}""",
+    "training.steps=2020-01-01": "must be a whole number, not '2020-01-01'",
+    "training.learning_rate=null": "`training.learning_rate`: must be a number, not null",
+    "training.learning_rate=on": "`training.learning_rate`: must be a number, not 'on'",
+    "training=null": "`training`: must be a mapping, not null",
+    "training.optimizer={name: adamw, betas: 0.9}": "betas`: must be a list, not 0.9",
+    "training.optimizer={name: adamw, amsgrad: 3}": "must be true or false, not 3",
+    "training.optimizer={name: adamw, 5: 6}": "a name must be a text: write it in quotes, as '5'",
+    "method={name: flora, 5: 6}": "`method.5` is not a known key",
+    "method.ranks=true": "`method.ranks`: must be a number, not true",
+    "method.alpha=off": "a multiple of the rank such as 2r, not 'off'",
+    "federation.deadline=10m": "`federation.deadline`: must be a number, not '10m'",
+    "federation={rounds: 1, 5: 6}": "`federation.5`: must have a text as its name",
+    "about=[" + "9" * 5000 + "]": "the number is too large",
+    "about=" + "[" * 5000: "nested too deeply",
+    "training={steps: 2": "line 1, column 10: a { is not closed",
+}
+
+
+@pytest.mark.parametrize("change", PLAIN, ids=lambda change: change[:40])
+def test_a_mistake_is_told_in_plain_words(experiment, change):
+    with pytest.raises(UserError) as told:
+        load(experiment(), [change])
+    assert PLAIN[change] in str(told.value)
+    for word in ("nput should", "valid", "string", "tuple", "type"):
+        assert word not in str(told.value).replace("is not valid YAML", "")
+
+
+YAML = {
+    "training: {steps: 010}": ("training", "steps", 10),
+    "training: {steps: 1_000}": ("training", "steps", 1000),
+    "training: {steps: 0x10}": ("training", "steps", 16),
+    "training: {steps: 1e1}": ("training", "steps", 10),
+    "training: {learning_rate: 1e-3}": ("training", "learning_rate", 0.001),
+    "training: {learning_rate: 1E+0}": ("training", "learning_rate", 1.0),
+    "method: {name: flora, alpha: 1e1}": ("method", "alpha", 10.0),
+    "federation: {keep_updates: yes}": ("federation", "keep_updates", True),
+    "federation: {keep_updates: off}": ("federation", "keep_updates", False),
+    "tracking: {name: no}": ("tracking", "name", "no"),
+    "tracking: {name: 2026-01-01}": ("tracking", "name", "2026-01-01"),
+    "tracking: {name: 12:30}": ("tracking", "name", "12:30"),
+    "tracking: {<<: {name: merged}}": ("tracking", "name", "merged"),
+}
+
+
+@pytest.mark.parametrize("text", YAML)
+def test_scalars_are_what_they_look_like_and_survive_a_resolved_experiment(
+    experiment, tmp_path, text
+):
+    path, (section, key, value) = experiment(), YAML[text]
+    content = yaml.safe_load(path.read_text())
+    content.pop(section, None)
+    path.write_text(f"{yaml.safe_dump(content)}{text}\n")
+    found = load(path)
+    assert getattr(getattr(found, section), key) == value
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(found.dump())
+    assert load(resolved) == found
+
+
+@pytest.mark.parametrize(
+    "name", ["on", "no", "1e5", "012", "1:30", "null", "~", "1.0", "2020-01-01"]
+)
+def test_a_text_is_quoted_where_a_reader_of_yaml_might_take_it_for_more(experiment, tmp_path, name):
+    found = load(experiment(), [f"tracking.name='{name}'"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(found.dump())
+    assert load(resolved).tracking.name == name
+    assert yaml.safe_load(found.dump())["tracking"]["name"] == name
+
+
+BROKEN = {
+    "": "is empty",
+    "# a comment": "is empty",
+    "a:\n\tb: 1": "line 2, column 1: a tab stands where only spaces may",
+    "a: b: c": "line 1, column 5: a colon stands where none may",
+    "a: 1\na: 2": "line 2, column 1: the name 'a' stands twice",
+    "a: 1\n---\nb: 2": "line 2, column 1: a second document begins",
+    "a: *b": "line 1, column 4: found undefined alias 'b'",
+    "? [1, 2]\n: 3": "line 1, column 3: a key must be a text or a number",
+    "a: !foo x": "the tag !foo is not known",
+    'a: "x': "a quote that was opened is not closed",
+    "a:\n  b: 1\n c: 2": "line 3, column 2: a key is indented otherwise",
+    "a: \x07": "character 4 cannot be shown",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_what_is_no_yaml_is_told_with_its_place(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError) as told:
+        load(tmp_path / "x.yaml")
+    assert BROKEN[text] in str(told.value)
+    assert "unicode string" not in str(told.value)
+
+
+def test_a_method_that_is_made_in_python_says_what_is_wrong_in_the_same_words():
+    with pytest.raises(UserError, match=r"`method.rank` is not a known key, did you mean `ranks`"):
+        FLoRA(rank=3)
+    with pytest.raises(UserError, match=r"`method.ranks`: must be a whole number or a list"):
+        FLoRA(ranks="x")

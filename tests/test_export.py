@@ -1,15 +1,24 @@
 """Exports load in the tools that people have, and are what was evaluated."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from support.models import logits
-from support.runs import rows_of
-from transformers import AutoModelForCausalLM
+from support.runs import rows_of, run_hedgerow
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import hedgerow as hr
+from hedgerow import pretrained
+from hedgerow.errors import UserError
+from hedgerow.loading import name_of
 
 
 def run_and_export(hedgerow, experiment, tmp_path, *changes, exports=(("merged",), ("adapter",))):
@@ -93,7 +102,8 @@ def test_an_adapters_rank_is_the_sum_of_what_was_stacked_or_what_is_asked(
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 2 * (4 + 2 + 1)
     out = tmp_path / "rank"
-    assert hedgerow("export", run, out, "--to", "adapter", "--rank", 3).code == 0
+    result = hedgerow("export", run, out, "--to", "adapter", "--rank", 3)
+    assert "rank 3 (vLLM: --max-lora-rank 16)" in result.out
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 3
     # All of a full-rank stack's energy is in as many directions as the matrix has.
     out = tmp_path / "energy"
@@ -171,3 +181,255 @@ def test_a_card_says_how_but_not_where_the_data_lies(hedgerow, experiment, tmp_p
         assert "base_model: tiny" in card
         assert "ranks:" in card
         assert str(tmp_path) not in card
+
+
+# --- files that others read ---------------------------------------------------------------------
+
+
+def own_files(base: Path, folder: Path) -> None:
+    """A base as transformers 4 writes them, and beside it what an export has to leave alone."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"] * 50
+    config["torch_dtype"] = config.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokenizer["extra"] = "ü"
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    generation = {"temperature": 0.6, "do_sample": False, "eos_token_id": [1]}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    for name in ("modeling_x.py", "tokenization_x.py", "pytorch_model.bin", "tokenizer.pkl"):
+        (folder / name).write_text("raise SystemExit")
+
+
+def test_a_merged_export_has_the_bases_own_files(hedgerow, experiment, tmp_path, tiny_model):
+    base = tmp_path / "a base, ü"
+    own_files(tiny_model, base)
+    run_and_export(hedgerow, experiment, tmp_path, f"model.path={base}", exports=[("merged",)])
+    merged = tmp_path / "merged"
+    kept = {"config", "generation_config", "special_tokens_map", "tokenizer", "tokenizer_config"}
+    names = {f"{name}.json" for name in kept} | {"chat_template.jinja"}
+    assert {path.name for path in merged.iterdir()} == {*names, "model.safetensors", "README.md"}
+    for name in names:
+        assert (merged / name).read_bytes() == (base / name).read_bytes(), name
+
+
+def test_of_a_configuration_that_names_another_dtype_only_that_changes(
+    hedgerow, experiment, tmp_path, tiny_model
+):
+    base = tmp_path / "base"
+    own_files(tiny_model, base)
+    config = json.loads((base / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+    (base / "config.json").write_text(json.dumps(config))
+    run_and_export(hedgerow, experiment, tmp_path, f"model.path={base}", exports=[("merged",)])
+    made = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert list(made.items()) == list((config | {"torch_dtype": "float32"}).items())
+
+
+def test_a_base_that_only_transformers_5_reads_gets_the_words_of_4_as_well(
+    hedgerow, experiment, tmp_path, tiny_model
+):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "x.X"}, "note": "ü"}
+    config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+    (base / "config.json").write_text(json.dumps(config))
+    file = base / "tokenizer_config.json"
+    own = json.loads(file.read_text()) | {"extra_special_tokens": ["a"]}
+    file.write_text(json.dumps(own))
+    run_and_export(hedgerow, experiment, tmp_path, f"model.path={base}", exports=[("merged",)])
+    made = json.loads((tmp_path / "merged" / "config.json").read_text())
+    del config["auto_map"]
+    assert made == config | {
+        "torch_dtype": "float32",
+        "rope_theta": 500.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    }
+    made = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())
+    del own["extra_special_tokens"]
+    assert made == own | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["a"],
+    }
+    assert AutoConfig.from_pretrained(tmp_path / "merged").rope_parameters["rope_theta"] == 500
+    vocabulary = [AutoTokenizer.from_pretrained(path) for path in (base, tmp_path / "merged")]
+    assert vocabulary[0].extra_special_tokens == vocabulary[1].extra_special_tokens == ["a"]
+
+
+def test_an_answers_end_is_where_generate_finds_it(hedgerow, experiment, tmp_path, tiny_model):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"eos_token": "a"})
+    tokenizer.save_pretrained(base)
+    run_and_export(hedgerow, experiment, tmp_path, f"model.path={base}", exports=[("merged",)])
+    config = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == [1, tokenizer.convert_tokens_to_ids("a")]
+    del config["eos_token_id"]
+    own = json.loads((base / "generation_config.json").read_text())
+    assert config.items() <= own.items()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 0), ("bfloat16", 4e-3), ("float16", 5e-4)]
+)
+def test_weights_are_exported_in_the_dtype_that_is_asked_for(
+    hedgerow, experiment, tmp_path, dtype, tolerance
+):
+    options = ["--dtype", dtype]
+    exports = [("merged", *options), ("adapter", *options)]
+    run = run_and_export(hedgerow, experiment, tmp_path, exports=exports)
+    hr.open_run(run).export_merged(tmp_path / "whole")
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    made = load_file(tmp_path / "merged" / "model.safetensors")
+    assert made.keys() == whole.keys()
+    for name, tensor in made.items():
+        assert tensor.dtype == getattr(torch, dtype)
+        torch.testing.assert_close(tensor.float(), whole[name], rtol=tolerance, atol=1e-7)
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in factors.values()} == {getattr(torch, dtype)}
+    config = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert config.dtype == getattr(torch, dtype)
+    written = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == dtype
+
+
+def test_what_a_dtype_cannot_hold_is_refused(hedgerow, experiment, tmp_path, tiny_model):
+    base = tmp_path / "base"
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        network.model.norm.weight[0] = 70000
+    network.save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    run = run_and_export(hedgerow, experiment, tmp_path, f"model.path={base}", exports=[])
+    result = hedgerow("export", run, tmp_path / "x", "--to", "merged", "--dtype", "float16")
+    assert result.code == 2
+    assert "model.norm.weight has a value of 70000, and float16 goes to 65504" in result.err
+    assert not (tmp_path / "x").exists()
+    result = hedgerow("export", run, tmp_path / "x", "--to", "merged", "--dtype", "bfloat16")
+    assert result.code == 0
+    result = hedgerow("export", run, tmp_path / "y", "--to", "ledger", "--dtype", "float32")
+    assert (result.code, "--to adapter or --to merged" in result.err) == (2, True)
+    with pytest.raises(UserError, match="give float32, bfloat16 or float16"):
+        hr.open_run(run).export_merged(tmp_path / "z", dtype="int8")
+
+
+def test_weights_that_are_no_numbers_are_not_exported():
+    with pytest.raises(UserError, match=r"x\.weight has values .* the run has diverged"):
+        pretrained.cast({"x.weight": torch.tensor([1.0, float("nan")])}, None)
+
+
+def test_an_adapter_has_one_rank_of_at_most_the_matrices_and_only_keys_that_all_know(
+    hedgerow, experiment, tmp_path, tiny_model
+):
+    run = run_and_export(
+        hedgerow,
+        experiment,
+        tmp_path,
+        "federation.rounds=4",
+        exports=[("adapter",)],
+    )
+    assert hedgerow("export", run, tmp_path / "less", "--to", "adapter", "--energy", 0.6).code == 0
+    for name in ("adapter", "less"):
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config.keys() == {
+            *("peft_type", "task_type", "base_model_name_or_path", "inference_mode"),
+            *("r", "lora_alpha", "lora_dropout", "bias", "target_modules"),
+        }
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        ranks = {t.shape[0] if ".lora_A." in key else t.shape[1] for key, t in tensors.items()}
+        assert ranks == {config["r"]} == {config["lora_alpha"]}
+    # 4 · (4 + 2 + 1) rows were stacked, and no matrix has more than 16 or 24.
+    rank = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"]
+    assert rank == 16
+    assert config["r"] < 16
+    found = hr.open_run(run).evaluate()["eval_loss"]
+    scored = hedgerow(
+        *("evaluate", tmp_path / "adapter", "--data", tmp_path / "test.json"),
+        *("data.prompt=plain", "--json"),
+    )
+    assert json.loads(scored.out)["eval_loss"] == pytest.approx(found, abs=1e-5)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_are_for_whom_the_umask_leaves_them(hedgerow, experiment, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        exports = [("merged",), ("adapter",), ("ledger",)]
+        run_and_export(hedgerow, experiment, tmp_path, exports=exports)
+    finally:
+        os.umask(before)
+    places = [tmp_path / name for name in ("run", "merged", "adapter", "ledger")]
+    for path in [*places, *(path for place in places for path in place.rglob("*"))]:
+        wanted = (0o777 if path.is_dir() else 0o666) & ~mask
+        assert oct(path.stat().st_mode & 0o777) == oct(wanted), path
+
+
+def test_an_empty_folder_is_filled_and_keeps_its_mode(hedgerow, experiment, tmp_path, monkeypatch):
+    run = run_and_export(hedgerow, experiment, tmp_path, exports=[])
+    (tmp_path / "volume").mkdir(mode=0o750)
+    (tmp_path / "link").symlink_to("volume")
+    monkeypatch.chdir(tmp_path)
+    assert hedgerow("export", run, "link/", "--to", "adapter").code == 0
+    assert (tmp_path / "volume").stat().st_mode & 0o777 == 0o750
+    names = {path.name for path in (tmp_path / "volume").iterdir()}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_base_of_the_hub_keeps_its_whole_name(experiment, tmp_path, tiny_model, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "home" / "hub" / "models--acme--tiny-llama"
+    own_files(tiny_model, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run, path = tmp_path / "run", experiment()
+    run_hedgerow("run", path, "model.path=acme/tiny-llama", "--out", run)
+    for to in ("adapter", "merged"):
+        run_hedgerow("export", run, tmp_path / to, "--to", to)
+        card = (tmp_path / to / "README.md").read_text()
+        assert "base_model: acme/tiny-llama\n" in card
+        assert "# acme/tiny-llama, fine-tuned" in card
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "acme/tiny-llama"
+    for name in ("config.json", "tokenizer_config.json", "chat_template.jinja"):
+        own = (cache / "snapshots" / commit / name).read_bytes()
+        assert (tmp_path / "merged" / name).read_bytes() == own
+    assert name_of(str(cache / "snapshots" / commit)) == "acme/tiny-llama"
+    assert name_of(str(tiny_model)) == "tiny"
+
+
+def test_a_base_in_memory_that_has_changed_is_written_as_it_is(tmp_path, tiny_model):
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    network.resize_token_embeddings(264)
+    rows = [{"instruction": "Say <new>", "output": "<new>"}] * 2
+    run = hr.run(
+        model=network,
+        tokenizer=tokenizer,
+        clients={"a": rows},
+        test=rows,
+        data={"prompt": "plain", "max_length": 64},
+        method=hr.methods.FLoRA(ranks=2),
+        training={"steps": 2, "batch_size": 2, "learning_rate": 0.01},
+        rounds=1,
+        out=tmp_path / "run",
+    )
+    merged = run.export_merged(tmp_path / "merged")
+    made = AutoTokenizer.from_pretrained(merged)
+    assert made("<new>").input_ids == tokenizer("<new>").input_ids
+    assert made.chat_template == tokenizer.chat_template
+    config = json.loads((merged / "config.json").read_text())
+    assert (config["vocab_size"], config["rope_theta"]) == (264, 10000.0)
+    found = run.model()(torch.tensor([[0, 5, 6, 263]])).logits
+    again = AutoModelForCausalLM.from_pretrained(merged)(torch.tensor([[0, 5, 6, 263]])).logits
+    torch.testing.assert_close(again, found)
+    adapter = json.loads((run.export_adapter(tmp_path / "x") / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tiny_model)

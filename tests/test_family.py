@@ -16,13 +16,13 @@ from support.runs import rows_of
 from transformers import AutoModelForCausalLM
 
 from hedgerow.adapters import adapter_pairs
-from hedgerow.engines.local import prepare
 from hedgerow.experiment import load
 from hedgerow.lowrank import Factors
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import Client, ClientRound, Expected, ServerRound, Trained
 from hedgerow.methods.factors import draw_adapter
 from hedgerow.model import Model
+from hedgerow.runs.preparation import prepare
 from hedgerow.seeds import Seeds
 from hedgerow.settings import ModelSettings, TrainingSettings
 from hedgerow.testing.doubles import Forgetful, no_past

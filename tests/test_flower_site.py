@@ -32,7 +32,7 @@ from hedgerow.engines.flower.worker import Host, WorkerRequest
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
 from hedgerow.experiment import load
 from hedgerow.model import Model
-from hedgerow.runs.scoring import load_test
+from hedgerow.runs.preparation import load_test
 from hedgerow.wire import Entry
 
 CLIENTS = ["client-000", "client-001", "client-002"]
@@ -138,6 +138,23 @@ def make(experiment, tmp_path, tiny_model):
 
 def ledger(folder):
     return {path.name: path.read_bytes() for path in folder.rglob("ledger/*.safetensors")}
+
+
+def test_a_client_without_examples_holds_up_nobody(
+    make, hedgerow, tmp_path, tiny_model, monkeypatch, capsys
+):
+    """Its site refuses, the others train as they would in one process."""
+    monkeypatch.setattr("hedgerow.engines.flower.fleet.PATIENCE", 0.3)
+    made = make(method={"name": "flora", "ranks": [4, 2, 1]})
+    (tmp_path / "client_1.json").write_text('[{"instruction": "' + "x" * 99 + '", "output": "y"}]')
+    rows = made.run()
+    shown = capsys.readouterr()
+    assert {row["clients"] for row in rows[1:]} == {2}
+    assert "it has no examples to learn from" in shown.out
+    assert "begins without client-001" in shown.out
+    assert "fills `data.max_length`" in shown.err
+    assert hedgerow("run", made.path, "data.test=null", "--out", tmp_path / "local").code == 0
+    assert ledger(tmp_path / "local") == ledger(made.out)
 
 
 METHODS = {

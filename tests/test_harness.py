@@ -9,10 +9,13 @@ import pytest
 import torch
 import yaml
 from lm_eval.api.instance import Instance
+from support.models import byte_tokenizer, tiny_llama
+from transformers import AutoTokenizer, MiniMaxConfig, MiniMaxForCausalLM
 
+import hedgerow as hr
 from hedgerow import demo
 from hedgerow.benchmarks import harness
-from hedgerow.data import Records, check, load_template
+from hedgerow.data import Encoder, Records, check, load_template
 from hedgerow.evaluation.choices import Choices, log_likelihoods
 from hedgerow.runs.scoring import loaded
 
@@ -108,9 +111,9 @@ def likelihoods(target, round):
             ]
             theirs = [likelihood for likelihood, _ in network.loglikelihood(requests)]
             tokenizer = it.model.tokenizer
-            template = load_template(it.data.prompt, tokenizer)
+            encoder = Encoder(load_template(it.data, tokenizer), tokenizer)
             rows = check(Records.of(ROWS, "rows"), it.data.fields, answered=False)
-            choices = Choices.prepare("multiple_choice", "rows", rows, template, tokenizer)
+            choices = Choices.prepare("multiple_choice", "rows", rows, encoder)
             with torch.inference_mode():
                 ours, _ = log_likelihoods(it.model, choices, 4, lambda count: None)
     return np.array(theirs), np.concatenate(ours)
@@ -179,6 +182,137 @@ def test_prompts_that_do_not_fit_are_counted(hedgerow, tasks):
     assert "4 prompts cut on the left" in result.out  # three options, and an answer
 
 
+def test_a_run_s_own_prompt_gives_the_answers_that_it_gives_itself(hedgerow, run, tasks, tmp_path):
+    path = run()
+    rows = [{"instruction": f"Say b{i}", "output": f"bbb{i}"} for i in range(4)]
+    rows += [{"instruction": "Say  a1 \n", "output": "aaa1"}]
+    task = {
+        "task": "own_run",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "own.jsonl")},
+            "cache_dir": str(tmp_path / "datasets"),
+        },
+        "test_split": "test",
+        "doc_to_text": "{{instruction}}",
+        "doc_to_target": "{{output}}",
+        "output_type": "generate_until",
+        "generation_kwargs": {"until": ["</s>"], "max_gen_toks": 12},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean"}],
+    }
+    (tasks / "own_run.yaml").write_text(yaml.safe_dump(task))
+    given = hr.open_run(path).answer([row["instruction"] for row in rows], max_new_tokens=12)
+    # So that some are right, and one is not.
+    right = [row | {"output": answer.strip()} for row, answer in zip(rows, given, strict=True)]
+    right[0]["output"] = "another"
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in right))
+    command = ["evaluate", path, "--harness", "own_run", "--include-path", tasks, "--json"]
+    samples = tmp_path / "samples.jsonl"
+    result = hedgerow(*command, "--prompt", "run", "--log-samples", samples)
+    assert result.code == 0, result.err
+    scores = json.loads(result.out)
+    options = ["--data", tmp_path / "own.jsonl", "--metrics", "exact_match"]
+    options += ["evaluation.max_new_tokens=12", "--json"]
+    own = json.loads(hedgerow("evaluate", path, *options).out)
+    assert 100 * scores["results"]["own_run"]["exact_match,none"] == own["exact_match"] == 80
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert [line["doc_id"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [line["resps"][0][0] for line in lines] == [answer.strip() for answer in given]
+    assert lines[0]["arguments"][0][0] == "Q: Say b0 A:"
+    again = hedgerow(*command, "--log-samples", samples)
+    assert (again.code, "is there already" in again.err) == (2, True)
+
+
+def test_options_of_generation_reach_the_answers(hedgerow, run, tasks, tmp_path):
+    path = run()
+    command = ["evaluate", path, "--harness", "own_answer", "--include-path", tasks, "--json"]
+
+    def answers(*options):
+        samples = tmp_path / "samples.jsonl"
+        result = hedgerow(*command, *options, "--log-samples", samples)
+        assert result.code == 0, result.err
+        found = [json.loads(line)["resps"][0][0] for line in samples.read_text().splitlines()]
+        samples.unlink()
+        return found
+
+    for own in ([], ["--prompt", "run"]):
+        whole = answers(*own)
+        assert max(map(len, whole)) > 2
+        short = answers(*own, "--gen-kwargs", "max_gen_toks=1")
+        assert [a.startswith(b) for a, b in zip(whole, short, strict=True)] == [True] * len(whole)
+        assert sum(map(len, short)) < sum(map(len, whole))
+        stop = max(whole, key=len)[1]
+        until = answers(*own, "--gen-kwargs", json.dumps({"until": stop}))
+        assert until == answers(*own, f"evaluation.stop={json.dumps(stop)}")
+        assert until == [answer.partition(stop)[0] for answer in whole]
+    drawn = answers("--gen-kwargs", "temperature=5,top_k=50")
+    assert drawn != answers()
+
+
+def test_prompts_of_a_recurrent_model_are_not_padded(hedgerow, tasks, tmp_path):
+    """MiniMax goes on from a state that padding on the left changes, mask or not."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = MiniMaxConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        block_size=8,
+        layer_types=["linear_attention", "full_attention"],
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    MiniMaxForCausalLM(config).save_pretrained(tmp_path / "recurrent")
+    tokenizer.save_pretrained(tmp_path / "recurrent")
+    command = ["evaluate", tmp_path / "recurrent", "--harness", "own_answer"]
+    found = []
+    for size in (1, 8):
+        samples = tmp_path / f"{size}.jsonl"
+        options = ["--include-path", tasks, "--log-samples", samples]
+        result = hedgerow(*command, *options, f"evaluation.batch_size={size}")
+        assert result.code == 0, result.err
+        found.append([json.loads(line)["resps"] for line in samples.read_text().splitlines()])
+    assert found[0] == found[1]
+    assert len(set(map(str, found[0]))) == len(ROWS)
+
+
+def test_examples_are_turns_of_the_prompt(hedgerow, run, tasks, tmp_path):
+    path, samples = run(), tmp_path / "samples.jsonl"
+    command = ["evaluate", path, "--harness", "own_choice", "--include-path", tasks, "--limit", 1]
+    command += ["--num-fewshot", 1, "--prompt", "run", "--log-samples", samples]
+    assert hedgerow(*command, "--fewshot-as-multiturn").code == 0
+    line = json.loads(samples.read_text())
+    assert line["arguments"][0][0].count(" A:") == 4  # the task's own, and the template's
+    assert line["task"] == "own_choice"
+
+
+def test_a_chat_template_is_the_tokenizer_s(hedgerow, tasks, tmp_path):
+    model = tiny_llama(tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{{bos_token}}{% for m in messages %}[{{m.role}}] {{m.content}}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    tokenizer.save_pretrained(model)
+    samples = tmp_path / "samples.jsonl"
+    command = ["evaluate", model, "--harness", "own_choice", "--include-path", tasks]
+    result = hedgerow(*command, "--apply-chat-template", "--log-samples", samples)
+    assert result.code == 0, result.err
+    first = json.loads(samples.read_text().splitlines()[0])["arguments"][0][0]
+    assert first == "<s>[user] Q: Say ab A:\n[assistant] "
+    samples.unlink()
+    # The same by the prompt that a run with data.prompt=chat would have.
+    options = ["--prompt", "run", "data.prompt=chat", "--log-samples", samples]
+    result = hedgerow(*command, *options)
+    assert result.code == 0, result.err
+    assert json.loads(samples.read_text().splitlines()[0])["arguments"][0][0] == first
+
+
 def test_each_client_of_a_standalone_run_has_its_own_scores(hedgerow, run, tasks):
     path = run("method.name=standalone")
     command = ["evaluate", path, "--harness", "own_choice", "--include-path", tasks]
@@ -204,7 +338,24 @@ def test_each_client_of_a_standalone_run_has_its_own_scores(hedgerow, run, tasks
         (["--harness", "own_choice", "--limit", "nan"], ["--limit a question"]),
         (["--harness", "own_long"], ["own_long", "256 tokens", "256 positions"]),
         (["--harness", "own_column"], ["own_column cannot be loaded", "question"]),
-        (["--num-fewshot", "2"], ["belong to --harness"]),
+        (["--num-fewshot", "2"], ["--num-fewshot: of use with --harness"]),
+        (["--prompt", "run"], ["--prompt: of use with --harness"]),
+        (["--harness", "own_choice", "data.prompt=plain"], ["data.prompt", "--prompt run"]),
+        (["--harness", "own_choice", "data.test=x"], ["data.test does nothing"]),
+        (["--harness", "own_choice", "evaluation.max_new_tokens=3"], ["--gen-kwargs"]),
+        (["--harness", "own_choice", "--prompt", "run"], ["data.prompt=alpaca"]),
+        (["--harness", "own_choice", "--apply-chat-template"], ["no chat template"]),
+        (["--harness", "own_choice", "--fewshot-as-multiturn"], ["--prompt run"]),
+        (["--harness", "own_choice", "--gen-kwargs", "max_gen_toks=3"], ["leave it out"]),
+        (["--harness", "own_answer", "--gen-kwargs", "max_gen_tok=3"], ["`max_gen_toks`"]),
+        (["--harness", "own_answer", "--gen-kwargs", "max_gen_toks=x"], ["above 0, not 'x'"]),
+        (["--harness", "own_answer", "--gen-kwargs", "nothing"], ["there is no 'nothing'"]),
+        (["--harness", "own_answer", "--gen-kwargs", "{'x"], ["key=value"]),
+        (
+            ["--harness", "own_answer", "--gen-kwargs", "do_sample=false,temperature=1"],
+            ["contradict each other"],
+        ),
+        (["--harness", "own_answer", "--log-samples", "none/x"], ["no folder none"]),
     ],
 )
 def test_a_mistake(hedgerow, tasks, monkeypatch, arguments, words):

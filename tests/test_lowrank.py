@@ -95,3 +95,14 @@ def test_stacks_that_share_a_file_are_the_stacks(ranks, seed, dtype):
         for stack, parts in zip(spooled, zip(*pairs, strict=True), strict=True):
             for read, stacked in zip(stack.factors(), lowrank.stack(parts), strict=True):
                 assert torch.equal(read, stacked)
+
+
+@given(st.integers(0, 1000), st.sampled_from([(6, 9), (9, 6), (6, 6)]))
+def test_factors_of_more_than_the_matrixs_rank_are_fitted_to_it_without_loss(seed, shape):
+    large = random_factors(seed, 40, *shape)
+    large = Factors(1e-3 * large.A, 1e3 * large.B)
+    small = lowrank.fitted(large)
+    assert (small.rank, small.A.dtype, small.B.dtype) == (6, torch.float32, torch.float32)
+    exact = large.double().product()
+    assert (small.double().product() - exact).norm() < 2e-7 * exact.norm()
+    assert lowrank.fitted(small) is small

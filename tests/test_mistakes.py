@@ -70,42 +70,70 @@ def test_a_mistake_in_the_experiment(hedgerow, experiment, tmp_path, override, w
         ('[{"instruction": "x"}]', ["client_1.json", "output"]),
     ],
 )
-def test_a_client_whose_data_are_a_mistake(hedgerow, experiment, tmp_path, content, words):
+def test_a_client_whose_data_are_wrong(hedgerow, experiment, tmp_path, content, words):
     path = experiment()
     (tmp_path / "client_1.json").write_text(content)
     check(hedgerow("run", path, "--out", tmp_path / "run"), *words)
     assert not (tmp_path / "run").exists()
 
 
-UNUSABLE = [
-    ("[]", "holds no rows"),
-    ('[{"instruction": "x", "output": ""}]', "no answer"),
-    ('[{"instruction": "' + "x" * 99 + '", "output": "y"}]', "max_length"),
-]
+UNUSABLE = {
+    "no rows": "[]",
+    "a prompt too long": '[{"instruction": "%s", "output": "y"}]' % ("x" * 99),
+}
 
 
-@pytest.mark.parametrize(("content", "why"), UNUSABLE)
-def test_a_client_without_usable_data_is_left_out(hedgerow, experiment, tmp_path, content, why):
-    """And the others keep their ranks."""
-    path = experiment(federation={"keep_updates": True})  # with ranks 4, 2 and 1
-    (tmp_path / "client_0.json").write_text(content)
-    result = hedgerow("run", path, "--out", tmp_path / "run")
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_a_client_without_usable_data_is_left_out_and_said(hedgerow, experiment, tmp_path, what):
+    path, run = experiment(federation={"clients_per_round": 3}), tmp_path / "run"
+    (tmp_path / "client_1.json").write_text(UNUSABLE[what])
+    result = hedgerow("run", path, "--out", run)
     assert result.code == 0, result.err
-    assert "1 client left out (client-000): " in result.out
-    assert why in result.out
-    for client, rank in (("client-001", 2), ("client-002", 1)):
-        file = tmp_path / f"run/updates/round-0001/{client}.safetensors"
-        tensors = safetensors.torch.load_file(file)
-        assert {t.shape[0] for name, t in tensors.items() if "lora_A" in name} == {rank}
+    assert "2 clients, 19 examples\nclient client-001 is left out: " in result.out
+    assert result.out.count("left out") == 1
+    ranks = {
+        name: run / "updates" / "round-0001" / f"{name}.safetensors"
+        for name in ("client-000", "client-002")
+    }
+    again = tmp_path / "again"
+    kept = ["federation.keep_updates=true", "--out", again]
+    assert hedgerow("run", path, *kept, "federation.rounds=1").code == 0
+    for (name, file), rank in zip(ranks.items(), (4, 1), strict=True):
+        with safetensors.safe_open(again / file.relative_to(run), "pt") as opened:
+            assert opened.metadata()["r"] == str(rank), name
+    assert hedgerow("run", path, *kept, "--resume").code == 0
+    entries = [(folder / "ledger" / "0002.safetensors").read_bytes() for folder in (run, again)]
+    assert entries[0] == entries[1]
+    (tmp_path / "client_1.json").write_text((tmp_path / "client_0.json").read_text())
+    check(hedgerow("run", path, "--out", run, "--resume"), "began without client-001")
 
 
-@pytest.mark.parametrize(("content", "why"), UNUSABLE)
-def test_a_run_needs_one_usable_client(hedgerow, experiment, tmp_path, content, why):
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_where_no_client_has_usable_data_there_is_no_run(hedgerow, experiment, tmp_path, what):
     path = experiment()
-    for number in (0, 1, 2):
-        (tmp_path / f"client_{number}.json").write_text(content)
-    check(hedgerow("run", path, "--out", tmp_path / "run"), "client-000", why)
+    for number in range(3):
+        (tmp_path / f"client_{number}.json").write_text(UNUSABLE[what])
+    check(hedgerow("run", path, "--out", tmp_path / "run"), "client")
     assert not (tmp_path / "run").exists()
+
+
+ADVICE = "a lower training.learning_rate may help"
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("method", ["fedavg", "fedit", "fedkseed", "ferret"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_training_that_diverges_says_what_may_help(
+    hedgerow, experiment, tmp_path, optimizer, method, steps
+):
+    options = {"fedit": {"ranks": 2}, "ferret": {"compression": 64}}.get(method, {})
+    changes = [f"training.optimizer={optimizer}", f"training.steps={steps}"]
+    rate = ["training.learning_rate=1e36", "training.max_grad_norm=null", "data.test=null"]
+    path = experiment(federation={"rounds": 1})
+    method = f"method={json.dumps({'name': method, **options})}"
+    result = hedgerow("run", path, method, *changes, *rate, "--out", tmp_path / "run")
+    assert result.code == 1
+    assert ADVICE in result.err
 
 
 def test_a_missing_experiment_file(hedgerow, tmp_path):
@@ -210,7 +238,10 @@ def test_exports_do_not_write_over_anything(hedgerow, experiment, tmp_path):
         check(hedgerow("export", run, tmp_path / "taken", "--to", to), "exists already")
         check(hedgerow("export", run, tmp_path / "no" / "where", "--to", to), "does not exist")
     assert (tmp_path / "taken").read_text() == "mine"
-    check(hedgerow("export", run, tmp_path / "x", "--to", "merged", "--round", 3), "--round 3")
+    check(
+        hedgerow("export", run, tmp_path / "x", "--to", "merged", "--round", 3),
+        "round 3: the ledger has",
+    )
     check(hedgerow("export", run, tmp_path / "x", "--to", "adapter", "--round", 0), "round 0")
     check(hedgerow("export", run, tmp_path / "x", "--to", "merged", "--rank", 3), "--to adapter")
 

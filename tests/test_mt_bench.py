@@ -13,10 +13,10 @@ import torch
 from support.models import byte_tokenizer, random_llama
 
 from hedgerow.benchmarks import mt_bench
-from hedgerow.data import Message, Row, load_template, tokenize_prompts
+from hedgerow.data import Encoder, Row, in_turns, load_template
 from hedgerow.evaluation.answers import Draw, generate
 from hedgerow.model import Model
-from hedgerow.settings import ModelSettings
+from hedgerow.settings import ModelSettings, TextSettings
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write on b1.", "Shorter."]},
@@ -32,10 +32,6 @@ def write(path, rows):
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def turns(*texts):
-    return [Message("assistant" if n % 2 else "user", text) for n, text in enumerate(texts)]
 
 
 def texts(path):
@@ -100,10 +96,22 @@ def test_the_second_turn_sees_the_first_and_its_answer(answer, model, tmp_path, 
         assert text == expected[0].strip()
 
 
+def test_turns_end_before_a_stop(answer, tiny_model, tmp_path):
+    out, stopped = tmp_path / "answers.jsonl", tmp_path / "stopped.jsonl"
+    assert answer(tiny_model, out).code == 0
+    whole = {number: turns[0] for number, turns in texts(out).items()}
+    stop = max(whole.values(), key=len)[1]
+    assert answer(tiny_model, stopped, f"evaluation.stop={json.dumps(stop)}").code == 0
+    cut = {number: turns[0] for number, turns in texts(stopped).items()}
+    assert cut == {number: text.partition(stop)[0].strip() for number, text in whole.items()}
+    again = answer(tiny_model, stopped)
+    assert (again.code, "of another model, round, question file or setting" in again.err) == (2, 1)
+
+
 def test_introductions_stand_once_and_chats_have_roles():
     tokenizer = byte_tokenizer()
-    alpaca = load_template("alpaca", tokenizer)
-    rendered = alpaca.conversation(turns("one", "yes", "two"))
+    alpaca = load_template(TextSettings(prompt="alpaca"), tokenizer)
+    rendered = alpaca.prompt(in_turns(["one", "yes", "two"]))
     assert rendered.startswith("Below is an instruction that describes a task. Write a response")
     assert rendered.count("Below is") == 1
     assert rendered.endswith(
@@ -113,8 +121,8 @@ def test_introductions_stand_once_and_chats_have_roles():
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    chat = load_template("chat", tokenizer)
-    rendered = chat.conversation(turns("one", "yes", "two"))
+    chat = load_template(TextSettings(prompt="chat"), tokenizer)
+    rendered = chat.prompt(in_turns(["one", "yes", "two"]))
     assert rendered == "<user>one</s><assistant>yes</s><user>two</s><assistant>"
 
 
@@ -123,9 +131,9 @@ def test_a_conversation_of_one_turn_is_a_rows_prompt(tmp_path, name):
     if name == "file":
         name = str(tmp_path / "template.txt")
         (tmp_path / "template.txt").write_text("On {input}\n\nU: {instruction}\n\nA: ")
-    template = load_template(name, byte_tokenizer())
+    template = load_template(TextSettings(prompt=name), byte_tokenizer())
     text = "What is {input}?\n\nAnd {instruction}?"
-    assert template.conversation(turns(text)) == template.prompt(Row(text))
+    assert template.prompt(in_turns([text])) == template.prompt(Row(text))
 
 
 def test_the_tokenizers_own_template_comes_first(answer, tiny_model, tmp_path):
@@ -156,7 +164,7 @@ def test_draws_follow_the_softmax_and_repeat(model):
         tokens = []
         decode, model.tokenizer.batch_decode = (
             model.tokenizer.batch_decode,
-            lambda ids, **_: tokens.extend(ids[:, 0].tolist()) or [""] * len(ids),
+            lambda ids, **_: tokens.extend(row[0] if row else 1 for row in ids) or [""] * len(ids),
         )
         try:
             generate(model, [prompt] * count, 1, batch_size, lambda n: None, draws)
@@ -331,9 +339,10 @@ def test_a_folder_that_is_not_there(answer, tiny_model, tmp_path):
 
 def test_prompts_have_no_eos_at_their_end():
     tokenizer = byte_tokenizer()
-    template = load_template("plain", tokenizer)
-    [ids] = tokenize_prompts(["ab"], template, tokenizer)
-    assert len(ids) == 3
+    template = load_template(TextSettings(prompt="plain"), tokenizer)
+    [ids] = Encoder(template, tokenizer).prompts([Row("ab")], "rows")
+    assert tokenizer.eos_token_id not in ids
+    assert len(ids) == 5
 
 
 @pytest.mark.slow

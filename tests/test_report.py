@@ -13,7 +13,7 @@ from playwright.sync_api import Page, sync_playwright
 from support.experiments import write_experiment
 from support.runs import rows_of
 
-from hedgerow.cli import app
+from hedgerow.cli.frame import app
 from hedgerow.experiment import load
 from hedgerow.model import Model
 from hedgerow.reporting import charts

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import safetensors
@@ -285,3 +286,35 @@ def test_ways_of_training(hedgerow, experiment, tmp_path, training):
     assert hedgerow("run", experiment(training=training), "--out", tmp_path / "run").code == 0
     rows = rows_of(tmp_path / "run")
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+
+
+def test_a_metric_that_fails_in_the_first_evaluation_leaves_nothing(
+    hedgerow, experiment, tmp_path, monkeypatch
+):
+    """So that the same command does once the metric is mended."""
+    (tmp_path / "breaks.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "runs" / "first"
+    run = ["run", experiment(), "evaluation.metrics=[breaks:Breaks]", "--out", out]
+    result = hedgerow(*run)
+    assert result.code == 2, result.err
+    assert not out.exists()
+    monkeypatch.setattr(sys.modules["breaks"].Breaks, "fails", False)
+    assert hedgerow(*run).code == 0
+
+
+FAILING = """
+from typing import ClassVar
+
+from hedgerow.evaluation.metrics import AnswerMetric, Score
+
+
+class Breaks(AnswerMetric):
+    scores = (Score("breaks", label="breaks"),)
+    fails: ClassVar[bool] = True
+
+    def score(self, reference, answer):
+        if self.fails:
+            raise ValueError("it breaks")
+        return 1.0
+"""

@@ -12,12 +12,13 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hedgerow.errors import RunFailed, UserError
-from hedgerow.experiment import Experiment, method_changes, split_at
-from hedgerow.runs.directory import RunDirectory
+from hedgerow.experiment import Experiment, load, method_changes, split_at
+from hedgerow.runs.directory import EXPERIMENT, RunDirectory, test_digest
 from hedgerow.runs.lender import Lender
 from hedgerow.runs.rows import read_rows
 
@@ -157,18 +158,46 @@ def run(
 
     # What is in memory may be another than when a cell was done: its run compares digests.
     in_memory = lender is not None or held is not None
+    for cell in cells:
+        _check_scored_alike(cell)
     missing = [cell for cell in cells if in_memory or not _is_done(cell)]
     lender, failures = lender or Lender(), {}
+    said: set[str] = set()  # cells share their data, so that what is left out is said once
     for count, cell in enumerate(missing, start=1):
         with watch(f"[{count}/{len(missing)}] {title(cell)}:") as watcher:
             try:
+                scored_on = next(filter(None, (test_digest(each.folder) for each in cells)), None)
                 model = lender.lend(cell.experiment.model)
                 local.run(
-                    cell.experiment, cell.folder, watcher, resume=True, model=model, held=held
+                    _with_date(cell, cells),
+                    cell.folder,
+                    watcher,
+                    resume=True,
+                    model=model,
+                    held=held,
+                    scored_on=scored_on,
+                    say=partial(_say_once, watcher, said),
                 )
             except (UserError, RunFailed) as error:
                 failures[cell.folder] = str(error)
     return [Outcome(cell, read_rows(cell.folder), failures.get(cell.folder)) for cell in cells]
+
+
+def _with_date(cell: Cell, cells: Sequence[Cell]) -> Experiment:
+    """A cell's experiment, with the day that its chat template was given in it or in another."""
+    from hedgerow.runs.preparation import with_date_of  # not at the top, as `local` in `run`
+
+    experiment = cell.experiment
+    for other in [cell, *cells]:
+        if other.experiment.model.path == experiment.model.path:
+            experiment = with_date_of(experiment, other.folder)
+    return experiment
+
+
+def _say_once(watcher: Watcher, said: set[str], sentence: str) -> None:
+    if sentence not in said:
+        said.add(sentence)
+        watcher.say(sentence)
 
 
 def title(cell: Cell) -> str:
@@ -190,11 +219,30 @@ def _check_tracking(settings: TrackingSettings) -> None:
 
 
 def _is_done(cell: Cell) -> bool:
-    """Whether a cell's run is there to its end."""
+    """Whether a cell's run is there to its end, and model and data are where they were."""
     if not RunDirectory.check_resumable(cell.folder, cell.experiment):
         return False
+    before, now = load(cell.folder / EXPERIMENT), _with_date(cell, [cell])
     rows = read_rows(cell.folder)
-    return bool(rows) and rows[-1]["round"] == cell.experiment.federation.rounds
+    # Of others it is to be seen, once, that they are the same.
+    as_before = (before.model, before.data) == (now.model, now.data)
+    return as_before and bool(rows) and rows[-1]["round"] == now.federation.rounds
+
+
+def _check_scored_alike(cell: Cell) -> None:
+    """Raise a `UserError` where a cell's run was scored otherwise than the others will be."""
+    if not RunDirectory.check_resumable(cell.folder, cell.experiment):
+        return
+    before, now = (
+        each.evaluation.model_dump(mode="json", exclude={"every", "batch_size"})
+        for each in (load(cell.folder / EXPERIMENT), cell.experiment)
+    )
+    for key, value in now.items():
+        if before[key] != value:
+            raise UserError(
+                f"{cell.folder} was scored with evaluation.{key}={before[key]!r}, not {value!r}: "
+                "give the same, or another --out"
+            )
 
 
 def _file_name(*parts: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hedgerow.evaluation.metrics import Score, main_scores_of, scores_of
+from hedgerow.evaluation.metrics import Score, main_scores_of, metrics_of
 
 # No markup: much of what is shown is what a client or a file has said.
 out = Console(highlight=False, markup=False)
@@ -130,8 +131,14 @@ def named_scores(row: dict[str, Any], metrics: Iterable[str]) -> dict[str, float
     Args:
         metrics: names of the metrics that were asked for.
     """
-    scores = [TRAINING, *scores_of(metrics).values(), AGGREGATION]
-    return {score.label: row[score.key] for score in scores if row.get(score.key) is not None}
+    found = {TRAINING.label: row.get(TRAINING.key)}
+    for metric in metrics_of(metrics):
+        if all(score.key in row for score in metric.scores):
+            # Null in a row of metrics.jsonl, where it was measured, is what JSON has no number for.
+            values = {score.label: row[score.key] for score in metric.scores}
+            found |= {label: math.nan if v is None else v for label, v in values.items()}
+    found[AGGREGATION.label] = row.get(AGGREGATION.key)
+    return {label: value for label, value in found.items() if value is not None}
 
 
 def score(value: float) -> str:

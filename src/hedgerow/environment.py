@@ -16,6 +16,7 @@ def quieten() -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or Ray warns at every start
         "RAY_USAGE_STATS_ENABLED": "0",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_VERBOSITY": "error",
         "TRANSFORMERS_VERBOSITY": "error",
         "WANDB_CONSOLE": "off",  # or it wraps what this process prints
         "WANDB_ERROR_REPORTING": "false",

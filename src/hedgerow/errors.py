@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class NothingToLearn(UserError):
+    """Data of which nothing is left to learn from: a client is left out where others have some."""
+
+
 class RunFailed(Exception):
     """A run that could not go on though its input is right (every client of a round failed, say).
 

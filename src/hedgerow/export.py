@@ -1,32 +1,51 @@
 """Exports: a run's model in the formats that other tools load.
 
 What is exported is what was evaluated: the ledger is replayed on the base, or, for an adapter, its
-factors are put together without the base.
+factors are put together without the base. Everybody may read what everybody may read of other new
+files here, whichever library has written it.
 """
 
 from __future__ import annotations
 
+import json
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import peft
 import safetensors.torch
+import transformers
+import yaml
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from hedgerow import lowrank
+from hedgerow import experts, lowrank, pretrained, targets
 from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.ledger import Ledger
-from hedgerow.loading import location
+from hedgerow.loading import location, name_of, skeleton
 from hedgerow.lowrank import Factors
 from hedgerow.model import Model
 from hedgerow.names import MEMORY
 from hedgerow.runs import Loader, check_client, check_round, model_at, opened
 from hedgerow.runs.rows import read_rows
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes in which weights are exported."""
+
+
+class AdapterSize(NamedTuple):
+    """Size of an exported adapter."""
+
+    matrices: int
+    """Number of adapted matrices."""
+    rank: int
+    """The one rank of all their factors."""
 
 
 def to_merged(
@@ -36,6 +55,7 @@ def to_merged(
     client: str | None,
     overrides: list[str],
     *,
+    dtype: str | None = None,
     load: Loader = Model.load,
 ) -> None:
     """Write the whole model as a folder that `AutoModelForCausalLM.from_pretrained` loads.
@@ -46,15 +66,20 @@ def to_merged(
         round: the round, None for the last.
         client: whose model, for methods without a global one.
         overrides: `key.path=value`, on top of the run's experiment.
+        dtype: of the weights, one of `DTYPES`; None for the run's own.
         load: gives the base model.
+
+    Raises:
+        UserError: `out` is there already, there is no such round or client, or weights are no
+            finite numbers.
     """
+    _check_dtype(dtype)
     with opened(run, overrides) as (experiment, ledger), _new_folder(out) as folder:
         round = check_round(ledger, round)
         check_client(experiment, ledger, client)
         model = model_at(experiment, ledger, round, load)
         experiment.method.merge(model, client)
-        model.network.save_pretrained(folder)
-        model.tokenizer.save_pretrained(folder)
+        pretrained.save(model, folder, revision=experiment.model.revision, dtype=dtype)
         _write_card(folder, run, experiment, ledger, round, "transformers")
 
 
@@ -67,33 +92,46 @@ def to_adapter(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    dtype: str | None = None,
+    base: str | None = None,
     load: Loader = Model.load,
-) -> dict[str, int]:
+) -> AdapterSize:
     """Write all that the run adds to its base as an adapter that peft loads.
+
+    Nothing is lost unless `rank` or `energy` asks for it. All factors have the rank of the largest,
+    smaller ones are filled with zeros: servers know one rank for all.
 
     Args:
         rank: keep at most this rank of each matrix (the best approximation of it).
         energy: keep the fewest singular values whose squares sum to this share of all.
+        dtype: of the factors, one of `DTYPES`; None for the run's own.
+        base: folder or name on the Hub that readers of the adapter load; None for the run's own.
         load: gives the base model.
 
-    Returns:
-        The rank of each adapted module.
+    Raises:
+        UserError: the method makes no adapter, `out` is there already, there is no such round or
+            client, or factors are no finite numbers.
     """
     if rank is not None and rank < 1:
         raise UserError(f"rank {rank}: give 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy {energy}: give a share above 0 and at most 1")
+    _check_dtype(dtype)
     with opened(run, overrides) as (experiment, ledger), _new_folder(out) as folder:
         round = check_round(ledger, round)
         check_client(experiment, ledger, client)
         load_model = partial(model_at, experiment, ledger, round, load)
         tensors = experiment.method.adapter(ledger.entries(round), client, load_model)
-        pairs = dict(adapter_pairs(tensors))
+        pretrained.cast(tensors, None)
+        pairs = {m: lowrank.fitted(pair) for m, pair in adapter_pairs(tensors)}
         if rank is not None or energy is not None:
             pairs = {m: lowrank.truncate(p, rank=rank, energy=energy) for m, p in pairs.items()}
-        _save_adapter(pairs, experiment, ledger, folder)
+        path = experiment.model.path
+        base = base or (ledger.base.name if path == MEMORY else location(path))
+        network = _renamed_base(pairs, experiment, ledger, load)
+        size = _save_adapter(pairs, network, base, experiment.model.revision, folder, dtype)
         _write_card(folder, run, experiment, ledger, round, "peft")
-        return {module: pair.rank for module, pair in pairs.items()}
+        return size
 
 
 def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
@@ -109,29 +147,86 @@ def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
 
 
 def _save_adapter(
-    pairs: dict[str, Factors], experiment: Experiment, ledger: Ledger, folder: Path
-) -> None:
-    path = experiment.model.path
-    ranks = {module: pair.rank for module, pair in pairs.items()}
-    largest = max(ranks.values())
-    smaller = {module: rank for module, rank in ranks.items() if rank != largest}
-    # The scale is in the factors, so every module's alpha is its rank.
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=ledger.base.name if path == MEMORY else location(path),
-        revision=experiment.model.revision,
-        inference_mode=True,
-        r=largest,
-        lora_alpha=largest,
-        target_modules=sorted(pairs),
-        rank_pattern=smaller,
-        alpha_pattern=smaller,
-    )
-    config.save_pretrained(folder)
-    tensors = {key: tensor.contiguous() for key, tensor in adapter_tensors(pairs).items()}
+    pairs: Mapping[str, Factors],
+    network: Any | None,
+    base: str,
+    revision: str | None,
+    folder: Path,
+    dtype: str | None,
+) -> AdapterSize:
+    rank = max(pair.rank for pair in pairs.values())
+    padded = {module: pair.padded(rank) for module, pair in pairs.items()}
+    stacked = [] if network is None else list(targets.expert_parameters(network))
+    groups = experts.grouped(padded, stacked)
+    of_experts = {f"{name}.{n}" for name, group in groups.items() for n in range(len(group))}
+    layers = {module: pair for module, pair in padded.items() if module not in of_experts}
+    together = adapter_tensors(layers | experts.joined(groups))
+    tensors = {key: tensor.contiguous() for key, tensor in together.items()}
+    pretrained.cast(tensors, dtype)
     safetensors.torch.save_file(
         tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
     )
+    # What every reader asks for, and nothing that is a default: older ones refuse keys that they
+    # do not know, or drop all the others with them.
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,  # the scale is in the factors
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(layers),
+    }
+    if stacked:
+        # peft takes some layers' names for those of experts of old, but not those of weights.
+        config["target_modules"] = []
+        config["target_parameters"] = sorted([*(f"{name}.weight" for name in layers), *groups])
+    if revision is not None:
+        config["revision"] = revision
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    if network is not None:
+        _check_read_back(network, folder, tensors)
+    return AdapterSize(len(pairs), rank)
+
+
+def _renamed_base(
+    pairs: Mapping[str, Factors], experiment: Experiment, ledger: Ledger, load: Loader
+) -> Any | None:
+    """The base's network, maybe without values, where adapters' files need a look at it.
+
+    They do where an adapter has experts, and where peft changes the names in files: for
+    architectures whose layers transformers names otherwise than in checkpoints.
+    """
+    network = getattr(transformers, ledger.base.architecture, None)
+    kind = getattr(getattr(network, "config_class", None), "model_type", None)
+    has_experts = any(module.rpartition(".")[2].isdecimal() for module in pairs)
+    if not has_experts and get_checkpoint_conversion_mapping(kind) is None:
+        return None
+    if experiment.model.path == MEMORY:
+        return load(experiment.model).network
+    return skeleton(experiment.model)
+
+
+def _check_read_back(network: Any, folder: Path, tensors: Mapping[str, Any]) -> None:
+    """Raise a `UserError` where peft would not read an adapter as it was written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.PeftModel.from_pretrained(network, str(folder))
+        found = peft.set_peft_model_state_dict(adapted, dict(tensors))
+        read = set(peft.get_peft_model_state_dict(adapted))
+    if lost := [*found.unexpected_keys, *(read ^ set(tensors))]:
+        raise UserError(
+            f"peft {peft.__version__} changes the names of adapters of {type(network).__name__}, "
+            f"and would lose {min(lost)}: export the whole model with --to merged"
+        )
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
 
 
 def _check_new(out: Path) -> None:
@@ -143,15 +238,27 @@ def _check_new(out: Path) -> None:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder that takes the name `out` only when it is complete."""
+    """A folder that takes the name `out` only when it is complete; an empty one there is filled."""
     _check_new(out)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+    fills = out.is_dir()
+    partial = (out if fills else out.absolute().parent) / f".hedgerow-{secrets.token_hex(4)}"
     try:
-        partial.chmod(0o755)  # mkdtemp's are for the owner alone
+        partial.mkdir()
+    except OSError as error:
+        error.filename = str(out)
+        raise
+    try:
         yield partial
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        mode = partial.stat().st_mode & 0o777  # what the umask leaves of a new folder's
+        for path in partial.rglob("*"):
+            wanted = mode if path.is_dir() else mode & 0o666
+            if path.stat().st_mode & 0o777 != wanted:  # not every file system lets one change it
+                path.chmod(wanted)
+        if fills:
+            for path in list(partial.iterdir()):
+                path.rename(out / path.name)
+        else:
+            partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -160,24 +267,24 @@ def _write_card(
     folder: Path, run: Path, experiment: Experiment, ledger: Ledger, round: int, library: str
 ) -> None:
     """A model card: what the model is, and how it came to be."""
-    method = experiment.method
+    method, base = experiment.method, _base_name(experiment, ledger)
     scores = {row["round"]: row["eval_loss"] for row in (read_rows(run) if run.is_dir() else [])}
     loss = "" if scores.get(round) is None else f"\n- loss on the test data: {scores[round]:.4f}"
     # Where the data lies is nobody's business but the owner's.
     settings = experiment.dump(include={"method", "training", "federation"})
     (folder / "README.md").write_text(
         f"""---
-base_model: {ledger.base.name}
+{yaml.safe_dump({"base_model": base}, allow_unicode=True).strip()}
 library_name: {library}
 pipeline_tag: text-generation
 tags: [federated-learning, hedgerow, {method.name}]
 ---
 
-# {ledger.base.name}, fine-tuned by {method.name}
+# {base}, fine-tuned by {method.name}
 
 Made with hedgerow: {method.summary} ({method.reference}).
 
-- base: {ledger.base.name} ({ledger.base.architecture}, {ledger.base.parameters:,} parameters)
+- base: {base} ({ledger.base.architecture}, {ledger.base.parameters:,} parameters)
 - fingerprint of the base: `{ledger.base.fingerprint}`
 - rounds: {round}, clients that took part: {len(ledger.clients(round))}{loss}
 
@@ -188,3 +295,9 @@ How it was trained:
 """,
         encoding="utf-8",
     )
+
+
+def _base_name(experiment: Experiment, ledger: Ledger) -> str:
+    """The base's name, with whose it is on the Hub, which ledgers of version 0.1 leave out."""
+    given = name_of(experiment.model.path)
+    return given if given.endswith(f"/{ledger.base.name}") else ledger.base.name

@@ -1,13 +1,15 @@
-"""Files that are there whole, or not at all; and files of JSON lines, which grow line by line."""
+"""Files that are there whole, or not at all; JSON, and files of its lines, which grow."""
 
 from __future__ import annotations
 
 import fcntl
+import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -36,6 +38,61 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)  # or the new name could be lost with the power
     finally:
         os.close(folder)
+
+
+def to_json(value: Any, **style: Any) -> str:
+    """JSON of plain values, in which a number that is not finite is null, since JSON has no such.
+
+    Args:
+        value: dictionaries, lists and plain values.
+        style: as `json.dumps` takes it, as `indent=1`.
+    """
+    return json.dumps(_finite(value), allow_nan=False, **style)
+
+
+def expanded(path: str) -> str:
+    """A path with `~` as the home folder it stands for, or as it is where there is none."""
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        return path
+
+
+def check_name(path: str | Path, what: str) -> None:
+    """Raise a `UserError` where no file system could have a file of this name.
+
+    Args:
+        what: key or option that gives the path, for the message.
+    """
+    if "\0" in str(path):
+        raise UserError(f"{what}: {str(path)!r} holds a NUL character, which no file's name has")
+    longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
+    if longest > _LONGEST_NAME or len(os.fsencode(path)) > _LONGEST_PATH:
+        raise UserError(
+            f"{what}: {str(path)[:40]}… is too long for the name of a file: give one of at most "
+            f"{_LONGEST_NAME} bytes"
+        )
+
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
+"""Bytes that Linux's and macOS's file systems allow at most."""
+
+
+def check_place(path: Path, what: str) -> None:
+    """Raise a `UserError` where no folder could be made at a path, or written to.
+
+    Args:
+        what: key or option that gives the path, for the message.
+    """
+    check_name(path, what)
+    try:
+        there = next(each for each in [path.absolute(), *path.absolute().parents] if each.exists())
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror}: name another place") from None
+    if not there.is_dir():
+        raise UserError(f"{what} {path}: {there} is a file, which can hold no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{what} {path}: {there} may not be written to: name another place")
 
 
 def read_json_lines(path: Path, kind: type[_Line]) -> list[_Line]:
@@ -89,6 +146,14 @@ def appending_json_lines(
         finally:
             if not file.seek(0, os.SEEK_END):
                 path.unlink()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parsed(path: Path, lines: Sequence[bytes], kind: type[_Line]) -> list[_Line]:

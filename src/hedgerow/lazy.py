@@ -20,11 +20,13 @@ class _Lazy(ModuleType):
 
 
 if TYPE_CHECKING:
+    import huggingface_hub as huggingface_hub
     import peft as peft
     import safetensors as safetensors
     import torch as torch
     import transformers as transformers
 else:
+    huggingface_hub = _Lazy("huggingface_hub")
     peft = _Lazy("peft")
     safetensors = _Lazy("safetensors")
     torch = _Lazy("torch")

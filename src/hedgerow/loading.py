@@ -24,6 +24,19 @@ def location(path: str) -> str:
     return str(MODEL) if path == DEMO else path
 
 
+def name_of(path: str) -> str:
+    """Name of a base model: the whole one on the Hub, as `acme/tiny-llama`; a folder's own name.
+
+    A folder of the Hub's cache is named after what it is a copy of.
+    """
+    place = Path(path)
+    cached = [part for part in place.parts if part.startswith("models--")]
+    if cached:
+        return cached[-1].removeprefix("models--").replace("--", "/")
+    is_folder = place.is_absolute() or place.exists() or len(place.parts) != 2
+    return place.name if is_folder or path.startswith(".") else path
+
+
 @contextmanager
 def _bars_in_terminals_only() -> Iterator[None]:
     """Keep transformers' bars out of files and notebooks, where they are lines upon lines."""
@@ -65,6 +78,8 @@ def load(settings: ModelSettings) -> tuple[Any, Any]:
             problem = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"{where} {problem}: give a model folder in Hugging Face format")
     device = _device(settings.device)
+    if not folder.exists():
+        _check_reachable(settings)
     words = path
     try:
         options = {
@@ -100,6 +115,41 @@ def load(settings: ModelSettings) -> tuple[Any, Any]:
         names = ", ".join(sorted(missing)[:3])
         raise UserError(f"{where} has no weights for {names}: give a complete checkpoint")
     return network.to(device), tokenizer
+
+
+def skeleton(settings: ModelSettings) -> Any:
+    """The network of a base model without values, to look at its layers in no time."""
+    path = location(settings.path)
+    if (Path(path) / "adapter_config.json").is_file():
+        path = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
+    config = transformers.AutoConfig.from_pretrained(
+        path, revision=settings.revision, trust_remote_code=False
+    )
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _check_reachable(settings: ModelSettings) -> None:
+    """Raise a `UserError` where a model is neither in the cache nor on a Hub that can be reached.
+
+    transformers would find out as well, after trying for most of a minute without a word.
+    """
+    import httpx
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    name, revision = settings.path, settings.revision
+    if huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision) is not None:
+        return
+    try:
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
+    except (httpx.TransportError, OfflineModeIsEnabled):
+        raise UserError(
+            f"model.path: {name} is no folder, and the Hugging Face Hub cannot be reached for a "
+            "model of that name: give a folder, or connect to the network"
+        ) from None
+    except HfHubHTTPError:
+        return  # transformers says which of its files are missing, or whose they are
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:

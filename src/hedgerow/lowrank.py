@@ -100,6 +100,17 @@ def total(pairs: Iterable[Factors]) -> Factors:
     return Factors(matrix, identity) if m <= n else Factors(identity, matrix)
 
 
+def fitted(pair: Factors) -> Factors:
+    """The same product from factors of at most the matrix's rank, min(m, n); its dtype is kept.
+
+    Factors that are no larger stay as they are.
+    """
+    if pair.rank <= min(pair.A.shape[1], pair.B.shape[0]):
+        return pair
+    small = total([pair.double()])
+    return Factors(small.A.to(pair.A.dtype), small.B.to(pair.B.dtype))
+
+
 class SpooledFactors:
     """Stacked pairs that arrive one by one, and wait on disk until they are read.
 

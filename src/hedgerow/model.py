@@ -6,21 +6,23 @@ attached, or the weights are trained in place with one snapshot beside them) and
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from hedgerow import targets
 from hedgerow.adapters import PREFIX, adapter_pairs
 from hedgerow.errors import UserError
-from hedgerow.lazy import peft, torch, transformers
-from hedgerow.loading import load, tokenization
+from hedgerow.lazy import peft, torch
+from hedgerow.loading import load, name_of, tokenization
 from hedgerow.lowrank import Factors
+from hedgerow.targets import Targets
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,6 +57,7 @@ class Model:
         self._snapshot: dict[str, Tensor] = {}
         self._remainders: dict[str, Tensor] = {}
         self._singular: dict[str, Factors] = {}
+        self._targets: dict[tuple[str | tuple[str, ...], bool], Targets] = {}
 
     @classmethod
     def load(cls, settings: ModelSettings) -> Model:
@@ -65,7 +68,7 @@ class Model:
                 weights (others are pickles), or the device is not there.
         """
         network, tokenizer = load(settings)
-        return cls(network, tokenizer, Path(settings.path).name)
+        return cls(network, tokenizer, name_of(settings.path))
 
     @property
     def device(self) -> torch.device:
@@ -77,6 +80,11 @@ class Model:
     def architecture(self) -> str:
         """The transformers class, as `LlamaForCausalLM`."""
         return type(self.network).__name__
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens that have an embedding."""
+        return len(self.network.get_input_embeddings().weight)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights (names, dtypes, shapes, bytes) and of the tokenizer."""
@@ -125,28 +133,12 @@ class Model:
             [core, *(c and c.to_dict() for c in (config, beside))], sort_keys=True, default=sorted
         )
         if key not in self._wrapped:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what is said in our own words, or is moot
-                try:
-                    adapted = peft.get_peft_model(self.network, config, _TRAINED)
-                    if beside is not None:
-                        adapted.add_adapter(_FROZEN, beside)
-                except BaseException:
-                    # peft has wrapped some layers, and came to one that it cannot, or to Ctrl-C.
-                    for name, layer in self._lora_layers().items():
-                        self.network.set_submodule(name, layer.get_base_layer())
-                    if hasattr(self.network, "peft_config"):
-                        del self.network.peft_config
-                    raise
-            self._wrapped[key] = self._lora_layers()
-            adapted.unload()
-            for layer in self._wrapped[key].values() if core else ():
-                _insert_core(layer)
+            self._wrapped[key] = self._wrap(config, beside, core)
         self._attached = self._wrapped[key]
         for name, layer in self._attached.items():
             self.network.set_submodule(name, layer)
-            if frozen:
-                layer.set_adapter([_TRAINED, _FROZEN])
+            for wrapper in _nested(layer) if frozen else ():
+                wrapper.set_adapter([_TRAINED, _FROZEN])
         parameters = self._parameters(_TRAINED)
         for parameter in parameters.values():
             parameter.requires_grad_(True)  # whoever had the layers before may have frozen some
@@ -157,17 +149,69 @@ class Model:
         self.network.eval()
         return parameters
 
+    def _wrap(
+        self, config: peft.LoraConfig, beside: peft.LoraConfig | None, core: bool
+    ) -> dict[str, Any]:
+        """The layers with adapters around them, by name, in the network's order."""
+        is_adalora = isinstance(config, peft.AdaLoraConfig)
+        targets = self.targets(config.target_modules, experts=not (core or is_adalora))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is said in our own words, or is moot
+            if is_adalora:
+                return self._wrap_by_peft(config, targets)
+            # Not by get_peft_model, which takes names of layers for those of experts of old.
+            layers: dict[str, Any] = {}
+            for name in targets.modules:
+                layer = self.network.get_submodule(name)
+                layers[name] = _wrapped(layer, config, beside)
+                if core:
+                    _insert_core(layers[name])
+            for name in targets.parameters:
+                owner, _, parameter = name.rpartition(".")
+                layer = layers.get(owner) or self.network.get_submodule(owner)
+                layers[owner] = _wrapped(layer, config, beside, parameter)
+        return {name: layers[name] for name, _ in self.network.named_modules() if name in layers}
+
+    def _wrap_by_peft(self, config: peft.LoraConfig, targets: Targets) -> dict[str, Any]:
+        config = copy.deepcopy(config)
+        config.target_modules = set(targets.modules)
+        try:
+            adapted = peft.get_peft_model(self.network, config, _TRAINED)
+        except BaseException:
+            # peft has wrapped some layers, and came to one that it cannot, or to Ctrl-C.
+            for name, layer in self._lora_layers().items():
+                self.network.set_submodule(name, layer.get_base_layer())
+            if hasattr(self.network, "peft_config"):
+                del self.network.peft_config
+            raise
+        layers = self._lora_layers()
+        adapted.unload()
+        return layers
+
     def _lora_layers(self) -> dict[str, Any]:
         """The layers that peft has wrapped, by name."""
         kind = peft.tuners.lora.LoraLayer
         return {n: m for n, m in self.network.named_modules() if isinstance(m, kind)}
 
+    def targets(self, wanted: str | Collection[str], *, experts: bool = True) -> Targets:
+        """What an adapter with these targets changes; see `targets.find`."""
+        key = (wanted if isinstance(wanted, str) else tuple(sorted(wanted)), experts)
+        if key not in self._targets:
+            self._targets[key] = targets.find(self.network, wanted, experts=experts)
+        return self._targets[key]
+
     def _parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter that is attached, by PEFT's key names."""
         found: dict[str, nn.Parameter] = {}
         for name, layer in self._attached.items():
-            if adapter not in layer.lora_A:
-                continue  # an embedding's, which `adapted_shapes` refuses in its own words
+            if isinstance(layer, peft.tuners.lora.ParamWrapper):
+                from hedgerow import experts
+
+                found |= {
+                    f"{PREFIX}{matrix}.{what}.weight": factor
+                    for matrix, what, factor in experts.factors_of(layer, adapter, name)
+                }
+                continue
             parts = {what: getattr(layer, what)[adapter] for what in ("lora_A", "lora_B")}
             if isinstance(parts["lora_B"], torch.nn.Sequential):
                 parts["lora_R"], parts["lora_B"] = parts["lora_B"]
@@ -222,7 +266,7 @@ class Model:
         """
         if module not in self._singular or self._singular[module].rank != rank:
             layer = self.network.get_submodule(module)
-            weight = layer.weight.T if _is_transposed(layer) else layer.weight
+            weight = layer.weight.T if targets.is_transposed(layer) else layer.weight
             # On the CPU whatever the model's device: a GPU's SVD is another algorithm.
             u, _, v = torch.linalg.svd(weight.detach().cpu().double(), full_matrices=False)
             u, v = u[:, :rank], v[:rank]
@@ -232,24 +276,31 @@ class Model:
 
     # --- what an entry changes ------------------------------------------------------------------
 
-    def add(self, name: str, delta: Tensor) -> None:
-        """Add `delta` (the weight's shape) to the weight `name`.
+    def add(self, name: str, delta: Tensor, expert: int | None = None) -> None:
+        """Add `delta` to the weight `name`, or to the part of it that is an expert's.
 
         A bfloat16 weight would round small deltas away, round after round, so what the rounding
         took is kept, in host memory, and added the next time (compensated summation).
+
+        Args:
+            delta: shape of the weight, or of that part.
+            expert: number of the expert, of a weight that has a matrix for each.
         """
         self._singular.clear()
-        weight = self.network.get_parameter(name)
+        whole = self.network.get_parameter(name)
+        weight = whole if expert is None else whole[expert]
         delta = delta.to(weight.device)
         with torch.no_grad():
             if weight.dtype == torch.float32:
                 weight.add_(delta)
                 return
-            total = delta + weight
-            if name in self._remainders:
-                total += self._remainders[name].to(weight.device)
+            if name not in self._remainders:
+                self._remainders[name] = torch.zeros_like(whole, device="cpu")
+            kept = self._remainders[name]
+            kept = kept if expert is None else kept[expert]
+            total = delta + weight + kept.to(weight.device)
             weight.copy_(total)
-            self._remainders[name] = total.sub_(weight).to(weight.dtype).cpu()
+            kept.copy_(total.sub_(weight))
 
     def change(self, name: str, before: Tensor) -> Tensor:
         """Change of the weight `name` since it was `before`, on the CPU, in float32."""
@@ -259,13 +310,19 @@ class Model:
         return now - before.float()
 
     def merge(self, module: str, factors: Factors) -> None:
-        """Add B·A to the weight of the linear layer `module`."""
-        layer = self.network.get_submodule(module)
+        """Add B·A to the weight of the linear layer, or of the expert, `module`."""
         product = Factors(*(f.to(self.device) for f in factors)).product()
-        self.add(
-            f"{module}.weight",
-            product.T if _is_transposed(layer) else product,
-        )
+        parameter, _, expert = module.rpartition(".")
+        if (is_transposed := self._experts.get(parameter)) is not None:
+            self.add(parameter, product.T if is_transposed else product, int(expert))
+        else:
+            layer = self.network.get_submodule(module)
+            transposed = targets.is_transposed(layer)
+            self.add(f"{module}.weight", product.T if transposed else product)
+
+    @cached_property
+    def _experts(self) -> dict[str, bool]:
+        return targets.expert_parameters(self.network)
 
     @contextmanager
     def with_factors(self, factors: Mapping[str, Tensor]) -> Iterator[None]:
@@ -279,37 +336,56 @@ class Model:
         finally:
             self.release()
 
-    def adapted_shapes(self, targets: str | list[str]) -> dict[str, tuple[int, int]]:
+    def adapted_shapes(
+        self, wanted: str | Collection[str], *, experts: bool = True
+    ) -> dict[str, tuple[int, int]]:
         """The shape (m, n) of each matrix that an adapter with these targets would change.
 
+        Args:
+            wanted: the targets, see `targets.find`.
+            experts: whether experts can be adapted.
+
         Raises:
-            UserError: the model has no such modules, or they are not plain linear layers.
+            UserError: the model has no such matrices, or shares one with its embeddings.
         """
-        config = peft.LoraConfig(r=1, target_modules=targets, init_lora_weights=False)
-        try:
-            parameters = self.attach(config)
-        except (ValueError, RuntimeError, re.error) as error:
-            modules = self.network.named_modules()
-            linear = sorted({n.rpartition(".")[2] for n, module in modules if _is_linear(module)})
-            raise UserError(
-                f"method.targets: {self.architecture} has no modules {targets} that an adapter "
-                f"can be attached to ({' '.join(str(error).split())[:120]} …); its linear layers "
-                f"are {', '.join(linear)}; `all-linear` takes all but the output layer"
-            ) from None
-        layers = {name: layer.get_base_layer() for name, layer in self._attached.items()}
-        self.release()
+        found = self.targets(wanted, experts=experts)
         embeddings = self.network.get_input_embeddings().weight
-        for name, layer in layers.items():
-            if not _is_linear(layer):
-                raise UserError(f"method.targets: {name} is not a linear layer: leave it out")
-            if layer.weight is embeddings:
+        for name in found.modules:
+            if self.network.get_submodule(name).weight is embeddings:
                 raise UserError(
                     f"method.targets: {name} shares its weight with the input embeddings, which an "
                     "adapter would change too: leave it out"
                 )
-        return {
-            module: (pair.B.shape[0], pair.A.shape[1]) for module, pair in adapter_pairs(parameters)
-        }
+        shapes = targets.matrix_shapes(self.network, found)
+        return {name: shapes[name] for name in sorted(shapes, key=lambda n: f"{n}.lora_A.weight")}
+
+
+def _wrapped(
+    layer: Any,
+    config: peft.LoraConfig,
+    beside: peft.LoraConfig | None,
+    parameter: str | None = None,
+) -> Any:
+    """A layer with an adapter, and maybe a second one beside it, around it or its parameter."""
+    options = {"r": config.r, "lora_alpha": config.lora_alpha, "parameter_name": parameter}
+    wrapper = peft.LoraModel._create_new_module(config, _TRAINED, layer, **options)
+    if beside is not None:
+        wrapper.update_layer(_FROZEN, beside.r, lora_alpha=beside.lora_alpha, config=beside)
+    for adapter in wrapper.lora_A:
+        for part in (wrapper.lora_A[adapter], wrapper.lora_B[adapter]):
+            part.float()  # whatever the base has
+        if parameter is not None:
+            from hedgerow import experts
+
+            experts.split(wrapper, adapter)
+    return wrapper
+
+
+def _nested(layer: Any) -> Iterator[Any]:
+    """A wrapped layer, and the wrapped ones inside it."""
+    while isinstance(layer, peft.tuners.lora.LoraLayer):
+        yield layer
+        layer = layer.base_layer
 
 
 def _plain_config(factors: Mapping[str, Tensor]) -> peft.LoraConfig:
@@ -329,16 +405,8 @@ def _insert_core(layer: Any) -> None:
     layer.lora_B[_TRAINED] = torch.nn.Sequential(core, B)
 
 
-def _is_linear(layer: Any) -> bool:
-    return isinstance(layer, torch.nn.Linear) or _is_transposed(layer)
-
-
-def _is_transposed(layer: Any) -> bool:
-    """Whether this is GPT-2's kind of linear layer, which keeps its weight transposed."""
-    return isinstance(layer, transformers.pytorch_utils.Conv1D)
-
-
 def max_positions(network: Any) -> int:
     """Number of tokens that the network was made for; `sys.maxsize` where it does not say."""
     config = network.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+    names = ("max_position_embeddings", "max_seq_len")  # the latter is MPT's
+    return next(filter(None, (getattr(config, name, None) for name in names)), sys.maxsize)

@@ -14,11 +14,19 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from hedgerow.errors import UserError, did_you_mean
+from hedgerow.sentences import check_no_boolean, sentence
 
 
 class Plugin(BaseModel):
@@ -30,9 +38,28 @@ class Plugin(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    section: ClassVar[tuple[str, ...]] = ()
+    """Keys that lead to its options in the experiment file."""
+
     name: str
     """Name in the experiment file: one of hedgerow's own, one that an installed package declares,
     or `package.module:Class`."""
+
+    def __init__(self, /, **options: Any) -> None:
+        """Check the options.
+
+        Raises:
+            UserError: naming the option that is wrong.
+        """
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise UserError(sentence(error, type(self), self.section, self.see())) from None
+
+    @classmethod
+    def see(cls) -> str | None:
+        """Command that shows the options; None where it is `hedgerow explain` with their keys."""
+        return None
 
     @classmethod
     def own_name(cls) -> str | None:
@@ -40,6 +67,12 @@ class Plugin(BaseModel):
         # A subclass of FLoRA is not flora.
         declared = "name" in inspect.get_annotations(cls)
         return cls.model_fields["name"].default if declared else None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        check_no_boolean(value, cls, info.field_name)
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -6,21 +6,24 @@ and what type and bounds leave open.
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from hedgerow.errors import did_you_mean
 from hedgerow.names import NAME
+from hedgerow.sentences import check_no_boolean
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -29,6 +32,12 @@ class Section(BaseModel):
     """Part of the experiment file; unknown keys are mistakes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        check_no_boolean(value, cls, info.field_name)
+        return value
 
 
 class ModelSettings(Section):
@@ -104,6 +113,26 @@ class Partition(Section):
         return self
 
 
+class TemplateSettings(Section):
+    """The tokenizer's chat template, for `prompt: chat`."""
+
+    name: str | None = None
+    """Name of the chat template, of a tokenizer that has several; with null, its default."""
+    date: datetime.date | None = None
+    """Day that a chat template which writes the date is given, as 2026-11-25; with null, the day on
+    which the run begins, which its experiment.yaml says from then on."""
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _day(cls, date: Any) -> Any:
+        if date is None or isinstance(date, datetime.date):
+            return date
+        try:
+            return datetime.date.fromisoformat(str(date))
+        except ValueError:
+            raise ValueError(f"{date!r} is no day: write it as 2026-11-25") from None
+
+
 class TextSettings(Section):
     """Text and tokens that rows become, and the rows to evaluate on."""
 
@@ -125,6 +154,8 @@ class TextSettings(Section):
     """Template that makes a prompt of a row: `alpaca`, `alpaca-short`, `plain`, `chat` (the
     tokenizer's own), or a text file with `{instruction}` and `{input}`, and `{?input}…{/input}`
     around what belongs to an input."""
+    template: TemplateSettings = TemplateSettings()
+    """Choice of the tokenizer's chat template, and what it is given."""
     max_length: int = Field(512, ge=2)
     """Number of tokens of prompt and answer together; what is longer is cut at the end, and
     counted."""
@@ -185,7 +216,7 @@ class DataSettings(TextSettings):
                 kind = {bool: "true or false", type(None): "null"}.get(type(name), "a number")
                 raise ValueError(
                     f"client name {json.dumps(name, default=str)} is {kind} to YAML, not text: "
-                    "write it in quotes (YAML takes on, off, yes, no and null for other things)"
+                    "write it in quotes"
                 )
             if not NAME.fullmatch(name):
                 raise ValueError(
@@ -245,6 +276,9 @@ class TrainingSettings(Section):
 class FederationSettings(Section):
     """Rounds: how many there are, and who takes part."""
 
+    decide: ClassVar = ("clients_per_round", "seed")
+    """Keys that the entries of a run depend on; a run that goes on may change all others."""
+
     rounds: int = Field(10, ge=1)
     """Number of rounds of the whole run; a finished run goes on where it is raised (`--resume`)."""
     clients_per_round: int | None = Field(None, ge=1)
@@ -253,8 +287,8 @@ class FederationSettings(Section):
     """Number of usable updates that a round needs at least."""
     deadline: float | None = Field(None, gt=0)
     """Seconds that a run waits for its clients to join, and a round for their updates, on networks;
-    with null, it waits for all. In one process clients train one after another, and none is
-    late."""
+    with null, it waits for all but sites that refuse to take part. In one process clients train one
+    after another, and none is late."""
     attempts: int = Field(3, ge=1)
     """Number of times that a round is tried where too few clients answer; then the run stops."""
     backoff: float = Field(10.0, ge=0)
@@ -288,6 +322,17 @@ class EvaluationSettings(Section):
     """Number of sequences in one forward pass."""
     max_new_tokens: int = Field(64, ge=1)
     """Number of tokens that a greedy answer has at most, for the metrics that need answers."""
+    stop: list[str] = []
+    """Texts before the first of which an answer ends, as ["\\n\\nQuestion:"], or one text alone; by
+    default none, so that answers end with the model's own end or at `max_new_tokens`."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _texts(cls, stop: Any) -> Any:
+        texts = [stop] if isinstance(stop, str) else stop
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError('must be a list of texts that are not empty, as ["\\n\\n"]')
+        return texts
 
     @field_validator("metrics")
     @classmethod
@@ -361,7 +406,9 @@ class Comparison(Section):
                 raise ValueError(f"{key} needs a list of values, as [1, 2, 3]")
 
         def text(value: Any) -> str:
-            return value if isinstance(value, str) else json.dumps(value, default=str)
+            if isinstance(value, str | float):
+                return str(value)
+            return json.dumps(value, default=str)
 
         return {key: [text(value) for value in values] for key, values in sweep.items()}
 

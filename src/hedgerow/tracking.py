@@ -36,7 +36,8 @@ from hedgerow.errors import UserError, readable
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.federation.fleet import Watcher
 from hedgerow.files import replacing
-from hedgerow.runs.directory import RunDirectory, flat
+from hedgerow.runs.changes import flat
+from hedgerow.runs.directory import RunDirectory
 from hedgerow.settings import TrackingSettings
 
 FILE = "tracking.json"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hedgerow.loading import name_of
 from hedgerow.model import Model
 from hedgerow.runs.lender import Lender
 from hedgerow.settings import ModelSettings
@@ -22,7 +23,13 @@ class BaseInMemory:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         place = getattr(network.config, "name_or_path", None)
-        self._name = Path(place).name if place else type(network).__name__
+        self._name = name_of(place) if place else type(network).__name__
+
+    @property
+    def place(self) -> str | None:
+        """Folder, or name on the Hub, that transformers loaded the model from; None if none."""
+        place = getattr(self.network.config, "name_or_path", None)
+        return str(Path(place).absolute()) if place and Path(place).is_dir() else place or None
 
     def load(self, _: ModelSettings) -> Model:
         """A copy, for whoever asks to change and to keep: a `runs.Loader`."""

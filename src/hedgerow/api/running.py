@@ -169,13 +169,7 @@ def _train(
             check_installed("flwr", "Flower", "flower")
             from hedgerow.engines.flower import simulation
 
-            simulation.run(
-                experiment,
-                out,
-                watching,
-                resume=resume,
-                on_prepared=lambda prepared: watching.say(prepared.note),
-            )
+            simulation.run(experiment, out, watching, resume=resume)
         elif engine == "local":
             from hedgerow.api.base import BaseInMemory
             from hedgerow.engines import local
@@ -188,7 +182,6 @@ def _train(
                     resume=resume,
                     model=model,
                     held=drafted.held,
-                    on_prepared=lambda prepared: watching.say(prepared.note),
                 )
 
             if drafted.network is None:

@@ -126,10 +126,9 @@ class Run:
         """
         from hedgerow.data.in_memory import as_records
         from hedgerow.names import MEMORY
-        from hedgerow.runs.scoring import score_path
-        from hedgerow.settings import DEFAULT_TEST
+        from hedgerow.runs.scoring import asked_for, score_path
 
-        changes, held = [*self._overrides, *overrides], self.test
+        changes, held, named = [*self._overrides, *overrides], self.test, None
         if isinstance(metrics, str):
             raise UserError(f"metrics= must be a list of names, as [{metrics!r}]")
         if data is None and held is not None:
@@ -137,11 +136,7 @@ class Run:
         if data is not None:
             named = str(data) if isinstance(data, str | Path) else MEMORY
             held = as_records(data, "data=") if named == MEMORY else None
-            changes = [*DEFAULT_TEST, *changes, _override("data.test", named)]
-        if metrics is not None:
-            changes.append(_override("evaluation.metrics", list(metrics)))
-        if by is not None:
-            changes.append(_override("evaluation.by", by))
+        changes = asked_for(named, metrics, by, changes)
         scores, _ = score_path(self.path, changes, round, client, load=self._load, held=held)
         return scores
 
@@ -166,8 +161,7 @@ class Run:
         """
         import numpy
 
-        from hedgerow.data import Row, load_template
-        from hedgerow.data.tokens import tokenize_prompts
+        from hedgerow.data import Encoder, Row, load_template
         from hedgerow.evaluation.answers import generate
         from hedgerow.model import Model, max_positions
 
@@ -181,15 +175,18 @@ class Run:
             raise UserError(f"answer: max_new_tokens={longest}: give 1 to {most}")
         if not prompts:
             return []
-        template = load_template(settings.data.prompt, self.tokenizer)
-        texts = [template.prompt(Row(instruction=prompt)) for prompt in prompts]
-        encoded = tokenize_prompts(texts, template, self.tokenizer)
+        template = load_template(settings.data, self.tokenizer)
+        encoder = Encoder(template, self.tokenizer, model.vocabulary_size)
+        rows = [Row(prompt, number=number) for number, prompt in enumerate(prompts, start=1)]
+        encoded = encoder.prompts(rows, "answer: prompts")
         answers, _ = generate(
             model,
             [numpy.array(ids, dtype=numpy.int32) for ids in encoded],
             longest,
             settings.evaluation.batch_size,
             lambda _: None,
+            ends=template.ends,
+            stop=settings.evaluation.stop,
         )
         return answers
 
@@ -218,8 +215,12 @@ class Run:
         client: str | None = None,
         rank: int | None = None,
         energy: float | None = None,
+        dtype: str | None = None,
     ) -> Path:
         """Write all that the run adds to its base as an adapter that peft loads.
+
+        Nothing is lost unless `rank` or `energy` asks for it. All factors have one rank, at most
+        the smaller side of the largest matrix.
 
         Args:
             out: folder to make.
@@ -227,12 +228,14 @@ class Run:
             client: name of the client whose model is meant, for methods without a global one.
             rank: highest rank of a matrix; None cuts nothing.
             energy: share of the squared singular values that is kept, above 0 and at most 1.
+            dtype: of the factors: float32, bfloat16 or float16; None for the run's own.
 
         Returns:
             The folder.
 
         Raises:
-            UserError: the method makes no adapter, or `out` is there already.
+            UserError: the method makes no adapter, `out` is there already, or a value is not
+                finite in the dtype.
         """
         from hedgerow import export
 
@@ -244,12 +247,19 @@ class Run:
             self._overrides,
             rank=rank,
             energy=energy,
+            dtype=dtype,
+            base=None if self.base is None else self.base.place,
             load=self._load,
         )
         return Path(out)
 
     def export_merged(
-        self, out: PathLike, *, round: int | None = None, client: str | None = None
+        self,
+        out: PathLike,
+        *,
+        round: int | None = None,
+        client: str | None = None,
+        dtype: str | None = None,
     ) -> Path:
         """Write the whole model as a folder that transformers loads.
 
@@ -257,16 +267,20 @@ class Run:
             out: folder to make.
             round: number of the round; None for the last.
             client: name of the client whose model is meant, for methods without a global one.
+            dtype: of the weights: float32, bfloat16 or float16; None for the run's own.
 
         Returns:
             The folder.
 
         Raises:
-            UserError: `out` is there already, or there is no such round or client.
+            UserError: `out` is there already, there is no such round or client, or a weight is not
+                finite in the dtype.
         """
         from hedgerow import export
 
-        export.to_merged(self.path, Path(out), round, client, self._overrides, load=self._load)
+        export.to_merged(
+            self.path, Path(out), round, client, self._overrides, dtype=dtype, load=self._load
+        )
         return Path(out)
 
     def export_ledger(self, out: PathLike) -> Path:

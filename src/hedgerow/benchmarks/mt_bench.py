@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field
 
-from hedgerow.data import Message, Template, load_template, tokenize_prompts
+from hedgerow.data import Encoder, Template, in_turns, load_template
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import Draw, generate
 from hedgerow.evaluation.likelihood import Tick
@@ -145,7 +145,8 @@ def answer(
         tokenizer = it.model.tokenizer
         is_chosen = any(override.startswith("data.prompt=") for override in overrides)
         prompt = "chat" if tokenizer.chat_template and not is_chosen else it.data.prompt
-        template = load_template(prompt, tokenizer)
+        template = load_template(it.data.model_copy(update={"prompt": prompt}), tokenizer)
+        encoder = Encoder(template, tokenizer, it.model.vocabulary_size)
         model_id = model_id or "-".join([it.name, *it.clients])
         length = max(1, min(max_new_tokens, max_positions(it.model.network) // 2))
         ids = _answer_ids(it, asked, template, length)
@@ -174,7 +175,7 @@ def answer(
                     if answered.issuperset(question.question_id for question in batch):
                         tick(2 * len(batch))
                         continue
-                    both, cut_here = _answer_both(it, batch, template, length, tick)
+                    both, cut_here = _answer_both(it, batch, encoder, length, tick)
                     cut += cut_here
                     for question, turns in zip(batch, both, strict=True):
                         if question.question_id not in answered:
@@ -191,19 +192,17 @@ def answer(
 
 
 def _answer_both(
-    it: Subject, questions: Sequence[Question], template: Template, length: int, tick: Tick
+    it: Subject, questions: Sequence[Question], encoder: Encoder, length: int, tick: Tick
 ) -> tuple[list[list[str]], int]:
     """Each question's two answers, and how many prompts were cut."""
     answers: list[list[str]] = [[] for _ in questions]
     cut = 0
     for turn in (1, 2):
-        texts = [
-            template.conversation(
-                _turns(question.turns[0], *given, question.turns[1])[: 2 * turn - 1]
-            )
+        rows = [
+            in_turns([question.turns[0], *given, question.turns[1]][: 2 * turn - 1])
             for question, given in zip(questions, answers, strict=True)
         ]
-        prompts = tokenize_prompts(texts, template, it.model.tokenizer)
+        prompts = encoder.prompts(rows, "questions")
         new, cut_here = generate(
             it.model,
             [np.array(prompt, dtype=np.int32) for prompt in prompts],
@@ -211,16 +210,13 @@ def _answer_both(
             len(questions),
             tick,
             [_draw(it.seed, question, turn) for question in questions],
+            ends=encoder.ends,
+            stop=it.evaluation.stop,
         )
         cut += cut_here
         for given, text in zip(answers, new, strict=True):
             given.append(text.strip())
     return answers, cut
-
-
-def _turns(*texts: str) -> list[Message]:
-    """The texts of user, assistant, user …, as messages."""
-    return [Message("assistant" if n % 2 else "user", text) for n, text in enumerate(texts)]
 
 
 def _temperature(category: str) -> float:
@@ -245,10 +241,9 @@ def _answer_ids(
     ids = {}
     for question in questions:
         first, second = question.turns
-        prompts = [
-            template.conversation(_turns(*texts)) for texts in ([first], [first, "", second])
-        ]
+        prompts = [template.prompt(in_turns(texts)) for texts in ([first], [first, "", second])]
         draw = [it.seed, _temperature(question.category)]
-        content = json.dumps([model, question.question_id, prompts, length, draw])
+        ends = [it.evaluation.stop] if it.evaluation.stop else []
+        content = json.dumps([model, question.question_id, prompts, length, draw, *ends])
         ids[question.question_id] = hashlib.sha256(content.encode()).hexdigest()[:32]
     return ids

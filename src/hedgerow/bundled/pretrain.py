@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hedgerow import spellings
 from hedgerow.bundled.tasks import KINDS, WORDS
 
 NAMES = {
@@ -221,6 +222,8 @@ def main() -> None:
 
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
+    spellings.rewrite(options.out / "config.json", spellings.model_config)
+    spellings.rewrite_tokenizer(options.out)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from hedgerow.cli.frame import (
     AsJson,
     app,
 )
+from hedgerow.files import to_json
 
 if TYPE_CHECKING:
     from hedgerow.experiment.reference import Listed, Option, Page
@@ -163,7 +164,7 @@ def _plain(options: Sequence[Option]) -> list[dict[str, Any]]:
 
 
 def _print_json(content: Any) -> None:
-    print(json.dumps(content, ensure_ascii=False, indent=2))
+    print(to_json(content, ensure_ascii=False, indent=2))
 
 
 @app.command()

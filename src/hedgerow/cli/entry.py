@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import click
+import typer
 
 from hedgerow.cli.frame import app
 from hedgerow.environment import quieten
 from hedgerow.errors import RunFailed, UserError
+from hedgerow.files import expanded
 from hedgerow.lazy import safetensors
 
 # Each registers its commands with `app`, in the order in which --help lists them.
@@ -28,30 +37,96 @@ def main() -> None:
     """The entry point: mistakes become one sentence and an exit code."""
     quieten()
     _find_modules_beside_the_user()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where the encoding is ASCII, say
+    with _stopped_by_signals() as signals:
+        try:
+            _run(_typed(sys.argv[1:]))
+            sys.stdout.flush()
+        except UserError as error:
+            _stop(str(error), 2)
+        except RunFailed as error:
+            _stop(str(error), 1)
+        except KeyboardInterrupt as stop:
+            # What a command has to say of how it goes on is the interrupt's own text.
+            _stop(": ".join(["interrupted", *map(str, stop.args)]), 128 + signals[-1])
+        except BrokenPipeError:
+            # Who was to read this has ended, as `head` does; nor can what is left be flushed.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except OSError as error:
+            if error.filename is None and error.errno not in _ADVICE:
+                raise
+            advice = _ADVICE.get(error.errno or 0, "name another place")
+            _stop(f"{error.filename or 'the output'}: {error.strerror}; {advice}", 2)
+        except safetensors.SafetensorError as error:
+            # safetensors wraps what the system says when it cannot write.
+            _stop(f"the output could not be written: {error}", 2)
+
+
+def _run(arguments: list[str]) -> None:
+    """Run a command; not by typer's own `main`, which says nothing of interrupts."""
+    command = typer.main.get_command(app)
     try:
-        app()
-    except UserError as error:
-        _stop(str(error), 2)
-    except RunFailed as error:
-        _stop(str(error), 1)
-    except KeyboardInterrupt:
-        _stop("interrupted; what is written is valid, and a run goes on with --resume", 130)
-    except OSError as error:
-        if error.errno not in _MENDABLE:
-            raise
-        _stop(f"{error.filename or 'the output'}: {error.strerror}; {_MENDABLE[error.errno]}", 2)
-    except safetensors.SafetensorError as error:
-        # safetensors wraps what the system says when it cannot write.
-        _stop(f"the output could not be written: {error}", 2)
+        with command.make_context("hedgerow", arguments) as context:
+            command.invoke(context)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
 
 
-_MENDABLE = dict.fromkeys(
+def _typed(arguments: Sequence[str]) -> list[str]:
+    """What was typed, with `~` expanded also where the shell leaves it, as in `--out=~/run`.
+
+    Raises:
+        UserError: an argument or an option's value is empty, as a variable is that is not set.
+    """
+    typed = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if not argument or (equals and option.startswith("--") and not value):
+            raise UserError(
+                f"{option or 'an argument'} is empty: give it a value, or leave it out (a variable "
+                "of the shell may not be set)"
+            )
+        if argument.startswith("~"):
+            argument = expanded(argument)
+        elif option.startswith("--") and value.startswith("~"):
+            argument = f"{option}={expanded(value)}"
+        typed.append(argument)
+    return typed
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[list[int]]:
+    """Have SIGTERM end what runs as Ctrl-C does; yields the signals, of which the last counts."""
+    signals: list[int] = [signal.SIGINT]
+
+    def interrupt(number: int, frame: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+_ADVICE = dict.fromkeys(
     (errno.ENOSPC, errno.EDQUOT), "make room, then try again (a run goes on with --resume)"
 ) | dict.fromkeys(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     "name a place that you may write to",
 )
-_MENDABLE[errno.EFBIG] = "raise the limit on file sizes (a run goes on with --resume)"
+_ADVICE[errno.EFBIG] = "raise the limit on file sizes (a run goes on with --resume)"
+_ADVICE[errno.ENAMETOOLONG] = "give a shorter one"
 
 
 def _find_modules_beside_the_user() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
+import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,17 @@ from hedgerow.cli.frame import (
     app,
 )
 from hedgerow.errors import UserError, check_installed
+from hedgerow.files import to_json
+
+_LONGEST = 60
+"""Largest number of characters of a group's name in a table."""
+
+
+class Prompt(StrEnum):
+    """Whose prompts questions of lm-eval are in."""
+
+    task = "task"
+    run = "run"
 
 
 @app.command()
@@ -47,6 +59,25 @@ def evaluate(
     limit: Annotated[
         float | None, typer.Option(min=0, help="Questions of each lm-eval task; below 1, a share.")
     ] = None,
+    prompt: Annotated[
+        Prompt, typer.Option(help="The prompts of lm-eval's tasks, or the run's own around them.")
+    ] = Prompt.task,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask in the tokenizer's chat template.")
+    ] = False,
+    fewshot_as_multiturn: Annotated[
+        bool, typer.Option("--fewshot-as-multiturn", help="Examples are turns of their own.")
+    ] = False,
+    gen_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            help="How lm-eval's tasks have answers generated, as max_gen_toks=64,temperature=0.7, "
+            "or JSON: until, max_gen_toks, do_sample, temperature, top_p, top_k."
+        ),
+    ] = None,
+    log_samples: Annotated[
+        Path | None, typer.Option(help="A new file: a line of JSON on each question of lm-eval.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a run's model, or any causal language model in a folder, on test data.
@@ -73,41 +104,65 @@ def evaluate(
             include_path=include_path,
             num_fewshot=num_fewshot,
             limit=limit,
+            run_prompt=prompt is Prompt.run,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=fewshot_as_multiturn,
+            gen_kwargs=gen_kwargs,
+            log_samples=log_samples,
         )
         if as_json:
-            print(json.dumps(found))
+            print(to_json(found))
         else:
             _say_harness(str(target), found)
         return
-    if (include_path, num_fewshot, limit) != (None, None, None):
-        raise UserError("--include-path, --num-fewshot and --limit belong to --harness")
+    belonging = {
+        "--include-path": include_path,
+        "--num-fewshot": num_fewshot,
+        "--limit": limit,
+        "--prompt": prompt if prompt is not Prompt.task else None,
+        "--apply-chat-template": apply_chat_template or None,
+        "--fewshot-as-multiturn": fewshot_as_multiturn or None,
+        "--gen-kwargs": gen_kwargs,
+        "--log-samples": log_samples,
+    }
+    if given := [option for option, value in belonging.items() if value is not None]:
+        raise UserError(f"{', '.join(given)}: of use with --harness TASKS only: add it")
     from hedgerow.evaluation.metrics import scores_of
-    from hedgerow.runs.scoring import score_path
-    from hedgerow.settings import DEFAULT_TEST
+    from hedgerow.runs.scoring import asked_for, score_path
 
-    changes = list(overrides or [])
-    if data is not None:
-        changes = [*DEFAULT_TEST, *changes, f"data.test={json.dumps(data)}"]
-    if by is not None:
-        changes.append(f"evaluation.by={json.dumps(by)}")
+    named = None
     if metrics is not None:
         named = [name.strip() for name in metrics.split(",") if name.strip()]
-        changes.append(f"evaluation.metrics={json.dumps(named)}")
+    changes = asked_for(data, named, by, overrides or [])
+    said: list[str] = []
     with console.ProgressWatcher("evaluation") as watcher:
-        scores, asked = score_path(target, changes, round, client, watcher.evaluated)
+        scores, asked = score_path(
+            target, changes, round, client, watcher.evaluated, say=said.append
+        )
+    for sentence in said:
+        print(sentence, file=sys.stderr)
     if as_json:
-        print(json.dumps(scores))
+        print(to_json(scores))
         return
     named_scores = console.named_scores(scores, asked).items()
     rows = [(label, console.score(value)) for label, value in named_scores]
     console.table(str(target), ["score", "value"], rows)
     for key, score in scores_of(asked).items():
         if values := scores.get(f"{key}_by"):
-            rows = [(name, console.score(value)) for name, value in values.items()]
+            rows = [
+                (
+                    name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…",
+                    console.score(value),
+                )
+                for name, value in values.items()
+            ]
             console.table("", [by or "value", score.label], rows)
     for key in ("dropped", "truncated", "skipped"):
         if scores.get(key):
             console.out.print(f"{key}: {scores[key]} rows")
+    for key in ("answer_prompts_cut", "choice_prompts_cut"):
+        if scores.get(key):
+            console.out.print(f"{scores[key]:g} prompts cut on the left to fit the model")
 
 
 def _say_harness(title: str, scores: dict[str, Any]) -> None:

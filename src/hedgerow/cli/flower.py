@@ -32,7 +32,7 @@ def flower_init(
     # After a mistake has been found: it imports torch.
     from hedgerow.engines.flower import app as apps
 
-    made = apps.init(loaded, folder, experiment.stem)
+    made = apps.init(loaded, folder, experiment.stem, say=console.out.print)
     console.out.print(
         f"{folder}: a Flower app for {', '.join(made.clients)}, whose base is {made.base.name} "
         f"({made.base.fingerprint[:12]}); next: flwr run {folder} SUPERLINK",

@@ -84,6 +84,14 @@ class Format(StrEnum):
     ledger = "ledger"
 
 
+class Dtype(StrEnum):
+    """Dtype of exported weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,

@@ -29,17 +29,20 @@ def run(
 
     Example: hedgerow run experiment.yaml federation.rounds=3 --out runs/first
     """
-    from hedgerow import api
+    try:
+        from hedgerow import api
 
-    finished = api.run(
-        experiment,
-        *(overrides or []),
-        out=out,
-        resume=resume,
-        engine=engine.value,
-        smoke=smoke,
-        progress=True,
-    )
+        finished = api.run(
+            experiment,
+            *(overrides or []),
+            out=out,
+            resume=resume,
+            engine=engine.value,
+            smoke=smoke,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*_how_to_go_on(out)) from None
     _summarise(out, finished.experiment.evaluation.metrics)
 
 
@@ -69,20 +72,23 @@ def compare(
 
     Example: hedgerow compare experiment.yaml --methods flora,fedit --seeds 3 --out comparison
     """
-    from hedgerow import api, comparison, console
-    from hedgerow.experiment import split_at
+    try:
+        from hedgerow import api, comparison, console
+        from hedgerow.experiment import split_at
 
-    found = api.compare(
-        experiment,
-        *(overrides or []),
-        out=out,
-        methods=None if methods is None else split_at(methods, ","),
-        sweep=None if sweep is None else comparison.split_sweeps(sweep),
-        seeds=seeds,
-        target=target,
-        smoke=smoke,
-        progress=True,
-    )
+        found = api.compare(
+            experiment,
+            *(overrides or []),
+            out=out,
+            methods=None if methods is None else split_at(methods, ","),
+            sweep=None if sweep is None else comparison.split_sweeps(sweep),
+            seeds=seeds,
+            target=target,
+            smoke=smoke,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("given again, the same command does what is missing") from None
     from hedgerow.reporting import tables
 
     console.table("", found.shown.columns, found.shown.values.tolist())
@@ -98,6 +104,15 @@ def compare(
         raise RunFailed(
             f"{len(found.failures)} of {found.count} runs failed; given again, they go on"
         )
+
+
+def _how_to_go_on(out: Path) -> list[str]:
+    """The sentence for who interrupts a run; none where nothing of it is written yet."""
+    from hedgerow.runs.directory import EXPERIMENT
+
+    if not (out / EXPERIMENT).exists():
+        return []
+    return [f"what is written in {out} is valid; the same command goes on from there with --resume"]
 
 
 def _summarise(out: Path, metrics: list[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hedgerow.cli.frame import (
+    Dtype,
     Format,
     Overrides,
     RunPath,
@@ -53,6 +54,9 @@ def export(
     energy: Annotated[
         float | None, typer.Option(min=0, max=1, help="Keep this share of its energy.")
     ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of the weights, instead of the run's.")
+    ] = None,
 ) -> None:
     """Export a run's model: an adapter (peft), merged weights (transformers), or its ledger.
 
@@ -63,14 +67,19 @@ def export(
     changes = overrides or []
     if (rank is not None or energy is not None) and to != Format.adapter:
         raise UserError("--rank and --energy cut an adapter: use them with --to adapter")
+    if dtype is not None and to == Format.ledger:
+        raise UserError("--dtype is of weights: use it with --to adapter or --to merged")
     if to == Format.adapter:
-        ranks = export.to_adapter(
-            run, out, round, client, changes, rank=rank, energy=energy
-        ).values()
-        spread = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
-        console.out.print(f"{out}: an adapter of {len(ranks)} matrices, rank {spread}")
+        size = export.to_adapter(
+            run, out, round, client, changes, rank=rank, energy=energy, dtype=dtype
+        )
+        served = _served(size.rank)
+        console.out.print(
+            f"{out}: an adapter of {size.matrices} matrices, rank {size.rank} ({served})",
+            soft_wrap=True,
+        )
     elif to == Format.merged:
-        export.to_merged(run, out, round, client, changes)
+        export.to_merged(run, out, round, client, changes, dtype=dtype)
         console.out.print(f"{out}: the whole model")
     else:
         if round is not None or client is not None:
@@ -79,3 +88,14 @@ def export(
             )
         export.to_ledger(run, out, changes)
         console.out.print(f"{out}: {console.size(out.stat().st_size)}")
+
+
+_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM makes room for, from its default on; adapters may have any rank up to them."""
+
+
+def _served(rank: int) -> str:
+    """What a server has to be told to take an adapter of this rank."""
+    if rank > _VLLM_RANKS[-1]:
+        return f"vLLM takes {_VLLM_RANKS[-1]} at most: --rank {_VLLM_RANKS[-1]} cuts to that"
+    return f"vLLM: --max-lora-rank {next(most for most in _VLLM_RANKS if most >= rank)}"

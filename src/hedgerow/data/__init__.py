@@ -2,20 +2,21 @@
 
 from hedgerow.data.batches import batches, collate, epoch
 from hedgerow.data.clients import ClientData
+from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held, as_records
 from hedgerow.data.partition import partition
-from hedgerow.data.rows import Message, NothingUsable, Records, Remarks, Row, Rows, check
+from hedgerow.data.rows import Message, Records, Remarks, Row, Rows, check
 from hedgerow.data.sources import client_files, read
-from hedgerow.data.templates import Template
+from hedgerow.data.templates import Template, in_turns
 from hedgerow.data.templates import load as load_template
-from hedgerow.data.tokens import Example, Spool, Tokenized, tokenize_prompts
+from hedgerow.data.tokens import Example, Spool, Tokenized
 
 __all__ = [
     "ClientData",
+    "Encoder",
     "Example",
     "Held",
     "Message",
-    "NothingUsable",
     "Records",
     "Remarks",
     "Row",
@@ -29,8 +30,8 @@ __all__ = [
     "client_files",
     "collate",
     "epoch",
+    "in_turns",
     "load_template",
     "partition",
     "read",
-    "tokenize_prompts",
 ]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held
 from hedgerow.data.partition import partition
-from hedgerow.data.rows import NothingUsable, Records, Remarks, Row, check
+from hedgerow.data.rows import Records, Remarks, Row, check
 from hedgerow.data.sources import client_files, read, share_of
 from hedgerow.data.templates import load as load_template
 from hedgerow.data.tokens import Spool, Tokenized
-from hedgerow.errors import UserError
+from hedgerow.errors import NothingToLearn
 from hedgerow.names import MEMORY
 from hedgerow.seeds import Seeds
 
@@ -37,6 +38,7 @@ class ClientData:
         tokenizer: PreTrainedTokenizerBase,
         seeds: Seeds,
         held: Held | None = None,
+        vocabulary_size: int | None = None,
     ) -> None:
         """Find out who the clients are.
 
@@ -45,13 +47,15 @@ class ClientData:
             tokenizer: the base model's.
             seeds: the run's, which decide how a source is divided.
             held: the rows that the settings call `(memory)`.
+            vocabulary_size: number of the base model's embeddings; None compares no tokens.
 
         Raises:
             UserError: a file is missing, or the source or its division is wrong.
         """
-        self._settings, self._tokenizer, self._spool = settings, tokenizer, Spool()
+        self._settings, self._spool = settings, Spool()
         self._held = held or Held()
-        self._template = load_template(settings.prompt, tokenizer)
+        template = load_template(settings, tokenizer)
+        self.encoder = Encoder(template, tokenizer, vocabulary_size)
         self.remarks = Remarks()
         self._rows: Sequence[Row] = ()
         self._parts: Mapping[str, Sequence[int]] = {}
@@ -70,12 +74,12 @@ class ClientData:
 
         Raises:
             UserError: they cannot be read.
-            NothingUsable: nothing of them is left to learn from.
+            NothingToLearn: nothing of them is left to learn from.
         """
         if name in self._parts:
             rows: Sequence[Row] = [self._rows[index] for index in self._parts[name]]
             if not rows:
-                raise NothingUsable(f"{name}: `data.partition` gives it no row")
+                raise NothingToLearn(f"{name}: `data.partition` gives it no row")
         else:
             own = self._held.clients.get(name)
             rows = self._read(str(self._files[name]), own)
@@ -83,34 +87,10 @@ class ClientData:
         return self._spool.tokenize(
             name,
             rows,
-            template=self._template,
-            tokenizer=self._tokenizer,
+            encoder=self.encoder,
             max_length=settings.max_length,
             loss_on=settings.loss_on,
         )
-
-    def tokenize_all(self) -> tuple[dict[str, Tokenized], dict[str, str]]:
-        """Tokenise every client's examples.
-
-        Returns:
-            Those of the clients that have any, by name; and why the others have none.
-
-        Raises:
-            UserError: a client's data cannot be read, or no client has anything to learn from.
-        """
-        shards: dict[str, Tokenized] = {}
-        reasons: dict[str, str] = {}
-        for name in self.names:
-            try:
-                shards[name] = self.tokenize(name)
-            except NothingUsable as error:
-                reasons[name] = str(error).removeprefix(f"{name}: ")
-        if not shards:
-            (name, why), others = next(iter(reasons.items())), len(reasons) - 1
-            raise UserError(
-                f"{name}: {why}" + (f" (and {others} more clients have none)" if others else "")
-            )
-        return shards, reasons
 
     def _read(self, source: str, held: Records | None) -> Sequence[Row]:
         """The rows of a source, or of what is held in memory."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from hedgerow.errors import UserError
+from hedgerow.errors import NothingToLearn, UserError
 
 if TYPE_CHECKING:
     from hedgerow.settings import Fields
@@ -158,10 +158,6 @@ class Rows(Sequence[Row]):
         return iter(self.rows)
 
 
-class NothingUsable(UserError):
-    """Data of which nothing is left to use, though nothing in them is a mistake."""
-
-
 class _LeftOut(Exception):
     """A row that cannot be used; the text says why, as in "2 rows left out: …"."""
 
@@ -181,11 +177,11 @@ def check(records: Records, fields: Fields, *, answered: bool = True) -> Rows:
 
     Raises:
         UserError: naming the source, the row and the column of what cannot be used.
-        NothingUsable: no row is left.
+        NothingToLearn: no row is left.
     """
     where, remarks = records.where, Remarks()
     if not len(records):
-        raise NothingUsable(f"{where}: holds no rows: give at least one example")
+        raise NothingToLearn(f"{where}: holds no rows: give at least one example")
     known = {column: None for row in records.rows for column in row}
     fields = _layout(fields, known, answered)
     _check_known(records, fields, known, answered)
@@ -208,7 +204,7 @@ def check(records: Records, fields: Fields, *, answered: bool = True) -> Rows:
         rows.append(row)
     if not rows:
         why = "; ".join(remarks.sentences())
-        raise NothingUsable(f"{where}: no row can be used: {why}")
+        raise NothingToLearn(f"{where}: no row can be used: {why}")
     return Rows(rows, remarks)
 
 

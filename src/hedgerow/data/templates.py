@@ -6,17 +6,20 @@ A template is a text with `{instruction}` and `{input}`; what stands between `{?
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from hedgerow.data.chat import ChatTemplate
 from hedgerow.data.rows import Message, Row
 from hedgerow.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from hedgerow.settings import TextSettings
 
 _BLOCKS = (
     "### Instruction:\n{instruction}\n\n{?input}### Input:\n{input}\n\n{/input}### Response:\n"
@@ -34,6 +37,7 @@ TEXTS = {
 _USER_MESSAGE = "{instruction}{?input}\n\n{input}{/input}"
 _MARK = re.compile(r"\{[?/]?\w+\}")
 _FIELD = re.compile(r"\{(instruction|input)\}")
+_JINJA = re.compile(r"\{%|\{\{-?\s*\w+[^{}]*\}\}")
 _SECTION = re.compile(r"\{\?input\}(.*?)\{/input\}", re.DOTALL)
 
 
@@ -44,31 +48,48 @@ class Template(Protocol):
     def has_special_tokens(self) -> bool:
         """Whether the prompt's text holds the tokenizer's special tokens (BOS …) already."""
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Numbers of the tokens with which it ends an answer, if any, beside the model's own."""
+
+    @property
+    def date(self) -> datetime.date | None:
+        """Day that it writes; None where it writes no date."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that tell what is unexpected about its prompts."""
+
+    @property
+    def written(self) -> str:
+        """What it writes around a row's texts."""
+
     def prompt(self, row: Row) -> str:
         """The text that the model is given."""
 
-    def answer(self, row: Row) -> str:
-        """The text that should follow the prompt."""
-
-    def conversation(self, messages: Sequence[Message]) -> str:
-        """The prompt of a later turn, after messages up to the user's that is to be answered.
-
-        Of one message, it is the prompt of a row with this instruction and no input.
-        """
+    def example(self, row: Row) -> tuple[str, str]:
+        """The text that the model is given, and the text that should follow it."""
 
 
-def load(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template called `name`.
+def in_turns(texts: Sequence[str]) -> Row:
+    """The row of a conversation, of the texts of user, assistant, user … up to the user's."""
+    roles: tuple[Literal["user"], Literal["assistant"]] = ("user", "assistant")
+    earlier = (Message(roles[n % 2], text) for n, text in enumerate(texts[:-1]))
+    return Row(instruction=texts[-1], history=tuple(earlier))
 
-    Args:
-        name: `alpaca`, `alpaca-short`, `plain`, `chat` (the tokenizer's own), or a text file, which
-            is taken as it stands, with the newline at its end.
+
+def load(text: TextSettings, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template that `text.prompt` names.
+
+    A text file is taken as it stands, with the newline at its end.
 
     Raises:
         UserError: there is no such template, or it cannot be used.
     """
+    name = text.prompt
     if name == "chat":
-        return ChatTemplate(tokenizer)
+        message = TextTemplate(_USER_MESSAGE, "chat")
+        return ChatTemplate(tokenizer, text.template, message.asked)
     if name in TEXTS:
         return TextTemplate(TEXTS[name], name)
     try:
@@ -94,8 +115,18 @@ class TextTemplate:
     """
 
     has_special_tokens = False
+    ends = ()
+    date = None
+    notes = ()
 
     def __init__(self, text: str, where: str) -> None:
+        if _JINJA.search(text):
+            raise UserError(
+                f"{where}: is written in Jinja, as tokenizers' chat templates are: write "
+                "{instruction} and {input} where a row's texts stand; or put it into the model's "
+                "folder as chat_template.jinja, and set data.prompt=chat"
+            )
+        self.written = text
         self.with_input = _SECTION.sub(lambda section: section[1], text)
         self.without_input = _SECTION.sub("", text)
         for mark in _MARK.findall(self.with_input):
@@ -112,109 +143,43 @@ class TextTemplate:
             )
 
     def prompt(self, row: Row) -> str:
-        text = self.with_input if row.input.strip() else self.without_input
-        if row.history:
-            return self._opening(row.history) + _filled(self._turn(text), row)
-        return _filled(text, row)
-
-    def answer(self, row: Row) -> str:
-        return row.output
-
-    def conversation(self, messages: Sequence[Message]) -> str:
-        """As `Template.conversation`, for a template that knows of one turn only.
+        """The text that the model is given.
 
         What comes before the instruction's own paragraph, as alpaca's introduction, stands once;
-        what follows it is repeated for each turn. An empty line ends each answer, and a system's
-        message, which stands in front.
+        what follows it is repeated for each turn. An empty line ends each other turn.
         """
-        *history, last = messages
-        return self.prompt(Row(instruction=last.content, history=tuple(history)))
-
-    @property
-    def _introduction(self) -> str:
-        before = self.without_input.partition("{instruction}")[0]
-        return before[: before.rfind("\n\n") + 2] if "\n\n" in before else ""
-
-    def _turn(self, text: str) -> str:
-        """A turn of the template, without the introduction."""
-        before = text.partition("{instruction}")[0]
-        return text.removeprefix(before[: before.rfind("\n\n") + 2] if "\n\n" in before else "")
-
-    def _opening(self, history: Sequence[Message]) -> str:
-        """The introduction and the turns of a history."""
-        turn = self._turn(self.without_input)
-        system = "".join(f"{m.content}\n\n" for m in history if m.role == "system")
+        if not row.history:
+            return self.asked(row)
+        introduction, turn = _parts(self.without_input)
+        told = [f"{each.content}\n\n" for each in row.history if each.role == "system"]
         turns = [
-            _filled(turn, Row(message.content))
-            if message.role == "user"
-            else f"{message.content}\n\n"
-            for message in history
-            if message.role != "system"
+            _filled(turn, each.content) if each.role == "user" else f"{each.content}\n\n"
+            for each in row.history
+            if each.role != "system"
         ]
-        return system + _FIELD.sub("", self._introduction) + "".join(turns)
+        last = _filled(_parts(self._text(row))[1], row.instruction, row.input)
+        return "".join([*told, _filled(introduction), *turns, last])
+
+    def example(self, row: Row) -> tuple[str, str]:
+        """The text that the model is given, and the text that should follow it."""
+        return self.prompt(row), row.output
+
+    def asked(self, row: Row) -> str:
+        """The text of a row without its earlier turns."""
+        return _filled(self._text(row), row.instruction, row.input)
+
+    def _text(self, row: Row) -> str:
+        return self.with_input if row.input.strip() else self.without_input
 
 
-class ChatTemplate:
-    """The tokenizer's own template: a user's message, which the assistant answers.
-
-    Raises:
-        UserError: the tokenizer has no template, or what it writes for an answered message does not
-            begin with what it writes for the message alone.
-    """
-
-    has_special_tokens = True
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.chat_template:
-            raise UserError(
-                "`data.prompt`: the tokenizer has no chat template: choose another, as alpaca"
-            )
-        self.tokenizer = tokenizer
-        self.message = TextTemplate(_USER_MESSAGE, "chat")
-        # Now, rather than after minutes of reading and tokenising.
-        self.answer(Row(instruction="question", output="reply"))
-
-    def prompt(self, row: Row) -> str:
-        return self._render(self._asked(row), add_generation_prompt=True)
-
-    def answer(self, row: Row) -> str:
-        reply = {"role": "assistant", "content": row.output}
-        prompt, whole = self.prompt(row), self._render([*self._asked(row), reply])
-        if not whole.startswith(prompt):
-            raise UserError(
-                "`data.prompt`: the tokenizer's chat template does not continue its own prompt "
-                "with the answer, so the two cannot be told apart: choose another prompt"
-            )
-        answer = whole[len(prompt) :]
-        eos = self.tokenizer.eos_token
-        # Many templates add a newline after EOS, where generation has long stopped.
-        return answer.rstrip() if eos and answer.rstrip().endswith(eos) else answer
-
-    def conversation(self, messages: Sequence[Message]) -> str:
-        *history, last = messages
-        return self.prompt(Row(instruction=last.content, history=tuple(history)))
-
-    def _asked(self, row: Row) -> list[dict[str, str]]:
-        """The messages before the answer."""
-        asked = self.message.prompt(replace(row, history=()))
-        messages = [*row.history, Message(role="user", content=asked)]
-        return [{"role": message.role, "content": message.content} for message in messages]
-
-    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
-        import jinja2
-
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except jinja2.TemplateError as error:
-            raise UserError(
-                f"`data.prompt`: the tokenizer's chat template fails ({error}): choose another"
-            ) from None
-        assert isinstance(text, str)
-        return text
-
-
-def _filled(text: str, row: Row) -> str:
-    """A template's text with a row's; what stands in the row is never read as a template."""
-    values = {"instruction": row.instruction, "input": row.input}
+def _filled(text: str, instruction: str = "", input: str = "") -> str:
     # In one pass: a value that holds "{input}" itself must stay as it is.
+    values = {"instruction": instruction, "input": input}
     return _FIELD.sub(lambda field: values[field[1]], text)
+
+
+def _parts(text: str) -> tuple[str, str]:
+    """A template's introduction, which may be empty, and what is said in each turn."""
+    before = text.partition("{instruction}")[0]
+    introduction = before[: before.rfind("\n\n") + 2] if "\n\n" in before else ""
+    return introduction, text.removeprefix(introduction)

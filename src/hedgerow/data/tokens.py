@@ -8,19 +8,16 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from hedgerow.data.rows import NothingUsable, Row
-from hedgerow.data.templates import Template
-from hedgerow.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from hedgerow.data.encoding import Encoder
+from hedgerow.data.rows import Row
+from hedgerow.errors import NothingToLearn, UserError
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -63,6 +60,10 @@ class Tokenized:
     """Examples that are here, but were cut at `max_length`."""
     dropped: int
     """Examples that are not here: their prompts leave no room for any of the answer."""
+    spelt: int = 0
+    """Examples whose rows spell a control token, as `</s>`, which is text there."""
+    unknown: int = 0
+    """Tokens that stand for text which the tokenizer does not know."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -102,6 +103,8 @@ class Tokenized:
             loss_on=parts[0].loss_on,
             truncated=sum(part.truncated for part in parts),
             dropped=sum(part.dropped for part in parts),
+            spelt=sum(part.spelt for part in parts),
+            unknown=sum(part.unknown for part in parts),
         )
 
 
@@ -121,39 +124,36 @@ class Spool:
         self,
         name: str,
         rows: Sequence[Row],
-        template: Template,
-        tokenizer: PreTrainedTokenizerBase,
+        encoder: Encoder,
         max_length: int,
         loss_on: Literal["answer", "all"],
     ) -> Tokenized:
-        """Tokenise rows as prompt, answer and EOS, and keep the tokens on disk.
+        """Tokenise rows as prompt, answer and its end, and keep the tokens on disk.
 
         Args:
             name: whose rows they are, for messages.
+            encoder: makes tokens of them.
             max_length: tokens of prompt and answer together; what is longer is cut at the end.
             loss_on: the tokens that carry loss.
 
         Raises:
-            NothingUsable: there are no rows, or no example has room for any of its answer.
-            UserError: the tokenizer has no EOS, or the disk is full.
+            UserError: there are no rows, no example has room for any of its answer, a row cannot be
+                encoded, or the disk is full.
         """
         if not rows:
-            raise NothingUsable(f"{name}: has no examples: give it data, or leave it out")
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                "`model.path`: the tokenizer has no EOS token, so answers would have no end: set "
-                "`eos_token` in its tokenizer_config.json"
-            )
+            raise NothingToLearn(f"{name}: has no examples: give it data, or leave it out")
         starts: list[int] = []
         lengths: list[int] = []
         prompt_lengths: list[int] = []
         kept_rows: list[int] = []
-        truncated = 0
+        truncated = spelt = unknown = 0
         shortest_prompt = sys.maxsize
         for first in range(0, len(rows), _CHUNK):
             kept: list[list[int]] = []
-            pairs = _prompts_and_answers(rows[first : first + _CHUNK], template, tokenizer)
-            for number, (prompt, answer) in enumerate(pairs, start=first):
+            encoded = encoder.examples(rows[first : first + _CHUNK], name)
+            for number, each in enumerate(encoded, start=first):
+                prompt, answer = each.prompt, each.answer
+                spelt += each.spelt
                 shortest_prompt = min(shortest_prompt, len(prompt))
                 tokens = (prompt + answer)[:max_length]
                 # Nothing predicts the very first token, so it cannot be all of the answer.
@@ -162,10 +162,11 @@ class Spool:
                     prompt_lengths.append(len(prompt))
                     kept_rows.append(number)
                     kept.append(tokens)
+                    unknown += encoder.count_unknown(tokens)
             starts += self._append(kept)
             lengths += map(len, kept)
         if not lengths:
-            raise NothingUsable(
+            raise NothingToLearn(
                 f"{name}: no label is left to learn from, since every prompt (the shortest has "
                 f"{shortest_prompt} tokens) fills `data.max_length` ({max_length}): raise it"
             )
@@ -178,6 +179,8 @@ class Spool:
             loss_on=loss_on,
             truncated=truncated,
             dropped=len(rows) - len(lengths),
+            spelt=spelt,
+            unknown=unknown,
         )
 
     def read(self, start: int, count: int) -> Int32:
@@ -204,49 +207,3 @@ class Spool:
                 "there, or set TMPDIR to a folder that has some"
             ) from None
         return [start, *(start + ends[:-1]).tolist()] if examples else []
-
-
-def _prompts_and_answers(
-    rows: Sequence[Row], template: Template, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Each row's prompt and answer, with EOS at the end of the answer.
-
-    The two are tokenised separately, so that a prompt has the same ids in training, where its
-    answer follows, as in generation, where nothing does.
-    """
-    eos = tokenizer.eos_token_id
-    prompts = tokenize_prompts([template.prompt(row) for row in rows], template, tokenizer)
-    answers = _ids(tokenizer, [template.answer(row) for row in rows], False)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        if answer[-1:] != [eos]:
-            answer.append(eos)
-        yield prompt, answer
-
-
-def tokenize_prompts(
-    texts: Sequence[str], template: Template, tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """Tokenise prompts that `template` has made, for an answer to follow."""
-    own_tokens = not template.has_special_tokens
-    prompts = _ids(tokenizer, texts, own_tokens)
-    for prompt in prompts:
-        # Some tokenizers end whatever they are given with EOS.
-        if own_tokens and prompt[-1:] == [tokenizer.eos_token_id]:
-            prompt.pop()
-    return prompts
-
-
-def _ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool
-) -> list[list[int]]:
-    tokenized = tokenizer(
-        list(texts),
-        add_special_tokens=add_special_tokens,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # It would warn of texts above its own limit, which are cut here.
-    )
-    ids: list[list[int]] = tokenized["input_ids"]
-    return ids

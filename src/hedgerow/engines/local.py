@@ -6,110 +6,24 @@ their files. A client costs its trainables while it trains, and a few bytes an e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hedgerow import federation, tracking
 from hedgerow.clock import Clock
-from hedgerow.data import ClientData, Held, Tokenized
+from hedgerow.data import Held, Tokenized
 from hedgerow.errors import ClientFailed, UserError
-from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import ClientResult, Watcher
-from hedgerow.federation.participant import check_max_length, train_client
-from hedgerow.ledger import Base
+from hedgerow.federation.participant import train_client
 from hedgerow.methods.base import Client, ClientRound
 from hedgerow.model import Model
 from hedgerow.runs.directory import TEST_DATA, RunDirectory
-from hedgerow.runs.scoring import Progress, Scorer, load_test
+from hedgerow.runs.preparation import Prepared, prepare, with_date_of
+from hedgerow.runs.scoring import Progress, Scorer
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry
-
-MOST_NAMED = 10
-"""Clients that are named where several are left out for one reason."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that a run needs, checked before anything is written."""
-
-    model: Model
-    base: Base
-    clients: list[Client]
-    shards: dict[str, Tokenized]
-    test: TestSet | None
-    names: Sequence[str] = ()
-    """Everybody whom the experiment names, in order; of `clients` some may be left out."""
-    remarks: Sequence[str] = ()
-    """Sentences on rows and clients that are left out."""
-
-    @property
-    def note(self) -> str:
-        """What there is, and what is left out of it, for people."""
-        examples = sum(len(shard) for shard in self.shards.values())
-        note = f"{self.base.name}, {len(self.clients)} clients, {examples:,} examples"
-        truncated = sum(shard.truncated for shard in self.shards.values())
-        dropped = sum(shard.dropped for shard in self.shards.values())
-        if truncated:
-            note += f", {truncated:,} cut at max_length"
-        if dropped:
-            note += f", {dropped:,} dropped (no answer left within max_length)"
-            for name, shard in self.shards.items():
-                if shard.dropped > len(shard):
-                    total = len(shard) + shard.dropped
-                    note += f"\n{name} keeps {len(shard):,} of {total:,} examples"
-        return "\n".join([note, *self.remarks])
-
-
-def prepare(
-    experiment: Experiment, model: Model | None = None, held: Held | None = None
-) -> Prepared:
-    """Load the model and tokenise everybody's data.
-
-    Args:
-        experiment: names them.
-        model: the base model where it is loaded already.
-        held: the rows that the experiment calls `(memory)`.
-
-    Raises:
-        UserError: naming what in the experiment does not fit.
-    """
-    model = model or Model.load(experiment.model)
-    check_max_length(model, experiment.data.max_length)
-    held = held or Held()
-    data = ClientData(experiment.data, model.tokenizer, Seeds(experiment.federation.seed), held)
-    shards, unusable = data.tokenize_all()
-    remarks = [*data.remarks.sentences(), *left_out(unusable)]
-    experiment.method.check(model, len(data.names), experiment.training)
-    if experiment.method.pools_data:
-        shards = {"pooled": Tokenized.concatenate(list(shards.values()))}
-    places = {name: index for index, name in enumerate(data.names)}  # also of those left out
-    clients = [Client(places.get(name, 0), name, len(shard)) for name, shard in shards.items()]
-    wanted = experiment.federation.clients_per_round
-    if wanted is not None and wanted > len(data.names) and not experiment.method.pools_data:
-        raise UserError(
-            f"federation.clients_per_round: {wanted} is above the {len(data.names)} clients there "
-            "are"
-        )
-    test = None
-    if experiment.data.test is not None:
-        test = load_test(experiment.data, experiment.evaluation, model, held.test)
-        remarks += [f"test data: {sentence}" for sentence in test.remarks]
-    return Prepared(model, Base.of(model), clients, shards, test, data.names, remarks)
-
-
-def left_out(unusable: Mapping[str, str]) -> list[str]:
-    """Sentences on clients that are left out, by name, one for each reason."""
-    by_reason: dict[str, list[str]] = {}
-    for name, why in unusable.items():
-        by_reason.setdefault(why, []).append(name)
-    return [
-        f"{len(names)} {'client' if len(names) == 1 else 'clients'} left out "
-        f"({', '.join(names[:MOST_NAMED])}{' …' if len(names) > MOST_NAMED else ''}): {why}"
-        for why, names in by_reason.items()
-    ]
 
 
 class LocalFleet:
@@ -166,7 +80,8 @@ def run(
     resume: bool = False,
     model: Model | None = None,
     held: Held | None = None,
-    on_prepared: Callable[[Prepared], None] = lambda prepared: None,
+    say: Callable[[str], None] | None = None,
+    scored_on: str | None = None,
     fleet: type[LocalFleet] = LocalFleet,
 ) -> None:
     """Run an experiment in this process; the run directory is written as it goes.
@@ -175,7 +90,9 @@ def run(
         resume: go on with the run that is in `out`, if one was begun.
         model: the unchanged base model where it is loaded already; the run changes it.
         held: the rows that the experiment calls `(memory)`.
-        on_prepared: called when model and data are ready, before training.
+        say: told, before training, what there is, what is left out of it, and what is other than
+            before the run was resumed; None tells `watcher`.
+        scored_on: digest that the test data must have, if any.
         fleet: who has the clients train.
 
     Raises:
@@ -185,16 +102,24 @@ def run(
     tracking.check(experiment.tracking)
     if resume:
         resume = RunDirectory.check_resumable(out, experiment)
+        experiment = with_date_of(experiment, out)
     else:
         RunDirectory.check_free(out)
     prepared = prepare(experiment, model, held)
-    on_prepared(prepared)
+    experiment = prepared.experiment
+    say = say or watcher.say
+    for note in prepared.notes:
+        say(note)
     opener = RunDirectory.resume if resume else RunDirectory.create
-    data = {name: shard.digest() for name, shard in prepared.shards.items()}
-    if prepared.test is not None:
-        data[TEST_DATA] = prepared.test.examples.digest()
-    trained = experiment.method.trained_shapes(prepared.model)
-    with opener(out, experiment, prepared.base, data, trained) as directory:
+    data = prepared.digests()
+    if scored_on not in (None, data.get(TEST_DATA)):
+        raise UserError(
+            "data.test: the runs of this comparison were scored on other test data: give the same, "
+            "or another --out"
+        )
+    with opener(out, experiment, prepared.base, data, prepared.trained) as directory:
+        for change in directory.changes:
+            say(change)
         directory.ledger.replay(experiment.method, prepared.model)
         with tracking.tracked(experiment, directory, watcher) as tracked:
             federation.run(experiment, fleet(experiment, prepared, directory), directory, tracked)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from hedgerow.errors import UserError
-from hedgerow.evaluation.likelihood import Tick, batches
+from hedgerow.evaluation.cache import goes_on_from_state, keeps_keys_only
+from hedgerow.evaluation.likelihood import Int64, Tick, batches
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.model import Model, max_positions
 
@@ -51,6 +52,8 @@ def generate(
     batch_size: int,
     tick: Tick,
     draws: Sequence[Draw | None] | None = None,
+    ends: Sequence[int] = (),
+    stop: Sequence[str] = (),
 ) -> tuple[list[str], int]:
     """The model's answer to each prompt, without special tokens.
 
@@ -59,6 +62,8 @@ def generate(
     Args:
         prompts: token ids, at least one in each.
         draws: how each answer is drawn; None, for one or all, is the greedy answer.
+        ends: tokens that end an answer, beside the tokenizer's EOS and those that the model names.
+        stop: texts at the first of which an answer ends, before it.
 
     Returns:
         The answers, and how many prompts were cut.
@@ -67,23 +72,75 @@ def generate(
     room = max_positions(model.network) - max_new_tokens
     answers = [""] * len(prompts)
     lengths = np.array([len(prompt) for prompt in prompts])
-    with _greedy(model, max_new_tokens) as config:
-        for batch in batches(np.minimum(lengths, room), batch_size):
+    longest = min(int(lengths.max(initial=0)), room) + max_new_tokens
+    pads = keeps_keys_only(model.network, longest)
+    with _greedy(model, max_new_tokens, ends) as config:
+        if not pads:
+            config.use_cache = goes_on_from_state(model.network)
+        for batch in _batches(np.minimum(lengths, room), batch_size, pads):
             inputs = _pad_left([prompts[i][-room:] for i in batch], config.pad_token_id)
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             drawn = _Drawn([draws[i] for i in batch]) if draws else None
+            stopped = _Stopped(stop, inputs["input_ids"], model.tokenizer) if stop else None
             tokens = model.network.generate(
-                **inputs, generation_config=config, logits_processor=[drawn] if drawn else None
+                **inputs,
+                generation_config=config,
+                logits_processor=[drawn] if drawn else None,
+                stopping_criteria=[stopped] if stopped else None,
             )
+            said = tokens[:, inputs["input_ids"].shape[1] :].tolist()
             texts = model.tokenizer.batch_decode(
-                tokens[:, inputs["input_ids"].shape[1] :],
+                [_to_end(ids, config.eos_token_id) for ids in said],
                 skip_special_tokens=True,
                 clean_up_tokenization_spaces=False,
             )
             for index, text in zip(batch, texts, strict=True):
-                answers[index] = text
+                answers[index] = text[: min(_places(stop, text), default=None)]
             tick(len(batch))
     return answers, int((lengths > room).sum())
+
+
+def _batches(lengths: Int64, batch_size: int, pads: bool) -> list[Int64]:
+    """Batches as `likelihood.batches` makes them; of equal lengths where none may be padded."""
+    made = batches(lengths, batch_size)
+    if pads:
+        return made
+    places = np.concatenate(made)
+    ends = np.flatnonzero(np.diff(lengths[places])) + 1
+    return [
+        alike[start : start + batch_size]
+        for alike in np.split(places, ends)
+        for start in range(0, len(alike), batch_size)
+    ]
+
+
+def _to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """Tokens up to the first that ends them, which may be none that tokenizers call special."""
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), None)]
+
+
+def _places(stop: Sequence[str], text: str) -> list[int]:
+    """Where each of the stops that are in a text begins."""
+    return [place for each in stop if (place := text.find(each)) >= 0]
+
+
+class _Stopped(StoppingCriteria):  # type: ignore[misc]
+    """Answers in which a stop has come: it saves time, since they are cut in any case."""
+
+    def __init__(self, stop: Sequence[str], prompts: torch.Tensor, tokenizer: Any) -> None:
+        self.stop, self.tokenizer = stop, tokenizer
+        self.begin = prompts.shape[1]
+        # A token is a byte at least, and some at the edge may be parts of characters.
+        self.most = max(len(each.encode()) for each in stop) + 8
+        self.done = torch.zeros(len(prompts), dtype=torch.bool)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        tails = input_ids[:, self.begin :][:, -self.most :]
+        texts = self.tokenizer.batch_decode(
+            tails, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        self.done |= torch.tensor([bool(_places(self.stop, text)) for text in texts])
+        return self.done.to(input_ids.device)
 
 
 class _Drawn(LogitsProcessor):  # type: ignore[misc]
@@ -102,7 +159,7 @@ class _Drawn(LogitsProcessor):  # type: ignore[misc]
 
 
 @contextmanager
-def _greedy(model: Model, max_new_tokens: int) -> Iterator[Any]:
+def _greedy(model: Model, max_new_tokens: int, ends: Sequence[int]) -> Iterator[Any]:
     """A configuration of greedy generation, in which nothing of the model's own is left.
 
     `generate` fills what it is not given from the model's own configuration, so that sampling
@@ -110,11 +167,11 @@ def _greedy(model: Model, max_new_tokens: int) -> Iterator[Any]:
     """
     own = model.network.generation_config
     # Chat models end their turns with tokens of their own, which only their configuration names.
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    named = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted({model.tokenizer.eos_token_id, *ends} - {None}),
+        eos_token_id=sorted({model.tokenizer.eos_token_id, *named, *ends} - {None}),
         pad_token_id=model.tokenizer.pad_token_id,
     )
     model.network.generation_config = config

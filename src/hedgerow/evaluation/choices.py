@@ -6,7 +6,9 @@ prompt (its `acc`), and by the same per character (its `acc_norm`).
 
 from __future__ import annotations
 
+import ast
 import itertools
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,14 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hedgerow.data import Example, Row, Spool, Template, Tokenized
+from hedgerow.data import Encoder, Example, Row, Spool, Tokenized
 from hedgerow.errors import UserError
+from hedgerow.evaluation.cache import keeps_keys_only
 from hedgerow.evaluation.likelihood import Float64, Int64, Tick, batch_losses
 from hedgerow.model import max_positions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from hedgerow.model import Model
 
 Int32 = npt.NDArray[np.int32]
@@ -45,15 +46,18 @@ class Question:
 def read_question(row: Row) -> Question | None:
     """The question of a row, or None where its options cannot be told.
 
-    A row offers its options in one of two forms:
+    A row offers its options in one of these forms:
 
-    - `choices`, a list of texts, and `answer`, the right one's index (from 0) or letter;
+    - a list of texts in `choices`, `options` or `endings` (HellaSwag), or a text each in columns A,
+      B, C …; and `answer`, `answerKey` or `label`: the right one's index (from 0), letter, or text;
+    - `choices` as {text: […], label: […]} (ARC) or {A: …, B: …}, or as a list of {label, text}, and
+      the right one's label or text;
     - "Options: A. one, B. two" in the input (or at the end of the instruction), separated by commas
       or on lines of their own, and an output that ends with the right one: "The answer is: B. two",
       "two" or "B". The candidates are the output with the other options in its place.
     """
-    if "choices" in row.columns:
-        return _explicit(row.columns["choices"], row.columns.get("answer"))
+    if (offered := _offered(row)) is not None:
+        return _explicit(*offered, _answer(row))
     text = f"{row.instruction}\n{row.input}"
     output = row.output.strip()
     _, found, options = text.rpartition("Options:")
@@ -77,15 +81,97 @@ def read_question(row: Row) -> Question | None:
     return None
 
 
-def _explicit(choices: object, answer: object) -> Question | None:
-    if not isinstance(choices, Sequence) or isinstance(choices, str) or len(choices) < 2:
+_LISTS = ("choices", "options", "endings")
+"""Columns that may hold a question's options."""
+_ANSWERS = ("answer", "answerKey", "label")
+"""Columns that may name the right one, the first before the others."""
+_LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
+
+
+def _offered(row: Row) -> tuple[object, Sequence[str] | None] | None:
+    """The options of a row, and their labels where it gives some; None where there are no options.
+
+    Of a table's cells, a list is text: JSON, or as Python writes it.
+    """
+    columns = row.columns
+    for column in _LISTS:
+        if columns.get(column) is None:
+            continue
+        found = columns[column]
+        if isinstance(found, str):
+            found = _parsed(found)
+            if column != "choices" and not isinstance(found, list | dict):
+                continue
+        if isinstance(found, list) and found and all(isinstance(each, dict) for each in found):
+            found = {key: [each.get(key) for each in found] for key in ("text", "label")}
+        if not isinstance(found, dict):
+            return found, None
+        if found.keys() == {"text", "label"}:
+            return found["text"], _labels_of(found["label"])
+        return list(found.values()), _labels_of(list(found))
+    if columns.get("A") is None or columns.get("B") is None:
         return None
-    if isinstance(answer, str) and re.fullmatch("[A-Za-z]", answer.strip()):
-        answer = ord(answer.strip().upper()) - ord("A")
-    candidates = tuple(str(choice).strip() for choice in choices)
-    if not isinstance(answer, int) or answer not in range(len(candidates)) or not all(candidates):
+    letters = itertools.takewhile(columns.__contains__, map(chr, range(ord("A"), ord("Z") + 1)))
+    return [columns[letter] for letter in letters], None
+
+
+def _parsed(text: str) -> object:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text
+
+
+def _labels_of(found: object) -> Sequence[str]:
+    return [str(label).strip() for label in found] if isinstance(found, list) else []
+
+
+def _answer(row: Row) -> object:
+    found = (row.columns.get(column) for column in _ANSWERS)
+    return next((value for value in found if value not in (None, "")), row.output or None)
+
+
+def _explicit(choices: object, labels: Sequence[str] | None, answer: object) -> Question | None:
+    if not isinstance(choices, Sequence) or isinstance(choices, str):
         return None
-    return Question(candidates, answer)
+    texts = [_text(choice) for choice in choices]
+    while texts and not texts[-1]:  # tables have as many columns as their longest row
+        texts.pop()
+    if len(texts) < 2 or not all(texts) or (labels is not None and len(labels) < len(texts)):
+        return None
+    right = _places(answer, texts, labels)
+    # Where an answer could be read in two ways, it is not for us to choose.
+    return Question(tuple(texts), right.pop()) if len(right) == 1 else None
+
+
+def _text(value: object) -> str:
+    """An option as text; empty where it is none."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value).strip() if isinstance(value, str | int | float) else ""
+
+
+def _places(answer: object, texts: Sequence[str], labels: Sequence[str] | None) -> set[int]:
+    """The options that an answer may mean."""
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)  # as a table with empty cells has whole numbers
+    if isinstance(answer, bool) or not isinstance(answer, int | str):
+        return set()
+    said = str(answer).strip()
+    if labels is not None:
+        labelled = {place for place, label in enumerate(labels[: len(texts)]) if label == said}
+        if labelled:
+            return labelled
+    elif isinstance(answer, int):
+        return {answer} & set(range(len(texts)))
+    same = {place for place, text in enumerate(texts) if text == said}
+    if letter := _LETTER.fullmatch(said):
+        return same | {ord(letter[1].upper()) - ord("A")} & set(range(len(texts)))
+    if said.isdecimal() and labels is None:
+        return same | {int(said)} & set(range(len(texts)))
+    return same
 
 
 def _readings(text: str, letter: str) -> Iterator[list[str]]:
@@ -118,8 +204,6 @@ class Choices:
     """The candidates of all questions, one after another, each after its prompt; uncut."""
     skipped: int
     """Rows that are not here, because their options cannot be told."""
-    metric: str
-    """Name of the metric that asks them, for messages."""
 
     @classmethod
     def prepare(
@@ -127,8 +211,7 @@ class Choices:
         metric: str,
         name: str,
         rows: Sequence[Row],
-        template: Template,
-        tokenizer: PreTrainedTokenizerBase,
+        encoder: Encoder,
     ) -> Choices:
         """Find the questions among `rows`, and tokenise what they offer.
 
@@ -137,14 +220,16 @@ class Choices:
             name: where the rows are from, for messages.
 
         Raises:
-            UserError: no row has options that can be told.
+            UserError: no row has options that can be told, or answers count from 1.
         """
+        _check_counting(name, rows)
         read = [(number, read_question(row)) for number, row in enumerate(rows)]
         found = [(number, question) for number, question in read if question is not None]
         if not found:
             raise UserError(
                 f"`evaluation.metrics`: {metric} finds no options in {name}: rows need "
-                "`choices` (a list) with `answer` (an index or a letter), or an input with "
+                "`choices` (a list; or `options`, `endings`, or columns A, B …) with `answer` (an "
+                "index from 0, a letter or a text; or `answerKey`, `label`), or an input with "
                 "`Options: A. …, B. …` and an output that ends with the right one"
             )
         answered = [
@@ -155,9 +240,29 @@ class Choices:
         return cls(
             questions=[question for _, question in found],
             rows=np.array([number for number, _ in found]),
-            encoded=Spool().tokenize(name, answered, template, tokenizer, sys.maxsize, "answer"),
+            encoded=Spool().tokenize(name, answered, encoder, sys.maxsize, "answer"),
             skipped=len(rows) - len(found),
-            metric=metric,
+        )
+
+
+def _check_counting(name: str, rows: Sequence[Row]) -> None:
+    """Raise a `UserError` where answers seem to count options from 1: each would be another's."""
+    beyond = None
+    for row in rows:
+        offered, answer = _offered(row), _answer(row)
+        if offered is None or offered[1] is not None or not isinstance(offered[0], Sequence):
+            continue
+        said = str(answer).strip()
+        if not said.isdecimal() or said in map(str, offered[0]):
+            continue
+        if int(said) == 0:
+            return
+        if int(said) == len(offered[0]) and beyond is None:
+            beyond = row.number, said
+    if beyond is not None:
+        raise UserError(
+            f"{name}: row {beyond[0]}: the answer {beyond[1]} is none of {beyond[1]} options, "
+            "since they count from 0, and no row's answer is 0: subtract 1, or give letters"
         )
 
 
@@ -166,14 +271,12 @@ def log_likelihoods(
 ) -> tuple[list[Float64], int]:
     """The log-likelihood of each candidate after its prompt, without the EOS that would end it.
 
-    A prompt goes through the model once, whatever the number of its candidates. It is cut on the
-    left where it and the longest of them would not fit the model's positions.
+    A prompt goes through the model once, whatever the number of its candidates, where the model
+    keeps keys and values alone; or else with each of them. It is cut on the left where it and the
+    longest of them would not fit the model's positions.
 
     Returns:
         An array of shape (candidates,) for each question, and how many prompts were cut.
-
-    Raises:
-        UserError: the model keeps no key-value cache.
     """
     encoded = choices.encoded
     limit = max_positions(model.network)
@@ -183,20 +286,23 @@ def log_likelihoods(
     longest = np.maximum.reduceat(encoded.lengths.astype(np.int64), firsts) - 1  # without EOS
     # A prompt's last token predicts a candidate's first, so it stays whatever happens.
     cuts = np.clip(longest - limit, 0, prompts - 1)
+
+    def texts(question: int) -> tuple[Int32, list[Int32]]:
+        """All of a prompt but its last token, and what follows it: that token and a candidate."""
+        first, last = firsts[question], prompts[question] - 1
+        head = encoded[first].tokens[cuts[question] : last]
+        tails = [encoded[first + n].tokens[last:-1] for n in range(offered[question])]
+        return head, [tail[: limit - len(head)] for tail in tails]
+
+    fits = keeps_keys_only(model.network, min(int(longest.max()), limit))
+    score = _shared if fits else _apart
     likelihoods: list[Float64] = [np.empty(0)] * len(offered)
     for batch, options in _batches(prompts - cuts, offered, batch_size):
-        heads, tails = [], []
-        for question in batch:
-            first, last = firsts[question], prompts[question] - 1
-            heads.append(encoded[first].tokens[cuts[question] : last])
-            for candidate in range(first, first + options):
-                tail = encoded[candidate].tokens[last:-1]
-                tails.append(Example(tail[: limit - len(heads[-1])], prompt_length=1, loss_from=1))
-        cache = _read_once(model.network, heads, options, choices.metric)
-        sums, _ = batch_losses(model.network, tails, past_key_values=cache)
+        heads, tails = zip(*map(texts, batch), strict=True)
+        sums = score(model.network, heads, tails)
         for question, sum_by_option in zip(batch, np.split(sums, len(batch)), strict=True):
             likelihoods[question] = -sum_by_option
-        tick(len(tails))
+        tick(options * len(batch))
     return likelihoods, int(np.count_nonzero(cuts))
 
 
@@ -218,18 +324,29 @@ def _batches(
             yield questions[start : start + size], options
 
 
-def _read_once(network: Any, heads: Sequence[Int32], times: int, metric: str) -> Any:
-    """The key-value cache after each of `heads` (of equal length), each repeated `times`."""
-    if not len(heads[0]):
-        return None
-    input_ids = torch.from_numpy(np.stack(heads).astype(np.int64)).to(network.device)
-    # Without the output layer: nothing is predicted here.
-    output = network.base_model(input_ids=input_ids, use_cache=True)
-    cache = getattr(output, "past_key_values", None)
-    if cache is None:
-        raise UserError(
-            f"`evaluation.metrics`: {metric} needs a key-value cache, which "
-            f"{type(network).__name__} does not have: leave it out"
-        )
-    cache.batch_repeat_interleave(times)
-    return cache
+def _shared(
+    network: Any, heads: Sequence[Int32], tails: Sequence[Sequence[Int32]]
+) -> npt.NDArray[np.float64]:
+    """Losses of all tails, each after its head; the heads, of equal length, are read once."""
+    cache = None
+    if len(heads[0]):
+        input_ids = torch.from_numpy(np.stack(heads).astype(np.int64)).to(network.device)
+        # Without the output layer: nothing is predicted here.
+        cache = network.base_model(input_ids=input_ids, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(tails[0]))
+    examples = [Example(tail, prompt_length=1, loss_from=1) for each in tails for tail in each]
+    sums, _ = batch_losses(network, examples, past_key_values=cache)
+    return sums
+
+
+def _apart(
+    network: Any, heads: Sequence[Int32], tails: Sequence[Sequence[Int32]]
+) -> npt.NDArray[np.float64]:
+    """As `_shared`, with each tail's head read again."""
+    examples = [
+        Example(np.concatenate([head, tail]), prompt_length=len(head) + 1, loss_from=len(head) + 1)
+        for head, each in zip(heads, tails, strict=True)
+        for tail in each
+    ]
+    sums, _ = batch_losses(network, examples)
+    return sums

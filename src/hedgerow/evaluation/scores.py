@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hedgerow.data import Example, Row, Spool, Tokenized, load_template
+from hedgerow.data import Encoder, Example, Row, Spool, Template, Tokenized, load_template
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.choices import Choices, log_likelihoods
@@ -19,6 +19,7 @@ from hedgerow.evaluation.likelihood import Tick, losses
 from hedgerow.evaluation.measuring import Evidence, derived, measure
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.metrics.base import Answer, Choice, Likelihood, Need
+from hedgerow.files import to_json
 from hedgerow.names import MEMORY
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class TestSet:
 
     examples: Tokenized
     """The prompt and answer of every row, in the rows' order, uncut."""
+    template: Template
+    """What made text of them."""
     max_length: int
     """Tokens of prompt and answer that the loss sees."""
     scored: Int64
@@ -58,6 +61,7 @@ class TestSet:
         settings: TextSettings,
         evaluation: EvaluationSettings,
         tokenizer: PreTrainedTokenizerBase,
+        vocabulary_size: int | None = None,
     ) -> TestSet:
         """Check the rows for what `evaluation` asks of them, and tokenise them.
 
@@ -68,9 +72,9 @@ class TestSet:
         """
         name = "the test data" if settings.test in (None, MEMORY) else settings.test
         needs = {metric.needs: metric.name for metric in metrics_of(evaluation.metrics)}
-        template = load_template(settings.prompt, tokenizer)
+        encoder = Encoder(load_template(settings, tokenizer), tokenizer, vocabulary_size)
         # Uncut, since a prompt that leaves no room for its answer's loss can still be answered.
-        examples = Spool().tokenize(name, rows, template, tokenizer, sys.maxsize, "answer")
+        examples = Spool().tokenize(name, rows, encoder, sys.maxsize, "answer")
         if examples.dropped or (
             needs.keys() - {"likelihood"} and not examples.prompt_lengths.all()
         ):
@@ -83,13 +87,15 @@ class TestSet:
             raise UserError(
                 f"`data.max_length`: no answer of {name} is left to measure a loss on, since every "
                 f"prompt (the shortest has {examples.prompt_lengths.min()} tokens) fills "
-                f"{settings.max_length} tokens: raise it"
+                f"{settings.max_length} tokens: raise it where the model has more positions, "
+                "or give rows with shorter prompts"
             )
         choices = None
         if "choices" in needs:
-            choices = Choices.prepare(needs["choices"], name, rows, template, tokenizer)
+            choices = Choices.prepare(needs["choices"], name, rows, encoder)
         return cls(
             examples=examples,
+            template=encoder.template,
             max_length=settings.max_length,
             scored=scored,
             references=[row.output for row in rows],
@@ -134,8 +140,7 @@ def evaluate(
         progress: told how many forward passes or answers are done, of how many.
 
     Raises:
-        UserError: the answers leave no room for prompts in the model's positions, the model cannot
-            be asked multiple choice, or a metric fails.
+        UserError: a metric fails.
     """
     model.network.eval()
     metrics = metrics_of(settings.metrics)
@@ -197,7 +202,15 @@ def answers(
     """The model's greedy answer to each row, and how many prompts had to be cut."""
     examples = (test.examples[index] for index in range(len(test)))
     prompts = [example.tokens[: example.prompt_length] for example in examples]
-    return generate(model, prompts, settings.max_new_tokens, settings.batch_size, tick)
+    return generate(
+        model,
+        prompts,
+        settings.max_new_tokens,
+        settings.batch_size,
+        tick,
+        ends=test.template.ends,
+        stop=settings.stop,
+    )
 
 
 def _column(rows: Sequence[Row], column: str, name: str) -> list[str]:
@@ -208,4 +221,10 @@ def _column(rows: Sequence[Row], column: str, name: str) -> list[str]:
                 f"`evaluation.by`: row {row.number} of {name} has no column {column!r}: name one "
                 f"of {known}"
             )
-    return [str(row.columns[column]) for row in rows]
+    return [_group(row.columns[column]) for row in rows]
+
+
+def _group(value: Any) -> str:
+    """A value's name as a group: null, true, numbers and lists as JSON has them."""
+    plain = value is None or isinstance(value, bool | float | list | dict)
+    return to_json(value, ensure_ascii=False, default=str) if plain else str(value)

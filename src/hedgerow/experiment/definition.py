@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import (
     SerializeAsAny,
     ValidationError,
@@ -15,8 +14,10 @@ from pydantic import (
 
 from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import metrics_of
-from hedgerow.experiment.mistakes import method_of, sentence, with_optimizer
+from hedgerow.experiment import yaml
+from hedgerow.experiment.mistakes import method_of, with_optimizer
 from hedgerow.methods.base import Method
+from hedgerow.sentences import sentence
 from hedgerow.settings import (
     ClientFile,
     DataSettings,
@@ -27,6 +28,7 @@ from hedgerow.settings import (
     TrackingSettings,
     TrainingSettings,
 )
+from hedgerow.training.optimizers import SHORTHANDS, optimizer_of
 
 
 class Experiment(Section):
@@ -77,10 +79,26 @@ class Experiment(Section):
             raise ValueError("`evaluation.by` needs `data.test`")
         return self
 
+    def deciding(self) -> dict[str, Any]:
+        """What the entries of a run depend on as it is said, by section, in one form each.
+
+        Of the base model and the data, fingerprint and digests decide instead, wherever they lie.
+        Nothing else does.
+        """
+        training = self.training.model_dump(mode="json", exclude=set(SHORTHANDS))
+        training["optimizer"] = optimizer_of(self.training).model_dump(mode="json")
+        if self.training.epochs is None:
+            training["steps"] = self.training.most_steps(1)
+        return {
+            "method": self.method.model_dump(mode="json"),
+            "training": training,
+            "federation": self.federation.model_dump(include=set(FederationSettings.decide)),
+        }
+
     def dump(self, include: set[str] | None = None) -> str:
         """Experiment (or some of its sections) as YAML, with every default written out."""
         content = self.model_dump(mode="json", include=include)
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        return yaml.dump(content)
 
 
 def without_folders(experiment: Experiment) -> Experiment:

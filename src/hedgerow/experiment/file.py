@@ -14,15 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from hedgerow.errors import UserError
+from hedgerow.experiment import yaml
 from hedgerow.experiment.definition import Experiment
-from hedgerow.experiment.mistakes import sentence, validate
+from hedgerow.experiment.mistakes import validate
 from hedgerow.experiment.overrides import Change, changed, method_changes, split_override
 from hedgerow.experiment.paths import make_paths_absolute
-from hedgerow.experiment.yaml import Loader, one_line
+from hedgerow.sentences import sentence
 from hedgerow.settings import Comparison
 
 
@@ -128,9 +128,11 @@ def _default_method(content: Mapping[str, Any], compared: Comparison) -> list[Ch
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """A YAML mapping; a key that stands twice is an error, where plain YAML would keep the last."""
     try:
-        content = yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: is not valid YAML: {one_line(error)}") from None
+        content = yaml.load(text)
+    except ValueError as error:
+        raise UserError(f"{where}: is not valid YAML: {error}") from None
+    if content is None:
+        raise UserError(f"{where}: is empty: give the keys model, data, method …")
     if not isinstance(content, dict):
         raise UserError(f"{where}: must be a mapping with the keys model, data, method …")
     return content

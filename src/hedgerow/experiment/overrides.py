@@ -7,11 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from hedgerow.errors import UserError
+from hedgerow.experiment import yaml
 from hedgerow.experiment.paths import make_paths_absolute
-from hedgerow.experiment.yaml import Loader, one_line
 from hedgerow.methods import METHODS
 from hedgerow.plugins import Registry
 from hedgerow.settings import TrainingSettings
@@ -154,6 +152,6 @@ def split_override(override: str) -> Change:
             f"{override!r} is not an override: write key.path=value, as training.steps=5"
         )
     try:
-        return key.split("."), yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{override!r}: the value is not valid YAML: {one_line(error)}") from None
+        return key.split("."), yaml.load(text)
+    except ValueError as error:
+        raise UserError(f"{override!r}: the value is not valid YAML: {error}") from None

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hedgerow.data.sources import may_be_on_hub
+from hedgerow.errors import UserError
+from hedgerow.files import check_name, expanded
 from hedgerow.names import MEMORY
 
 
@@ -17,37 +19,50 @@ def make_paths_absolute(content: Any, folders: Sequence[Path]) -> None:
         return
     model, data = content.get("model"), content.get("data")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
-        model["path"] = _absolute_unless_hub_name(model["path"], folders)
+        model["path"] = _absolute_unless_hub_name(model["path"], folders, "model.path")
     if not isinstance(data, dict):
         return
     for key in ("source", "test"):
         if isinstance(data.get(key), str):
-            data[key] = _absolute_unless_hub_name(data[key], folders)
+            data[key] = _absolute_unless_hub_name(data[key], folders, f"data.{key}")
     if isinstance(data.get("prompt"), str) and not data["prompt"].replace("-", "").isalpha():
-        data["prompt"] = absolute(data["prompt"], folders)
+        data["prompt"] = absolute(data["prompt"], folders, "data.prompt")
     clients = data.get("clients")
     if isinstance(clients, str):
-        data["clients"] = absolute(clients, folders)
+        data["clients"] = absolute(clients, folders, "data.clients")
     elif isinstance(clients, dict):
-        data["clients"] = {name: absolute(file, folders) for name, file in clients.items()}
+        data["clients"] = {
+            name: absolute(file, folders, "data.clients") for name, file in clients.items()
+        }
     elif isinstance(clients, list):
         data["clients"] = [
-            client | {"file": absolute(client["file"], folders)}
+            client | {"file": absolute(client["file"], folders, "data.clients")}
             if isinstance(client, dict) and "file" in client
-            else absolute(client, folders)
+            else absolute(client, folders, "data.clients")
             for client in clients
         ]
 
 
-def _absolute_unless_hub_name(path: str, folders: Sequence[Path]) -> Any:
+def _absolute_unless_hub_name(path: str, folders: Sequence[Path], key: str) -> Any:
+    check_name(path, key)
     is_here = any((folder / path).exists() for folder in folders)
-    return path if not is_here and may_be_on_hub(path) else absolute(path, folders)
+    return path if not is_here and may_be_on_hub(path) else absolute(path, folders, key)
 
 
-def absolute(path: Any, folders: Sequence[Path]) -> Any:
-    """`path` in the first folder that has it, or in the last."""
+def absolute(path: Any, folders: Sequence[Path], key: str) -> Any:
+    """`path` in the first folder that has it, or in the last.
+
+    Args:
+        key: key that gives the path, for messages.
+
+    Raises:
+        UserError: no file can have this name, or it is empty.
+    """
     # What is no text is left as it is: validation will name its key.
     if not isinstance(path, str) or path == MEMORY:
         return path
-    places = [os.path.abspath(folder / Path(path).expanduser()) for folder in folders]
+    check_name(path, key)
+    if not path.strip():
+        raise UserError(f"`{key}` is empty: give a file")
+    places = [os.path.abspath(folder / expanded(path)) for folder in folders]
     return next((p for p in places if Path(p.replace("{}", "0")).exists()), places[-1])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hedgerow.errors import ClientFailed, InvalidMessage, UserError
+from hedgerow.errors import ClientFailed, Diverged, InvalidMessage
 from hedgerow.lazy import torch
-from hedgerow.model import max_positions
-from hedgerow.training.job import Job, learning_rate
-from hedgerow.wire import Update
+from hedgerow.training.job import LOWER_RATE, Job, learning_rate
+from hedgerow.wire import LARGEST_SENT, Update, check_numbers
 
 if TYPE_CHECKING:
     from hedgerow.clock import Clock
@@ -16,16 +15,6 @@ if TYPE_CHECKING:
     from hedgerow.experiment import Experiment
     from hedgerow.methods.base import ClientRound
     from hedgerow.model import Model
-
-
-def check_max_length(model: Model, max_length: int) -> None:
-    """Raise a `UserError` where `data.max_length` is more than the model was made for."""
-    positions = max_positions(model.network)
-    if max_length > positions:
-        raise UserError(
-            f"data.max_length: {max_length} is above the {positions} positions of {model.name}: "
-            f"give at most {positions}"
-        )
 
 
 def train_client(
@@ -75,6 +64,7 @@ def train_client(
                 about=about,
             )
             update.check_writable()
+            _check_numbers(update)
     except InvalidMessage as error:
         raise ClientFailed(f"method {method.name} made what cannot be written: {error}") from None
     except torch.OutOfMemoryError:
@@ -85,3 +75,11 @@ def train_client(
         with clock("start"):
             model.release()
     return update
+
+
+def _check_numbers(update: Update) -> None:
+    """Raise `Diverged` where the server would refuse the update's numbers."""
+    try:
+        check_numbers(update.tensors, LARGEST_SENT)
+    except InvalidMessage as error:
+        raise Diverged(f"its update has diverged ({error}): {LOWER_RATE}") from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from hedgerow.errors import InvalidMessage, UserError
-from hedgerow.plugins import Plugin
+from hedgerow.plugins import Plugin, dotted_name
 from hedgerow.training import first_order
 from hedgerow.wire import (
     LARGEST_BROADCAST,
@@ -136,6 +136,7 @@ class Method(Plugin, ABC):
     the ledger is all that a participant needs.
     """
 
+    section = ("method",)
     summary: ClassVar[str]
     """One line for `hedgerow methods`."""
     reference: ClassVar[str]
@@ -152,6 +153,11 @@ class Method(Plugin, ABC):
     entries_accumulate: ClassVar[bool] = True
     """Whether a client that was away needs every entry that it missed, or only the last."""
 
+    @classmethod
+    def see(cls) -> str:
+        """Command that shows the options."""
+        return f"hedgerow methods {cls.own_name() or dotted_name(cls)}"
+
     @property
     def clients_remember(self) -> bool:
         """Whether a client whose update is accepted remembers something for its next round."""
@@ -164,6 +170,10 @@ class Method(Plugin, ABC):
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
         """Raise a `UserError` where the options do not fit the model, the clients or training."""
+
+    def left_out(self, model: Model) -> list[str]:
+        """Sentences for people on what of the model stays untrained though options ask for it."""
+        return []
 
     @abstractmethod
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:

@@ -49,6 +49,7 @@ class FedSB(HeldAdapter):
     summary: ClassVar[str] = "an r×r core between W's singular vectors, averaged: exact, and tiny"
     reference: ClassVar[str] = "Fed-SB, arXiv 2502.15436, with LoRA-XS's bases (2405.17604)"
     same_rank: ClassVar[bool] = True
+    adapts_experts: ClassVar[bool] = False
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
         """Check that every matrix has so many singular vectors."""

@@ -72,7 +72,7 @@ class FFALoRA(HeldAdapter, OneFactor):
 
     def apply(self, model: Model, entry: Entry) -> None:
         """Make the entry's B, on the rows of A that go with it, the global adapter."""
-        drawn = self._drawn(model.adapted_shapes(self.targets), int(entry.tensors["adapter_seed"]))
+        drawn = self._drawn(self.trained_shapes(model), int(entry.tensors["adapter_seed"]))
         pairs = dict(adapter_pairs({**drawn, **entry.tensors}))
         model.factors = adapter_tensors(
             {module: pair._replace(A=pair.A[: pair.B.shape[1]]) for module, pair in pairs.items()}

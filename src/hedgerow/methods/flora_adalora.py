@@ -50,6 +50,7 @@ class FLoRAAdaLoRA(RestartedAdapter):
     name: str = "flora_adalora"
     summary: ClassVar[str] = "FLoRA of AdaLoRA: a rank for each matrix by its importance, stacked"
     reference: ClassVar[str] = "FLoRA, arXiv 2409.05976, with AdaLoRA, 2303.10512"
+    adapts_experts: ClassVar[bool] = False
 
     initial: float = Field(1.5, ge=1)
     """Rank of each matrix before the first step, as a multiple of the client's rank r_k."""

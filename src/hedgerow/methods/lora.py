@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from hedgerow.model import Model
     from hedgerow.settings import TrainingSettings
+    from hedgerow.targets import Targets
     from hedgerow.wire import Entry, Update
 
 
@@ -53,13 +54,16 @@ class LoraMethod(Method):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of an adapter's inputs that training leaves out at random; 0 is none."""
     targets: str | list[str] = "all-linear"
-    """Modules that get an adapter: `all-linear` (every linear layer but the output), a list of
-    names as [q_proj, v_proj], or a regular expression."""
+    """Modules that get an adapter: `all-linear` (every linear layer but the output, and all
+    experts), a list of names, or of their ends, as [q_proj, v_proj], or a regular expression for
+    whole names."""
     rslora: bool = False
     """Whether adapters are scaled by alpha/√r instead of alpha/r (arXiv 2312.03732)."""
 
     same_rank: ClassVar[bool] = False
     """The method needs one rank for all clients."""
+    adapts_experts: ClassVar[bool] = True
+    """The method can adapt experts that a model keeps as parameters, beside linear layers."""
 
     def rank(self, client: Client) -> int:
         """Rank of a client, r_k."""
@@ -98,7 +102,12 @@ class LoraMethod(Method):
                 f"method.ranks: {self.name} averages adapters of one rank, not of {ranks}: "
                 "give one number, or take zero_padding or flora"
             )
-        shapes = model.adapted_shapes(self.targets)
+        if self.dropout and self._targets(model).parameters:
+            raise UserError(
+                "method.dropout: the inputs of experts cannot be left out at random: set "
+                "method.dropout=0, or name targets without experts"
+            )
+        shapes = self.trained_shapes(model)
         largest = max(min(shape) for shape in shapes.values())
         if max(ranks) > largest:
             raise UserError(
@@ -108,7 +117,14 @@ class LoraMethod(Method):
 
     def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
         """Shapes of the adapted matrices, (m, n) by module."""
-        return model.adapted_shapes(self.targets)
+        return model.adapted_shapes(self.targets, experts=self.adapts_experts)
+
+    def left_out(self, model: Model) -> list[str]:
+        """Say which matrices the targets leave out."""
+        return list(self._targets(model).left_out)
+
+    def _targets(self, model: Model) -> Targets:
+        return model.targets(self.targets, experts=self.adapts_experts)
 
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """Collect the client's factors, with PEFT's key names."""

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from hedgerow.comparison import Cell, Outcome
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
-from hedgerow.runs.directory import EXPERIMENT, flat
+from hedgerow.runs.changes import flat
+from hedgerow.runs.directory import EXPERIMENT
 from hedgerow.runs.rows import METRICS_FILE, read_rows
 
 _Key = tuple[str, ...]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hedgerow.comparison import Cell
-from hedgerow.data import Records, load_template
+from hedgerow.data import Records
+from hedgerow.data.templates import TEXTS, TextTemplate
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.scores import TestSet, answers
@@ -20,7 +21,7 @@ from hedgerow.ledger import Ledger
 from hedgerow.model import Model
 from hedgerow.reporting.gather import Series
 from hedgerow.runs.lender import Lender
-from hedgerow.runs.scoring import test_rows
+from hedgerow.runs.preparation import test_rows
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TextSettings
 
@@ -156,7 +157,7 @@ class _Questionnaire:
         chosen = [rows[place] for place in places]
         check_positions(base, self._settings)
         self._test = TestSet.prepare(chosen, data, self._settings, base.tokenizer)
-        words = load_template("plain", base.tokenizer)
+        words = TextTemplate(TEXTS["plain"], "plain")
         prompts = [words.prompt(row).strip() for row in chosen]
         texts = zip(prompts, self._test.references, self._answers(base), strict=True)
         self.questions = [Question(*each, {}) for each in texts]

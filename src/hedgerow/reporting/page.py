@@ -19,7 +19,7 @@ from hedgerow.files import replacing
 from hedgerow.reporting import charts, models, tables
 from hedgerow.reporting.gather import Series, gather, told
 from hedgerow.reporting.sections import drawn_scores, rounds_of, sections, standing_in
-from hedgerow.runs.directory import flat
+from hedgerow.runs.changes import flat
 from hedgerow.runs.lender import Lender
 from hedgerow.settings import TextSettings
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -15,7 +14,7 @@ import pandas as pd
 from hedgerow import console
 from hedgerow.comparison import Outcome
 from hedgerow.evaluation.metrics import Score, main_scores_of, scores_of
-from hedgerow.files import replacing
+from hedgerow.files import replacing, to_json
 
 FORMATS = ("csv", "json", "md", "tex")
 
@@ -92,11 +91,14 @@ def shown(
         scores: as `compared` gives them.
     """
     names = columns(table, scores)
+    # What some rows have was measured in all that got to their end, and may be no number.
+    measured = {key for key in scores for row in table if row.get(key) is not None}
     lines = []
     for row in table:
         line = {"method": row["method"], **{key: row[key] for key in keys}}
         for key, name in names.items():
-            line[name] = _shown(key, row[key], row.get(f"{key}_spread"))
+            is_nan = row[key] is None and row["seeds"] and key in measured
+            line[name] = "nan" if is_nan else _shown(key, row[key], row.get(f"{key}_spread"))
         if any(each["failed"] for each in table):
             line["failed"] = str(row["failed"] or "")
         lines.append(line)
@@ -120,7 +122,7 @@ def write(table: Sequence[dict[str, Any]], people: pd.DataFrame, out: Path) -> N
     numbers = pd.DataFrame(table)
     texts = {
         "csv": numbers.to_csv(index=False),
-        "json": json.dumps(table, indent=1) + "\n",
+        "json": to_json(table, indent=1) + "\n",
         "md": people.to_markdown(index=False, disable_numparse=True) + "\n",
         "tex": people.to_latex(index=False, escape=True),
     }

@@ -5,17 +5,19 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
-from hedgerow.files import replacing
+from hedgerow.files import check_name, check_place, replacing
 from hedgerow.ledger import INDEX, Base, Ledger
+from hedgerow.runs.changes import another_run, changes
 from hedgerow.runs.memory import RoundMemory
 from hedgerow.runs.rows import METRICS_FILE, read_rows, to_line
-from hedgerow.settings import TrackingSettings
+from hedgerow.settings import ClientFile
 from hedgerow.wire import Update
 
 if TYPE_CHECKING:
@@ -30,37 +32,46 @@ DATA = "data.json"
 TEST_DATA = "(test data)"
 """What the digest of the test data stands under, which no client may be called."""
 
+Digests = dict[str, str | None]
+"""Digest of each client's data, in the clients' order, or None where it is not known here; and
+that of the test data, where there are some."""
+
 LOCK = ".lock"
-
-
-FREE: set[tuple[str, ...]] = {
-    ("about",),
-    ("evaluation", "every"),
-    *(("federation", k) for k in ("rounds", "min_clients", "deadline", "attempts", "backoff")),
-    *(("tracking", key) for key in TrackingSettings.model_fields),
-}
-"""Keys that a resumed run may change: no entry depends on them (only a schedule, on the rounds)."""
 
 
 class RunDirectory:
     """An open run directory, which no other process can open meanwhile."""
 
-    def __init__(self, path: Path, ledger: Ledger, lock: TextIO) -> None:
+    def __init__(
+        self, path: Path, ledger: Ledger, lock: TextIO, changes: Sequence[str] = ()
+    ) -> None:
         self.path = path
         self.ledger = ledger
+        self.changes = changes
+        """Sentences for people: what this run does otherwise than before it was resumed."""
         self._lock = lock
 
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._lock.close()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            if isinstance(error, UserError) and not len(self.ledger) and not self.rows():
+                # A mistake that is only seen in the first evaluation, as a metric's.
+                for child in self.path.iterdir():
+                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+                if not self.path.is_symlink():
+                    self.path.rmdir()
+        finally:
+            self._lock.close()
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Raise a `UserError` where a new run would write over something."""
+        """Raise a `UserError` where a new run would write over something, or could not write."""
+        check_name(path, "--out")
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path} is a file: name a directory that is not there yet")
+        check_place(path, "--out")
         # What a run that was killed at its very first step has left is nobody's work.
         begun = {LOCK, DATA, f"{DATA}.partial", f"{EXPERIMENT}.partial"}
         if path.is_dir() and any(child.name not in begun for child in path.iterdir()):
@@ -78,17 +89,16 @@ class RunDirectory:
         Raises:
             UserError: it is another experiment's run, naming the key that differs.
         """
+        check_place(path, "--out")
         if not (path / EXPERIMENT).exists():
             RunDirectory.check_free(path)
             return False
-        before = flat(load(path / EXPERIMENT).model_dump(mode="json"))
-        now = flat(experiment.model_dump(mode="json"))
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and key not in FREE:
-                raise UserError(
-                    f"--resume: {path} was run with {'.'.join(key)}={before.get(key)!r}, not "
-                    f"{now.get(key)!r}: give the same experiment, or another --out"
-                )
+        before = load(path / EXPERIMENT)
+        if difference := another_run(before, experiment):
+            raise UserError(
+                f"--resume: {path} was run with {difference}: give the same experiment, or another "
+                "--out"
+            )
         folder = path / "ledger"
         if not (folder / INDEX).exists():
             # A run that was stopped at its very beginning has nothing yet; this one had.
@@ -96,7 +106,7 @@ class RunDirectory:
                 raise UserError(f"{folder / INDEX} is missing: restore it from a copy")
             return False
         done = len(Ledger.open(folder))
-        rounds, planned = now["federation", "rounds"], before["federation", "rounds"]
+        rounds, planned = experiment.federation.rounds, before.federation.rounds
         if rounds < done:
             raise UserError(f"--resume: federation.rounds={rounds}, but {path} has {done} already")
         if done and rounds != planned and experiment.training.schedule != "constant":
@@ -111,16 +121,13 @@ class RunDirectory:
         path: Path,
         experiment: Experiment,
         base: Base,
-        data: dict[str, str],
+        data: Digests,
         trained: Mapping[str, Sequence[int]],
     ) -> RunDirectory:
         """A new run, on data with these digests by client; for `trained`, see `Ledger`."""
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
-        with replacing(path / DATA) as file:
-            file.write(json.dumps(data, indent=1).encode())
-        with replacing(path / EXPERIMENT) as file:
-            file.write(experiment.dump().encode())
+        _write_settings(path, experiment, data)
         return RunDirectory(path, Ledger.create(path / "ledger", base, trained), lock)
 
     @staticmethod
@@ -128,7 +135,7 @@ class RunDirectory:
         path: Path,
         experiment: Experiment,
         base: Base,
-        data: dict[str, str],
+        data: Digests,
         trained: Mapping[str, Sequence[int]],
     ) -> RunDirectory:
         """A run to go on with; metrics of rounds that the ledger has not are dropped.
@@ -137,34 +144,21 @@ class RunDirectory:
             UserError: the base or a client's data are not those that the run began with; or the
                 memory of the server or a client is missing or damaged.
         """
-        data = dict(data)
         lock = _locked(path)
         ledger = Ledger.open(path / "ledger")
-        try:
-            before = json.loads((path / DATA).read_bytes())
-        except (OSError, ValueError):
-            raise UserError(
-                f"{path / DATA} is missing or damaged: restore it from a copy"
-            ) from None
-        test = data.pop(TEST_DATA, None)
-        if test is not None and before.get(TEST_DATA, test) != test:
-            raise UserError(
-                f"--resume: the test data have changed since {path} began: give the same, or score "
-                "the run on others with `hedgerow evaluate`"
-            )
-        if [name for name in before if name in data] != [name for name in data if name in before]:
-            raise UserError(f"--resume: the clients stand in another order than when {path} began")
-        for client in data:
-            if before.get(client) != data[client]:
-                raise UserError(f"--resume: the data of {client} have changed since {path} began")
+        before, began_with = load(path / EXPERIMENT), _digests(path)
+        _check_data(path, _with_names(began_with, before), data)
         ledger.check_base(base, f"model.path {experiment.model.path}")
         if ledger.trained != {name: list(shape) for name, shape in trained.items()}:
             raise UserError(f"{path / 'ledger' / INDEX} was altered: restore it from a copy")
         rows = [row for row in read_rows(path) if row["round"] <= len(ledger)]
-        directory = RunDirectory(path, ledger, lock)
-        directory._check_memories(experiment.method, data, rows)
-        with replacing(path / EXPERIMENT) as file:
-            file.write(experiment.dump().encode())
+        tests = [digests.get(TEST_DATA) for digests in (began_with, data)]
+        other_test = None not in tests and tests[0] != tests[1]
+        said = changes(before, experiment, len(ledger) + 1, other_test=other_test)
+        directory = RunDirectory(path, ledger, lock, said)
+        known = [name for name, digest in data.items() if digest and name != TEST_DATA]
+        directory._check_memories(experiment.method, known, rows)
+        _write_settings(path, experiment, began_with | data)
         with replacing(path / METRICS_FILE) as file:
             file.writelines(to_line(row) for row in rows)
         return directory
@@ -213,6 +207,57 @@ class RunDirectory:
             update.write(file)
 
 
+def test_digest(path: Path) -> str | None:
+    """Digest of the test data that a run was last scored on; None where there is none."""
+    return _digests(path).get(TEST_DATA) if (path / DATA).exists() else None
+
+
+def _digests(path: Path) -> Digests:
+    try:
+        return dict(json.loads((path / DATA).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{path / DATA} is missing or damaged: restore it from a copy") from None
+
+
+def _with_names(began_with: Digests, experiment: Experiment) -> Digests:
+    """Digests by client; of servers of version 0.1, which named no client, the names alone."""
+    listed = experiment.data.clients
+    if began_with.keys() - {TEST_DATA} or not isinstance(listed, list):
+        return began_with
+    return {c.name: None for c in listed if isinstance(c, ClientFile)} | began_with
+
+
+def _check_data(path: Path, before: Digests, now: Digests) -> None:
+    """Raise a `UserError` unless the clients, their order and their data are as before."""
+    old, new = ([name for name in each if name != TEST_DATA] for each in (before, now))
+    if gone := [name for name in old if name not in new]:
+        raise UserError(
+            f"--resume: {path} began with {_listed(gone)}, which now has no examples or is not "
+            "named: give the same clients"
+        )
+    if added := [name for name in new if name not in old]:
+        raise UserError(
+            f"--resume: {path} began without {_listed(added)}, which is named now or has examples "
+            "now: give the same clients"
+        )
+    if old != new:
+        raise UserError(f"--resume: the clients stand in another order than when {path} began")
+    for client in new:
+        if None not in (before[client], now[client]) and before[client] != now[client]:
+            raise UserError(f"--resume: the data of {client} have changed since {path} began")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+
+
+def _write_settings(path: Path, experiment: Experiment, data: Digests) -> None:
+    with replacing(path / DATA) as file:
+        file.write(json.dumps(data, indent=1).encode())
+    with replacing(path / EXPERIMENT) as file:
+        file.write(experiment.dump().encode())
+
+
 def _locked(path: Path) -> TextIO:
     """The lock of a run directory; it is free again when the file is closed or its process ends."""
     lock = (path / LOCK).open("w")
@@ -222,13 +267,3 @@ def _locked(path: Path) -> TextIO:
         lock.close()
         raise UserError(f"{path} is being written to by another hedgerow process") from None
     return lock
-
-
-def flat(content: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """Nested mappings as one, whose keys are the ways to the values."""
-    if not isinstance(content, dict):
-        return {key: content}
-    found: dict[tuple[str, ...], Any] = {}
-    for name, value in content.items():
-        found |= flat(value, (*key, str(name)))
-    return found

@@ -87,6 +87,12 @@ def model_at(
     Raises:
         UserError: model.path does not hold the ledger's base, or an entry is damaged.
     """
+    path = Path(experiment.model.path)
+    if path.is_absolute() and not path.exists():
+        raise UserError(
+            f"model.path: {path}, the run's base, is not there any more: add model.path=FOLDER, "
+            "the folder of a copy of it"
+        )
     model = load(experiment.model)
     ledger.check_base(Base.of(model), f"model.path {experiment.model.path}")
     ledger.replay(experiment.method, model, round)
@@ -102,17 +108,17 @@ def check_client(experiment: Experiment, ledger: Ledger, client: str | None) -> 
     if experiment.method.has_global_model:
         if client is None:
             return []
-        raise UserError(f"--client {client}: {experiment.method.name} has one model for everybody")
+        raise UserError(f"client {client}: {experiment.method.name} has one model for everybody")
     clients = ledger.clients()
     if client is None:
         return clients
     if client not in clients:
-        raise UserError(f"--client {client}: only {', '.join(clients)} took part in the run")
+        raise UserError(f"client {client}: only {', '.join(clients)} took part in the run")
     return [client]
 
 
 def check_round(ledger: Ledger, round: int | None) -> int:
     """The round that is meant: the last where none is named."""
     if round is not None and not 0 <= round <= len(ledger):
-        raise UserError(f"--round {round}: the ledger has rounds 0 (the base) to {len(ledger)}")
+        raise UserError(f"round {round}: the ledger has rounds 0 (the base) to {len(ledger)}")
     return len(ledger) if round is None else round

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from hedgerow.errors import UserError
+from hedgerow.files import to_json
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -35,11 +35,5 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def to_line(row: dict[str, Any]) -> bytes:
-    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: a loss that is not a number becomes null."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    # Half a surrogate pair, which a group's name may hold, becomes JSON's own escape of it.
+    return to_json(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"

@@ -2,71 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hedgerow.data import Records, Rows, check, read
-from hedgerow.data.sources import share_of
+from hedgerow.data import Records
 from hedgerow.errors import UserError
-from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.measuring import derived
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.scores import TestSet, evaluate
 from hedgerow.experiment import Experiment, apply_overrides, validate
 from hedgerow.methods.base import Method
-from hedgerow.model import Model
-from hedgerow.names import MEMORY
+from hedgerow.model import Model, max_positions
 from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
-from hedgerow.settings import Evaluation, EvaluationSettings, TextSettings
+from hedgerow.runs.preparation import check_causal, load_test, notes_on_template
+from hedgerow.settings import DEFAULT_TEST, Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
 
 Progress = Callable[[int, int], None]
 """Callback that is told how many forward passes or answers are done, of how many."""
-
-
-def load_test(
-    text: TextSettings,
-    settings: EvaluationSettings,
-    model: Model,
-    held: Records | None = None,
-) -> TestSet:
-    """The test data of an experiment, ready to be scored.
-
-    Args:
-        text: names them, and how they become text.
-        settings: what is scored.
-        model: whose tokenizer and positions count.
-        held: the rows, where `data.test` is `(memory)`.
-
-    Raises:
-        UserError: there is none, or it cannot be scored as `settings` ask.
-    """
-    rows = test_rows(text, settings, held)
-    check_positions(model, settings)
-    test = TestSet.prepare(rows, text, settings, model.tokenizer)
-    return replace(test, remarks=rows.remarks.sentences())
-
-
-def test_rows(
-    text: TextSettings, settings: EvaluationSettings, held: Records | None = None
-) -> Rows:
-    """The rows to evaluate on; `held` has them where `data.test` is `(memory)`.
-
-    Raises:
-        UserError: there are none, or they cannot be scored.
-    """
-    if text.test is None:
-        raise UserError("`data.test` is missing: name the file to evaluate on")
-    if text.test == MEMORY and held is not None:
-        records = share_of(held, text.test_share)
-    else:
-        records = read(text.test, text.test_split, text.test_subset, text.test_share)
-    # Multiple choice alone needs no output: a question may name its answer otherwise.
-    answered = any(metric.needs != "choices" for metric in metrics_of(settings.metrics))
-    return check(records, text.fields_of_test, answered=answered)
 
 
 class Scorer:
@@ -156,6 +113,32 @@ class Subject:
             yield from self.method.models(self.model, self.clients)
 
 
+def asked_for(
+    data: str | None, metrics: Sequence[str] | None, by: str | None, overrides: Sequence[str] = ()
+) -> list[str]:
+    """Overrides that say what is evaluated, on which rows.
+
+    Args:
+        data: the test data, instead of the experiment's, of which nothing counts then.
+        metrics: names of metrics; None for the experiment's.
+        by: column of the test data; None for the experiment's.
+        overrides: others, which count before all these.
+    """
+    changes = list(overrides)
+    if data is not None:
+        changes = [*DEFAULT_TEST, *changes, f"data.test={json.dumps(data)}"]
+    if metrics is not None:
+        changes.append(f"evaluation.metrics={json.dumps(list(metrics))}")
+    if by is not None:
+        changes.append(f"evaluation.by={json.dumps(by)}")
+    return changes
+
+
+def is_model(path: Path) -> bool:
+    """Whether a folder holds a model, or an adapter of one, rather than a run."""
+    return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+
+
 @contextmanager
 def loaded(
     path: Path,
@@ -176,15 +159,20 @@ def loaded(
     Raises:
         UserError: naming what does not fit.
     """
-    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+    if is_model(path):
         if round is not None or client is not None:
             raise UserError(f"{path} is a model, not a run: leave out --round and --client")
         content: dict[str, Any] = {"model": {"path": str(path.absolute())}, "data": {}}
         asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(path), Evaluation)
         model = Model.load(asked.model)
+        check_causal(model)
+        data = asked.data
+        if "max_length" not in data.model_fields_set:  # the default is for models with room for it
+            most = min(data.max_length, max_positions(model.network))
+            data = data.model_copy(update={"max_length": most})
         yield Subject(
             model=model,
-            data=asked.data,
+            data=data,
             evaluation=asked.evaluation,
             name=model.name,
             entry=None,
@@ -218,11 +206,14 @@ def score_path(
     *,
     load: Loader = Model.load,
     held: Records | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Scores of a run's model after a round, or of a model folder; the arguments are `loaded`'s.
 
     Args:
         held: the test rows, where `data.test` is `(memory)`.
+        say: told what is unexpected about the prompts, as a date in them, and what rows are left
+            out.
 
     Returns:
         The scores, and the names of the metrics that gave them.
@@ -232,6 +223,8 @@ def score_path(
     """
     with loaded(path, overrides, round, client, load) as it:
         test = load_test(it.data, it.evaluation, it.model, held)
+        for note in (*notes_on_template(test.template), *test.remarks):
+            say(note)
         scored = {name: evaluate(it.model, test, it.evaluation, progress) for name in it.models()}
         metrics = it.evaluation.metrics
         return by_model(scored, metrics) | counts(test), metrics

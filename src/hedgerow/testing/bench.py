@@ -12,11 +12,12 @@ import yaml
 from hedgerow.bundled import tasks
 from hedgerow.clock import Clock
 from hedgerow.engines import local
-from hedgerow.engines.local import LocalFleet, Prepared
+from hedgerow.engines.local import LocalFleet
 from hedgerow.experiment import Experiment, load
 from hedgerow.federation.fleet import ClientResult, Unwatched
 from hedgerow.methods.base import Client, Method
 from hedgerow.model import Model
+from hedgerow.runs.preparation import Prepared, prepare
 from hedgerow.testing.case import SIZES, TRAINING
 from hedgerow.testing.models import tiny_llama
 
@@ -60,7 +61,7 @@ class Bench:
         )
         experiment = load(folder / "experiment.yaml")
         model = Model.load(experiment.model)
-        return Bench(folder, method, model, local.prepare(experiment, model))
+        return Bench(folder, method, model, prepare(experiment, model))
 
     @property
     def experiment(self) -> Experiment:

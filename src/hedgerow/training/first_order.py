@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hedgerow.errors import UserError
 from hedgerow.lazy import torch
 from hedgerow.settings import TrainingSettings
-from hedgerow.training.job import Job, check_finite
+from hedgerow.training.job import OR_CLIP, Job, check_finite
 from hedgerow.training.loss import batch_loss
 from hedgerow.training.optimizers import optimizer_of
 from hedgerow.wire import is_writable
@@ -118,7 +118,7 @@ def backward(
         # All tokens of a step weigh the same, in whichever of its forward passes they are.
         torch.autograd.backward(loss / max(step_tokens, 1))
         loss_sum += float(loss.detach())
-    check_finite(loss_sum, step)
+    check_finite(loss_sum, step, OR_CLIP)
     return loss_sum
 
 

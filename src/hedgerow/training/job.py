@@ -51,13 +51,17 @@ class Job:
             yield drawn[first : first + accumulate]
 
 
-def check_finite(loss: float, step: int) -> None:
-    """Raise `Diverged` where a step's loss is not a number."""
+LOWER_RATE = "a lower training.learning_rate may help"
+"""What may keep any training from diverging."""
+
+OR_CLIP = f"{LOWER_RATE}, or a training.max_grad_norm, as 1.0 or less"
+"""What may keep training with gradients from diverging."""
+
+
+def check_finite(loss: float, step: int, advice: str) -> None:
+    """Raise `Diverged` with the advice where a step's loss is not a number."""
     if not np.isfinite(loss):
-        raise Diverged(
-            f"its loss was {loss} at step {step}: a lower training.learning_rate or "
-            "training.max_grad_norm may help"
-        )
+        raise Diverged(f"its loss was {loss} at step {step}: {advice}")
 
 
 def learning_rate(settings: TrainingSettings, round: int, rounds: int) -> float:

@@ -65,10 +65,33 @@ def _changed(network: Any, changes: dict[str, Factors], length: float) -> Iterat
 
         return add
 
-    layers = [(network.get_submodule(module), pair) for module, pair in changes.items()]
-    handles = [layer.register_forward_hook(hook(pair)) for layer, pair in layers] if length else []
+    handles: list[Any] = []
+    before: dict[Tensor, Tensor] = {}
+    for module, pair in changes.items() if length else ():
+        owner, expert = _expert_of(network, module)
+        if owner is None:
+            handles.append(network.get_submodule(module).register_forward_hook(hook(pair)))
+            continue
+        before.setdefault(owner, owner.clone())
+        product = length * pair.product().to(owner)
+        owner[expert] += product if product.shape == owner[expert].shape else product.T
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for weight, values in before.items():
+            weight.copy_(values)
+
+
+def _expert_of(network: Any, module: str) -> tuple[Tensor | None, int]:
+    """The parameter that holds an expert's matrix, and its number; None of a linear layer."""
+    place, _, number = module.rpartition(".")
+    owner, _, parameter = place.rpartition(".")
+    if not number.isdecimal() or not owner:
+        return None, 0
+    layer = network.get_submodule(owner)
+    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    weight = getattr(layer, parameter, None)
+    is_stacked = isinstance(weight, torch.nn.Parameter) and weight.ndim == 3
+    return (weight, int(number)) if is_stacked else (None, 0)

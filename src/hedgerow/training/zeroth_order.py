@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hedgerow.lazy import torch
 from hedgerow.sketch import reconstruct
-from hedgerow.training.job import Job, check_finite
+from hedgerow.training.job import LOWER_RATE, Job, check_finite
 from hedgerow.training.loss import batch_loss
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def train(
                 move(weights, seed, -2 * epsilon)
                 below = loss_here()
                 move(weights, seed, epsilon)
-                check_finite(above + below, step + 1)
+                check_finite(above + below, step + 1, LOWER_RATE)
                 slope = (above - below) / (2 * epsilon * max(tokens, 1))
                 moves.append(-job.learning_rate * slope / len(seeds))
                 total_loss += (above + below) / (2 * len(seeds))

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from hedgerow.data import load_template
 from hedgerow.data.sources import client_files
 from hedgerow.engines.flower import BASE
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
-from hedgerow.federation.participant import check_max_length
 from hedgerow.ledger import Base
 from hedgerow.model import Model
+from hedgerow.runs.preparation import check_fits, notes_on_template, with_date
 from hedgerow.settings import ClientFile
 
 EXPERIMENT = "experiment.yaml"
@@ -86,12 +87,19 @@ class App:
         return App(experiment, file.base, file.trained, client_names(experiment))
 
 
-def init(experiment: Experiment, folder: Path, name: str) -> App:
+def init(
+    experiment: Experiment,
+    folder: Path,
+    name: str,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> App:
     """Write a Flower app for an experiment.
 
     Args:
         folder: made by this function.
         name: what Flower calls the app.
+        say: told what of the model the method leaves untrained, and what is unexpected about
+            prompts.
 
     Raises:
         UserError: something in the experiment does not fit, or `folder` is taken.
@@ -106,12 +114,15 @@ def init(experiment: Experiment, folder: Path, name: str) -> App:
             f"{len(clients)} clients there are"
         )
     model = Model.load(experiment.model)
-    check_max_length(model, experiment.data.max_length)
-    experiment.method.check(model, len(clients), experiment.training)
+    check_fits(experiment, model, len(clients))
+    words = load_template(experiment.data, model.tokenizer)
+    experiment = with_date(experiment, words.date)
     shapes = experiment.method.trained_shapes(model)
     file = _BaseFile(
         base=Base.of(model), trained={name: list(shape) for name, shape in shapes.items()}
     )
+    for note in [*notes_on_template(words), *experiment.method.left_out(model)]:
+        say(note)
     folder.mkdir(parents=True, exist_ok=True)
     shared, template = _without_paths(experiment, clients)
     if template is not None:

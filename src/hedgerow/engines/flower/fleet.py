@@ -6,7 +6,7 @@ import collections
 import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ BATCH = 256 << 20
 RESTARTS = 5
 """Number of times that a site's copy of the ledger may prove other than it was thought to be."""
 PATIENCE = 60.0
-"""Seconds to wait for sites that are only to be told the end."""
+"""Seconds that a run waits for sites that refuse to take part, before it begins without them; and
+for sites that are only to be told the end."""
 POLL = 0.2
 """Seconds between two looks for replies."""
 FOREVER = 10 * 365 * 86400.0
@@ -66,7 +67,7 @@ class FlowerFleet:
     Args:
         grid: Flower's.
         names: the experiment's clients, in their order.
-        absent: those that are not waited for.
+        awaited: those that the run begins with.
         run: names the run to the sites.
         folder: where updates wait on disk until they are aggregated.
         scorer: the server's own copy of the model, or None where it has none.
@@ -78,7 +79,7 @@ class FlowerFleet:
         grid: Grid,
         experiment: Experiment,
         names: Sequence[str],
-        absent: Collection[str],
+        awaited: Sequence[str],
         ledger: Ledger,
         run: str,
         folder: Path,
@@ -87,7 +88,6 @@ class FlowerFleet:
     ) -> None:
         self._grid, self._method, self._ledger = grid, experiment.method, ledger
         self._settings, self._names = experiment.federation, list(names)
-        self._awaited = [name for name in names if name not in absent]
         self._run, self._folder, self._scorer, self._say = run, folder, scorer, say
         # Of float32 numbers; an adapter of full rank has up to twice as many as its matrix.
         numbers = sum(math.prod(shape) for shape in ledger.trained.values())
@@ -95,6 +95,9 @@ class FlowerFleet:
         self._members: dict[str, Member] = {}
         self._known: dict[int, str] = {}
         self._joining: dict[str, Errand] = {}
+        self._awaited = list(awaited)
+        self._refusals: dict[str, str] = {}
+        """Why a client's site has refused to take part, by the client's name."""
         self._began = False
 
     # --- who is there ---------------------------------------------------------------------------
@@ -112,9 +115,19 @@ class FlowerFleet:
         """Wait until every client has joined, or for so many seconds."""
         self._began = True
         began = said = time.monotonic()
+        waits_since: float | None = None  # for nobody but those whose sites refuse
         while missing := [name for name in self._awaited if name not in self._members]:
             self._invite()
             now = time.monotonic()
+            if set(missing) <= self._refusals.keys():
+                waits_since = now if waits_since is None else waits_since
+                enough = len(self._members) >= self._settings.min_clients
+                if enough and now - waits_since > PATIENCE:
+                    for name in missing:
+                        self._say(f"begins without {name}, whose site {self._refusals[name]}")
+                    return
+            else:
+                waits_since = None
             if now - said > 30:
                 said = now
                 self._say(f"waiting for {', '.join(missing)}")
@@ -154,12 +167,13 @@ class FlowerFleet:
         try:
             reply = self._reply(message).words
             name, about = reply.name, nodes.get(node)
+            if about is not None and about.name and about.name != name:
+                raise InvalidMessage(f"it is registered as {about.name}, but says it is {name}")
             if reply.refused is not None:
+                self._refusals[name] = f"does not take part: {reply.refused}"
                 raise InvalidMessage(f"it does not take part: {reply.refused}")
             if name not in self._names:
                 raise InvalidMessage(f"the experiment has no client {name}")
-            if about is not None and about.name and about.name != name:
-                raise InvalidMessage(f"it is registered as {about.name}, but says it is {name}")
             other = self._members.get(name)
             if other is not None and other.node != node and other.node in nodes:
                 raise InvalidMessage(f"another SuperNode is {name} already")
@@ -168,6 +182,7 @@ class FlowerFleet:
         except InvalidMessage as error:
             self._say(f"SuperNode {node} was not let in: {error}")
             return
+        self._refusals.pop(name, None)
         client = Client(self._names.index(name), name, reply.num_examples)
         self._members[name] = Member(node, client, self._rounds_held(reply.held))
         self._say(f"{name} joined, with {client.num_examples:,} examples")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +29,9 @@ from hedgerow.federation.fleet import Watcher
 from hedgerow.files import replacing
 from hedgerow.ledger import Base
 from hedgerow.model import Model
-from hedgerow.runs.directory import RunDirectory
-from hedgerow.runs.scoring import Scorer, load_test
+from hedgerow.runs.directory import TEST_DATA, Digests, RunDirectory
+from hedgerow.runs.preparation import load_test
+from hedgerow.runs.scoring import Scorer
 
 RUN = "flower.json"
 """The file of a run directory that says what the run is called at its sites."""
@@ -78,16 +79,16 @@ def serve(
     watcher: Watcher,
     model: Model | None,
     test: TestSet | None,
-    data: Mapping[str, str] | None = None,
-    absent: Collection[str] = (),
+    data: Digests | None = None,
+    awaited: Sequence[str] | None = None,
 ) -> None:
     """Run an experiment on a grid, or go on with the run that is in `out`.
 
     Args:
         loaded: with the server's own paths in its experiment.
         model: the base, to score the global model; None scores nothing.
-        data: digests of the clients' data, where the server may know them.
-        absent: clients that are not waited for, as none of their rows can be used.
+        awaited: clients that the run begins with; None for all of the experiment's.
+        data: digests of the clients' and the test data, where the server may know them.
 
     Raises:
         UserError: something in the experiment or in `out` is wrong.
@@ -98,7 +99,13 @@ def serve(
     tracking.check(experiment.tracking)
     resume = RunDirectory.check_resumable(out, experiment)
     opener = RunDirectory.resume if resume else RunDirectory.create
-    with opener(out, experiment, loaded.base, dict(data or {}), loaded.trained) as directory:
+    if data is None:
+        data = dict.fromkeys(loaded.clients)
+        if test is not None:
+            data[TEST_DATA] = test.examples.digest()
+    with opener(out, experiment, loaded.base, data, loaded.trained) as directory:
+        for change in directory.changes:
+            watcher.say(change)
         scorer = None
         if model is not None:
             directory.ledger.replay(experiment.method, model)
@@ -111,7 +118,7 @@ def serve(
                 grid,
                 experiment=experiment,
                 names=loaded.clients,
-                absent=absent,
+                awaited=loaded.clients if awaited is None else awaited,
                 ledger=directory.ledger,
                 run=_run_name(directory),
                 folder=arrived,

@@ -9,7 +9,6 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,10 +23,10 @@ from hedgerow.engines.flower.app import App, check_method
 from hedgerow.engines.flower.messages import Action, Parcel, Request, pack
 from hedgerow.engines.flower.server import serve
 from hedgerow.engines.flower.site import Site
-from hedgerow.engines.local import Prepared, prepare
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import Watcher
 from hedgerow.runs.directory import RunDirectory
+from hedgerow.runs.preparation import Prepared, prepare, with_date_of
 
 _sites: dict[Path, Site] = {}
 """What this actor's process has in memory, by the folder of the simulation."""
@@ -39,7 +38,6 @@ def run(
     watcher: Watcher,
     *,
     resume: bool = False,
-    on_prepared: Callable[[Prepared], None] = lambda prepared: None,
 ) -> None:
     """Run an experiment on Flower's simulation runtime; the arguments are the local engine's.
 
@@ -54,25 +52,27 @@ def run(
     tracking.check(experiment.tracking)
     if resume:
         RunDirectory.check_resumable(out, experiment)  # before everything is loaded
+        experiment = with_date_of(experiment, out)
     else:
         RunDirectory.check_free(out)
     prepared = prepare(experiment)
-    on_prepared(prepared)
+    experiment = prepared.experiment
+    for note in prepared.notes:
+        watcher.say(note)
     names = [client.name for client in prepared.clients]
     app = App(
         experiment=experiment,
         base=prepared.base,
-        trained=experiment.method.trained_shapes(prepared.model),
-        clients=list(prepared.names),
+        trained=prepared.trained,
+        clients=prepared.names,
     )
     logging.getLogger("flwr").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="hedgerow-sites-") as folder:
         server, client = ServerApp(), ClientApp()
 
         def main(grid: Grid, context: Context) -> None:
-            data = {name: shard.digest() for name, shard in prepared.shards.items()}
-            absent = set(prepared.names).difference(names)
-            serve(grid, app, out, watcher, prepared.model, prepared.test, data, absent)
+            data = prepared.digests()
+            serve(grid, app, out, watcher, prepared.model, prepared.test, data, awaited=names)
 
         server.main()(main)
 

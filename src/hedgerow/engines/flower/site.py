@@ -21,15 +21,16 @@ from hedgerow.data import ClientData, Tokenized
 from hedgerow.engines.flower.app import App, without_test
 from hedgerow.engines.flower.messages import Held, Reply, Request, info
 from hedgerow.engines.flower.node import SiteSettings, place_of
-from hedgerow.errors import ClientFailed, InvalidMessage, UserError
+from hedgerow.errors import ClientFailed, InvalidMessage, NothingToLearn, UserError
 from hedgerow.experiment import validate
-from hedgerow.federation.participant import check_max_length, train_client
+from hedgerow.federation.participant import train_client
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger, Record
 from hedgerow.methods.base import Client, ClientRound, check_entry
 from hedgerow.model import Model
 from hedgerow.runs.directory import EXPERIMENT
 from hedgerow.runs.memory import RoundMemory
+from hedgerow.runs.preparation import check_fits, notes_on_data
 from hedgerow.seeds import Seeds
 from hedgerow.settings import ClientFile
 from hedgerow.wire import Entry
@@ -103,6 +104,9 @@ class Site:
         except Refused as refusal:
             _say(name, f"refused: {refusal}")
             return Reply(name=name, refused=refusal.public), None
+        except NothingToLearn as error:
+            _say(name, f"refused: {error}")
+            return Reply(name=name, refused="it has no examples to learn from"), None
         except UserError as error:
             return wrong_settings(name, error), None
         finally:
@@ -152,8 +156,7 @@ class Site:
                 raise Refused(
                     f"it has another base model: {difference}", f"{settings.path}: {difference}"
                 )
-            check_max_length(model, self._experiment.data.max_length)
-            self._experiment.method.check(model, len(self._app.clients), self._experiment.training)
+            check_fits(self._experiment, model, len(self._app.clients))
             self._shapes = self._experiment.method.trained_shapes(model)
             self._model, self._applied = model, []
 
@@ -164,10 +167,15 @@ class Site:
             raise Refused(f"the experiment has no client {name}, only {_listed(self._app.clients)}")
         if name not in self._examples:
             settings, tokenizer = self._experiment.data, self._model.tokenizer
-            self._data = self._data or ClientData(settings, tokenizer, self._seeds)
+            self._data = self._data or ClientData(
+                settings,
+                tokenizer,
+                self._seeds,
+                vocabulary_size=self._model.vocabulary_size,
+            )
             examples = self._data.tokenize(name)
-            for sentence in self._data.remarks.sentences():
-                _say(name, sentence)
+            for note in (*self._data.remarks.sentences(), *notes_on_data(name, examples)):
+                _say(name, note)
             path = self._place / "updates" / name / "data.sha256"
             if path.exists() and path.read_text() != examples.digest():
                 raise Refused("its data have changed since the run began")

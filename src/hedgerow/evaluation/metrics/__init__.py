@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from pydantic import ValidationError
-
 from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics.base import (
     AnswerMetric,
@@ -103,10 +101,12 @@ def _metric(name: str, key: str = "evaluation.metrics") -> Metric:
     try:
         # By whichever name it is called here: of options, it has none but their defaults.
         return kind.model_validate({})
-    except ValidationError as error:
-        lacking = ".".join(map(str, error.errors()[0]["loc"])) or error.errors()[0]["msg"]
+    except UserError as error:
+        fields = kind.model_fields.items()
+        lacking = [name for name, field in fields if field.is_required() and name != "name"]
         raise UserError(
-            f"{where} cannot be made without options ({lacking}): give each a default"
+            f"{where} cannot be made without options ({', '.join(lacking) or error}): give each a "
+            "default"
         ) from None
 
 

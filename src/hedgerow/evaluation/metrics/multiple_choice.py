@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,10 +30,19 @@ class MultipleChoice(ChoiceMetric):
     def score(
         self, candidates: Sequence[str], right: int, log_likelihoods: npt.NDArray[np.float64]
     ) -> dict[str, float]:
-        """100 where the right option is the likeliest, or else 0; and 100 by their number."""
+        """100 where the right option is the likeliest, or else 0; and 100 by their number.
+
+        Accuracies are NaN where a likelihood is, of which none is the highest.
+        """
         characters = [len(candidate) for candidate in candidates]
+        per_character = log_likelihoods / characters
         return {
-            "accuracy": 100 * int(log_likelihoods.argmax() == right),
-            "accuracy_norm": 100 * int((log_likelihoods / characters).argmax() == right),
+            "accuracy": _is_best(log_likelihoods, right),
+            "accuracy_norm": _is_best(per_character, right),
             "accuracy_chance": 100 * (1 / len(characters)),
         }
+
+
+def _is_best(values: npt.NDArray[np.float64], index: int) -> float:
+    highest = values.argmax()  # the first NaN, where there is one
+    return 100.0 * int(highest == index) if values[highest] == values[highest] else math.nan

@@ -20,6 +20,8 @@ class Optimizer(Plugin, ABC):
     `training.weight_decay`.
     """
 
+    section = ("training", "optimizer")
+
     @abstractmethod
     def build(
         self, parameters: Mapping[str, nn.Parameter], learning_rate: float

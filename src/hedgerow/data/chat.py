@@ -1,0 +1,398 @@
+"""Chat templates: what a tokenizer's own template makes of a conversation, once it is known.
+
+A template is a program that somebody wrote. Before it is used it is asked to write conversations
+whose texts are known, and what comes back says what it does: whether texts come back as they were
+given, what it writes before and after an answer, whether it reads the clock.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hedgerow.data.rows import Row
+from hedgerow.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hedgerow.settings import TemplateSettings
+
+_Messages = Sequence[tuple[str, str]]
+"""Role and text of each message."""
+
+_QUESTION, _REPLY = "Question8Wd3Xy", "Reply4Qm7Zk"
+"""Texts that no row holds; the last place where the reply stands is the answer's."""
+_AWKWARD = " <b>&\"'{}$ é\n\n  - item\n" + "a long text goes on and on. " * 200
+"""A text that is altered wherever texts are escaped, cut, or change their case or their spaces."""
+_DAYS = (datetime.date(2001, 2, 3), datetime.date(2012, 11, 12))
+"""Two days that are written differently in every form."""
+_SAME = 8
+"""Number of times that a template has to write the same."""
+_RULE = ("system", "You are asked to answer.")
+_ASKED = [("user", _QUESTION), ("assistant", _REPLY)]
+_OTHER = "choose another `data.prompt`, as alpaca"
+_WHAT = "the tokenizer's chat template"
+_CLOCK = (
+    "{%- macro strftime_now(format) %}{% set now = namespace(text=format) %}"
+    "{% for directive, value in hedgerow_day.items() %}"
+    "{% set now.text = now.text.replace(directive, value) %}"
+    "{% endfor %}{{ now.text }}{% endmacro %}\n"
+)
+"""What stands before a template that is to be given a day: transformers hands on no functions.
+
+The line's end is none of the text: transformers has Jinja trim it.
+"""
+_READ = "the clock is read"
+_NO_CLOCK = (
+    f"{{%- macro strftime_now(format) %}}{{{{ raise_exception('{_READ}') }}}}{{% endmacro %}}\n"
+)
+"""What stands before a template to find out whether it reads the clock."""
+_DIRECTIVES = [
+    f"%{flag}{letter}"
+    for letter in "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZf"
+    for flag in ("-", "")
+]
+
+
+class ChatTemplate:
+    """The tokenizer's own template: a user's message, which the assistant answers.
+
+    The prompt is what the template writes before an answer, in training as in generation.
+
+    Attributes:
+        ends: numbers of the tokens that end an answer: the first control token that the template
+            writes after it, if there is one; what follows that is left out.
+        notes: sentences that tell how its prompts differ from those of its generation.
+        written: what it writes around a conversation's texts.
+
+    Raises:
+        UserError: the tokenizer has no template, or several and none is named; it fails; or what it
+            writes does not hold the texts that it is given.
+    """
+
+    has_special_tokens = True
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: TemplateSettings,
+        message: Callable[[Row], str],
+    ) -> None:
+        """Find out what the template does.
+
+        Args:
+            settings: which one it is, and the day that it is given.
+            message: gives the user's message of a row.
+        """
+        self._tokenizer, self._message = tokenizer, message
+        self._source = _chosen(tokenizer, settings.name)
+        self._in_parts = False
+        self._lead = ""
+        self._opening: list[tuple[str, str]] = []
+        self._forgets = False
+        self._clock: datetime.datetime | None = None
+        self._day: datetime.date | None = None
+        self.notes: tuple[str, ...] = ()
+        self.ends: tuple[int, ...] = ()
+        added = (str(token) for token in tokenizer.added_tokens_decoder.values())
+        names = sorted((name for name in added if name.strip()), key=len, reverse=True)
+        self._token = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        try:
+            self._probe_texts()
+            self._probe_clock(settings.date)
+            self._probe_chance()
+            self._probe_answer()
+            if settings.date is not None and self.date is None:
+                self.notes += ("data.template.date: the chat template writes no date",)
+        except UserError as error:
+            raise UserError(f"`data.prompt`: {error}") from None
+
+    @property
+    def date(self) -> datetime.date | None:
+        """Day that the template is given; None where it writes no date."""
+        return self._day
+
+    def prompt(self, row: Row) -> str:
+        """The text that the model is given."""
+        return self._around(self._asked(row))[0]
+
+    def example(self, row: Row) -> tuple[str, str]:
+        """The text that the model is given, and the text that should follow it, to its end."""
+        messages = self._asked(row)
+        before, end, after = self._around(messages)
+        whole = self._write([*messages, ("assistant", row.output)])
+        said = _between(before, whole, after)
+        if said is not None and _letters(said) == _letters(row.output):
+            return before, said + end
+        # An answer with thoughts of its own, which take the place of empty ones, maybe in the form
+        # that the generation prompt begins.
+        begun = self._write(messages, generation=True)
+        said = _between(begun, whole, after)
+        if said is not None and _letters(row.output).endswith(_letters(said)):
+            thought = _letters(row.output).removesuffix(_letters(said))
+            if _letters(begun).endswith(thought):
+                return begun, said + end
+        # Some leave out thoughts, or read them wrongly: the answer is learnt as it stands.
+        return before, self._lead + row.output + end
+
+    def _asked(self, row: Row) -> list[tuple[str, str]]:
+        """The messages of a row, up to the one that is to be answered."""
+        history = [(message.role, message.content) for message in row.history]
+        return [*history, ("user", self._message(row))]
+
+    def _around(self, messages: _Messages) -> tuple[str, str, str]:
+        """What is written before an answer, what ends it, and all that is written after it.
+
+        Raises:
+            UserError: the template fails, or leaves out what it is given.
+        """
+        if self._forgets and any(role == "assistant" for role, _ in messages):
+            raise UserError(f"{_WHAT} leaves out earlier answers: {_OTHER}")
+        before, found, after = self._write([*messages, ("assistant", _REPLY)]).rpartition(_REPLY)
+        if not found:
+            raise UserError(f"{_WHAT} leaves out the answer: {_OTHER}")
+        before = before.removesuffix(self._lead)
+        if left_out := _left_out(messages, before):
+            # Some put the system's text before the last message, where that is the user's.
+            before = self._write(messages, generation=True)
+            if _left_out(messages, before):
+                role, text = left_out
+                raise UserError(
+                    f"{_WHAT} leaves out or alters what the {role} says ({_shown(text)}): {_OTHER}"
+                )
+        return before, *self._to_end(after)
+
+    def _to_end(self, after: str) -> tuple[str, str]:
+        """What ends an answer, of all that is written after it, and that all.
+
+        Letters are none of the answer, nor a token that generation stops at.
+        """
+        end = self._token.search(after)
+        if end is None:
+            return "", after
+        blank = after[: end.start()]
+        return (after[: end.end()] if not blank.strip() else end[0]), after
+
+    def _write(
+        self, messages: _Messages, *, generation: bool = False, before: str | None = None
+    ) -> str:
+        """What the template makes of messages.
+
+        Args:
+            generation: whether an answer is to follow.
+            before: source that stands before the template's; None is what gives it its day.
+
+        Raises:
+            UserError: it fails.
+        """
+        if before is None:
+            before = "" if self._clock is None else _CLOCK
+        content = [
+            {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
+            for role, text in messages
+        ]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                content,
+                chat_template=before + self._source,
+                tokenize=False,
+                add_generation_prompt=generation,
+                **self._variables,
+            )
+        except Exception as error:  # a template is a program, and may fail in any way
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{_WHAT} fails ({reason}): {_OTHER}") from None
+        assert isinstance(text, str)
+        return text
+
+    @property
+    def _variables(self) -> dict[str, Any]:
+        """What the template is told beside the messages."""
+        told: dict[str, Any] = {}
+        if self._clock is not None:
+            told["hedgerow_day"] = _written_as(self._clock)
+        if self._day is not None:
+            told["date_string"] = self._day.strftime("%d %b %Y")
+        return told
+
+    def _probe_texts(self) -> None:
+        """Find the form in which texts come back as they are given.
+
+        Raises:
+            UserError: there is none.
+        """
+        asked = [
+            ("user", f"{_QUESTION}{_AWKWARD}{_QUESTION}"),
+            ("assistant", f"{_REPLY}{_AWKWARD}{_REPLY}"),
+        ]
+        problems: list[str] = []
+        # Some insist on a system's message, and fail for rows that have none.
+        for self._opening, self._in_parts in itertools.product(([], [_RULE]), (False, True)):
+            try:
+                written = self._write([*self._opening, *asked])
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            problem = _difference(asked, written)
+            if problem is None:
+                break
+            problems.append(f"{_WHAT} {problem}: {_OTHER}")
+        else:
+            raise UserError(problems[0])
+        turns = [("user", "first"), ("assistant", _REPLY), ("user", "last"), ("assistant", "end")]
+        # Where it fails, so do rows with several turns.
+        self._forgets = _REPLY not in (self._attempt([*self._opening, *turns]) or _REPLY)
+
+    def _probe_clock(self, chosen: datetime.date | None) -> None:
+        """Find out whether the template writes the date, and give it one.
+
+        Args:
+            chosen: the day that it is given; None is today, and leaves it a date of its own.
+        """
+        reads = False
+        by_name = set()
+        for messages in ([*self._opening, *_ASKED], [_RULE, *_ASKED]):
+            try:
+                self._write(messages, before=_NO_CLOCK)
+            except UserError as error:
+                reads = reads or _READ in str(error)
+        for self._day in _DAYS:
+            by_name.add(self._attempt([*self._opening, *_ASKED]))
+        self._day = None
+        if reads:
+            self._day = chosen or datetime.date.today()
+            self._clock = datetime.datetime.combine(self._day, datetime.time(12))
+        elif len(by_name) > 1:
+            self._day = chosen
+
+    def _probe_chance(self) -> None:
+        """Raise a `UserError` where the template writes something else each time."""
+        asked = [*self._opening, *_ASKED]
+        if len({self._write(asked) for _ in range(_SAME)}) > 1:
+            raise UserError(f"{_WHAT} writes something else each time: {_OTHER}")
+
+    def _probe_answer(self) -> None:
+        """Find out what the template writes before and after an answer, and in generation."""
+        asked = [*self._opening, ("user", _QUESTION)]
+        before, _, after = self._write([*asked, ("assistant", _REPLY)]).rpartition(_REPLY)
+        bare, begun = self._attempt(asked), self._attempt(asked, generation=True)
+        self.written = (before if bare is None else bare) + after
+        end = self._token.search(after)
+        if end:
+            self.ends = (self._tokenizer.convert_tokens_to_ids(end[0]),)
+        notes = []
+        if said := (after[: end.start()] if end else after).strip():
+            why = "" if end else ", which is no token"
+            notes.append(
+                f"the chat template writes {said!r} after answers{why}: they end without it"
+            )
+        same = 0 if begun is None else _same(before, begun)
+        opened, put = (begun or "")[same:], before[same:]
+        if begun is None or (begun == bare and put.strip()):
+            pass  # it knows of no generation
+        elif not opened and not put.strip():
+            self._lead = put  # which generation begins with by itself
+        elif not opened:
+            notes.append(f"the chat template writes {put!r} before answers: so do prompts")
+        else:
+            instead = f"have {put!r} instead" if put else "leave it out, as before answers"
+            notes.append(f"the chat template opens {opened!r} in generation: prompts {instead}")
+        self.notes = tuple(notes)
+
+    def _attempt(self, messages: _Messages, *, generation: bool = False) -> str | None:
+        """What the template makes of messages; None where it fails."""
+        try:
+            return self._write(messages, generation=generation)
+        except UserError:
+            return None
+
+
+@functools.cache
+def _written_as(time: datetime.datetime) -> dict[str, str]:
+    """What each of `strftime`'s directives makes of a time."""
+    return {each: time.strftime(each) for each in _DIRECTIVES}
+
+
+def _chosen(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
+    """The template that is meant, of those that a tokenizer has.
+
+    Raises:
+        UserError: it has none, or none of that name, or several of which none is the default.
+    """
+    templates: str | dict[str, str] | None = tokenizer.chat_template
+    if not templates:
+        raise UserError("`data.prompt`: the tokenizer has no chat template: choose another")
+    if isinstance(templates, str):
+        if name is not None:
+            raise UserError(
+                f"`data.template.name`: {name!r}: the tokenizer has one chat template, which has "
+                "no name: leave it out"
+            )
+        return templates
+    known = ", ".join(sorted(templates))
+    if name is None and len(templates) == 1:
+        return next(iter(templates.values()))
+    if name is None and "default" not in templates:
+        raise UserError(
+            f"`data.template.name`: the tokenizer has several chat templates ({known}), and none "
+            "is the default: name one"
+        )
+    if name is not None and name not in templates:
+        close = did_you_mean(name, list(templates))
+        raise UserError(
+            f"`data.template.name`: the tokenizer has no chat template {name!r}{close}: name one "
+            f"of {known}"
+        )
+    return templates[name or "default"]
+
+
+def _difference(asked: _Messages, written: str) -> str | None:
+    """What is wrong with what was written of messages; None if each is there once, in order."""
+    place = 0
+    for role, text in asked:
+        mark = text[:10]
+        found = written.find(text, place)
+        if written.count(mark) > text.count(mark):
+            return f"writes what the {role} says more than once"
+        if found < 0:
+            problem = "alters" if mark in written else "leaves out"
+            return f"{problem} what the {role} says"
+        place = found + len(text)
+    return None
+
+
+def _left_out(messages: _Messages, written: str) -> tuple[str, str] | None:
+    """The first message that was not written; earlier answers may be without their thoughts."""
+    for role, text in messages:
+        if role != "assistant" and text.strip() not in written:
+            return role, text
+    return None
+
+
+def _between(before: str, whole: str, after: str) -> str | None:
+    """What stands between two texts in a whole one; None where they are not its ends."""
+    if len(whole) < len(before) + len(after):
+        return None
+    if not (whole.startswith(before) and whole.endswith(after)):
+        return None
+    return whole[len(before) : len(whole) - len(after)]
+
+
+def _same(one: str, other: str) -> int:
+    """Number of characters with which both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _letters(text: str) -> str:
+    """A text without its spaces, which templates may add and trim."""
+    return "".join(text.split())
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) < 40 else f"{text[:40]}…")

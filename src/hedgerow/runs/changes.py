@@ -1,0 +1,102 @@
+"""What a run that goes on does otherwise than before: what must not be, and what is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hedgerow.experiment import Experiment
+
+
+def flat(content: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Nested mappings as one, whose keys are the ways to the values."""
+    if not isinstance(content, dict):
+        return {key: content}
+    found: dict[tuple[str, ...], Any] = {}
+    for name, value in content.items():
+        found |= flat(value, (*key, str(name)))
+    return found
+
+
+def another_run(before: Experiment, now: Experiment) -> str | None:
+    """First key that makes an experiment another, with both its values; None where there is none.
+
+    Of base model and data, fingerprint and digests decide instead.
+    """
+    for key, old, new in _differences(before.deciding(), now.deciding()):
+        return f"{key}={_shown(old)}, not {_shown(new)}"
+    return None
+
+
+def changes(before: Experiment, now: Experiment, round: int, *, other_test: bool) -> list[str]:
+    """Sentences on what a run does otherwise from a round on, whose base and examples are the same.
+
+    Args:
+        other_test: the test data have another digest than before.
+    """
+    return [
+        *_of_model(before, now, round),
+        *_of_data(before, now, round, other_test=other_test),
+        *_of_settings(before, now, round),
+    ]
+
+
+def _of_model(before: Experiment, now: Experiment, round: int) -> Iterator[str]:
+    for key, old, new in _differences(before.model.model_dump(), now.model.model_dump()):
+        if key == "device":
+            yield f"model.device was {_shown(old)}, now {_shown(new)}: rounds from {round} on"
+        else:
+            yield f"model.{key} was {_shown(old)}, now {_shown(new)}: another copy of the same base"
+
+
+def _of_data(before: Experiment, now: Experiment, round: int, *, other_test: bool) -> Iterator[str]:
+    old_data, new_data = (each.data.model_dump(mode="json") for each in (before, now))
+    differing = {key for key in new_data if old_data[key] != new_data[key]}
+    of_test = {key for key in differing if key.startswith("test")}
+    if differing - of_test:
+        keys = ", ".join(f"data.{key}" for key in new_data if key in differing - of_test)
+        yield f"{keys}: other than before, and the clients' examples are the same"
+    tested = [each.data.test for each in (before, now)]
+    if None in tested:
+        if tested[0] != tested[1]:
+            since = "not scored" if tested[1] is None else "scored"
+            was, is_now = map(_shown, tested)
+            yield f"data.test was {was}, now {is_now}: rounds from {round} on are {since}"
+    elif other_test:
+        yield (
+            f"the test data are others than before: scores of rounds from {round} on are not "
+            "comparable with earlier ones"
+        )
+    else:
+        if of_test:
+            keys = ", ".join(f"data.{key}" for key in new_data if key in of_test)
+            yield f"{keys}: other than before, and the test data are the same"
+        if "max_length" in differing:
+            yield (
+                f"data.max_length was {before.data.max_length}, now {now.data.max_length}: test "
+                f"rows are scored up to so many tokens in rounds from {round} on"
+            )
+
+
+def _of_settings(before: Experiment, now: Experiment, round: int) -> Iterator[str]:
+    """Of what decides nothing; raising the number of rounds is why a run goes on."""
+    kept = {"evaluation", "federation", "tracking"}
+    old, new = (each.model_dump(mode="json", include=kept) for each in (before, now))
+    for key, was, is_now in _differences(old, new):
+        if key != "federation.rounds":
+            yield f"{key} was {_shown(was)}, now {_shown(is_now)}: rounds from {round} on"
+
+
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Key, old and new value of each that differs, in the order of the new ones."""
+    old, new = flat(dict(before)), flat(dict(now))
+    for key in dict.fromkeys([*new, *old]):
+        if old.get(key) != new.get(key):
+            yield ".".join(key), old.get(key), new.get(key)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

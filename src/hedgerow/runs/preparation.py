@@ -1,0 +1,337 @@
+"""Preparation of runs and evaluations: model, data and method, checked before anything is written.
+
+There is one for all: local runs, comparisons, Flower's server, apps and sites, and `evaluate`.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hedgerow.data import ClientData, Held, Records, Rows, Template, Tokenized, check, read
+from hedgerow.data.sources import share_of
+from hedgerow.errors import NothingToLearn, UserError
+from hedgerow.evaluation.answers import check_positions
+from hedgerow.evaluation.metrics import metrics_of
+from hedgerow.evaluation.scores import TestSet
+from hedgerow.experiment import Experiment, load
+from hedgerow.lazy import torch
+from hedgerow.ledger import Base
+from hedgerow.methods.base import Client
+from hedgerow.model import Model, max_positions
+from hedgerow.names import MEMORY
+from hedgerow.runs.directory import EXPERIMENT, TEST_DATA, Digests
+from hedgerow.seeds import Seeds
+from hedgerow.settings import EvaluationSettings, TextSettings
+
+_NAMED = 10
+"""Clients that are named where several are left out for one reason."""
+_MUCH = 0.05
+"""Share of unknown tokens that is worth a sentence."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run needs, checked before anything is written."""
+
+    experiment: Experiment
+    """The experiment, with what the run records at its beginning."""
+    names: list[str]
+    """Clients that the experiment names, in their order, also those that are left out."""
+    model: Model
+    base: Base
+    trained: Mapping[str, Sequence[int]]
+    """Shapes of what clients train (`Method.trained_shapes`)."""
+    clients: list[Client]
+    """Clients that have something to learn from, each with its place among all that are named."""
+    shards: dict[str, Tokenized]
+    """Examples of each client, by name."""
+    test: TestSet | None
+    notes: list[str]
+    """Sentences for people: what there is, then what is left out of it, each with its count."""
+
+    def digests(self) -> Digests:
+        """Digest of each client's examples, and of the test data."""
+        found: Digests = {name: shard.digest() for name, shard in self.shards.items()}
+        if self.test is not None:
+            found[TEST_DATA] = self.test.examples.digest()
+        return found
+
+
+def prepare(
+    experiment: Experiment, model: Model | None = None, held: Held | None = None
+) -> Prepared:
+    """Load the model and tokenise everybody's data.
+
+    Args:
+        experiment: names them.
+        model: the base model where it is loaded already.
+        held: the rows that the experiment calls `(memory)`.
+
+    Raises:
+        UserError: naming what in the experiment does not fit.
+    """
+    model = model or Model.load(experiment.model)
+    held = held or Held()
+    data = ClientData(
+        experiment.data,
+        model.tokenizer,
+        Seeds(experiment.federation.seed),
+        held,
+        vocabulary_size=model.vocabulary_size,
+    )
+    experiment = with_date(experiment, data.encoder.template.date)
+    base = Base.of(model)  # before any forward pass, of which RWKV's first rescales its weights
+    check_fits(experiment, model, len(data.names))
+    shards, left_out = _tokenized(data)
+    clients = [
+        Client(index, name, len(shards[name]))
+        for index, name in enumerate(data.names)
+        if name in shards
+    ]
+    notes = [*notes_on_template(data.encoder.template), *left_out]
+    notes += [*data.remarks.sentences(), *_notes_on(shards)]
+    if experiment.method.pools_data:
+        shards = {"pooled": Tokenized.concatenate(list(shards.values()))}
+        clients = [Client(0, name, len(shard)) for name, shard in shards.items()]
+    else:
+        _check_counts(experiment, len(data.names), len(clients))
+    test = None
+    if experiment.data.test is not None:
+        test = load_test(experiment.data, experiment.evaluation, model, held.test)
+        notes += notes_on_test(test, experiment.evaluation)
+    check_causal(model)
+    examples = sum(len(shard) for shard in shards.values())
+    there_is = f"{base.name}, {len(clients)} clients, {examples:,} examples"
+    return Prepared(
+        experiment=experiment,
+        names=data.names,
+        model=model,
+        base=base,
+        trained=experiment.method.trained_shapes(model),
+        clients=clients,
+        shards=shards,
+        test=test,
+        notes=[there_is, *notes, *experiment.method.left_out(model)],
+    )
+
+
+def with_date(experiment: Experiment, date: datetime.date | None) -> Experiment:
+    """The experiment with the day that its chat template writes; None is no day."""
+    if date is None:
+        return experiment
+    template = experiment.data.template.model_copy(update={"date": date})
+    data = experiment.data.model_copy(update={"template": template})
+    return experiment.model_copy(update={"data": data})
+
+
+def with_date_of(experiment: Experiment, run: Path) -> Experiment:
+    """The experiment with the day that a run has on record, if it has one and this has none.
+
+    Args:
+        run: directory of a run with the same chat template, which need not have begun.
+    """
+    own = experiment.data
+    if own.prompt != "chat" or own.template.date or not (run / EXPERIMENT).is_file():
+        return experiment
+    before = load(run / EXPERIMENT).data
+    same = (before.prompt, before.template.name) == (own.prompt, own.template.name)
+    return with_date(experiment, before.template.date) if same else experiment
+
+
+def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
+    """Raise a `UserError` where data or method do not fit the model, or so many clients."""
+    check_max_length(model, experiment.data.max_length)
+    experiment.method.check(model, num_clients, experiment.training)
+
+
+@torch.no_grad()
+def check_causal(model: Model) -> None:
+    """Raise a `UserError` where what the model says of a text depends on what follows it.
+
+    Such a model sees the answer that it is to predict, and the padding after it.
+    """
+    input_ids = torch.tensor([[0, 1, 1], [0, 2, 2]], device=model.device)
+    first, second = model.network(input_ids=input_ids, use_cache=False).logits[:, 0].float()
+    rounding = 0.01 if model.network.dtype == torch.float32 else 0.1
+    if (first - second).abs().max() > rounding * first.std():
+        raise UserError(
+            f"model.path: {model.architecture} predicts a token from those that follow it too, so "
+            "that it could neither be trained nor scored on answers: give a causal language model "
+            "(one of BERT's kind is if its config.json has `is_decoder: true`)"
+        )
+
+
+def check_max_length(model: Model, max_length: int) -> None:
+    """Raise a `UserError` where `data.max_length` is more than the model was made for."""
+    positions = max_positions(model.network)
+    if max_length > positions:
+        raise UserError(
+            f"data.max_length: {max_length} is above the {positions} positions of {model.name}: "
+            f"give at most {positions}"
+        )
+
+
+def load_test(
+    text: TextSettings,
+    settings: EvaluationSettings,
+    model: Model,
+    held: Records | None = None,
+) -> TestSet:
+    """The test data of an experiment, ready to be scored.
+
+    Args:
+        text: names them, and how they become text.
+        settings: what is scored.
+        model: whose tokenizer and positions count.
+        held: the rows, where `data.test` is `(memory)`.
+
+    Raises:
+        UserError: there is none, or it cannot be scored as `settings` ask.
+    """
+    rows = test_rows(text, settings, held)
+    if any(metric.needs == "likelihood" for metric in metrics_of(settings.metrics)):
+        check_max_length(model, text.max_length)
+    check_positions(model, settings)
+    test = TestSet.prepare(rows, text, settings, model.tokenizer, model.vocabulary_size)
+    return replace(test, remarks=rows.remarks.sentences())
+
+
+def test_rows(
+    text: TextSettings, settings: EvaluationSettings, held: Records | None = None
+) -> Rows:
+    """The rows to evaluate on; `held` has them where `data.test` is `(memory)`.
+
+    Raises:
+        UserError: there are none, or they cannot be scored.
+    """
+    if text.test is None:
+        raise UserError("`data.test` is missing: name the file to evaluate on")
+    if text.test == MEMORY and held is not None:
+        records = share_of(held, text.test_share)
+    else:
+        records = read(text.test, text.test_split, text.test_subset, text.test_share)
+    # Multiple choice alone needs no output: a question may name its answer otherwise.
+    answered = any(metric.needs != "choices" for metric in metrics_of(settings.metrics))
+    return check(records, text.fields_of_test, answered=answered)
+
+
+def notes_on_template(template: Template) -> list[str]:
+    """Sentences on what is unexpected about prompts."""
+    day = [] if template.date is None else [f"the chat template writes the date: {template.date}"]
+    return [*template.notes, *day]
+
+
+def notes_on_data(name: str, shard: Tokenized) -> list[str]:
+    """Sentences on what is left out of a client's examples."""
+    notes = []
+    total = len(shard) + shard.dropped
+    if shard.truncated:
+        notes.append(f"{name}: {shard.truncated:,} of {total:,} examples are cut at max_length")
+    if shard.dropped:
+        notes.append(
+            f"{name}: {shard.dropped:,} of {total:,} examples are left out, since their prompts "
+            "fill max_length"
+        )
+    return [*notes, *(f"{name}: {note}" for note in _notes_on_text([shard]))]
+
+
+def _notes_on_text(shards: Iterable[Tokenized]) -> list[str]:
+    """Sentences on what the tokenizer makes of texts, other than people may expect."""
+    notes = []
+    shards = list(shards)
+    if spelt := sum(shard.spelt for shard in shards):
+        total = sum(len(shard) + shard.dropped for shard in shards)
+        notes.append(
+            f"{spelt:,} of {total:,} examples spell control tokens, as </s>, which are text there"
+        )
+    unknown = sum(shard.unknown for shard in shards)
+    tokens = sum(int(shard.lengths.sum()) for shard in shards)
+    if unknown > _MUCH * tokens:
+        notes.append(
+            f"{unknown / tokens:.0%} of the tokens stand for text that the tokenizer lacks"
+        )
+    return notes
+
+
+def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
+    """Sentences on test rows that are cut, or do not count."""
+    needs = {metric.needs for metric in metrics_of(settings.metrics)}
+    counts = {}
+    if "likelihood" in needs:
+        counts["have no loss, since their prompts fill max_length"] = test.dropped
+        counts["are cut at max_length for the loss"] = test.truncated
+    if "choices" in needs:
+        counts["do not count for multiple choice, since their options cannot be told"] = (
+            test.skipped
+        )
+    return [
+        *(f"the test data: {remark}" for remark in test.remarks),
+        *(
+            f"the test data: {count:,} of {len(test):,} rows {why}"
+            for why, count in counts.items()
+            if count
+        ),
+        *(f"the test data: {note}" for note in _notes_on_text([test.examples])),
+    ]
+
+
+def _tokenized(data: ClientData) -> tuple[dict[str, Tokenized], list[str]]:
+    """Examples of each client that has some, and sentences on those that have none.
+
+    Raises:
+        NothingToLearn: no client has any.
+    """
+    shards: dict[str, Tokenized] = {}
+    empty: dict[str, NothingToLearn] = {}
+    for name in data.names:
+        try:
+            shards[name] = data.tokenize(name)
+        except NothingToLearn as error:
+            empty[name] = error
+    if not shards:
+        raise next(iter(empty.values()))
+    reasons: dict[str, list[str]] = {}
+    for name, reason in empty.items():
+        reasons.setdefault(str(reason).removeprefix(f"{name}: "), []).append(name)
+    return shards, [_left_out(names, why) for why, names in reasons.items()]
+
+
+def _left_out(names: Sequence[str], why: str) -> str:
+    """A sentence on clients that are left out for one reason."""
+    if len(names) == 1:
+        return f"client {names[0]} is left out: {why}"
+    named = ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
+    return f"{len(names)} clients are left out ({named}): {why}"
+
+
+def _notes_on(shards: Mapping[str, Tokenized]) -> list[str]:
+    """Sentences on what is left out of all clients' examples; of each that loses more than half."""
+    notes = []
+    total = sum(len(shard) + shard.dropped for shard in shards.values())
+    if truncated := sum(shard.truncated for shard in shards.values()):
+        notes.append(f"{truncated:,} of {total:,} examples are cut at max_length")
+    if dropped := sum(shard.dropped for shard in shards.values()):
+        notes.append(
+            f"{dropped:,} of {total:,} examples are left out, since their prompts fill max_length"
+        )
+        for name, shard in shards.items():
+            if shard.dropped > len(shard):
+                own = len(shard) + shard.dropped
+                notes.append(f"{name} keeps {len(shard):,} of {own:,} examples")
+    return [*notes, *_notes_on_text(shards.values())]
+
+
+def _check_counts(experiment: Experiment, named: int, there: int) -> None:
+    """Raise a `UserError` where a round cannot have as many clients as it is to have."""
+    wanted, needed = experiment.federation.clients_per_round, experiment.federation.min_clients
+    if wanted is not None and wanted > named:
+        raise UserError(
+            f"federation.clients_per_round: {wanted} is above the {named} clients there are"
+        )
+    if needed > there:
+        raise UserError(
+            f"federation.min_clients: {needed} is above the {there} clients that have examples"
+        )

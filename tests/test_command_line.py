@@ -1,0 +1,164 @@
+"""What is typed, what a terminal shows, and how a command is stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+LONG = "n" * 300
+
+
+def process(*arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "hedgerow", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=os.environ | environment,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "{file}", "--out", LONG], "--out: nnnn"),
+        (["run", "{file}", "--out", "{folder}/" + "long/" * 1000], "too long for the name"),
+        (["run", "{file}", "--out", "r", f"data.test={LONG}"], "data.test: nnnn"),
+        (["run", "{file}", "--out", "r", f"model.path={LONG}"], "model.path: nnnn"),
+        (["run", "{file}", "--out", "r", f"data.prompt=Say {LONG}"], "data.prompt: Say nnnn"),
+        (["run", "{file}", "--out", "r", f"data.clients={{a: {LONG}}}"], "data.clients: nnnn"),
+        (["compare", "{file}", "--methods", "flora", "--out", LONG], "too long"),
+        (["run", LONG, "--out", "r"], "File name too long"),
+        (["evaluate", LONG], "File name too long"),
+        (["run", "{file}", "--out", ""], "is empty"),
+        (["run", "{file}", "--out="], "--out is empty"),
+        (["evaluate", ""], "is empty"),
+        (["run", "{file}", "--out", "r", "data.test=''"], "`data.test` is empty"),
+        (["run", "{file}", "--out", "r", "model.path=' '"], "`model.path` is empty"),
+        (["run", "{file}", "--out", "r", 'data.test="a\\0b"'], "NUL"),
+        (["run", "{file}", "--out", "/dev/null"], "/dev/null is a file"),
+        (["run", "{file}", "--out", "/dev/null/r"], "/dev/null is a file, which can hold"),
+        (["run", "{file}", "--out", "{file}/r", "--resume"], "is a file, which can hold"),
+        (["run", "{file}", "--out", "/proc/r"], "No such file or directory; name another"),
+    ],
+)
+def test_a_name_that_cannot_be_one_is_a_sentence(
+    hedgerow, experiment, tmp_path, monkeypatch, arguments, words
+):
+    file = experiment()
+    before = set(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    result = hedgerow(
+        *(a.format(file=file, folder=tmp_path) if "{f" in a else a for a in arguments)
+    )
+    assert result.code == 2, result.out
+    assert words in result.err
+    assert result.err.count("\n") == 1
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_place_that_may_not_be_written_to_is_said_at_once(
+    hedgerow, experiment, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: not mode & os.W_OK)
+    result = hedgerow("run", experiment(), "--out", tmp_path / "r")
+    assert result.code == 2
+    assert f"{tmp_path} may not be written to" in result.err
+    assert not result.out
+
+
+def test_the_home_folder_is_found_also_where_the_shell_leaves_it(
+    hedgerow, experiment, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    path = experiment(federation={"rounds": 1})
+    (tmp_path / "home").mkdir()
+    (tmp_path / "test.json").rename(tmp_path / "home" / "rows.json")
+    result = hedgerow("run", path, "data.test=~/rows.json", "--out=~/first")
+    assert result.code == 0, result.err
+    assert hedgerow("evaluate", "~/first", "--data=~/rows.json").code == 0
+    assert (tmp_path / "home" / "first" / "ledger").is_dir()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_encoding_shows_what_it_can(experiment, tmp_path, encoding):
+    file, out = experiment(federation={"rounds": 1}), tmp_path / "r"
+    for arguments in (["run", file, "--out", out], ["methods", "flora"]):
+        running = process(*arguments, PYTHONIOENCODING=encoding)
+        shown, _ = running.communicate()
+        assert running.returncode == 0, shown
+        assert "Traceback" not in shown
+
+
+def test_a_reader_that_ends_early_gets_no_traceback():
+    running = process("explain")
+    running.stdout.close()
+    assert running.wait() == 1
+    running = subprocess.run(
+        f"{sys.executable} -m hedgerow explain 2>&1 >/dev/full | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in running.stdout
+
+
+@pytest.fixture
+def endless(experiment):
+    return experiment(training={"steps": 100_000})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_stops_a_run_is_told_how_it_goes_on(endless, tmp_path, number):
+    running = process("run", endless, "--out", tmp_path / "run")
+    while "round 0" not in running.stdout.readline():
+        pass
+    running.send_signal(number)
+    shown, _ = running.communicate()
+    assert running.returncode == 128 + number
+    assert shown.splitlines() == [
+        f"hedgerow: interrupted: what is written in {tmp_path / 'run'} is valid; the same command "
+        "goes on from there with --resume"
+    ]
+
+
+def test_who_stops_a_comparison_is_told_how_it_goes_on(endless, tmp_path):
+    running = process("compare", endless, "--methods", "flora", "--out", tmp_path / "all")
+    while "flora" not in running.stdout.readline():
+        pass
+    running.send_signal(signal.SIGINT)
+    shown, _ = running.communicate()
+    assert running.returncode == 130
+    assert "given again, the same command does what is missing" in shown
+    assert "--resume" not in shown
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.0])
+def test_who_stops_it_while_it_starts_is_promised_nothing(endless, tmp_path, seconds):
+    running = process("run", endless, "--out", tmp_path / "run")
+    time.sleep(seconds)
+    running.send_signal(signal.SIGINT)
+    shown, _ = running.communicate()
+    assert running.returncode in (130, -signal.SIGINT)
+    assert "--resume" not in shown
+    if running.returncode == 130:
+        assert shown == "hedgerow: interrupted\n"
+
+
+def test_a_model_on_a_hub_that_cannot_be_reached_is_told_soon(experiment, tmp_path):
+    began = time.monotonic()
+    arguments = ["run", experiment(), "model.path=acme/tiny", "--out", tmp_path / "run"]
+    running = process(*arguments, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "hf"))
+    shown, _ = running.communicate()
+    assert running.returncode == 2
+    assert shown.startswith(
+        "hedgerow: model.path: acme/tiny is no folder, and the Hugging Face Hub"
+    )
+    assert shown.count("\n") == 1
+    assert time.monotonic() - began < 20  # where it would be tried for 50 seconds

@@ -1,0 +1,212 @@
+"""Mixtures of experts: every expert is trained, and what is exported is what was evaluated."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import hedgerow as hr
+from hedgerow.errors import UserError
+from hedgerow.testing.models import byte_tokenizer
+
+ROWS = [{"instruction": f"Say {word}", "output": word} for word in ("cat", "a bird", "three dogs")]
+SIZES = {
+    "vocab_size": 260, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_local_experts": 4,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+    "first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+KINDS = ["Mixtral", "Qwen3Moe", "Qwen2Moe", "DeepseekV3", "Olmoe", "GptOss", "GraniteMoe"]
+
+
+def network(kind):
+    config = getattr(transformers, f"{kind}Config")(**SIZES)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = getattr(transformers, f"{kind}ForCausalLM")(config)
+        for weight in made.parameters():
+            if weight.ndim > 1:
+                torch.nn.init.normal_(weight, std=0.1)
+    return made.eval()
+
+
+@pytest.fixture
+def base(tmp_path):
+    def make(kind):
+        folder = tmp_path / kind
+        network(kind).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def run(folder, out, **method):
+    return hr.run(
+        model={"path": str(folder)},
+        clients={"a": ROWS, "b": ROWS[:2]},
+        test=ROWS,
+        data={"prompt": "plain", "max_length": 64},
+        method=method,
+        training={"steps": 2, "batch_size": 2, "learning_rate": 0.01},
+        federation={"rounds": 2},
+        out=out,
+        progress=False,
+    )
+
+
+@torch.no_grad()
+def loss_of(network):
+    """Loss of the rows, each by itself, without hedgerow."""
+    tokenizer, total, count = byte_tokenizer(), 0.0, 0
+    for row in ROWS:
+        prompt = tokenizer(f"{row['instruction']}\n\n")["input_ids"]
+        ids = tokenizer(f"{row['instruction']}\n\n{row['output']}")["input_ids"] + [1]
+        logits = network(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        for place in range(len(prompt), len(ids)):
+            total -= float(logits[place - 1, ids[place]])
+            count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_trained_and_exported(tmp_path, base, kind):
+    folder = base(kind)
+    done = run(folder, tmp_path / "run", name="flora", ranks=[2, 3])
+    loss = done.evaluate()["eval_loss"]
+    assert loss < done.metrics["eval_loss"][0] - 0.01
+    done.export_merged(tmp_path / "merged")
+    done.export_adapter(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    of_experts = {n: t for n, t in tensors.items() if ".experts." in n or "_linear." in n}
+    # Each expert's part of B has learnt something.
+    for name, tensor in of_experts.items():
+        if "lora_B" in name and "gate" not in name:
+            by_expert = tensor.reshape(len(tensor), -1, 4)
+            assert by_expert.abs().amax((0, 1)).gt(0).all(), name
+    assert of_experts
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert loss_of(merged) == pytest.approx(loss, abs=1e-5)
+    adapted = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    adapted = PeftModel.from_pretrained(adapted, tmp_path / "adapter").eval()
+    assert loss_of(adapted) == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "fedit", "ranks": 2},
+        {"name": "ferret", "over": "lora", "ranks": 2, "compression": 20},
+        {"name": "flora", "ranks": 2, "restart": "zero", "scaling": "adaptive"},
+        {"name": "ffa_lora", "ranks": 2},
+        {"name": "flexlora", "ranks": 2},
+    ],
+    ids=lambda method: "-".join(map(str, method.values())),
+)
+def test_every_method_of_adapters_trains_experts(tmp_path, base, method):
+    done = run(base("Mixtral"), tmp_path / "run", **method)
+    assert done.evaluate()["eval_loss"] < done.metrics["eval_loss"][0]
+    done.export_adapter(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    learnt = [n for n, t in tensors.items() if ".experts." in n and "lora_B" in n and t.any()]
+    assert len(learnt) == 4  # two parameters in each of two layers
+
+
+@pytest.mark.parametrize("method", ["fed_sb", "flora_adalora"])
+def test_a_method_that_cannot_adapt_experts_says_so(tmp_path, base, method, capsys):
+    done = run(base("DeepseekV3"), tmp_path / "run", name=method, ranks=2)
+    loss = done.evaluate()["eval_loss"]
+    from hedgerow.model import Model
+    from hedgerow.settings import ModelSettings
+
+    model = Model.load(ModelSettings(path=str(tmp_path / "DeepseekV3")))
+    (said,) = [s for s in done.experiment.method.left_out(model) if "experts, which" in s]
+    assert "model.layers.*.mlp.experts.down_proj" in said
+    # peft takes the shared expert's gate_proj for an expert's of old, unless it is told better.
+    done.export_adapter(tmp_path / "adapter")
+    adapted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "DeepseekV3")
+    adapted = PeftModel.from_pretrained(adapted, tmp_path / "adapter").eval()
+    assert loss_of(adapted) == pytest.approx(loss, abs=1e-5)
+
+
+def test_an_export_is_read_without_hedgerow(tmp_path, base):
+    folder = base("Qwen3Moe")
+    done = run(folder, tmp_path / "run", name="flora", ranks=2)
+    done.export_adapter(tmp_path / "adapter")
+    done.export_merged(tmp_path / "merged")
+    code = """
+import json, sys, torch, transformers, peft
+folder, adapter, merged = sys.argv[1:]
+ids = torch.arange(3, 30)[None]
+load = transformers.AutoModelForCausalLM.from_pretrained
+with torch.no_grad():
+    one = peft.PeftModel.from_pretrained(load(folder), adapter).eval()(ids).logits
+    two, base = load(merged)(ids).logits, load(folder)(ids).logits
+assert "hedgerow" not in sys.modules
+print(json.dumps([float((one - two).abs().max()), float((base - two).abs().max())]))
+"""
+    arguments = [folder, tmp_path / "adapter", tmp_path / "merged"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    apart, learnt = json.loads(result.stdout.splitlines()[-1])
+    assert apart < 1e-5
+    assert learnt > 1e-3
+
+
+def test_dropout_and_experts_are_refused(tmp_path, base):
+    with pytest.raises(UserError, match=r"method\.dropout=0"):
+        run(base("Mixtral"), tmp_path / "run", name="fedit", ranks=2, dropout=0.1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (["q_proj", "v_porj"], "did you mean `v_proj`"),
+        (["q_proj", "w1"], "has no 'w1'.*down_proj, gate_up_proj"),
+        ("(q_proj", "no regular expression"),
+        ("q_pro.*", "matches no whole name"),
+        (["embed_tokens"], "is not a linear layer"),
+    ],
+)
+def test_targets_that_are_not_there_get_a_sentence(tmp_path, base, targets, words):
+    with pytest.raises(UserError, match=words):
+        run(base("Mixtral"), tmp_path / "run", name="fedit", ranks=2, targets=targets)
+
+
+@pytest.mark.parametrize(
+    "targets", ["q_proj,gate_up_proj", ["q_proj", "experts.gate_up_proj"], r".*(q|gate_up)_proj"]
+)
+def test_targets_may_name_experts(tmp_path, base, targets):
+    done = run(base("Mixtral"), tmp_path / "run", name="fedit", ranks=2, targets=targets)
+    done.export_adapter(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    ends = {name.rpartition("layers.")[2][2:] for name in config["target_parameters"]}
+    assert ends == {"self_attn.q_proj.weight", "mlp.experts.gate_up_proj"}
+
+
+def test_what_all_linear_leaves_out_is_said_with_its_count(tmp_path, base):
+    from hedgerow import targets
+
+    made = network("Mixtral")
+    (said,) = targets.find(made, "all-linear").left_out
+    assert "model.layers.*.mlp.gate.weight (2)" in said
+    # Mamba's dt_proj is read by the mixer, and never called; peft refuses its out_proj.
+    config = transformers.MambaConfig(
+        vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2, intermediate_size=16
+    )
+    mamba = targets.find(transformers.MambaForCausalLM(config).eval(), "all-linear")
+    assert all(name.endswith(("in_proj", "x_proj")) for name in mamba.modules)
+    assert any("dt_proj (2)" in said for said in mamba.left_out)
+    assert any("out_proj (2)" in said for said in mamba.left_out)
