@@ -18,7 +18,9 @@ def topical(topics):
     return [Row("", columns={"topic": topic}, number=n) for n, topic in enumerate(topics, start=1)]
 
 
-values = st.one_of(st.text(max_size=4), st.integers(-3, 3), st.booleans())
+values = st.one_of(
+    st.text(min_size=1, max_size=4).filter(str.strip), st.integers(-3, 3), st.booleans()
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -76,7 +78,7 @@ def test_a_very_uneven_draw_leaves_clients_without_rows():
 
 
 def test_a_client_for_each_value():
-    topics = ["Open QA", "open/qa", "été", "", "日本", "open_qa"]
+    topics = ["Open QA", "open/qa", "été", "?", "日本", "open_qa"]
     parts = partition(topical(topics), how("column"), 0)
     by_row = {part[0]: name for name, part in parts.items()}
     assert [by_row[i] for i in range(6)] == [
@@ -107,5 +109,8 @@ def test_mistakes():
     ]:
         with pytest.raises(UserError, match=message):
             partition(rows, settings_, 0)
+    for value in (None, "", " "):
+        with pytest.raises(UserError, match="row 2 has no value in 'topic'"):
+            partition(topical(["a", value]), how("column"), 0)
     with pytest.raises(UserError, match="row 1 has a list in 'topic'"):
         partition(topical([["a"]]), how("column"), 0)

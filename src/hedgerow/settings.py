@@ -84,6 +84,15 @@ class Fields(Section):
     """Column of conversations, instead of the other three: lists of {role, content} or of {from,
     value}, whose last answer counts; with null, there is none."""
 
+    @model_validator(mode="after")
+    def _one_kind(self) -> Fields:
+        plain = {"instruction", "input", "output"}
+        if self.messages is not None and any(
+            getattr(self, key) != type(self).model_fields[key].default for key in plain
+        ):
+            raise ValueError("give `messages`, or the columns of instruction, input and output")
+        return self
+
 
 class Partition(Section):
     """Division of one source into clients."""
