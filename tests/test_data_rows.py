@@ -27,9 +27,8 @@ def test_rows_are_text():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"instruction": "", "output": [["secret"]]}, "row 3: column 'output' .* not list"),
+        ({"instruction": "", "output": ["secret"]}, "row 3: column 'output' .* not list"),
         ({"instruction": "", "input": {"a": 1}, "output": ""}, "row 3: column 'input' .* not dict"),
-        ({"instruction": "", "output": True}, "row 3: column 'output' .* not true"),
         (
             {"instruction": "a\ud83d", "output": ""},
             r"row 3: column 'instruction' .*U\+D83D.* 1 char",
@@ -215,6 +214,10 @@ def test_every_format_gives_the_same_rows(tmp_path):
             "left out: every cell is empty": 1,
             "left out: nothing is asked": 1,
         }
+
+
+def test_booleans_are_spelt_as_in_csv():
+    assert checked([{"instruction": "a", "output": True}])[0].output == "true"
 
 
 def test_numbers_of_classes_are_their_names(tmp_path):

@@ -374,6 +374,8 @@ class _Reader:
         if column == self._fields.messages or not isinstance(value, list):
             return value
         if not _has_messages(value):
+            if column in record:
+                return value  # of which one could not be chosen; within another it is custom
             if len(value) > 1:
                 what = f"with several values in column {column!r}, of which the first counts"
                 self._remarks.add(what, self._where, number)
@@ -474,8 +476,7 @@ def _text(value: Any, where: str) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
-        word = json.dumps(value)
-        raise UserError(f'{where} must be text or a number, not {word}: write it as "{word}"')
+        return json.dumps(value)  # as CSV files have it, rather than Python's True
     if not isinstance(value, str | int | float | decimal.Decimal):
         raise UserError(f"{where} must be text or a number, not {type(value).__name__}")
     if not isinstance(value, str | int) and not math.isfinite(value):
