@@ -1,5 +1,7 @@
 """Rows: one check for all, whatever they are read from."""
 
+import json
+
 import datasets
 import pandas as pd
 import pytest
@@ -246,3 +248,12 @@ def test_two_columns_of_one_name_are_refused():
     frame = pd.DataFrame([["a", "b", "c"]], columns=["instruction", "output", "output"])
     with pytest.raises(UserError, match="memory: 2 columns have one name, 'output'"):
         as_records(frame, "memory")
+
+
+def test_an_evaluation_says_what_it_leaves_out(hedgerow, tiny_model, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,output\nName a pet.,\n,\nHi,Yes\n")
+    result = hedgerow("evaluate", tiny_model, "data.prompt=plain", "--data", path, "--json")
+    assert (result.code, json.loads(result.out)["rows"]) == (0, 1)
+    assert f"1 row left out: no answer (first: {path} row 1)" in result.err
+    assert f"1 row left out: every cell is empty (first: {path} row 2)" in result.err

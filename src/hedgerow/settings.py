@@ -222,9 +222,9 @@ class DataSettings(TextSettings):
             names = [c["name"] for c in clients if isinstance(c, dict) and "name" in c]
         for name in names:
             if not isinstance(name, str):
-                kind = {bool: "true or false", type(None): "null"}.get(type(name), "a number")
+                kind = {bool: "a boolean", type(None): "no value"}.get(type(name), "a number")
                 raise ValueError(
-                    f"client name {json.dumps(name, default=str)} is {kind} to YAML, not text: "
+                    f"client name {json.dumps(name, default=str)} is {kind} in YAML, not text: "
                     "write it in quotes"
                 )
             if not NAME.fullmatch(name):
