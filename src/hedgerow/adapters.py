@@ -36,3 +36,25 @@ def adapter_tensors(pairs: Mapping[str, Factors]) -> dict[str, Tensor]:
         tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.A
         tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.B
     return tensors
+
+
+def embedding_pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Factors]]:
+    """The factors of each adapted embedding; their product is its transposed change."""
+    for key in sorted(tensors):
+        if key.endswith(_EMBEDDING_A):
+            module = key.removeprefix(PREFIX).removesuffix(_EMBEDDING_A)
+            other = key.removesuffix(_EMBEDDING_A) + _EMBEDDING_B
+            if other in tensors:
+                yield module, Factors(tensors[key], tensors[other])
+
+
+def embedding_tensors(pairs: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """The inverse of `embedding_pairs`."""
+    tensors = {}
+    for module, pair in pairs.items():
+        tensors[f"{PREFIX}{module}{_EMBEDDING_A}"] = pair.A
+        tensors[f"{PREFIX}{module}{_EMBEDDING_B}"] = pair.B
+    return tensors
+
+
+_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"

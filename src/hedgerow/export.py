@@ -23,12 +23,13 @@ import transformers
 import yaml
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from hedgerow import experts, lowrank, pretrained, targets
-from hedgerow.adapters import adapter_pairs, adapter_tensors
+from hedgerow import base_adapter, experts, lowrank, pretrained, targets
+from hedgerow.adapters import adapter_pairs, adapter_tensors, embedding_tensors
+from hedgerow.base_adapter import Joined
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.ledger import Ledger
-from hedgerow.loading import location, name_of, skeleton
+from hedgerow.loading import adapter_folder, location, name_of, skeleton
 from hedgerow.lowrank import Factors
 from hedgerow.model import Model
 from hedgerow.names import MEMORY
@@ -123,13 +124,22 @@ def to_adapter(
         load_model = partial(model_at, experiment, ledger, round, load)
         tensors = experiment.method.adapter(ledger.entries(round), client, load_model)
         pretrained.cast(tensors, None)
-        pairs = {m: lowrank.fitted(pair) for m, pair in adapter_pairs(tensors)}
+        whole = Joined(dict(adapter_pairs(tensors)))
+        path, revision = experiment.model.path, experiment.model.revision
+        place = ledger.base.name if path == MEMORY else location(path)
+        if path != MEMORY and adapter_folder(experiment.model) is not None:
+            model = model_at(experiment, ledger, 0, load)  # sees that it is still the run's base
+            below = model.origin.adapter
+            assert below is not None
+            whole = below.joined(whole.pairs)
+            place, revision = below.base, below.revision
+            if base_adapter.has_tokenizer(below.folder):
+                pretrained.save_tokenizer(model.tokenizer, folder)
+        whole = whole.each(lowrank.fitted)
         if rank is not None or energy is not None:
-            pairs = {m: lowrank.truncate(p, rank=rank, energy=energy) for m, p in pairs.items()}
-        path = experiment.model.path
-        base = base or (ledger.base.name if path == MEMORY else location(path))
-        network = _renamed_base(pairs, experiment, ledger, load)
-        size = _save_adapter(pairs, network, base, experiment.model.revision, folder, dtype)
+            whole = whole.each(partial(lowrank.truncate, rank=rank, energy=energy))
+        network = _renamed_base(whole.pairs, experiment, ledger, load)
+        size = _save_adapter(whole, network, base or place, revision, folder, dtype)
         _write_card(folder, run, experiment, ledger, round, "peft")
         return size
 
@@ -147,20 +157,21 @@ def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
 
 
 def _save_adapter(
-    pairs: Mapping[str, Factors],
+    whole: Joined,
     network: Any | None,
     base: str,
     revision: str | None,
     folder: Path,
     dtype: str | None,
 ) -> AdapterSize:
-    rank = max(pair.rank for pair in pairs.values())
-    padded = {module: pair.padded(rank) for module, pair in pairs.items()}
+    rank = max(pair.rank for pair in (*whole.pairs.values(), *whole.embeddings.values()))
+    padded = whole.each(lambda pair: pair.padded(rank))
     stacked = [] if network is None else list(targets.expert_parameters(network))
-    groups = experts.grouped(padded, stacked)
+    groups = experts.grouped(padded.pairs, stacked)
     of_experts = {f"{name}.{n}" for name, group in groups.items() for n in range(len(group))}
-    layers = {module: pair for module, pair in padded.items() if module not in of_experts}
+    layers = {module: pair for module, pair in padded.pairs.items() if module not in of_experts}
     together = adapter_tensors(layers | experts.joined(groups))
+    together |= embedding_tensors(padded.embeddings) | dict(whole.saved)
     tensors = {key: tensor.contiguous() for key, tensor in together.items()}
     pretrained.cast(tensors, dtype)
     safetensors.torch.save_file(
@@ -177,7 +188,8 @@ def _save_adapter(
         "lora_alpha": rank,  # the scale is in the factors
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(layers),
+        "target_modules": sorted({**layers, **whole.embeddings}),
+        **whole.options,
     }
     if stacked:
         # peft takes some layers' names for those of experts of old, but not those of weights.
@@ -189,7 +201,7 @@ def _save_adapter(
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     if network is not None:
         _check_read_back(network, folder, tensors)
-    return AdapterSize(len(pairs), rank)
+    return AdapterSize(len(whole.pairs) + len(whole.embeddings), rank)
 
 
 def _renamed_base(
@@ -216,8 +228,9 @@ def _check_read_back(network: Any, folder: Path, tensors: Mapping[str, Any]) -> 
         warnings.simplefilter("ignore")
         adapted = peft.PeftModel.from_pretrained(network, str(folder))
         found = peft.set_peft_model_state_dict(adapted, dict(tensors))
-        read = set(peft.get_peft_model_state_dict(adapted))
-    if lost := [*found.unexpected_keys, *(read ^ set(tensors))]:
+        read = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    written = {name for name in tensors if ".lora_" in name}
+    if lost := [*found.unexpected_keys, *({name for name in read if ".lora_" in name} ^ written)]:
         raise UserError(
             f"peft {peft.__version__} changes the names of adapters of {type(network).__name__}, "
             f"and would lose {min(lost)}: export the whole model with --to merged"

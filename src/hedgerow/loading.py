@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import yaml
+
+from hedgerow import base_adapter
+from hedgerow.base_adapter import BaseAdapter
 from hedgerow.bundled import MODEL
 from hedgerow.errors import UserError
-from hedgerow.lazy import peft, safetensors, torch, transformers
+from hedgerow.lazy import huggingface_hub, peft, safetensors, torch, transformers
 from hedgerow.names import DEMO, MEMORY
 
 if TYPE_CHECKING:
@@ -51,16 +54,34 @@ def _bars_in_terminals_only() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-@_bars_in_terminals_only()
-def load(settings: ModelSettings) -> tuple[Any, Any]:
-    """Load a model (or an adapter with its base) from a folder, or a model from the Hub.
+class Origin(NamedTuple):
+    """What a model came from, beside its weights."""
 
-    Returns:
-        The network, on its device, and its tokenizer, which has a padding token.
+    adapter: BaseAdapter | None = None
+    """The adapter of an earlier fine-tune that is merged into the weights, if one is."""
+    unused: Sequence[str] = ()
+    """Names of the checkpoint's weights that the network has no place for."""
+    quantized: str | None = None
+    """Why nothing can be added to the checkpoint's weights, where they are quantized."""
+
+
+class Loaded(NamedTuple):
+    """A model as it was loaded."""
+
+    network: Any
+    """The transformers model, on its device."""
+    tokenizer: Any
+    """Its tokenizer, with a padding token where there is any token that could be one."""
+    origin: Origin
+
+
+@_bars_in_terminals_only()
+def load(settings: ModelSettings) -> Loaded:
+    """Load a model (or an adapter with its base) from a folder, or from the Hub.
 
     Raises:
         UserError: there is no such model, it is no causal language model, it has no safetensors
-            weights (others are pickles), or the device is not there.
+            weights (others are pickles), some of them are missing, or the device is not there.
     """
     if settings.path == MEMORY:
         raise UserError(
@@ -69,9 +90,8 @@ def load(settings: ModelSettings) -> tuple[Any, Any]:
             "model.path=FOLDER"
         )
     where = f"model.path: {settings.path}"
-    path = location(settings.path)
-    folder = Path(path)
-    is_adapter = (folder / "adapter_config.json").is_file()
+    folder = Path(location(settings.path))
+    is_adapter = base_adapter.is_adapter(folder)
     if folder.is_absolute() and not (folder / "config.json").is_file() and not is_adapter:
         problem = "has no config.json"
         if not folder.is_dir():
@@ -79,73 +99,293 @@ def load(settings: ModelSettings) -> tuple[Any, Any]:
         raise UserError(f"{where} {problem}: give a model folder in Hugging Face format")
     device = _device(settings.device)
     if not folder.exists():
-        _check_reachable(settings)
-    words = path
-    try:
-        options = {
-            "revision": settings.revision,
-            "dtype": getattr(torch, settings.dtype),
-            "use_safetensors": True,
-            "trust_remote_code": False,
-        }
-        if is_adapter:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
-                adapted = peft.AutoPeftModelForCausalLM.from_pretrained(path, **options)
-            words = adapted.peft_config["default"].base_model_name_or_path
-            network, missing = adapted.merge_and_unload(), set()
-        else:
-            network, info = transformers.AutoModelForCausalLM.from_pretrained(
-                path, output_loading_info=True, **options
+        _check_reachable(settings.path, settings.revision, where)
+    if (adapted := adapter_folder(settings)) is not None:
+        network, origin = _load_below(adapted, settings, where)
+        network, adapter = base_adapter.merged(adapted, network, base_adapter.base_of(adapted))
+        origin = origin._replace(adapter=adapter)
+    else:
+        network, origin = _load_network(str(folder), settings.revision, settings.dtype, where)
+    check_network(network, where)
+    return Loaded(network.to(device), load_tokenizer(settings), origin)
+
+
+def adapter_folder(settings: ModelSettings) -> Path | None:
+    """Folder of the adapter that `model.path` names, in the Hub's cache if need be; else None.
+
+    Raises:
+        UserError: an adapter of the Hub cannot be fetched, or a folder has a model as well.
+    """
+    folder = Path(location(settings.path))
+    if folder.exists():
+        if not base_adapter.is_adapter(folder):
+            return None
+        if any(folder.glob("model*.safetensors")):
+            raise UserError(
+                f"model.path: {settings.path} has the weights of a whole model (model.safetensors) "
+                "beside those of an adapter (adapter_config.json): give a folder with one of them"
             )
-            missing = info["missing_keys"]
-        tokenizer = _tokenizer(words, settings)
+        return folder
+    name, revision = settings.path, settings.revision
+    if transformers.utils.find_adapter_config_file(name, revision=revision) is None:
+        return None
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*/*"]
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {name} cannot be fetched: {_reason(error)}") from None
+
+
+def _load_below(folder: Path, settings: ModelSettings, where: str) -> tuple[Any, Origin]:
+    """The network that an adapter is for."""
+    base, revision = base_adapter.base_of(folder), base_adapter.config_of(folder).revision
+    below = f"{where} is an adapter of {base}, which"
+    if not Path(base).is_dir():
+        _check_reachable(base, revision, f"{where} is an adapter of {base}: {base}")
+    elif not (Path(base) / "config.json").is_file():
+        raise UserError(
+            f"{below} has no config.json: set `base_model_name_or_path` in its adapter_config.json "
+            "to a model folder in Hugging Face format"
+        )
+    network, origin = _load_network(base, revision, settings.dtype, below)
+    if origin.quantized is not None:  # such weights would round what is merged into them
+        raise UserError(
+            f"{below} {origin.quantized}, in `base_model_name_or_path` of its adapter_config.json"
+        )
+    return network, origin
+
+
+def _load_network(place: str, revision: str | None, dtype: str, where: str) -> tuple[Any, Origin]:
+    """A network, complete and as its checkpoint has it, from a folder or the Hub.
+
+    Args:
+        where: what it is called in messages, for a verb to follow.
+    """
+    pickles = sorted(Path(place).glob("*.bin"))
+    if pickles and not any(Path(place).glob("*.safetensors*")):
+        raise UserError(
+            f"{where} has its weights in {pickles[0].name} alone, and pickles are not read: save "
+            "it in safetensors format, with save_pretrained() of transformers"
+        )
+    options = {"revision": revision, "trust_remote_code": False}
+    quantized = None
+    try:
+        config = transformers.AutoConfig.from_pretrained(place, **options)
+        if getattr(config, "quantization_config", None) is not None:
+            quantized = _quantized(config, place)
+        network, info = _kind_of(config, where).from_pretrained(
+            place,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # or it says no more than that there are some
+            **options,
+        )
     except (
         OSError,
         ValueError,
         KeyError,
+        TypeError,
+        AttributeError,
         RuntimeError,
         ImportError,
+        AssertionError,
         safetensors.SafetensorError,
     ) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{where} cannot be loaded as a causal language model: {reason}") from None
-    if missing:
+        if quantized is not None:
+            raise UserError(
+                f"{where} {quantized} (it is not loaded here: {_reason(error)})"
+            ) from None
+        if _wants_code(error):
+            raise UserError(
+                f"{where} needs code of its own, which is never run: give a model of an "
+                "architecture that transformers has itself"
+            ) from None
+        raise UserError(
+            f"{where} cannot be loaded as a causal language model: {_reason(error)}"
+        ) from None
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        raise UserError(
+            f"{where} has {name} of shape {tuple(found)}, where its config.json asks for "
+            f"{tuple(wanted)}: give the checkpoint with its own config.json"
+        )
+    if missing := info["missing_keys"]:
         # transformers would draw them at random: another base for everybody who loads it.
         names = ", ".join(sorted(missing)[:3])
         raise UserError(f"{where} has no weights for {names}: give a complete checkpoint")
-    return network.to(device), tokenizer
+    unused = sorted(info["unexpected_keys"])
+    if quantized is None and (odd := _belonging(network, unused)) is not None:
+        raise UserError(
+            f"{where} has weights that its config.json does not account for, as {odd} "
+            f"({len(unused):,} in all): give the checkpoint with its own config.json"
+        )
+    base_adapter.say_whether_tied(network)
+    return network, Origin(None, unused, quantized)
+
+
+def _wants_code(error: Exception) -> bool:
+    return "trust_remote_code" in str(error) or "custom code" in str(error)
+
+
+def _kind_of(config: Any, where: str) -> Any:
+    """The class of transformers that makes a network which predicts the next token of a text."""
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText  # which is asked for text alone
+    raise UserError(
+        f"{where} is a model of the kind {config.model_type}, which is no causal language model: "
+        "give one that predicts the next token of a text"
+    )
+
+
+def _belonging(network: Any, unused: Sequence[str]) -> str | None:
+    """The first of a checkpoint's unused weights that is part of what the network is made of.
+
+    It is of a further layer, or a bias, a scale or an adapter of a layer that has none here; others
+    are heads and towers of their own.
+    """
+    modules = dict(network.named_modules())
+    prefix = f"{network.base_model_prefix}."
+    # Layers that predict further tokens come after the others, and nothing here asks them.
+    further = getattr(network.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    for name in unused:
+        for own in (name, name.removeprefix(prefix), prefix + name):
+            parts = own.split(".")
+            for end in range(1, len(parts)):
+                inner, part = modules.get(".".join(parts[:end])), parts[end]
+                if "weight" in getattr(inner, "_parameters", ()):
+                    return name
+                if isinstance(inner, torch.nn.ModuleList) and part.isdigit():
+                    beyond = int(part) - len(inner) - further
+                    if beyond >= 0:
+                        return name
+    return None
+
+
+# --- what any base has to be ----------------------------------------------------------------------
+
+
+def check_network(network: Any, where: str) -> None:
+    """Raise a `UserError` where a network, from wherever, is no whole causal language model.
+
+    Args:
+        where: what it is called in messages, for a verb to follow.
+    """
+    kind = type(network).__name__
+    if getattr(network.config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{where} is a {kind}, whose encoder reads the prompt: give a causal language model, "
+            "which has a decoder alone"
+        )
+    if network.get_output_embeddings() is None and not network.can_generate():
+        raise UserError(f"{where} is a {kind}, which predicts no tokens: give the model with them")
+    layer = peft.tuners.tuners_utils.BaseTunerLayer
+    if any(isinstance(module, layer) for module in network.modules()):
+        raise UserError(f"{where} has an adapter of peft: merge it first, with merge_and_unload()")
+    for name, weight in network.named_parameters():
+        if weight.is_meta:
+            raise UserError(
+                f"{where} has no values of {name} in memory: load the whole model onto one device"
+            )
+
+
+def check_adds(network: Any, where: str) -> None:
+    """Raise a `UserError` where nothing can be added to weights: quantized ones, or no numbers.
+
+    Args:
+        where: what the network is called in messages, for a verb to follow.
+    """
+    is_quantized = getattr(network, "is_quantized", False) or any(
+        # Some libraries keep integers in tensors of a class of their own.
+        not weight.is_floating_point()
+        or weight.element_size() < 2
+        or type(weight.data) is not torch.Tensor
+        for weight in network.parameters()
+    )
+    if is_quantized or getattr(network.config, "quantization_config", None) is not None:
+        raise UserError(f"{where} {_quantized(network.config, network.config.name_or_path)}")
+    for name, weight in network.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(
+                f"{where} has values in {name} that are no finite numbers: give a checkpoint that "
+                "is not damaged, or one from before it diverged"
+            )
+
+
+def _quantized(config: Any, place: str | None) -> str:
+    """Why a quantized model is no base, for messages."""
+    settings = getattr(config, "quantization_config", None)
+    settings = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
+    method = settings.get("quant_method")
+    by = f" ({getattr(method, 'value', method)})" if method else ""
+    original = _original(place)
+    named = f", {original}" if original else ""
+    return (
+        f"has quantized weights{by}, to which what is learnt cannot be added exactly: give the "
+        f"checkpoint that it was made from{named}"
+    )
+
+
+def _original(place: str | None) -> str | None:
+    """The model that a folder's was made from, as its model card says; None where it does not."""
+    card = Path(place or "") / "README.md"
+    if not place or not card.is_file():
+        return None
+    try:
+        made_from = huggingface_hub.ModelCard.load(card).data.to_dict().get("base_model")
+    except (ValueError, OSError, yaml.YAMLError):
+        return None
+    names = made_from if isinstance(made_from, list) else [made_from]
+    return next((name for name in names if isinstance(name, str)), None)
 
 
 def skeleton(settings: ModelSettings) -> Any:
-    """The network of a base model without values, to look at its layers in no time."""
-    path = location(settings.path)
-    if (Path(path) / "adapter_config.json").is_file():
-        path = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
+    """The network of a base model without values, to look at its layers in no time.
+
+    Under an adapter, it is the model that the adapter is for.
+    """
+    place, revision = location(settings.path), settings.revision
+    adapted = adapter_folder(settings)
+    if adapted is not None:
+        place, revision = base_adapter.base_of(adapted), base_adapter.config_of(adapted).revision
     config = transformers.AutoConfig.from_pretrained(
-        path, revision=settings.revision, trust_remote_code=False
+        place, revision=revision, trust_remote_code=False
     )
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config)
+        network = _kind_of(config, f"model.path: {settings.path}").from_config(config)
+        if adapted is not None:
+            base_adapter.resize(adapted, network)
+        return network
 
 
-def _check_reachable(settings: ModelSettings) -> None:
+def _check_reachable(name: str, revision: str | None, where: str) -> None:
     """Raise a `UserError` where a model is neither in the cache nor on a Hub that can be reached.
 
     transformers would find out as well, after trying for most of a minute without a word.
     """
     import httpx
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+    )
 
-    name, revision = settings.path, settings.revision
-    if huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision) is not None:
-        return
     try:
+        for file in ("config.json", "adapter_config.json"):
+            cached = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
+            if isinstance(cached, str):
+                return
         huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
+    except HFValidationError:
+        raise UserError(f"{where} is no folder, and no name of a model on the Hub") from None
     except (httpx.TransportError, OfflineModeIsEnabled):
         raise UserError(
-            f"model.path: {name} is no folder, and the Hugging Face Hub cannot be reached for a "
+            f"{where} is no folder, and the Hugging Face Hub cannot be reached for a "
             "model of that name: give a folder, or connect to the network"
         ) from None
     except HfHubHTTPError:
@@ -155,27 +395,47 @@ def _check_reachable(settings: ModelSettings) -> None:
 def load_tokenizer(settings: ModelSettings) -> Any:
     """Load a model's tokenizer alone, with a padding token.
 
+    That of an adapter is in the adapter's folder; where there is none, it is its base's.
+
     Raises:
         UserError: there is none.
     """
     folder = Path(location(settings.path))
-    words = str(folder) if folder.exists() else settings.path
-    if (folder / "adapter_config.json").is_file():
-        words = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    place, revision = str(folder) if folder.exists() else settings.path, settings.revision
+    options: dict[str, Any] = {"trust_remote_code": False}
     try:
-        return _tokenizer(words, settings)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.path: {settings.path} has no tokenizer: {reason}") from None
-
-
-def _tokenizer(words: str, settings: ModelSettings) -> Any:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        words, revision=settings.revision, trust_remote_code=False
-    )
+        if (adapted := adapter_folder(settings)) is not None:
+            base, below = base_adapter.base_of(adapted), base_adapter.config_of(adapted).revision
+            if base_adapter.has_tokenizer(adapted):
+                place, revision = str(adapted), None
+                # The folder does not say of which architecture the model is, but its base's does.
+                options["config"] = transformers.AutoConfig.from_pretrained(
+                    base, revision=below, trust_remote_code=False
+                )
+            else:
+                place, revision = base, below
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if _wants_code(error):
+            raise UserError(
+                f"model.path: {settings.path} has a tokenizer that needs code of its own, which is "
+                "never run: give a model whose tokenizer transformers has itself"
+            ) from None
+        if Path(place).is_dir() and not base_adapter.has_tokenizer(Path(place)):
+            raise UserError(
+                f"model.path: {settings.path} has no tokenizer (tokenizer.json, say): copy it "
+                "there from the model that it was made from"
+            ) from None
+        raise UserError(
+            f"model.path: {settings.path} has no tokenizer that can be loaded: {_reason(error)}"
+        ) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def tokenization(tokenizer: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from hedgerow import targets
 from hedgerow.adapters import PREFIX, adapter_pairs
 from hedgerow.errors import UserError
 from hedgerow.lazy import peft, torch
-from hedgerow.loading import load, name_of, tokenization
+from hedgerow.loading import Origin, load, name_of, tokenization
 from hedgerow.lowrank import Factors
 from hedgerow.targets import Targets
 
@@ -39,16 +39,24 @@ class Model:
 
     Attributes:
         network: the transformers model; outside `attach` it holds no adapter.
-        tokenizer: its tokenizer, with a padding token.
+        tokenizer: its tokenizer.
+        origin: what it came from.
         momentum: a decaying sum of past steps by weight, for methods with server momentum.
         factors: the adapter that belongs to the global model, for methods that do not merge theirs
             into the weights (PEFT's key names); None where the weights are the whole model.
     """
 
-    def __init__(self, network: Any, tokenizer: Any, name: str) -> None:
+    def __init__(
+        self,
+        network: Any,
+        tokenizer: Any,
+        name: str,
+        origin: Origin = Origin(),  # noqa: B008, it is immutable
+    ) -> None:
         self.network = network.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.name = name
+        self.origin = origin
         self.momentum: dict[str, Tensor] = {}
         self.factors: Mapping[str, Tensor] | None = None
         self._attached: dict[str, Any] = {}
@@ -67,8 +75,8 @@ class Model:
             UserError: there is no such model, it is no causal language model, it has no safetensors
                 weights (others are pickles), or the device is not there.
         """
-        network, tokenizer = load(settings)
-        return cls(network, tokenizer, name_of(settings.path))
+        loaded = load(settings)
+        return cls(loaded.network, loaded.tokenizer, name_of(settings.path), loaded.origin)
 
     @property
     def device(self) -> torch.device:
@@ -83,8 +91,35 @@ class Model:
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of tokens that have an embedding."""
-        return len(self.network.get_input_embeddings().weight)
+        """Number of token ids, from 0 on, that the model both reads and predicts."""
+        layers = (self.network.get_input_embeddings(), self.network.get_output_embeddings())
+        return min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills batches: any that the model has, since what it says there is masked.
+
+        It is the tokenizer's own where the model has that.
+        """
+        own: int | None = self.tokenizer.pad_token_id
+        return own if own is not None and 0 <= own < self.vocabulary_size else 0
+
+    @property
+    def ends(self) -> list[int]:
+        """Token ids that end an answer, in ascending order.
+
+        They are the tokenizer's, and those that the model's own configuration names: chat models
+        end their turns with tokens that only one of them knows. Configurations also have ends by
+        default, and so an ordinary piece of text is none.
+        """
+        tokenizer = self.tokenizer
+        special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+        network = self.network
+        ends = {tokenizer.eos_token_id}
+        for config in (network.generation_config, network.config, network.config.get_text_config()):
+            own = getattr(config, "eos_token_id", None)
+            ends |= special.intersection(own if isinstance(own, list | tuple) else [own])
+        return sorted(end for end in ends if end is not None and 0 <= end < self.vocabulary_size)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights (names, dtypes, shapes, bytes) and of the tokenizer."""

@@ -61,6 +61,7 @@ def save(
     # It is written below, as it is: save_pretrained refuses what many bases on the Hub have.
     network.generation_config = transformers.GenerationConfig() if generation else None
     network.save_pretrained(folder)
+    network.generation_config = generation
     source = _folder_of(network.config.name_or_path, revision)
     if source is not None and not _same_config(network, source):
         source = None
@@ -72,8 +73,8 @@ def save(
             shutil.copyfile(source / _GENERATION, folder / _GENERATION)
         else:
             (folder / _GENERATION).write_text(generation.to_json_string(), encoding="utf-8")
-        spellings.rewrite(folder / _GENERATION, _ends_of(generation, model.tokenizer))
-    _save_tokenizer(model.tokenizer, folder, _folder_of(model.tokenizer.name_or_path, revision))
+        spellings.rewrite(folder / _GENERATION, _generation_of(model))
+    save_tokenizer(model.tokenizer, folder, revision=revision)
 
 
 def cast(
@@ -187,17 +188,20 @@ def _kept_in_float32(network: Any) -> Callable[[str], bool]:
 # --- generation_config.json -------------------------------------------------------------------
 
 
-def _ends_of(generation: Any, tokenizer: Any) -> Callable[[Any], Any]:
+def _generation_of(model: Model) -> Callable[[Any], Any]:
     def change(content: dict[str, Any]) -> dict[str, Any]:
         # The run's answers end with the tokenizer's token, and generate() stops at listed ones.
-        own = generation.eos_token_id
+        own = model.network.generation_config.eos_token_id
         ids = [] if own is None else list(own) if isinstance(own, list | tuple) else [own]
-        if tokenizer.eos_token_id is None or tokenizer.eos_token_id in ids:
-            return content
-        ids.append(tokenizer.eos_token_id)
-        # What is only derived from config.json, readers may derive again.
-        content = {key: value for key, value in content.items() if key != "_from_model_config"}
-        return content | {"eos_token_id": ids if len(ids) > 1 else ids[0]}
+        if new := [end for end in model.ends if end not in ids]:
+            ids += new
+            # What is only derived from config.json, readers may derive again.
+            content = {key: value for key, value in content.items() if key != "_from_model_config"}
+            content["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+        padding = content.get("pad_token_id")
+        if padding is not None and not 0 <= padding < model.vocabulary_size:
+            content = content | {"pad_token_id": model.pad_id}
+        return content
 
     return change
 
@@ -205,7 +209,13 @@ def _ends_of(generation: Any, tokenizer: Any) -> Callable[[Any], Any]:
 # --- the tokenizer's files --------------------------------------------------------------------
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path, source: Path | None) -> None:
+def save_tokenizer(tokenizer: Any, folder: Path, *, revision: str | None = None) -> None:
+    """Write a tokenizer: its own files where it is what they say, else what it has become.
+
+    Args:
+        revision: of the base, where it came from the Hub; None for the newest that is here.
+    """
+    source = _folder_of(tokenizer.name_or_path, revision)
     if source is not None:
         for pattern in _TOKENIZER_FILES:
             for file in source.glob(pattern):

@@ -177,13 +177,20 @@ def memory_model(network: Any, tokenizer: Any) -> dict[str, Any]:
             "model= must be a causal language model of transformers, a folder or a name on the "
             f"Hub, not {type(network).__name__}"
         )
-    if hasattr(network, "peft_config"):
-        raise UserError("model= has an adapter of peft: merge it first, with merge_and_unload()")
     if tokenizer is None:
         raise UserError("model= is a model in memory: give its tokenizer= as well")
+    if not hasattr(tokenizer, "eos_token_id") or not hasattr(tokenizer, "get_vocab"):
+        inner = ": give its .tokenizer" * hasattr(tokenizer, "tokenizer")
+        raise UserError(
+            f"tokenizer= must be a tokenizer of transformers, not {type(tokenizer).__name__}{inner}"
+        )
     dtype = str(network.dtype).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"model= is in {dtype}: convert it with model.float() or model.bfloat16()")
+    from hedgerow.loading import check_adds, check_network
+
+    check_network(network, "model=")
+    check_adds(network, "model=")
     return {"path": MEMORY, "dtype": dtype, "device": str(network.device)}
 
 

@@ -252,10 +252,11 @@ def _check_one_row(row: Record, path: Path) -> None:
             f"{path}: is one object around the rows: give the list under {next(iter(row))!r} alone"
         )
     sizes = {len(value) for value in lists}
-    keys = {tuple(value) for value in values if isinstance(value, dict)}
+    # Of dictionaries, those of pandas are, whose keys are the rows' numbers.
+    keys = {tuple(v) for v in values if isinstance(v, dict) and all(map(str.isdecimal, v))}
     if len(values) > 1 and (
         (len(lists) == len(values) and len(sizes) == 1 and sizes != {1})
-        or (len(keys) == 1 and all(map(str.isdigit, *keys)) and not lists)
+        or (len(keys) == 1 and keys != {()} and all(isinstance(v, dict) for v in values))
     ):
         raise UserError(
             f"{path}: is one object of columns: give one of rows instead, as pandas' "

@@ -90,7 +90,7 @@ def generate(
             )
             said = tokens[:, inputs["input_ids"].shape[1] :].tolist()
             texts = model.tokenizer.batch_decode(
-                [_to_end(ids, config.eos_token_id) for ids in said],
+                [_to_end(ids, config.eos_token_id or ()) for ids in said],
                 skip_special_tokens=True,
                 clean_up_tokenization_spaces=False,
             )
@@ -166,13 +166,11 @@ def _greedy(model: Model, max_new_tokens: int, ends: Sequence[int]) -> Iterator[
     temperatures or penalties of a chat model would leak in; that one steps aside meanwhile.
     """
     own = model.network.generation_config
-    # Chat models end their turns with tokens of their own, which only their configuration names.
-    named = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted({model.tokenizer.eos_token_id, *named, *ends} - {None}),
-        pad_token_id=model.tokenizer.pad_token_id,
+        eos_token_id=sorted({*model.ends, *ends}) or None,
+        pad_token_id=model.pad_id,
     )
     model.network.generation_config = config
     try:

@@ -42,7 +42,7 @@ def train_client(
         learning_rate=learning_rate(
             experiment.training, client_round.round, experiment.federation.rounds
         ),
-        pad_id=model.tokenizer.pad_token_id,
+        pad_id=model.pad_id,
         order=client_round.seeds.numpy("batches", client_round.round, client.name),
         dropout_seed=client_round.seeds.derive("dropout", client_round.round, client.name),
     )

@@ -19,6 +19,7 @@ from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment, load
 from hedgerow.lazy import torch
 from hedgerow.ledger import Base
+from hedgerow.loading import check_adds
 from hedgerow.methods.base import Client
 from hedgerow.model import Model, max_positions
 from hedgerow.names import MEMORY
@@ -102,7 +103,6 @@ def prepare(
     if experiment.data.test is not None:
         test = load_test(experiment.data, experiment.evaluation, model, held.test)
         notes += notes_on_test(test, experiment.evaluation)
-    check_causal(model)
     examples = sum(len(shard) for shard in shards.values())
     there_is = f"{base.name}, {len(clients)} clients, {examples:,} examples"
     return Prepared(
@@ -114,7 +114,7 @@ def prepare(
         clients=clients,
         shards=shards,
         test=test,
-        notes=[there_is, *notes, *experiment.method.left_out(model)],
+        notes=[there_is, *notes_on_base(model), *notes, *experiment.method.left_out(model)],
     )
 
 
@@ -142,7 +142,15 @@ def with_date_of(experiment: Experiment, run: Path) -> Experiment:
 
 
 def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
-    """Raise a `UserError` where data or method do not fit the model, or so many clients."""
+    """Raise a `UserError` where a run cannot train the model, with its data, method and clients.
+
+    It has the model compute something, after which RWKV's weights are scaled otherwise.
+    """
+    where = f"model.path: {experiment.model.path}"
+    if model.origin.quantized is not None:
+        raise UserError(f"{where} {model.origin.quantized}")
+    check_adds(model.network, where)
+    check_causal(model)
     check_max_length(model, experiment.data.max_length)
     experiment.method.check(model, num_clients, experiment.training)
 
@@ -154,8 +162,19 @@ def check_causal(model: Model) -> None:
     Such a model sees the answer that it is to predict, and the padding after it.
     """
     input_ids = torch.tensor([[0, 1, 1], [0, 2, 2]], device=model.device)
-    first, second = model.network(input_ids=input_ids, use_cache=False).logits[:, 0].float()
-    rounding = 0.01 if model.network.dtype == torch.float32 else 0.1
+    try:
+        first, second = model.network(input_ids=input_ids, use_cache=False).logits[:, 0].float()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.network.parameters()})
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model.path: {model.architecture} with weights of {' and '.join(dtypes)} computes "
+            f"nothing of a text alone ({reason}): give a causal language model whose weights are "
+            "of one dtype (model.float() or model.bfloat16() of one in memory)"
+        ) from None
+    rounding = 2e-3 if model.network.dtype == torch.float32 else 0.02
     if (first - second).abs().max() > rounding * first.std():
         raise UserError(
             f"model.path: {model.architecture} predicts a token from those that follow it too, so "
@@ -275,6 +294,18 @@ def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
             if count
         ),
         *(f"the test data: {note}" for note in _notes_on_text([test.examples])),
+    ]
+
+
+def notes_on_base(model: Model) -> list[str]:
+    """A sentence on the checkpoint's weights that are left out."""
+    unused = model.origin.unused
+    if not unused:
+        return []
+    some = ", ".join(unused[:3]) + ", …" * (len(unused) > 3)
+    return [
+        f"left out, since {model.architecture} has no place for them: {len(unused):,} of the "
+        f"checkpoint's weights ({some})"
     ]
 
 

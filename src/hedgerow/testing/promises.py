@@ -61,7 +61,7 @@ def train(bench: Bench) -> Round:
             data=bench.prepared.shards[client_round.client.name],
             settings=TRAINING,
             learning_rate=TRAINING.learning_rate,
-            pad_id=model.tokenizer.pad_token_id,
+            pad_id=model.pad_id,
             order=client_round.seeds.numpy("batches", client_round.round, client_round.client.name),
             dropout_seed=client_round.seeds.derive(
                 "dropout", client_round.round, client_round.client.name

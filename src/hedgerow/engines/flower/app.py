@@ -18,7 +18,7 @@ from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
 from hedgerow.ledger import Base
 from hedgerow.model import Model
-from hedgerow.runs.preparation import check_fits, notes_on_template, with_date
+from hedgerow.runs.preparation import check_fits, notes_on_base, notes_on_template, with_date
 from hedgerow.settings import ClientFile
 
 EXPERIMENT = "experiment.yaml"
@@ -114,14 +114,14 @@ def init(
             f"{len(clients)} clients there are"
         )
     model = Model.load(experiment.model)
+    base = Base.of(model)
     check_fits(experiment, model, len(clients))
     words = load_template(experiment.data, model.tokenizer)
     experiment = with_date(experiment, words.date)
     shapes = experiment.method.trained_shapes(model)
-    file = _BaseFile(
-        base=Base.of(model), trained={name: list(shape) for name, shape in shapes.items()}
-    )
-    for note in [*notes_on_template(words), *experiment.method.left_out(model)]:
+    file = _BaseFile(base=base, trained={name: list(shape) for name, shape in shapes.items()})
+    notes = [*notes_on_base(model), *notes_on_template(words)]
+    for note in [*notes, *experiment.method.left_out(model)]:
         say(note)
     folder.mkdir(parents=True, exist_ok=True)
     shared, template = _without_paths(experiment, clients)
