@@ -284,7 +284,7 @@ def _check_known(
                 f"one of {listed}"
             )
         return
-    if len(known) == 1 and answered and not nested:
+    if len(known) == 1 and answered and not nested and fields.instruction not in known:
         raise UserError(
             f"{where}: has one column, {next(iter(known))!r}, where a row needs an instruction and "
             "an answer: give each a column, or give conversations in `messages`"
