@@ -170,6 +170,11 @@ def test_answers_end_where_the_template_ends_a_turn(
         tokenizer.save_pretrained(model)
     scores, _ = learnt(model, experiment, hedgerow, tmp_path)
     assert scores["exact_match"] == 100
+    result = hedgerow("export", tmp_path / "run", tmp_path / "merged", "--to", "merged")
+    assert result.code == 0, result.err
+    ends = json.loads((tmp_path / "merged/generation_config.json").read_text())["eos_token_id"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer.convert_tokens_to_ids("<pad>" if special else "!") in ends
 
 
 def test_rows_that_spell_control_tokens_are_counted(experiment, hedgerow, tmp_path):

@@ -18,15 +18,14 @@ def test_rows_are_text():
     assert rows[0] == Row("Add, please", "", "5", (), ROWS[0], 1)
     assert (rows[2].instruction, rows[2].input, rows[2].output) == ("1", "", "2.5")
     assert (rows[2].columns["kind"], rows[2].number) == (7, 3)
-    assert rows.remarks == {}
+    assert not rows.remarks.sentences()
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"instruction": "", "output": ["secret"]}, "row 3: column 'output' .* not list"),
+        ({"instruction": "", "output": [["secret"]]}, "row 3: column 'output' .* not list"),
         ({"instruction": "", "input": {"a": 1}, "output": ""}, "row 3: column 'input' .* not dict"),
-        ({"instruction": "", "output": True}, "row 3: column 'output' .* not true"),
         (
             {"instruction": "a\ud83d", "output": ""},
             r"row 3: column 'instruction' .*U\+D83D.* 1 char",
@@ -50,9 +49,9 @@ def test_a_column_that_no_row_has_is_misspelt():
 def test_a_row_without_an_answer_is_left_out_and_counted(empty):
     rows = checked([*ROWS, {"instruction": "Why?", "output": empty}])
     assert [row.number for row in rows] == [1, 2]
-    assert rows.remarks == {"left out: no answer": 1}
+    assert rows.remarks.sentences() == ["1 row left out: no answer (first: a.json row 3)"]
     assert len(checked([{"instruction": "Why?", "output": empty}], answered=False)) == 1
-    with pytest.raises(NothingUsable, match="no row has an answer in column 'output'"):
+    with pytest.raises(NothingUsable, match="no row can be used: 1 row left out: no answer"):
         checked([{"instruction": "Why?", "output": empty}])
 
 

@@ -62,7 +62,7 @@ def test_not_a_number_is_no_value(tmp_path):
         ("rows.json", '[{"a": 1}, "text"]', "item 2 is not an object"),
         ("rows.jsonl", '{"a": 1}\n7\n', "line 2 is not an object"),
         ("rows.csv", "a,b\n1,2\n1,2,3\n", "line 3 has 3 cells where the header has 2"),
-        ("rows.csv", "a,a\n1,2\n", "two columns have one name"),
+        ("rows.csv", "a,a\n1,2\n", "2 columns have one name, 'a'"),
         ("rows.csv", 'a,b\n1,"2\n', "not valid CSV"),
         ("rows.parquet", "nothing", "not a valid Parquet file"),
         ("rows.txt", "nothing", r"files ending in '\.txt' are not known"),

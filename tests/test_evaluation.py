@@ -269,7 +269,7 @@ def test_an_empty_prompt_is_an_error_where_an_answer_is_asked_for(model, tmp_pat
     model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A", special_tokens=[]
     )
-    rows = [{"instruction": "", "output": "an answer"}]
+    rows = [{"instruction": "", "input": "not used", "output": "an answer"}]
     assert len(prepare(model, rows, prompt=str(template))[0]) == 1
     with pytest.raises(UserError, match="empty prompt"):
         prepare(model, rows, prompt=str(template), metrics=["exact_match"])

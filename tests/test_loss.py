@@ -2,7 +2,14 @@ import logging
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from hedgerow.training.loss import batch_loss, token_losses
 
@@ -67,6 +74,39 @@ def test_a_network_that_cannot_keep_logits_gives_the_same(network, batch):
             return network(input_ids=input_ids, use_cache=use_cache)
 
     torch.testing.assert_close(batch_loss(Plain(), batch), batch_loss(network, batch))
+
+
+def test_a_text_comes_to_the_same_beside_longer_ones(batch):
+    """Phi-3's frequencies are others for texts of more than so many positions."""
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=8,
+        initializer_range=0.5,
+        pad_token_id=PAD,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "short_factor": [1.0, 1.0, 1.0, 1.0],
+            "long_factor": [1.0, 2.0, 4.0, 8.0],
+            "original_max_position_embeddings": 8,
+        },
+    )
+    network = Phi3ForCausalLM(config).eval()
+    together, rows = token_losses(network, batch)  # of 12, 7 and 9 tokens
+    assert rows.tolist() == [0] * 7 + [1] * 4 + [2]
+    alone = [
+        token_losses(network, {"input_ids": ids[None, :length], "labels": labels[None, :length]})
+        for ids, labels, length in zip(batch["input_ids"], batch["labels"], (12, 7, 9), strict=True)
+    ]
+    torch.testing.assert_close(together, torch.cat([losses for losses, _ in alone]))
+    together.sum().backward()
 
 
 def test_losses_are_in_float32_and_know_their_rows(network, batch):

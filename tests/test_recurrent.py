@@ -58,6 +58,9 @@ MODELS = {
     "xLSTM": BASE | {"num_heads": 4} | NATIVE,
     "Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 96},
     "OpenAIGPT": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    # Its positions count the padding.
+    "Whisper": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}
+    | {"decoder_ffn_dim": 48, "bos_token_id": 0, "eos_token_id": 1},
 }
 NAMES = {"OpenAIGPT": "OpenAIGPTLMHeadModel"}
 PLAIN = {"Llama", "Mistral", "Gemma2", "Mpt"}

@@ -26,6 +26,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from hedgerow import base_adapter, experts, lowrank, pretrained, targets
 from hedgerow.adapters import adapter_pairs, adapter_tensors, embedding_tensors
 from hedgerow.base_adapter import Joined
+from hedgerow.data import load_template
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.ledger import Ledger
@@ -80,7 +81,15 @@ def to_merged(
         check_client(experiment, ledger, client)
         model = model_at(experiment, ledger, round, load)
         experiment.method.merge(model, client)
-        pretrained.save(model, folder, revision=experiment.model.revision, dtype=dtype)
+        is_chat = experiment.data.prompt == "chat"  # a file of a prompt may have stayed behind
+        template = load_template(experiment.data, model.tokenizer) if is_chat else None
+        pretrained.save(
+            model,
+            folder,
+            revision=experiment.model.revision,
+            dtype=dtype,
+            ends=template.ends if template else (),
+        )
         _write_card(folder, run, experiment, ledger, round, "transformers")
 
 

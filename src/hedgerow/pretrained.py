@@ -8,7 +8,7 @@ those that only version 5 understands also get the words of version 4 (`spelling
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,19 @@ _PROCESSORS = "*processor_config.json"
 
 
 def save(
-    model: Model, folder: Path, *, revision: str | None = None, dtype: str | None = None
+    model: Model,
+    folder: Path,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    ends: Collection[int] = (),
 ) -> None:
     """Write a model, its tokenizer and their settings; the model's weights get the dtype.
 
     Args:
         revision: of the base, where it came from the Hub; None for the newest that is here.
         dtype: of the weights, as `bfloat16`; None for what they have.
+        ends: token ids that end an answer, beside those of the model.
 
     Raises:
         UserError: weights are no finite numbers, in this dtype or at all.
@@ -78,7 +84,7 @@ def save(
             shutil.copyfile(source / _GENERATION, folder / _GENERATION)
         else:
             (folder / _GENERATION).write_text(generation.to_json_string(), encoding="utf-8")
-        spellings.rewrite(folder / _GENERATION, _generation_of(model))
+        spellings.rewrite(folder / _GENERATION, _generation_of(model, ends))
     save_tokenizer(model.tokenizer, folder, revision=revision)
 
 
@@ -193,12 +199,12 @@ def _kept_in_float32(network: Any) -> Callable[[str], bool]:
 # --- generation_config.json -------------------------------------------------------------------
 
 
-def _generation_of(model: Model) -> Callable[[Any], Any]:
+def _generation_of(model: Model, ends: Collection[int]) -> Callable[[Any], Any]:
     def change(content: dict[str, Any]) -> dict[str, Any]:
         # The run's answers end with the tokenizer's token, and generate() stops at listed ones.
         own = model.network.generation_config.eos_token_id
         ids = [] if own is None else list(own) if isinstance(own, list | tuple) else [own]
-        if new := [end for end in model.ends if end not in ids]:
+        if new := [end for end in sorted({*model.ends, *ends}) if end not in ids]:
             ids += new
             # What is only derived from config.json, readers may derive again.
             content = {key: value for key, value in content.items() if key != "_from_model_config"}

@@ -67,15 +67,22 @@ class ClientFile(Section):
 
 
 class Fields(Section):
-    """Columns of the data that hold the instruction, its input and the answer."""
+    """Columns of the data that hold the instruction, its input and the answer, or a conversation.
+
+    A column inside another is named with a dot, as `answers.text`.
+    """
 
     instruction: str = "instruction"
-    """Column of the instruction, which every row has."""
+    """Column of the instruction: a text, or the messages before the answer. With the default, rows
+    that have `messages`, `conversations` or `prompt` and `completion` instead are read too."""
     input: str | None = "input"
     """Column of the instruction's context, which rows may leave empty or out; with null, there is
     no such column."""
     output: str = "output"
-    """Column of the answer, which every row has."""
+    """Column of the answer; rows without one are left out, and counted."""
+    messages: str | None = None
+    """Column of conversations, instead of the other three: lists of {role, content} or of {from,
+    value}, whose last answer counts; with null, there is none."""
 
 
 class Partition(Section):
@@ -198,13 +205,19 @@ class DataSettings(TextSettings):
             raise ValueError("`source` and `partition` go together")
         return self
 
-    @field_validator("clients")
+    @field_validator("clients", mode="before")
     @classmethod
     def _names(cls, clients: Any) -> Any:
         names = list(clients) if isinstance(clients, dict) else []
         if isinstance(clients, list):
-            names = [c.name for c in clients if isinstance(c, ClientFile)]
+            names = [c["name"] for c in clients if isinstance(c, dict) and "name" in c]
         for name in names:
+            if not isinstance(name, str):
+                kind = {bool: "true or false", type(None): "null"}.get(type(name), "a number")
+                raise ValueError(
+                    f"client name {json.dumps(name, default=str)} is {kind} to YAML, not text: "
+                    "write it in quotes (YAML takes on, off, yes, no and null for other things)"
+                )
             if not NAME.fullmatch(name):
                 raise ValueError(
                     f"client name {name!r} must be letters, digits, `.`, `_` or `-`, "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held
 from hedgerow.data.partition import partition
-from hedgerow.data.rows import Records, Row, check
+from hedgerow.data.rows import NothingUsable, Records, Remarks, Row, check
 from hedgerow.data.sources import client_files, read, share_of
 from hedgerow.data.templates import load as load_template
 from hedgerow.data.tokens import Spool, Tokenized
@@ -25,6 +25,10 @@ class ClientData:
     """The clients of an experiment, in their order, and their tokenised examples.
 
     Files are read one at a time; one source for all is read once.
+
+    Attributes:
+        names: all clients, in their order, whether their data can be used or not.
+        remarks: what is to be said of the rows that have been read.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class ClientData:
         self._held = held or Held()
         template = load_template(settings, tokenizer)
         self.encoder = Encoder(template, tokenizer, vocabulary_size)
+        self.remarks = Remarks()
         self._rows: Sequence[Row] = ()
         self._parts: Mapping[str, Sequence[int]] = {}
         if settings.clients is not None:
@@ -67,10 +72,13 @@ class ClientData:
         """Tokenise one client's examples.
 
         Raises:
-            UserError: they cannot be read, or nothing of them is left to learn from.
+            UserError: they cannot be read.
+            NothingUsable: nothing of them is left to learn from.
         """
         if name in self._parts:
             rows: Sequence[Row] = [self._rows[index] for index in self._parts[name]]
+            if not rows:
+                raise NothingUsable(f"{name}: `data.partition` gives it no row")
         else:
             own = self._held.clients.get(name)
             rows = self._read(str(self._files[name]), own)
@@ -90,4 +98,6 @@ class ClientData:
             records = share_of(held, settings.share)
         else:
             records = read(source, settings.split, settings.subset, settings.share)
-        return check(records, settings.fields)
+        rows = check(records, settings.fields)
+        self.remarks.update(rows.remarks)
+        return rows

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hedgerow.data.rows import Records
+from hedgerow.data.rows import Records, check_distinct
+from hedgerow.data.sources import Classes, classes_of
 from hedgerow.errors import UserError
 
 
@@ -39,9 +40,12 @@ def as_records(data: Any, what: str) -> Records:
     Raises:
         UserError: it is something else, or has no rows.
     """
+    classes: Classes = {}
     if hasattr(data, "to_list") and hasattr(data, "column_names"):  # datasets.Dataset
         found: Iterable[Any] = data.to_list()
+        classes = classes_of(data.features)
     elif hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas.DataFrame
+        check_distinct(list(data.columns), what)
         found = data.to_dict("records")
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         found = data
@@ -51,7 +55,7 @@ def as_records(data: Any, what: str) -> Records:
             f"{what} must be rows (a list of dictionaries, a datasets.Dataset or a "
             f"pandas.DataFrame), not {type(data).__name__}{hint}"
         )
-    records = Records.of(found, what)
+    records = Records.of(found, what, classes=classes)
     if not len(records):
         raise UserError(f"{what}: holds no rows: give at least one example")
     return records

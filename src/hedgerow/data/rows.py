@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from hedgerow.errors import NothingToLearn, UserError
@@ -57,20 +56,29 @@ class Records:
         rows: one dictionary a row, with Python's own types; a missing value (null, NaN) is None.
         where: the file, or what else they are from, for messages.
         numbers: place of each in its source, from 1.
+        classes: names of the classes that the integers of a column stand for, by column.
     """
 
     rows: Sequence[Record]
     where: str
     numbers: Sequence[int]
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, found: Iterable[Any], where: str, numbers: Sequence[int] | None = None) -> Records:
+    def of(
+        cls,
+        found: Iterable[Any],
+        where: str,
+        numbers: Sequence[int] | None = None,
+        classes: Mapping[str, Sequence[str]] | None = None,
+    ) -> Records:
         """Records of dictionaries from anywhere.
 
         Args:
             found: a mapping from column names to values for each row.
             where: what they are from, for messages.
             numbers: place of each in its source; from 1 on if None.
+            classes: as the attribute.
 
         Raises:
             UserError: one is no such mapping.
@@ -82,9 +90,12 @@ class Records:
                     f"{where}: row {len(rows) + 1} must be a dictionary from column names to "
                     f"values, not {type(row).__name__}"
                 )
-            rows.append({key: _plain(value) for key, value in row.items()})
+            try:
+                rows.append({key: _plain(value) for key, value in row.items()})
+            except RecursionError:
+                raise UserError(f"{where}: row {len(rows) + 1} is nested too deeply") from None
         _restore_integers(rows)
-        return cls(rows, where, numbers or range(1, len(rows) + 1))
+        return cls(rows, where, numbers or range(1, len(rows) + 1), classes or {})
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -92,20 +103,46 @@ class Records:
     def select(self, indices: Sequence[int]) -> Records:
         """Those of the rows, in this order."""
         rows = [self.rows[index] for index in indices]
-        return Records(rows, self.where, [self.numbers[index] for index in indices])
+        numbers = [self.numbers[index] for index in indices]
+        return Records(rows, self.where, numbers, self.classes)
+
+
+class Remarks:
+    """What happened to how many rows, and where first; said once, when a run begins."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, what: str, where: str, number: int) -> None:
+        """Count a row of which something is to be said, as "left out: no answer"."""
+        self.counts[what] += 1
+        self._first.setdefault(what, f"{where} row {number}")
+
+    def update(self, other: Remarks) -> None:
+        """Add what another source's rows gave rise to."""
+        self.counts.update(other.counts)
+        self._first = other._first | self._first
+
+    def sentences(self) -> list[str]:
+        """One for each kind, as "2 rows left out: no answer (first: a.jsonl row 3)"."""
+        return [
+            f"{count:,} {'row' if count == 1 else 'rows'} {what} (first: {self._first[what]})"
+            for what, count in self.counts.items()
+        ]
 
 
 @dataclass(frozen=True, eq=False)
 class Rows(Sequence[Row]):
-    """Rows of one source that can be used, and what is to be said about the others.
+    """Rows of one source that can be used, and what is to be said about these and the others.
 
     Attributes:
         rows: the rows, in their source's order.
-        remarks: what happened to how many rows, as `{"left out: no answer": 2}`.
+        remarks: what was left out, skipped or ignored.
     """
 
     rows: Sequence[Row]
-    remarks: Mapping[str, int]
+    remarks: Remarks
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -125,80 +162,335 @@ class NothingUsable(NothingToLearn):
     """Data of which nothing is left to use, though nothing in them is a mistake."""
 
 
+class _LeftOut(Exception):
+    """A row that cannot be used; the text says why, as in "2 rows left out: …"."""
+
+
 def check(records: Records, fields: Fields, *, answered: bool = True) -> Rows:
     """Rows of records.
 
+    Rows that are empty, that ask nothing or that answer nothing are left out and counted, and so
+    are conversations with tools, images, or turns that do not alternate.
+
     Args:
         records: what was read.
-        fields: columns that hold instruction, input and output.
+        fields: columns that hold instruction, input and output, or a conversation. Where they are
+            the defaults and the records have `messages`, `conversations` or `prompt` and
+            `completion` instead, those are read.
         answered: whether a row without an answer is of no use.
 
     Raises:
         UserError: naming the source, the row and the column of what cannot be used.
         NothingUsable: no row is left.
     """
-    where = records.where
+    where, remarks = records.where, Remarks()
     if not len(records):
         raise NothingUsable(f"{where}: holds no rows: give at least one example")
-    known = {column for row in records.rows for column in row}
-    _check_known(fields, known, where, answered)
-    remarks: Counter[str] = Counter()
+    known = {column: None for row in records.rows for column in row}
+    fields = _layout(fields, known, answered)
+    _check_known(records, fields, known, answered)
+    ignored = [c for c in known if c.lower() in _LIKE_AN_INPUT and c not in _named(fields)]
+    reader = _Reader(records, fields, remarks)
     rows: list[Row] = []
     for number, record in zip(records.numbers, records.rows, strict=True):
-        if all(value in (None, "", [], {}) for value in record.values()):
-            remarks["skipped: every cell is empty"] += 1
+        try:
+            row = reader.read(record, number)
+            if answered and not row.output.strip():
+                raise _LeftOut("no answer")
+        except _LeftOut as reason:
+            remarks.add(f"left out: {reason}", where, number)
             continue
-        text = partial(_text, record, where=f"{where}: row {number}")
-        row = Row(
-            instruction=text(fields.instruction),
-            input=text(fields.input),
-            output=text(fields.output),
-            columns=record,
-            number=number,
-        )
-        if answered and not row.output.strip():
-            remarks["left out: no answer"] += 1
-        else:
-            rows.append(row)
+        for column in ignored:
+            if not _is_empty(record.get(column)):
+                remarks.add(
+                    f"with a column {column!r} that is not used (see `data.fields`)", where, number
+                )
+        rows.append(row)
     if not rows:
-        raise NothingUsable(f"{where}: no row has an answer in column {fields.output!r}")
+        why = "; ".join(remarks.sentences())
+        raise NothingUsable(f"{where}: no row can be used: {why}")
     return Rows(rows, remarks)
 
 
-def _check_known(fields: Fields, known: set[str], where: str, answered: bool) -> None:
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+"""Columns that hold conversations by custom."""
+_LIKE_AN_INPUT = {
+    *("context", "input", "inputs", "passage", "document", "article", "background"),
+    *("history", "system", "system_prompt", "tools"),
+}
+"""Columns that change what is asked, so that ignoring them is said."""
+_ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+}
+_TOOLS = {"tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_calls"}
+_MISSING = object()
+
+
+def _layout(fields: Fields, known: Mapping[str, None], answered: bool) -> Fields:
+    """The columns that are meant, where nobody has named any and the default ones are not there."""
+    plain = ("instruction", "output")
+    is_default = (fields.instruction, fields.output, fields.messages) == (*plain, None)
+    if not is_default or known.keys() >= set(plain if answered else plain[:1]):
+        return fields
+    for column in _CONVERSATIONS:
+        if column in known:
+            return fields.model_copy(update={"messages": column})
+    if {"prompt", "completion"} <= known.keys():
+        return fields.model_copy(update={"instruction": "prompt", "output": "completion"})
+    return fields
+
+
+def _named(fields: Fields) -> set[str | None]:
+    """The columns that are used."""
+    if fields.messages is not None:
+        return {fields.messages}
+    named = (fields.instruction, fields.input, fields.output)
+    return {*named, *(c.partition(".")[0] for c in named if c is not None)}
+
+
+def _check_known(
+    records: Records, fields: Fields, known: Mapping[str, None], answered: bool
+) -> None:
     """Raise a `UserError` for a column that no row has.
 
     The default column of the input, which nobody wrote, may be missing; so may that of the answer
     where none is needed.
     """
+    where = records.where
+
+    def is_there(column: str) -> bool:
+        if column in known:
+            return True
+        return "." in column and any(_value(r, column) is not _MISSING for r in records.rows)
+
+    nested = {
+        f"{column}.{inner}"
+        for row in records.rows[:1]
+        for column, value in row.items()
+        if isinstance(value, Mapping)
+        for inner in value
+    }
+    listed = ", ".join(repr(column) for column in sorted({*known, *nested})) or "(no columns)"
+    if fields.messages is not None:
+        if not is_there(fields.messages):
+            raise UserError(
+                f"{where}: no row has a column {fields.messages!r}: set `data.fields.messages` to "
+                f"one of {listed}"
+            )
+        return
     for key, column in [("instruction", fields.instruction), ("output", fields.output)]:
-        if column not in known and (answered or key != "output"):
+        if (answered or key == "instruction") and not is_there(column):
             raise UserError(
                 f"{where}: no row has a column {column!r}: set `data.fields.{key}` to one of "
-                f"{_listed(known)}"
+                f"{listed}"
             )
-    if fields.input not in (None, "input") and fields.input not in known:
+    if fields.input not in (None, "input") and not is_there(fields.input):
         raise UserError(
             f"{where}: no row has a column {fields.input!r}: set `data.fields.input` to one of "
-            f"{_listed(known)}, or to null if there is none"
+            f"{listed}, or to null if there is none"
         )
 
 
-def _listed(columns: Iterable[str]) -> str:
-    return ", ".join(repr(column) for column in sorted(columns)) or "(no columns)"
+def _value(record: Any, column: str) -> Any:
+    """The value of a column, or of what is nested in it, as `answers.text`; of a list the first."""
+    if isinstance(record, Mapping) and column in record:
+        return record[column]
+    outer, dot, inner = column.partition(".")
+    if not dot or not isinstance(record, Mapping) or outer not in record:
+        return _MISSING
+    value = record[outer]
+    while isinstance(value, list):
+        value = value[0] if value else None
+    return None if value is None else _value(value, inner)
 
 
-def _text(record: Record, column: str | None, where: str) -> str:
-    """The text of a column; empty where the row has none."""
-    value = None if column is None else record.get(column)
+def _is_empty(value: Any) -> bool:
+    """Whether there is nothing in a cell, or a list, or a mapping."""
+    if isinstance(value, Mapping):
+        return all(map(_is_empty, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_empty, value))
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+class _Reader:
+    """Makes rows of the records of one source."""
+
+    def __init__(self, records: Records, fields: Fields, remarks: Remarks) -> None:
+        self._fields, self._remarks = fields, remarks
+        self._where, self._classes = records.where, records.classes
+
+    def read(self, record: Record, number: int) -> Row:
+        """The row of a record.
+
+        Raises:
+            _LeftOut: it is of no use.
+            UserError: it is a mistake.
+        """
+        if _is_empty(record):
+            raise _LeftOut("every cell is empty")
+        fields, where = self._fields, f"{self._where}: row {number}"
+        if fields.messages is not None:
+            found = self._cell(record, fields.messages, number)
+            return self._conversation(record, number, _turns(found, where, fields.messages))
+        asked = self._cell(record, fields.instruction, number)
+        answer = self._cell(record, fields.output, number)
+        if _has_messages(asked) or _has_messages(answer):
+            turns = _turns(asked, where, fields.instruction, "user")
+            turns += _turns(answer, where, fields.output, "assistant")
+            return self._conversation(record, number, turns)
+        row = Row(
+            instruction=_text(asked, f"{where}: column {fields.instruction!r}"),
+            input=_text(
+                self._cell(record, fields.input, number), f"{where}: column {fields.input!r}"
+            ),
+            output=_text(answer, f"{where}: column {fields.output!r}"),
+            columns=record,
+            number=number,
+        )
+        if not (row.instruction + row.input).strip():
+            raise _LeftOut("nothing is asked")
+        return row
+
+    def _cell(self, record: Record, column: str | None, number: int) -> Any:
+        """What stands in a column: a value, None, or a list of messages."""
+        value = None if column is None else _value(record, column)
+        if value is _MISSING:
+            return None
+        names = self._classes.get(column or "")
+        if names is not None and isinstance(value, int):
+            return names[value] if 0 <= value < len(names) else None
+        if column == self._fields.messages or not isinstance(value, list):
+            return value
+        if not _has_messages(value):
+            if column in record:
+                return value  # of which one could not be chosen; within another it is custom
+            if len(value) > 1:
+                what = f"with several values in column {column!r}, of which the first counts"
+                self._remarks.add(what, self._where, number)
+            return value[0] if value else None
+        return value
+
+    def _conversation(self, record: Record, number: int, turns: list[Message]) -> Row:
+        """The last answered turn of a conversation, after the others."""
+        system = tuple(turn for turn in turns[:1] if turn.role == "system")
+        turns = turns[len(system) :]
+        if not turns:
+            raise _LeftOut("nothing is asked")
+        if any(turn.role != ("user", "assistant")[n % 2] for n, turn in enumerate(turns)):
+            raise _LeftOut("turns that do not alternate between user and assistant")
+        if len(turns) == 1:
+            turns.append(Message("assistant", ""))
+        if len(turns) % 2:
+            what = "with a question at the end that has no answer, and is not used"
+            self._remarks.add(what, self._where, number)
+            turns.pop()
+        if len(turns) > 2:
+            what = "with several answers, of which only the last counts"
+            self._remarks.add(what, self._where, number)
+        *history, asked, answer = turns
+        if not asked.content.strip():
+            raise _LeftOut("nothing is asked")
+        return Row(
+            instruction=asked.content,
+            output=answer.content,
+            history=(*system, *history),
+            columns=record,
+            number=number,
+        )
+
+
+def _has_messages(value: Any) -> bool:
+    """Whether this is a list with messages in it."""
+    return isinstance(value, list) and any(isinstance(each, Mapping) for each in value)
+
+
+def _turns(
+    value: Any, where: str, column: str, role: Literal["user", "assistant"] | None = None
+) -> list[Message]:
+    """The messages of a cell; a text is one of `role`.
+
+    Raises:
+        _LeftOut: some are of tools, or hold more than text.
+        UserError: they are no messages.
+    """
+    place = f"{where}: column {column!r}"
+    if isinstance(value, str) and role is None and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)  # as CSV files hold them
+        except ValueError:
+            raise UserError(f"{place} is no list of messages in JSON") from None
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        if role is None:
+            raise UserError(
+                f"{place} must be a list of messages, as "
+                f'[{{"role": "user", "content": …}}, …], not {type(value).__name__}'
+            )
+        return [Message(role, _text(value, place))]
+    turns = []
+    for n, message in enumerate(value, start=1):
+        at = f"{place}: message {n}"
+        if not isinstance(message, Mapping):
+            raise UserError(f"{at} must have a role and content, not be {type(message).__name__}")
+        said = message.get("role") or message.get("from")
+        content = message.get("content", message.get("value"))
+        if said in _TOOLS or message.get("tool_calls") or message.get("function_call"):
+            raise _LeftOut("turns of tools")
+        if not isinstance(said, str) or said.lower() not in _ROLES:
+            raise UserError(
+                f"{at} has the role {said!r}: give system, user or assistant (or human or gpt)"
+            )
+        turns.append(Message(_ROLES[said.lower()], _content(content, at)))
+    return turns
+
+
+def _content(content: Any, where: str) -> str:
+    """The text of a message, which may come in parts."""
+    if not isinstance(content, list):
+        return _text(content, where)
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str) or (
+            isinstance(part, Mapping) and part.get("type", "text") != "text"
+        ):
+            raise _LeftOut("messages of more than text")
+        texts.append(_text(text, where))
+    return "".join(texts)
+
+
+def _text(value: Any, where: str) -> str:
+    """A value as text; nothing is empty."""
     if value is None:
         return ""
-    if not isinstance(value, str | int | float | decimal.Decimal) or isinstance(value, bool):
-        kind = json.dumps(value) if isinstance(value, bool) else type(value).__name__
-        raise UserError(f"{where}: column {column!r} must be text or a number, not {kind}")
+    if isinstance(value, bool):
+        return json.dumps(value)  # as CSV files have it, rather than Python's True
+    if not isinstance(value, str | int | float | decimal.Decimal):
+        raise UserError(f"{where} must be text or a number, not {type(value).__name__}")
+    if not isinstance(value, str | int) and not math.isfinite(value):
+        raise UserError(f"{where} must be text or a finite number, not {value}")
     text = str(value)
-    check_characters(text, f"{where}: column {column!r}")
+    check_characters(text, where)
     return text
+
+
+def check_distinct(columns: Sequence[str], where: str) -> None:
+    """Raise a `UserError` where two columns have one name, of which one would win unsaid."""
+    for column, count in Counter(columns).items():
+        if count > 1:
+            raise UserError(
+                f"{where}: {count} columns have one name, {column!r}: give each its own"
+            )
 
 
 def check_characters(text: str, where: str) -> None:

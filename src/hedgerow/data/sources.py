@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import csv
+import gzip
+import io
 import itertools
 import json
+import lzma
 import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hedgerow.bundled import tasks
-from hedgerow.data.rows import Record, Records
+from hedgerow.data.rows import Record, Records, check_distinct
 from hedgerow.errors import UserError
 from hedgerow.names import DEMO, MEMORY, NAME
 from hedgerow.seeds import Seeds
@@ -20,21 +28,25 @@ if TYPE_CHECKING:
 
     from hedgerow.settings import ClientFile
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+Classes = Mapping[str, Sequence[str]]
+"""The names that the integers of a column stand for, by column."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def may_be_on_hub(source: str) -> bool:
     """Whether `source`, where no such file exists, reads as the name of a model or dataset."""
-    return not source.endswith(SUFFIXES) and _HUB_NAME.fullmatch(source) is not None
+    return not source.endswith(SUFFIXES + PACKED) and _HUB_NAME.fullmatch(source) is not None
 
 
 def read(source: str, split: str, subset: str | None = None, share: float = 1.0) -> Records:
     """The rows of a file, of one split of a dataset as on the Hugging Face Hub, or of the demo.
 
     Args:
-        source: a JSON (array of objects), JSONL, CSV (with a header) or Parquet file; a folder that
-            holds a dataset as the Hub has it, or the name of one there; or `demo`.
+        source: a JSON (array of objects), JSONL, CSV or TSV (with a header) or Parquet file, the
+            text ones maybe packed; a folder that holds a dataset as the Hub or
+            `Dataset.save_to_disk` has it, or the name of one there; or `demo`.
         split: which split of a dataset; files have none.
         subset: which subset (configuration) of a dataset; files have none.
         share: of the rows, drawn at random but always the same, in their order; at least one.
@@ -43,6 +55,7 @@ def read(source: str, split: str, subset: str | None = None, share: float = 1.0)
         UserError: the source is missing, unreadable, empty, or holds something else than rows.
     """
     path, numbers = Path(source), None
+    classes: Classes = {}
     if source == MEMORY:
         raise UserError(
             "the run's data were in the memory of the program that began it: hand them over there "
@@ -50,17 +63,17 @@ def read(source: str, split: str, subset: str | None = None, share: float = 1.0)
         )
     if source == DEMO:
         rows = _read_demo(split)
-    elif path.is_dir() or (not path.exists() and may_be_on_hub(source)):
+    elif path.is_dir() if _exists(path) else may_be_on_hub(source):
         dataset = _load_dataset(source, split, subset)
         # Before they become Python's objects, which take several times as much memory.
         if share < 1:
             drawn = _drawn(len(dataset), share)
             numbers, share = [index + 1 for index in drawn], 1.0
             dataset = dataset.select(drawn)
-        rows = dataset.to_list()
+        rows, classes = dataset.to_list(), classes_of(dataset.features)
     else:
-        rows = _read_file(path)
-    return share_of(Records.of(rows, source, numbers), share)
+        rows, classes = _read_file(path)
+    return share_of(Records.of(rows, source, numbers, classes), share)
 
 
 def share_of(records: Records, share: float) -> Records:
@@ -110,9 +123,17 @@ def client_files(clients: str | dict[str, str] | list[ClientFile | str]) -> dict
                 "give each a name of its own, as in {name: …, file: …}"
             )
         files[name] = Path(file)
-        if file != MEMORY and not files[name].is_file():
+        if file != MEMORY and not _exists(files[name]):
             raise UserError(f"`data.clients`: {file}, the file of client {name!r}, does not exist")
     return files
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is such a file or folder; no, where its name is too long, say."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _numbered_files(pattern: str) -> dict[str, Path]:
@@ -125,11 +146,11 @@ def _numbered_files(pattern: str) -> dict[str, Path]:
     def path(number: int) -> Path:
         return Path(pattern.replace("{}", str(number)))
 
-    count = next(number for number in itertools.count() if not path(number).is_file())
+    count = next(number for number in itertools.count() if not _exists(path(number)))
     if count == 0:
         raise UserError(f"`data.clients`: {path(0)} does not exist: files are numbered from 0")
     # A gap would silently leave out every client after it.
-    if path(count + 1).is_file():
+    if _exists(path(count + 1)):
         raise UserError(
             f"`data.clients`: {path(count)} does not exist, but {path(count + 1)} does: number the "
             "files without a gap, or list them"
@@ -137,27 +158,63 @@ def _numbered_files(pattern: str) -> dict[str, Path]:
     return {f"client-{number:03d}": path(number) for number in range(count)}
 
 
-def _read_file(path: Path) -> list[Record]:
-    if not path.exists():
-        raise UserError(f"{path}: does not exist: give a file ({', '.join(SUFFIXES)})")
+def _read_file(path: Path) -> tuple[list[Record], Classes]:
+    """The rows of a file, and the names of its columns' classes.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    kind, packed = _kind(path.name)
     try:
-        match path.suffix.lower():
-            case ".json" | ".jsonl":
-                with path.open(encoding="utf-8-sig") as file:
-                    return _read_json(file, path)
-            case ".csv":
-                with path.open(encoding="utf-8-sig", newline="") as file:
-                    return _read_csv(file, path)
-            case ".parquet":
-                return _read_parquet(path)
-            case suffix:
-                raise UserError(
-                    f"{path}: files ending in {suffix!r} are not known: give {', '.join(SUFFIXES)}"
-                )
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or 'input error'})") from None
+        if not path.exists():
+            raise UserError(f"{path}: does not exist: give a file ({', '.join(SUFFIXES)})")
+        if not path.is_file():
+            raise UserError(f"{path}: is no file: give one ({', '.join(SUFFIXES)})")
+        if kind not in SUFFIXES or (packed and kind == ".parquet"):
+            hint = ": save the sheet as CSV" if kind in (".xls", ".xlsx", ".ods") else ""
+            raise UserError(
+                f"{path}: files ending in {path.suffix!r} are not known{hint}: give "
+                f"{', '.join(SUFFIXES)}, or one of the text files packed "
+                f"({', '.join(PACKED)})"
+            )
+        if kind == ".parquet":
+            return _read_parquet(path)
+        with _opened(path, packed) as file:
+            if kind in (".csv", ".tsv"):
+                return _read_csv(file, path, "," if kind == ".csv" else "\t"), {}
+            return _read_json(file, path), {}
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not text in UTF-8: convert it first") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "input error"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """The suffix that tells a file's kind, and the one that tells how it is packed, if it is."""
+    path = Path(name.lower())
+    packed = path.suffix if path.suffix in PACKED else ""
+    return Path(path.stem if packed else path).suffix, packed
+
+
+@contextlib.contextmanager
+def _opened(path: Path, packed: str) -> Iterator[TextIO]:
+    """A text file, unpacked as it is read."""
+    with contextlib.ExitStack() as stack:
+        file: Any = stack.enter_context(path.open("rb"))
+        if packed == ".gz":
+            file = stack.enter_context(gzip.GzipFile(fileobj=file))
+        elif packed == ".bz2":
+            file = stack.enter_context(bz2.BZ2File(file))
+        elif packed == ".xz":
+            file = stack.enter_context(lzma.LZMAFile(file))
+        elif packed == ".zst":
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(file, "zstd") as unpacked:
+                file = io.BytesIO(unpacked.read())
+        # As they stand: newlines within the cells of CSV files are text, and JSON minds none.
+        yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
 
 
 def _read_json(file: TextIO, path: Path) -> list[Record]:
@@ -178,13 +235,37 @@ def _read_json(file: TextIO, path: Path) -> list[Record]:
             raise UserError(
                 f'{path}: {place} is not an object: each row must be one, as {{"instruction": …}}'
             )
+    if len(rows) == 1:
+        _check_one_row(rows[0][1], path)
     return [row for _, row in rows]
+
+
+def _check_one_row(row: Record, path: Path) -> None:
+    """Raise a `UserError` for rows in a wrapping: {"data": [rows]}, or columns instead of rows."""
+    values = list(row.values())
+    lists = [value for value in values if isinstance(value, list)]
+    (wrapped, *_) = [*lists, []]
+    is_wrapped = len(row) == 1 and wrapped and all(isinstance(each, dict) for each in wrapped)
+    if is_wrapped and not any("role" in each or "from" in each for each in wrapped):
+        raise UserError(
+            f"{path}: is one object around the rows: give the list under {next(iter(row))!r} alone"
+        )
+    sizes = {len(value) for value in lists}
+    # Of dictionaries, those of pandas are, whose keys are the rows' numbers.
+    keys = {tuple(v) for v in values if isinstance(v, dict) and all(map(str.isdecimal, v))}
+    if len(values) > 1 and (
+        (len(lists) == len(values) and len(sizes) == 1 and sizes != {1})
+        or (len(keys) == 1 and keys != {()} and all(isinstance(v, dict) for v in values))
+    ):
+        raise UserError(
+            f"{path}: is one object of columns: give one of rows instead, as pandas' "
+            'to_json(orient="records") writes them'
+        )
 
 
 def _parse(text: str, path: Path, line: int) -> Any:
     try:
-        # pandas and json.dump write missing values as NaN, which would become the text "nan".
-        return json.loads(text, parse_constant=lambda _: None)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}: line {line + error.lineno - 1} is not valid JSON ({error.msg}): give an "
@@ -193,17 +274,30 @@ def _parse(text: str, path: Path, line: int) -> Any:
     except (
         ValueError,
         RecursionError,
-    ) as error:  # a number of thousands of digits, endless nesting
+    ) as error:  # one key twice, a number of thousands of digits, endless nesting
         raise UserError(f"{path}: line {line} cannot be read: {error}") from None
 
 
-def _read_csv(file: TextIO, path: Path) -> list[Record]:
+def _object(pairs: list[tuple[str, Any]]) -> Record:
+    """A JSON object, whose names differ."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        (name, _), *_ = (Counter(name for name, _ in pairs)).most_common(1)
+        raise ValueError(f"the name {name!r} stands twice in one object: give each its own")
+    return made
+
+
+def _read_csv(file: TextIO, path: Path, delimiter: str) -> list[Record]:
     csv.field_size_limit(2**31 - 1)  # The default refuses texts above 128 KiB.
-    reader = csv.reader(file, strict=True)
+    reader = csv.reader(file, strict=True, delimiter=delimiter)
     try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise UserError(f"{path}: two columns have one name: give each column its own")
+        header = next(filter(None, reader), [])
+        check_distinct(header, str(path))
+        if len(header) == 1 and (found := re.search(r"[;\t|,]", header[0])):
+            raise UserError(
+                f"{path}: its header is one column, {header[0]!r}: separate columns by "
+                f"{'commas' if delimiter == ',' else 'tabs'}, not by {found[0]!r}"
+            )
         rows = []
         for cells in reader:
             if not cells:
@@ -211,7 +305,7 @@ def _read_csv(file: TextIO, path: Path) -> list[Record]:
             if len(cells) != len(header):
                 raise UserError(
                     f"{path}: line {reader.line_num} has {len(cells)} cells where the header has "
-                    f"{len(header)}: quote texts that hold commas"
+                    f"{len(header)}: quote texts that hold {delimiter!r} or newlines"
                 )
             rows.append(dict(zip(header, cells, strict=True)))
     except csv.Error as error:
@@ -219,17 +313,25 @@ def _read_csv(file: TextIO, path: Path) -> list[Record]:
     return rows
 
 
-def _read_parquet(path: Path) -> list[Record]:
+def _read_parquet(path: Path) -> tuple[list[Record], Classes]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         # Not read_table, which adds columns that it guesses from the folders' names.
         with pyarrow.parquet.ParquetFile(path) as file:
+            check_distinct(file.schema_arrow.names, str(path))
             rows: list[Record] = file.read().to_pylist()
+            schema = file.schema_arrow
     except pyarrow.ArrowException:
         raise UserError(f"{path}: is not a valid Parquet file") from None
-    return rows
+    except ValueError as error:  # a structure that has one name twice
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not schema.metadata or b"huggingface" not in schema.metadata:
+        return rows, {}
+    import datasets
+
+    return rows, classes_of(datasets.Features.from_arrow_schema(schema))
 
 
 def _read_demo(split: str) -> list[Record]:
@@ -240,10 +342,22 @@ def _read_demo(split: str) -> list[Record]:
     raise UserError(f"{DEMO}: has no split {split!r}: give train or test")
 
 
+def classes_of(features: Mapping[str, Any]) -> Classes:
+    """Names of the classes in the columns of a dataset that hold their numbers."""
+    return {column: kind.names for column, kind in features.items() if hasattr(kind, "int2str")}
+
+
 def _load_dataset(name: str, split: str, subset: str | None) -> Dataset:
     import datasets
 
     try:
+        if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(name)
+            if isinstance(saved, datasets.Dataset):
+                return saved
+            if split not in saved:
+                raise ValueError(f"it has {', '.join(saved)}")
+            return saved[split]
         return datasets.load_dataset(name, subset, split=split)
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(
@@ -254,12 +368,21 @@ def _load_dataset(name: str, split: str, subset: str | None) -> Dataset:
         raise UserError(
             f"{name}: holds no data file that is known: give one ({', '.join(SUFFIXES)})"
         ) from None
-    except OSError:
+    except OSError as error:
+        if Path(name).is_dir():
+            reason = " ".join(str(error).split())
+            raise UserError(f"{name}: cannot be read as a dataset ({reason})") from None
         raise UserError(
             f"{name}: is no file, and the Hugging Face Hub cannot be reached for a dataset of that "
             "name: give a file, or connect to the network"
         ) from None
-    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         reason = " ".join(str(error).split()).partition(" Example of usage")[0]
         part = f"the split {split!r}" + (f" of the subset {subset!r}" if subset else "")
         raise UserError(

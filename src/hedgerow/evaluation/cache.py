@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hedgerow.model import max_positions
+from hedgerow.training.loss import unscaled_positions
 
 _TEXTS = ((0, 1, 2, 1, 0), (2, 0, 0, 1, 1))
 """Two texts for trials: any ids that every vocabulary has."""
@@ -27,7 +26,7 @@ def keeps_keys_only(network: Any, longest: int) -> bool:
     a mask says so. Recurrent and convolutional layers keep a state of the whole text instead, which
     padding would change, and positions that are scaled for long texts change all keys.
     """
-    if longest > _unscaled(network):
+    if longest > unscaled_positions(network):
         return False
     input_ids = torch.tensor([_TEXTS[0][:1]], device=network.device)
     try:
@@ -36,7 +35,21 @@ def keeps_keys_only(network: Any, longest: int) -> bool:
         return False
     cache: Any = getattr(output, "past_key_values", None)
     kinds = {DynamicLayer, DynamicSlidingWindowLayer}
-    return type(cache) is DynamicCache and {type(layer) for layer in cache.layers} <= kinds
+    plain = type(cache) is DynamicCache and {type(layer) for layer in cache.layers} <= kinds
+    return plain and _reads_past_padding(network)
+
+
+def _reads_past_padding(network: Any) -> bool:
+    """Whether a text comes to the same behind padding: not where positions count the padding."""
+    text = torch.tensor([_TEXTS[0]], device=network.device)
+
+    def logits(padding: int) -> torch.Tensor:
+        pad = text.new_zeros(1, padding)
+        ids, mask = (torch.cat(pair, 1) for pair in ((pad, text), (pad, torch.ones_like(text))))
+        return _last_logits(network, ids, mask, new_tokens=1)
+
+    alone, behind = logits(0), logits(3)
+    return not bool((behind - alone).abs().max() > 0.05 * alone.std())
 
 
 @torch.inference_mode()
@@ -47,21 +60,10 @@ def goes_on_from_state(network: Any) -> bool:
     or mixed among the texts of a batch.
     """
     input_ids = torch.tensor(_TEXTS, device=network.device)
-    options = {
-        "max_new_tokens": 2,
-        "min_new_tokens": 2,
-        "do_sample": False,
-        "pad_token_id": 0,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
 
     def second_logits(use_cache: bool) -> torch.Tensor:
-        config = GenerationConfig(**options, use_cache=use_cache)
         mask = torch.ones_like(input_ids)
-        made = network.generate(input_ids, attention_mask=mask, generation_config=config)
-        logits: torch.Tensor = made.logits[1].float()
-        return logits
+        return _last_logits(network, input_ids, mask, new_tokens=2, use_cache=use_cache)
 
     afresh = second_logits(use_cache=False)
     try:
@@ -71,13 +73,23 @@ def goes_on_from_state(network: Any) -> bool:
     return bool((kept - afresh).abs().max() <= 0.05 * afresh.std())
 
 
-def _unscaled(network: Any) -> int:
-    """Number of positions up to which rotary frequencies do not depend on the longest text."""
-    kinds = " ".join(str(getattr(module, "rope_type", "")) for module in network.modules())
-    if "dynamic" not in kinds and "longrope" not in kinds:
-        return sys.maxsize
-    parameters = getattr(network.config.get_text_config(), "rope_parameters", None) or {}
-    # They may be given for each kind of layer by itself.
-    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    known = [one.get("original_max_position_embeddings") for one in each]
-    return min([count for count in known if count], default=max_positions(network))
+def _last_logits(
+    network: Any, input_ids: torch.Tensor, mask: torch.Tensor, new_tokens: int, **options: Any
+) -> torch.Tensor:
+    """Logits of the last of some new tokens, with nothing of the model's own way of generating."""
+    config = GenerationConfig(
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+    own, network.generation_config = network.generation_config, config
+    try:
+        made = network.generate(input_ids, attention_mask=mask, generation_config=config)
+    finally:
+        network.generation_config = own
+    logits: torch.Tensor = made.logits[-1].float()
+    return logits

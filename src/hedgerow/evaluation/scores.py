@@ -51,6 +51,8 @@ class TestSet:
     """The value of the column `evaluation.by` in each row, where it is set."""
     choices: Choices | None
     """The questions among the rows, where a metric needs their options' likelihoods."""
+    remarks: Sequence[str] = ()
+    """Sentences on rows of the source that are left out."""
 
     @classmethod
     def prepare(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hedgerow.data import ClientData, Held, Records, Rows, Template, Tokenized, check, read
@@ -90,7 +90,12 @@ def prepare(
         for index, name in enumerate(data.names)
         if name in shards
     ]
-    notes = [*notes_on_template(data.encoder.template), *left_out, *_notes_on(shards)]
+    notes = [
+        *notes_on_template(data.encoder.template),
+        *data.remarks.sentences(),
+        *left_out,
+        *_notes_on(shards),
+    ]
     if experiment.method.pools_data:
         shards = {"pooled": Tokenized.concatenate(list(shards.values()))}
         clients = [Client(0, name, len(shard)) for name, shard in shards.items()]
@@ -211,7 +216,8 @@ def load_test(
     if any(metric.needs == "likelihood" for metric in metrics_of(settings.metrics)):
         check_max_length(model, text.max_length)
     check_positions(model, settings)
-    return TestSet.prepare(rows, text, settings, model.tokenizer, model.vocabulary_size)
+    test = TestSet.prepare(rows, text, settings, model.tokenizer, model.vocabulary_size)
+    return replace(test, remarks=rows.remarks.sentences())
 
 
 def test_rows(
@@ -288,7 +294,7 @@ def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
             for why, count in counts.items()
             if count
         ),
-        *(f"the test data: {note}" for note in _notes_on_text([test.examples])),
+        *(f"the test data: {note}" for note in [*test.remarks, *_notes_on_text([test.examples])]),
     ]
 
 
@@ -319,7 +325,22 @@ def _tokenized(data: ClientData) -> tuple[dict[str, Tokenized], list[str]]:
             empty[name] = error
     if not shards:
         raise next(iter(empty.values()))
-    return shards, [f"client {name} is left out: {error}" for name, error in empty.items()]
+    alike: dict[str, list[str]] = {}
+    for name, reason in empty.items():
+        alike.setdefault(str(reason).removeprefix(f"{name}: "), []).append(name)
+    return shards, [_on_clients(names, why) for why, names in alike.items()]
+
+
+def _on_clients(names: Sequence[str], why: str) -> str:
+    """A sentence on clients that are left out for one reason."""
+    if len(names) == 1:
+        return f"client {names[0]} is left out: {why}"
+    listed = ", ".join(names[:_FEW]) + (" …" if len(names) > _FEW else "")
+    return f"{len(names):,} clients are left out: {why} ({listed})"
+
+
+_FEW = 5
+"""How many clients a sentence names."""
 
 
 def _notes_on(shards: Mapping[str, Tokenized]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,10 @@ def token_losses(network: Any, batch: Mapping[str, Tensor], **inputs: Any) -> tu
     has no labels. Without a mask, attention takes its causal fast path. Logits are in the network's
     dtype, and made only at positions where some row has a label; cross-entropy is in float32.
 
+    Where rotary frequencies follow the longest text of a batch (as Phi-3's LongRoPE), texts on
+    either side of where they change go through the network apart, so that what a text comes to does
+    not depend on those beside it.
+
     Args:
         network: a causal language model of transformers.
         batch: int64 `input_ids` and `labels` of shape (batch, length), as `data.collate` makes
@@ -54,6 +59,23 @@ def token_losses(network: Any, batch: Mapping[str, Tensor], **inputs: Any) -> tu
         Losses of shape (n,), float32, differentiable, on the network's device; and the row of the
         batch that each is from, shape (n,), on the batch's device. Both are ordered by row.
     """
+    lengths = _lengths(batch["labels"])
+    is_long = lengths > unscaled_positions(network)
+    if not 0 < int(is_long.sum()) < len(lengths):
+        return _token_losses(network, batch, **inputs)
+    parts = []
+    for chosen in ((~is_long).nonzero().squeeze(1), is_long.nonzero().squeeze(1)):
+        longest = int(lengths[chosen].max())
+        part = {name: batch[name][chosen, :longest] for name in ("input_ids", "labels")}
+        losses, rows = _token_losses(network, part, **inputs)
+        parts.append((losses, chosen[rows]))
+    rows, order = torch.cat([rows for _, rows in parts]).sort(stable=True)
+    return torch.cat([losses for losses, _ in parts])[order.to(network.device)], rows
+
+
+def _token_losses(
+    network: Any, batch: Mapping[str, Tensor], **inputs: Any
+) -> tuple[Tensor, Tensor]:
     device = network.device
     labels = batch["labels"][:, 1:]  # position i predicts token i + 1
     positions = (labels != _NO_LOSS).any(dim=0).nonzero().squeeze(1)
@@ -68,6 +90,32 @@ def token_losses(network: Any, batch: Mapping[str, Tensor], **inputs: Any) -> tu
     logits = logits[rows.to(device), columns.to(device)]
     targets = labels[rows, columns].to(device)
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none"), rows
+
+
+def _lengths(labels: Tensor) -> Tensor:
+    """Tokens of each row without its padding: up to the last label, as answers end texts."""
+    places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    return ((labels != _NO_LOSS) * places).amax(dim=1)
+
+
+def unscaled_positions(network: Any) -> int:
+    """Longest text up to which rotary frequencies are those of short texts.
+
+    It is `sys.maxsize` where they are the same in all texts.
+    """
+    config = getattr(network, "config", None)
+    if config is None:
+        return sys.maxsize
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    # They may be given for each kind of layer by itself.
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, Mapping))]
+    limits = [
+        one.get("original_max_position_embeddings") or text.max_position_embeddings
+        for one in each
+        if one.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min(limits, default=sys.maxsize)
 
 
 @functools.cache
