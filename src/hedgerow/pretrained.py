@@ -41,6 +41,8 @@ _TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 """Everything that tokenizers are read from; no code, and nothing that is pickled."""
+_PROCESSORS = "*processor_config.json"
+"""What says how a model of images and text, trained here on text alone, is given images."""
 
 
 def save(
@@ -69,6 +71,9 @@ def save(
     network.save_pretrained(folder)
     network.generation_config = generation
     source = _folder_of(network.config.name_or_path, revision)
+    for file in [] if source is None else source.glob(_PROCESSORS):
+        shutil.copyfile(file, folder / file.name)
+        spellings.rewrite(folder / file.name, _without_code)
     if source is not None and not _same_config(network, source):
         source = None
     if source is not None:
