@@ -670,7 +670,7 @@ def _encoder(network):
         (_peft_inside, "has an adapter of peft: merge it first"),
         (_quantized, "has quantized weights (bitsandbytes), to which"),
         (_integers, "has quantized weights, to which"),
-        (_mixed, "weights of bfloat16 and float32 computes nothing"),
+        (_mixed, "its weights are bfloat16 and float32, give it in one"),
         (_not_finite, "has values in model.norm.weight that are no finite numbers"),
         (_encoder, "T5ForConditionalGeneration, whose encoder reads the prompt"),
         (lambda network: network.to("meta"), "has no values of model.embed_tokens.weight"),

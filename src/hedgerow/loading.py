@@ -233,10 +233,14 @@ def _wants_code(error: Exception) -> bool:
 
 def _kind_of(config: Any, where: str) -> Any:
     """The class of transformers that makes a network which predicts the next token of a text."""
-    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        return transformers.AutoModelForCausalLM
-    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    # The part of a model of images and text that reads text is saved with a configuration of its
+    # own, which is not always one that can be loaded again.
+    is_whole = type(config) in causal and causal[type(config)].config_class in causal
+    if not is_whole and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return transformers.AutoModelForImageTextToText  # which is asked for text alone
+    if type(config) in causal:
+        return transformers.AutoModelForCausalLM
     raise UserError(
         f"{where} is a model of the kind {config.model_type}, which is no causal language model: "
         "give one that predicts the next token of a text"

@@ -559,7 +559,14 @@ ARCHITECTURES = [
         "qwen2_vl",
         "Qwen2VLConfig",
         {
-            "text_config": _text(head_dim=None),
+            "text_config": _text(
+                head_dim=None,
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [1, 1, 2],
+                },
+            ),
             "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
         },
         "vision",

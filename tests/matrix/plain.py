@@ -71,7 +71,13 @@ def _say(
 
     # A base may be stored in few bits; what is exported whole says itself what it is.
     options = {} if adapter is None else {"dtype": torch.float32}
-    network = transformers.AutoModelForCausalLM.from_pretrained(model, **options)
+    # The part that reads text, unless there is none that can be loaded by itself.
+    config = type(transformers.AutoConfig.from_pretrained(model))
+    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = transformers.AutoModelForCausalLM
+    if config not in causal or causal[config].config_class not in causal:
+        kind = transformers.AutoModelForImageTextToText
+    network = kind.from_pretrained(model, **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     kind = type(network).__name__
     if adapter is not None:

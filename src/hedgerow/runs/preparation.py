@@ -168,11 +168,12 @@ def check_causal(model: Model) -> None:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.network.parameters()})
-        reason = " ".join(str(error).split())[:200]
+        mend = "give a causal language model whose config.json fits its architecture"
+        if len(dtypes) > 1:
+            mend = f"its weights are {' and '.join(dtypes)}, give it in one (model.float(), say)"
         raise UserError(
-            f"model.path: {model.architecture} with weights of {' and '.join(dtypes)} computes "
-            f"nothing of a text alone ({reason}): give a causal language model whose weights are "
-            "of one dtype (model.float() or model.bfloat16() of one in memory)"
+            f"model.path: {model.architecture} cannot compute anything of a text "
+            f"({' '.join(str(error).split())[:200]}): {mend}"
         ) from None
     rounding = 2e-3 if model.network.dtype == torch.float32 else 0.02
     if (first - second).abs().max() > rounding * first.std():
