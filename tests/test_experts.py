@@ -210,3 +210,17 @@ def test_what_all_linear_leaves_out_is_said_with_its_count(tmp_path, base):
     assert all(name.endswith(("in_proj", "x_proj")) for name in mamba.modules)
     assert any("dt_proj (2)" in said for said in mamba.left_out)
     assert any("out_proj (2)" in said for said in mamba.left_out)
+
+
+def test_gates_of_recurrent_layers_are_no_experts():
+    """Their module has a state that others set, which a wrapper around it would hide."""
+    from hedgerow import targets
+
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, lru_width=16,
+    )  # fmt: skip
+    made = transformers.RecurrentGemmaForCausalLM(config).eval()
+    found = targets.find(made, "all-linear")
+    assert not found.parameters
+    assert any("rg_lru.input_gate_weight" in said for said in found.left_out)

@@ -94,13 +94,14 @@ def is_transposed(layer: Any) -> bool:
 def expert_parameters(network: Any) -> dict[str, bool]:
     """Parameters that hold a matrix for each expert, and whether they keep it transposed, (n, m).
 
-    Such a parameter has the shape (experts, m, n), or (experts, n, m), and its module is none of
-    torch's own, as a convolution is.
+    Such a parameter has the shape (experts, m, n), or (experts, n, m). Its module, or the class of
+    it, is named after experts: others keep gates of recurrent layers in this way, whose module has a
+    state that a wrapper would hide.
     """
     return {
         f"{name}.{parameter}": bool(getattr(module, "is_transposed", False))
         for name, module in network.named_modules()
-        if name and not type(module).__module__.startswith("torch.nn")
+        if "expert" in f"{name}.{type(module).__name__}".lower()
         for parameter, weight in module.named_parameters(recurse=False)
         if weight.ndim == 3 and weight.is_floating_point()
     }
