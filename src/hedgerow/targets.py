@@ -94,9 +94,9 @@ def is_transposed(layer: Any) -> bool:
 def expert_parameters(network: Any) -> dict[str, bool]:
     """Parameters that hold a matrix for each expert, and whether they keep it transposed, (n, m).
 
-    Such a parameter has the shape (experts, m, n), or (experts, n, m). Its module, or the class of
-    it, is named after experts: others keep gates of recurrent layers in this way, whose module has a
-    state that a wrapper would hide.
+    Such a parameter has the shape (experts, m, n), or (experts, n, m), and its module or the
+    module's class is named after experts. Gates of recurrent layers have three dimensions too, but
+    a module with a state, which a wrapper would hide.
     """
     return {
         f"{name}.{parameter}": bool(getattr(module, "is_transposed", False))
