@@ -460,6 +460,28 @@ def test_an_adapter_that_has_changed_since_the_run_is_not_exported(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_is_exported_without_its_base_only_where_that_is_a_whole_model(
+    hedgerow, experiment, tmp_path, tied, plain
+):
+    for name, base in (("whole", tied), ("adapted", plain)):
+        shutil.copytree(base, tmp_path / name)
+        run = run_on(hedgerow, experiment, tmp_path, tmp_path / name)
+        index = json.loads((run / "ledger" / "ledger.json").read_text())
+        assert index["base"].get("adapter_of") == (None if name == "whole" else "base")
+        (tmp_path / name).rename(tmp_path / "moved")
+        result = hedgerow("export", run, tmp_path / "out", "--to", "adapter")
+        assert result.code == (0 if name == "whole" else 2), result.err
+        if name == "adapted":
+            assert "is not there any more: add model.path=FOLDER" in result.err
+            moved = f"model.path={tmp_path / 'moved'}"
+            assert hedgerow("export", run, tmp_path / "out", "--to", "adapter", moved).code == 0
+            assert json.loads(hedgerow("evaluate", run, moved, "--json").out)[
+                "eval_loss"
+            ] == pytest.approx(rows_of(run)[-1]["eval_loss"], abs=1e-5)
+        for folder in ("run", "moved", "out"):
+            shutil.rmtree(tmp_path / folder)
+
+
 def test_an_adapter_on_the_hub_is_a_base(tmp_path, plain, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -30,7 +30,7 @@ from hedgerow.data import load_template
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.ledger import Ledger
-from hedgerow.loading import adapter_folder, location, name_of, skeleton
+from hedgerow.loading import location, name_of, skeleton
 from hedgerow.lowrank import Factors
 from hedgerow.model import Model
 from hedgerow.names import MEMORY
@@ -137,7 +137,8 @@ def to_adapter(
         path, revision = experiment.model.path, experiment.model.revision
         place = ledger.base.name if path == MEMORY else location(path)
         below = None
-        if path != MEMORY and adapter_folder(experiment.model) is not None:
+        # Ledgers of version 0.1 do not say it.
+        if ledger.base.adapter_of is not None or base_adapter.is_adapter(Path(location(path))):
             model = model_at(experiment, ledger, 0, load)  # sees that it is still the run's base
             below = model.origin.adapter
             assert below is not None

@@ -98,8 +98,6 @@ def load(settings: ModelSettings) -> Loaded:
             problem = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"{where} {problem}: give a model folder in Hugging Face format")
     device = _device(settings.device)
-    if not folder.exists():
-        _check_reachable(settings.path, settings.revision, where)
     if (adapted := adapter_folder(settings)) is not None:
         network, origin = _load_below(adapted, settings, where)
         network, adapter = base_adapter.merged(adapted, network, base_adapter.base_of(adapted))
@@ -127,7 +125,18 @@ def adapter_folder(settings: ModelSettings) -> Path | None:
             )
         return folder
     name, revision = settings.path, settings.revision
-    if transformers.utils.find_adapter_config_file(name, revision=revision) is None:
+    if folder.is_absolute():
+        return None
+    _check_reachable(name, revision, f"model.path: {name}")
+    cached = [
+        isinstance(huggingface_hub.try_to_load_from_cache(name, file, revision=revision), str)
+        for file in ("config.json", "adapter_config.json")
+    ]
+    # A model that is here already is not asked for on the Hub, which may not be to be reached.
+    if cached == [True, False] or (
+        cached == [False, False]
+        and transformers.utils.find_adapter_config_file(name, revision=revision) is None
+    ):
         return None
     try:
         return Path(
@@ -372,6 +381,11 @@ def skeleton(settings: ModelSettings) -> Any:
     Under an adapter, it is the model that the adapter is for.
     """
     place, revision = location(settings.path), settings.revision
+    if Path(place).is_absolute() and not Path(place).is_dir():
+        raise UserError(
+            f"model.path: {place}, the run's base, is not there any more: add model.path=FOLDER, "
+            "the folder of a copy of it"
+        )
     adapted = adapter_folder(settings)
     if adapted is not None:
         place, revision = base_adapter.base_of(adapted), base_adapter.config_of(adapted).revision
