@@ -126,13 +126,13 @@ def test_a_cell_that_fails_does_not_stop_the_others(hedgerow, experiment, tmp_pa
 def test_a_cell_that_breaks_off_leaves_the_next_one_the_model_as_it_was(
     hedgerow, experiment, tmp_path
 ):
-    """peft wraps some layers of this one's before it comes to one that it cannot."""
+    """This one names a layer that cannot be adapted, beside one that can."""
     out = tmp_path / "out"
     methods = "flora targets=[q_proj,input_layernorm],flora,fedavg"
     result = hedgerow("compare", experiment(), "--methods", methods, "--out", out)
     assert result.code == 1
     assert "1 of 3 runs failed" in result.err
-    assert "its linear layers are down_proj, gate_proj" in result.out
+    assert "input_layernorm is not a linear layer (LlamaRMSNorm)" in result.out
     hedgerow("run", experiment(), "method.name=fedavg", "--out", tmp_path / "alone")
     entry = "ledger/0002.safetensors"
     alone, shared = (tmp_path / "alone" / entry, out / "runs" / "fedavg,seed=0" / entry)

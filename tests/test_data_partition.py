@@ -109,5 +109,8 @@ def test_mistakes():
     ]:
         with pytest.raises(UserError, match=message):
             partition(rows, settings_, 0)
+    for value in (None, "", " "):
+        with pytest.raises(UserError, match="row 2 has no value in 'topic'"):
+            partition(topical(["a", value]), how("column"), 0)
     with pytest.raises(UserError, match="row 1 has a list in 'topic'"):
         partition(topical([["a"]]), how("column"), 0)

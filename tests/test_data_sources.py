@@ -1,4 +1,7 @@
+import bz2
+import gzip
 import json
+import lzma
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +67,19 @@ def test_not_a_number_is_no_value(tmp_path):
         ("rows.csv", "a,b\n1,2\n1,2,3\n", "line 3 has 3 cells where the header has 2"),
         ("rows.csv", "a,a\n1,2\n", "2 columns have one name, 'a'"),
         ("rows.csv", 'a,b\n1,"2\n', "not valid CSV"),
+        ("rows.csv", "a;b\n1;2\n", "its header is one column, 'a;b': .* commas, not by ';'"),
+        ("rows.jsonl", '{"a": 1, "a": 2}', "the name 'a' stands twice"),
+        ("rows.jsonl", '{"a": ' + "9" * 5000 + "}", "a number has thousands of digits"),
+        ("rows.jsonl", '{"a": ' + "[" * 100_000, "nested too deeply"),
+        ("rows.json", '{"data": [{"a": 1}, {"a": 2}]}', "one object around the rows.*'data'"),
+        ("rows.json", '{"a": ["1", "2"], "b": ["3", "4"]}', "one object of columns"),
+        ("rows.json", '{"a": {"0": "1"}, "b": {"0": "2"}}', "one object of columns"),
+        ("rows.jsonl.gz", '{"a": 1}', "cannot be read .*Not a gzipped file"),
+        ("rows.jsonl.xz", '{"a": 1}', "cannot be read"),
+        ("rows.jsonl.bz2", '{"a": 1}', "cannot be read"),
+        ("rows.jsonl.zst", '{"a": 1}', "cannot be read"),
+        ("rows.parquet.gz", "nothing", r"files ending in '\.gz' are not known"),
+        ("rows.xlsx", "nothing", "not known: save the sheet as CSV"),
         ("rows.parquet", "nothing", "not a valid Parquet file"),
         ("rows.txt", "nothing", r"files ending in '\.txt' are not known"),
     ],
@@ -71,6 +87,32 @@ def test_not_a_number_is_no_value(tmp_path):
 def test_bad_files(tmp_path, name, text, message):
     with pytest.raises(UserError, match=f"{name}: .*{message}"):
         read(write(tmp_path / name, text), "train")
+
+
+def test_packed_files(tmp_path):
+    text = "\n".join(map(json.dumps, ROWS)).encode()
+    packers = {
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+        "zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+    }
+    for suffix, pack in packers.items():
+        path = tmp_path / f"rows.jsonl.{suffix}"
+        path.write_bytes(pack(text))
+        assert read(str(path), "train").rows == ROWS
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(gzip.compress(text)[:-9])
+    with pytest.raises(UserError, match=r"cut\.jsonl\.gz: cannot be read"):
+        read(str(path), "train")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match="is no file"):
+        read(str(tmp_path / "rows.jsonl"), "train")
+    with pytest.raises(UserError, match="File name too long"):
+        read(str(tmp_path / ("x" * 300 + ".jsonl")), "train")
 
 
 def test_missing_and_unreadable(tmp_path):

@@ -50,6 +50,12 @@ def tokenize(rows, spool=None, tokenizer=TOKENIZER, max_length=12, loss_on="answ
     return (spool or Spool()).tokenize("ward", rows, encoder, max_length, loss_on)
 
 
+def test_half_a_character_is_named_with_its_row():
+    rows = [row(2, 1), Row("w0", output="w1 \ud83d", number=7)]
+    with pytest.raises(UserError, match=r"ward: row 7: its text holds half a character \(U\+D83D"):
+        tokenize(rows)
+
+
 def test_an_example():
     example = tokenize([Row("w0 w1", output="w7")])[0]
     assert example.tokens.tolist() == [BOS, 3, 4, 10, EOS]

@@ -84,6 +84,15 @@ class Fields(Section):
     """Column of conversations, instead of the other three: lists of {role, content} or of {from,
     value}, whose last answer counts; with null, there is none."""
 
+    @model_validator(mode="after")
+    def _one_kind(self) -> Fields:
+        plain = {"instruction", "input", "output"}
+        if self.messages is not None and any(
+            getattr(self, key) != type(self).model_fields[key].default for key in plain
+        ):
+            raise ValueError("give `messages`, or the columns of instruction, input and output")
+        return self
+
 
 class Partition(Section):
     """Division of one source into clients."""
@@ -213,10 +222,10 @@ class DataSettings(TextSettings):
             names = [c["name"] for c in clients if isinstance(c, dict) and "name" in c]
         for name in names:
             if not isinstance(name, str):
-                kind = {bool: "true or false", type(None): "null"}.get(type(name), "a number")
+                kind = {bool: "a boolean", type(None): "no value"}.get(type(name), "a number")
                 raise ValueError(
-                    f"client name {json.dumps(name, default=str)} is {kind} to YAML, not text: "
-                    "write it in quotes (YAML takes on, off, yes, no and null for other things)"
+                    f"client name {json.dumps(name, default=str)} is {kind} in YAML, not text: "
+                    "write it in quotes"
                 )
             if not NAME.fullmatch(name):
                 raise ValueError(

@@ -87,6 +87,9 @@ def _rope(config: Json) -> Json:
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, Mapping) or config.get("rope_scaling") is not None:
         return {}
+    model_type = str(config.get("model_type"))
+    if _FULL in parameters and model_type not in _WITH_KINDS_OF_LAYERS:
+        return {}  # version 4 does not know it, and version 5 would read both spellings as one
     local = parameters.get(_SLIDING) or {}
     # Where layers differ, those of full attention have the model's own positions.
     whole = parameters.get(_FULL) or parameters
@@ -102,7 +105,6 @@ def _rope(config: Json) -> Json:
         scaling = {"type" if kind == "longrope" else "rope_type": kind, **scaling}
     keys["rope_scaling"] = scaling or None
     theta, share = whole.get("rope_theta"), whole.get("partial_rotary_factor")
-    model_type = str(config.get("model_type"))
     if theta is not None:
         keys[_THETA.get(model_type, "rope_theta")] = theta
     if share is not None:
@@ -112,6 +114,8 @@ def _rope(config: Json) -> Json:
     return keys
 
 
+_WITH_KINDS_OF_LAYERS = {"gemma3_text", "gemma3n_text", "modernbert", "modernbert-decoder", "olmo3"}
+"""Models of version 4 whose kinds of layers differ in their rotary positions."""
 _THETA = {
     "gpt_neox": "rotary_emb_base",
     "gpt_neox_japanese": "rotary_emb_base",

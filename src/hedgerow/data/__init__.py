@@ -5,7 +5,7 @@ from hedgerow.data.clients import ClientData
 from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held, as_records
 from hedgerow.data.partition import partition
-from hedgerow.data.rows import Message, NothingUsable, Records, Remarks, Row, Rows, check
+from hedgerow.data.rows import Message, Records, Remarks, Row, Rows, check
 from hedgerow.data.sources import client_files, read
 from hedgerow.data.templates import Template, in_turns
 from hedgerow.data.templates import load as load_template
@@ -17,7 +17,6 @@ __all__ = [
     "Example",
     "Held",
     "Message",
-    "NothingUsable",
     "Records",
     "Remarks",
     "Row",

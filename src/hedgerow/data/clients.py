@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held
 from hedgerow.data.partition import partition
-from hedgerow.data.rows import NothingUsable, Records, Remarks, Row, check
+from hedgerow.data.rows import Records, Remarks, Row, check
 from hedgerow.data.sources import client_files, read, share_of
 from hedgerow.data.templates import load as load_template
 from hedgerow.data.tokens import Spool, Tokenized
+from hedgerow.errors import NothingToLearn
 from hedgerow.names import MEMORY
 from hedgerow.seeds import Seeds
 
@@ -73,12 +74,12 @@ class ClientData:
 
         Raises:
             UserError: they cannot be read.
-            NothingUsable: nothing of them is left to learn from.
+            NothingToLearn: nothing of them is left to learn from.
         """
         if name in self._parts:
             rows: Sequence[Row] = [self._rows[index] for index in self._parts[name]]
             if not rows:
-                raise NothingUsable(f"{name}: `data.partition` gives it no row")
+                raise NothingToLearn(f"{name}: `data.partition` gives it no row")
         else:
             own = self._held.clients.get(name)
             rows = self._read(str(self._files[name]), own)

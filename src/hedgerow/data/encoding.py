@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hedgerow.data.rows import Row
+from hedgerow.data.rows import Row, check_characters
 from hedgerow.data.templates import Template
 from hedgerow.errors import UserError
 from hedgerow.lazy import transformers
@@ -393,10 +393,12 @@ def _joined(begin: Ids, ids: Ids) -> Ids:
 
 
 def _written(write: Callable[[Row], _T], rows: Iterable[Row], where: str) -> list[_T]:
-    """What a template makes of rows; a `UserError` of its own names the row."""
+    """What a template makes of rows; a `UserError` names the row, whoever made it."""
     written = []
     for row in rows:
         try:
+            for text in _texts(row):
+                check_characters(text, "its text")
             written.append(write(row))
         except UserError as error:
             place = f"{where}: row {row.number}" if row.number else where

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hedgerow.data.rows import Row
+from hedgerow.data.rows import Row, is_empty
 from hedgerow.errors import UserError
 
 if TYPE_CHECKING:
@@ -129,10 +129,8 @@ def _labels(rows: Sequence[Row], column: str | None) -> tuple[list[Any], list[in
     values = []
     for row in rows:
         value = row.columns.get(column)
-        if isinstance(value, str) and not value.strip():
-            value = None  # an empty cell of a CSV file
-        if not isinstance(value, str | int | float):
-            problem = "no value" if value is None else f"a {type(value).__name__}"
+        if is_empty(value) or not isinstance(value, str | int | float):
+            problem = "no value" if is_empty(value) else f"a {type(value).__name__}"
             raise UserError(
                 f"`data.partition.column`: row {row.number} has {problem} in {column!r}, where "
                 f"text or a number must be (columns there: {', '.join(sorted(row.columns))})"

@@ -158,10 +158,6 @@ class Rows(Sequence[Row]):
         return iter(self.rows)
 
 
-class NothingUsable(NothingToLearn):
-    """Data of which nothing is left to use, though nothing in them is a mistake."""
-
-
 class _LeftOut(Exception):
     """A row that cannot be used; the text says why, as in "2 rows left out: …"."""
 
@@ -181,13 +177,14 @@ def check(records: Records, fields: Fields, *, answered: bool = True) -> Rows:
 
     Raises:
         UserError: naming the source, the row and the column of what cannot be used.
-        NothingUsable: no row is left.
+        NothingToLearn: no row is left.
     """
     where, remarks = records.where, Remarks()
     if not len(records):
-        raise NothingUsable(f"{where}: holds no rows: give at least one example")
+        raise NothingToLearn(f"{where}: holds no rows: give at least one example")
     known = {column: None for row in records.rows for column in row}
-    fields = _layout(fields, known, answered)
+    asked, fields = fields, _layout(fields, known, answered)
+    columns = fields.messages or f"{fields.instruction}, {fields.output}"
     _check_known(records, fields, known, answered)
     ignored = [c for c in known if c.lower() in _LIKE_AN_INPUT and c not in _named(fields)]
     reader = _Reader(records, fields, remarks)
@@ -201,14 +198,15 @@ def check(records: Records, fields: Fields, *, answered: bool = True) -> Rows:
             remarks.add(f"left out: {reason}", where, number)
             continue
         for column in ignored:
-            if not _is_empty(record.get(column)):
-                remarks.add(
-                    f"with a column {column!r} that is not used (see `data.fields`)", where, number
-                )
+            if not is_empty(record.get(column)):
+                what = f"with a column {column!r}, which `data.fields` does not name"
+                remarks.add(what, where, number)
+        if fields is not asked:
+            remarks.add(f"read from {columns}, for want of {asked.instruction}", where, number)
         rows.append(row)
     if not rows:
         why = "; ".join(remarks.sentences())
-        raise NothingUsable(f"{where}: no row can be used: {why}")
+        raise NothingToLearn(f"{where}: no row can be used: {why}")
     return Rows(rows, remarks)
 
 
@@ -286,6 +284,11 @@ def _check_known(
                 f"one of {listed}"
             )
         return
+    if len(known) == 1 and answered and not nested and fields.instruction not in known:
+        raise UserError(
+            f"{where}: has one column, {next(iter(known))!r}, where a row needs an instruction and "
+            "an answer: give each a column, or give conversations in `messages`"
+        )
     for key, column in [("instruction", fields.instruction), ("output", fields.output)]:
         if (answered or key == "instruction") and not is_there(column):
             raise UserError(
@@ -312,12 +315,12 @@ def _value(record: Any, column: str) -> Any:
     return None if value is None else _value(value, inner)
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
     """Whether there is nothing in a cell, or a list, or a mapping."""
     if isinstance(value, Mapping):
-        return all(map(_is_empty, value.values()))
+        return all(map(is_empty, value.values()))
     if isinstance(value, list):
-        return all(map(_is_empty, value))
+        return all(map(is_empty, value))
     return value is None or (isinstance(value, str) and not value.strip())
 
 
@@ -335,7 +338,7 @@ class _Reader:
             _LeftOut: it is of no use.
             UserError: it is a mistake.
         """
-        if _is_empty(record):
+        if is_empty(record):
             raise _LeftOut("every cell is empty")
         fields, where = self._fields, f"{self._where}: row {number}"
         if fields.messages is not None:
@@ -409,7 +412,6 @@ class _Reader:
 
 
 def _has_messages(value: Any) -> bool:
-    """Whether this is a list with messages in it."""
     return isinstance(value, list) and any(isinstance(each, Mapping) for each in value)
 
 

@@ -32,6 +32,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 Classes = Mapping[str, Sequence[str]]
 """The names that the integers of a column stand for, by column."""
+_WHOLE = re.compile(r"-?\d+\.0")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -271,11 +272,18 @@ def _parse(text: str, path: Path, line: int) -> Any:
             f"{path}: line {line + error.lineno - 1} is not valid JSON ({error.msg}): give an "
             "array of objects, or one object a line"
         ) from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # one key twice, a number of thousands of digits, endless nesting
+    except _NamedTwice as error:
         raise UserError(f"{path}: line {line} cannot be read: {error}") from None
+    except ValueError:
+        raise UserError(
+            f"{path}: line {line} cannot be read: a number has thousands of digits"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{path}: line {line} cannot be read: it is nested too deeply") from None
+
+
+class _NamedTwice(ValueError):
+    """A JSON object has one name twice."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Record:
@@ -283,7 +291,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Record:
     made = dict(pairs)
     if len(made) < len(pairs):
         (name, _), *_ = (Counter(name for name, _ in pairs)).most_common(1)
-        raise ValueError(f"the name {name!r} stands twice in one object: give each its own")
+        raise _NamedTwice(f"the name {name!r} stands twice in one object: give each its own")
     return made
 
 
@@ -298,7 +306,7 @@ def _read_csv(file: TextIO, path: Path, delimiter: str) -> list[Record]:
                 f"{path}: its header is one column, {header[0]!r}: separate columns by "
                 f"{'commas' if delimiter == ',' else 'tabs'}, not by {found[0]!r}"
             )
-        rows = []
+        rows: list[list[str]] = []
         for cells in reader:
             if not cells:
                 continue
@@ -307,10 +315,23 @@ def _read_csv(file: TextIO, path: Path, delimiter: str) -> list[Record]:
                     f"{path}: line {reader.line_num} has {len(cells)} cells where the header has "
                     f"{len(header)}: quote texts that hold {delimiter!r} or newlines"
                 )
-            rows.append(dict(zip(header, cells, strict=True)))
+            rows.append(cells)
     except csv.Error as error:
         raise UserError(f"{path}: line {reader.line_num} is not valid CSV ({error})") from None
-    return rows
+    for column in range(len(header)):
+        _restore_integers(rows, column)
+    return [dict(zip(header, cells, strict=True)) for cells in rows]
+
+
+def _restore_integers(rows: Sequence[list[str]], column: int) -> None:
+    """Write integers again as such in a column with empty cells, where pandas wrote 42 as 42.0.
+
+    It knows no missing integer; in other formats `Records.of` does the same.
+    """
+    cells = {row[column] for row in rows}
+    if "" in cells and len(cells) > 1 and all(map(_WHOLE.fullmatch, cells - {""})):
+        for row in rows:
+            row[column] = row[column].removesuffix(".0")
 
 
 def _read_parquet(path: Path) -> tuple[list[Record], Classes]:

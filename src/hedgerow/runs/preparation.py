@@ -27,6 +27,8 @@ from hedgerow.runs.directory import EXPERIMENT, TEST_DATA, Digests
 from hedgerow.seeds import Seeds
 from hedgerow.settings import EvaluationSettings, TextSettings
 
+_NAMED = 10
+"""Clients that are named where several are left out for one reason."""
 _MUCH = 0.05
 """Share of unknown tokens that is worth a sentence."""
 
@@ -90,12 +92,8 @@ def prepare(
         for index, name in enumerate(data.names)
         if name in shards
     ]
-    notes = [
-        *notes_on_template(data.encoder.template),
-        *data.remarks.sentences(),
-        *left_out,
-        *_notes_on(shards),
-    ]
+    notes = [*notes_on_template(data.encoder.template), *left_out]
+    notes += [*data.remarks.sentences(), *_notes_on(shards)]
     if experiment.method.pools_data:
         shards = {"pooled": Tokenized.concatenate(list(shards.values()))}
         clients = [Client(0, name, len(shard)) for name, shard in shards.items()]
@@ -290,12 +288,13 @@ def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
             test.skipped
         )
     return [
+        *(f"the test data: {remark}" for remark in test.remarks),
         *(
             f"the test data: {count:,} of {len(test):,} rows {why}"
             for why, count in counts.items()
             if count
         ),
-        *(f"the test data: {note}" for note in [*test.remarks, *_notes_on_text([test.examples])]),
+        *(f"the test data: {note}" for note in _notes_on_text([test.examples])),
     ]
 
 
@@ -312,7 +311,7 @@ def notes_on_base(model: Model) -> list[str]:
 
 
 def _tokenized(data: ClientData) -> tuple[dict[str, Tokenized], list[str]]:
-    """Examples of each client that has some, and a sentence on each that has none.
+    """Examples of each client that has some, and sentences on those that have none.
 
     Raises:
         NothingToLearn: no client has any.
@@ -326,22 +325,18 @@ def _tokenized(data: ClientData) -> tuple[dict[str, Tokenized], list[str]]:
             empty[name] = error
     if not shards:
         raise next(iter(empty.values()))
-    alike: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = {}
     for name, reason in empty.items():
-        alike.setdefault(str(reason).removeprefix(f"{name}: "), []).append(name)
-    return shards, [_on_clients(names, why) for why, names in alike.items()]
+        reasons.setdefault(str(reason).removeprefix(f"{name}: "), []).append(name)
+    return shards, [_left_out(names, why) for why, names in reasons.items()]
 
 
-def _on_clients(names: Sequence[str], why: str) -> str:
+def _left_out(names: Sequence[str], why: str) -> str:
     """A sentence on clients that are left out for one reason."""
     if len(names) == 1:
         return f"client {names[0]} is left out: {why}"
-    listed = ", ".join(names[:_FEW]) + (" …" if len(names) > _FEW else "")
-    return f"{len(names):,} clients are left out: {why} ({listed})"
-
-
-_FEW = 5
-"""How many clients a sentence names."""
+    named = ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
+    return f"{len(names)} clients are left out ({named}): {why}"
 
 
 def _notes_on(shards: Mapping[str, Tokenized]) -> list[str]:

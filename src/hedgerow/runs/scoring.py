@@ -212,7 +212,8 @@ def score_path(
 
     Args:
         held: the test rows, where `data.test` is `(memory)`.
-        say: told what is unexpected about the prompts, as a date in them.
+        say: told what is unexpected about the prompts, as a date in them, and what rows are left
+            out.
 
     Returns:
         The scores, and the names of the metrics that gave them.
@@ -222,7 +223,7 @@ def score_path(
     """
     with loaded(path, overrides, round, client, load) as it:
         test = load_test(it.data, it.evaluation, it.model, held)
-        for note in notes_on_template(test.template):
+        for note in (*notes_on_template(test.template), *test.remarks):
             say(note)
         scored = {name: evaluate(it.model, test, it.evaluation, progress) for name in it.models()}
         metrics = it.evaluation.metrics
