@@ -141,6 +141,7 @@ def refusal(hedgerow, experiment, tmp_path, base, *changes, command="run") -> st
 
 # --- adapters of earlier fine-tunes ---------------------------------------------------------------
 
+NAMED = "base_model_name_or_path"
 ALL = ["q_proj", "lm_head"]
 EMBEDDINGS = ["embed_tokens", "lm_head"]
 NEW = [258, 259, 260]
@@ -191,8 +192,9 @@ def test_run_exports_and_evaluation_on_an_adapter_agree(
     adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     for model in (merged, adapted):
         assert alone(model, tokenizer, tmp_path) == pytest.approx(expected, abs=1e-4)
-    own = json.loads((base / "adapter_config.json").read_text())["base_model_name_or_path"]
+    own = json.loads((base / "adapter_config.json").read_text())[NAMED]
     assert adapted.peft_config["default"].base_model_name_or_path == own
+    assert "base_model: base\n" in (tmp_path / "adapter" / "README.md").read_text()
 
 
 def test_an_adapters_tokenizer_survives_and_others_need_no_hedgerow(
@@ -250,6 +252,18 @@ def test_an_adapters_embeddings_may_be_fewer_than_its_bases(hedgerow, experiment
     save_adapter(base, padded)
     new_tokenizer().save_pretrained(base)
     assert Model.load(ModelSettings(path=str(base))).vocabulary_size == 320
+
+
+def test_a_part_of_a_tokenizer_beside_an_adapter_is_not_passed_over(
+    hedgerow, experiment, tmp_path, plain
+):
+    base = tmp_path / "adapter"
+    shutil.copytree(plain, base)
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    assert load_tokenizer(ModelSettings(path=str(base))).chat_template == TEMPLATE
+    (base / "tokenizer_config.json").write_text("{}")
+    said = refusal(hedgerow, experiment, tmp_path, base)
+    assert "has no tokenizer (tokenizer.json, say): copy it there" in said
 
 
 def test_new_tokens_without_embeddings_are_not_made_up(hedgerow, experiment, tmp_path, untied):
@@ -351,9 +365,6 @@ def test_what_cannot_be_merged_is_refused(hedgerow, experiment, tmp_path, tied, 
     assert said in refusal(hedgerow, experiment, tmp_path, base, command="evaluate")
 
 
-NAMED = "base_model_name_or_path"
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -449,6 +460,28 @@ def test_an_adapter_that_has_changed_since_the_run_is_not_exported(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_is_exported_without_its_base_only_where_that_is_a_whole_model(
+    hedgerow, experiment, tmp_path, tied, plain
+):
+    for name, base in (("whole", tied), ("adapted", plain)):
+        shutil.copytree(base, tmp_path / name)
+        run = run_on(hedgerow, experiment, tmp_path, tmp_path / name)
+        index = json.loads((run / "ledger" / "ledger.json").read_text())
+        assert index["base"].get("adapter_of") == (None if name == "whole" else "base")
+        (tmp_path / name).rename(tmp_path / "moved")
+        result = hedgerow("export", run, tmp_path / "out", "--to", "adapter")
+        assert result.code == (0 if name == "whole" else 2), result.err
+        if name == "adapted":
+            assert "is not there any more: add model.path=FOLDER" in result.err
+            moved = f"model.path={tmp_path / 'moved'}"
+            assert hedgerow("export", run, tmp_path / "out", "--to", "adapter", moved).code == 0
+            assert json.loads(hedgerow("evaluate", run, moved, "--json").out)[
+                "eval_loss"
+            ] == pytest.approx(rows_of(run)[-1]["eval_loss"], abs=1e-5)
+        for folder in ("run", "moved", "out"):
+            shutil.rmtree(tmp_path / folder)
+
+
 def test_an_adapter_on_the_hub_is_a_base(tmp_path, plain, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -511,10 +544,23 @@ def test_a_quantized_base_is_refused_before_round_1(
             None,
             "code of its own, which",
         ),
-        ({"model_type": "t5"}, None, "is a model of the kind t5, which is no causal"),
+        ({"model_type": "t5"}, None, "has an encoder that reads the prompt"),
+        ({"model_type": "vit"}, None, "is a model of the kind vit, which is no causal"),
         ({"model_type": "shiny"}, None, "model type `shiny` but Transformers does not recognize"),
     ],
-    ids=["no norm", "rows", "fewer", "more", "bias", "scale", "inf", "code", "t5", "unknown"],
+    ids=[
+        "no norm",
+        "rows",
+        "fewer",
+        "more",
+        "bias",
+        "scale",
+        "inf",
+        "code",
+        "t5",
+        "vit",
+        "unknown",
+    ],
 )
 def test_a_checkpoint_has_to_be_what_its_configuration_says(
     hedgerow, experiment, tmp_path, untied, config, weights, said
@@ -539,7 +585,8 @@ def test_a_checkpoints_own_parts_are_named(hedgerow, experiment, tmp_path, untie
     assert "has no tokenizer (tokenizer.json, say)" in refusal(hedgerow, experiment, tmp_path, base)
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    assert "pickles are not read" in refusal(hedgerow, experiment, tmp_path, base)
+    said = refusal(hedgerow, experiment, tmp_path, base)
+    assert "has no weights in safetensors format, and pytorch_model.bin is not read" in said
 
 
 def test_embeddings_that_are_two_stay_two_whatever_ties_them(
@@ -672,7 +719,7 @@ def _encoder(network):
         (_integers, "has quantized weights, to which"),
         (_mixed, "its weights are bfloat16 and float32, give it in one"),
         (_not_finite, "has values in model.norm.weight that are no finite numbers"),
-        (_encoder, "T5ForConditionalGeneration, whose encoder reads the prompt"),
+        (_encoder, "has an encoder that reads the prompt, beside its decoder"),
         (lambda network: network.to("meta"), "has no values of model.embed_tokens.weight"),
     ],
 )

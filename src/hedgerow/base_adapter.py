@@ -31,9 +31,12 @@ def is_adapter(folder: Path) -> bool:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether an adapter's folder has a tokenizer of its own."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-    return any((folder / name).is_file() for name in names)
+    """Whether an adapter's folder has a tokenizer of its own, or some of one."""
+    return any((folder / name).is_file() for name in (*VOCABULARIES, "tokenizer_config.json"))
+
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""Files that hold a tokenizer's tokens."""
 
 
 def config_of(folder: Path) -> Any:

@@ -30,7 +30,7 @@ from hedgerow.data import load_template
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.ledger import Ledger
-from hedgerow.loading import adapter_folder, location, name_of, skeleton
+from hedgerow.loading import location, name_of, skeleton
 from hedgerow.lowrank import Factors
 from hedgerow.model import Model
 from hedgerow.names import MEMORY
@@ -136,7 +136,9 @@ def to_adapter(
         whole = Joined(dict(adapter_pairs(tensors)))
         path, revision = experiment.model.path, experiment.model.revision
         place = ledger.base.name if path == MEMORY else location(path)
-        if path != MEMORY and adapter_folder(experiment.model) is not None:
+        below = None
+        # Ledgers of version 0.1 do not say it.
+        if ledger.base.adapter_of is not None or base_adapter.is_adapter(Path(location(path))):
             model = model_at(experiment, ledger, 0, load)  # sees that it is still the run's base
             below = model.origin.adapter
             assert below is not None
@@ -149,7 +151,8 @@ def to_adapter(
             whole = whole.each(partial(lowrank.truncate, rank=rank, energy=energy))
         network = _renamed_base(whole.pairs, experiment, ledger, load)
         size = _save_adapter(whole, network, base or place, revision, folder, dtype)
-        _write_card(folder, run, experiment, ledger, round, "peft")
+        made_for = None if below is None else name_of(below.base)
+        _write_card(folder, run, experiment, ledger, round, "peft", made_for)
         return size
 
 
@@ -286,9 +289,19 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 
 def _write_card(
-    folder: Path, run: Path, experiment: Experiment, ledger: Ledger, round: int, library: str
+    folder: Path,
+    run: Path,
+    experiment: Experiment,
+    ledger: Ledger,
+    round: int,
+    library: str,
+    made_for: str | None = None,
 ) -> None:
-    """A model card: what the model is, and how it came to be."""
+    """A model card: what the model is, and how it came to be.
+
+    Args:
+        made_for: name of the model that an adapter is for, where it is not the run's base.
+    """
     method, base = experiment.method, _base_name(experiment, ledger)
     scores = {row["round"]: row["eval_loss"] for row in (read_rows(run) if run.is_dir() else [])}
     loss = "" if scores.get(round) is None else f"\n- loss on the test data: {scores[round]:.4f}"
@@ -296,7 +309,7 @@ def _write_card(
     settings = experiment.dump(include={"method", "training", "federation"})
     (folder / "README.md").write_text(
         f"""---
-{yaml.safe_dump({"base_model": base}, allow_unicode=True).strip()}
+{yaml.safe_dump({"base_model": made_for or base}, allow_unicode=True).strip()}
 library_name: {library}
 pipeline_tag: text-generation
 tags: [federated-learning, hedgerow, {method.name}]

@@ -20,11 +20,20 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
 from hedgerow.files import replacing
+from hedgerow.loading import name_of
 from hedgerow.methods.base import Method, check_entry, check_fits
 from hedgerow.model import Model
 from hedgerow.wire import Entry
@@ -45,16 +54,26 @@ class Base(BaseModel):
     dtype: str
     fingerprint: str
     """SHA-256 of weights and tokenizer; the parent of the first entry."""
+    adapter_of: str | None = None
+    """Name of the model that the checkpoint is an adapter of; None where it is a whole model."""
+
+    @model_serializer(mode="wrap")
+    def _without_adapter_of(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what only ledgers that begin at an adapter have."""
+        content: dict[str, Any] = dump(self)
+        return {key: value for key, value in content.items() if value is not None}
 
     @staticmethod
     def of(model: Model) -> Base:
         """Description of `model`, to which no entry has been applied yet."""
+        adapter = model.origin.adapter
         return Base(
             name=model.name,
             architecture=model.architecture,
             parameters=model.network.num_parameters(),
             dtype=str(model.network.dtype).removeprefix("torch."),
             fingerprint=model.fingerprint(),
+            adapter_of=None if adapter is None else name_of(adapter.base),
         )
 
     def difference(self, other: Base) -> str | None:

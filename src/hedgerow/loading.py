@@ -98,8 +98,6 @@ def load(settings: ModelSettings) -> Loaded:
             problem = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"{where} {problem}: give a model folder in Hugging Face format")
     device = _device(settings.device)
-    if not folder.exists():
-        _check_reachable(settings.path, settings.revision, where)
     if (adapted := adapter_folder(settings)) is not None:
         network, origin = _load_below(adapted, settings, where)
         network, adapter = base_adapter.merged(adapted, network, base_adapter.base_of(adapted))
@@ -127,7 +125,18 @@ def adapter_folder(settings: ModelSettings) -> Path | None:
             )
         return folder
     name, revision = settings.path, settings.revision
-    if transformers.utils.find_adapter_config_file(name, revision=revision) is None:
+    if folder.is_absolute():
+        return None
+    _check_reachable(name, revision, f"model.path: {name}")
+    cached = [
+        isinstance(huggingface_hub.try_to_load_from_cache(name, file, revision=revision), str)
+        for file in ("config.json", "adapter_config.json")
+    ]
+    # A model that is here already is not asked for on the Hub, which may not be to be reached.
+    if cached == [True, False] or (
+        cached == [False, False]
+        and transformers.utils.find_adapter_config_file(name, revision=revision) is None
+    ):
         return None
     try:
         return Path(
@@ -164,17 +173,15 @@ def _load_network(place: str, revision: str | None, dtype: str, where: str) -> t
     Args:
         where: what it is called in messages, for a verb to follow.
     """
-    pickles = sorted(Path(place).glob("*.bin"))
-    if pickles and not any(Path(place).glob("*.safetensors*")):
-        raise UserError(
-            f"{where} has its weights in {pickles[0].name} alone, and pickles are not read: save "
-            "it in safetensors format, with save_pretrained() of transformers"
-        )
+    _check_format(Path(place), where)
     options = {"revision": revision, "trust_remote_code": False}
     quantized = None
     try:
         config = transformers.AutoConfig.from_pretrained(place, **options)
-        if getattr(config, "quantization_config", None) is not None:
+        if any(
+            getattr(part, "quantization_config", None) is not None
+            for part in (config, config.get_text_config())
+        ):
             quantized = _quantized(config, place)
         network, info = _kind_of(config, where).from_pretrained(
             place,
@@ -227,12 +234,26 @@ def _load_network(place: str, revision: str | None, dtype: str, where: str) -> t
     return network, Origin(None, unused, quantized)
 
 
+def _check_format(folder: Path, where: str) -> None:
+    """Raise a `UserError` where a folder has weights, but none in safetensors format."""
+    if not folder.is_dir() or any(folder.glob("*.safetensors*")):
+        return
+    kinds = ("pytorch_model*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack")
+    if others := sorted(file.name for kind in kinds for file in folder.glob(kind)):
+        raise UserError(
+            f"{where} has no weights in safetensors format, and {others[0]} is not read: save the "
+            "model again, with save_pretrained() of transformers"
+        )
+
+
 def _wants_code(error: Exception) -> bool:
     return "trust_remote_code" in str(error) or "custom code" in str(error)
 
 
 def _kind_of(config: Any, where: str) -> Any:
     """The class of transformers that makes a network which predicts the next token of a text."""
+    if getattr(config, "is_encoder_decoder", False):  # whose decoder could be loaded by itself
+        raise UserError(f"{where} {_WITH_ENCODER}")
     causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     # The part of a model of images and text that reads text is saved with a configuration of its
     # own, which is not always one that can be loaded again.
@@ -282,10 +303,7 @@ def check_network(network: Any, where: str) -> None:
     """
     kind = type(network).__name__
     if getattr(network.config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{where} is a {kind}, whose encoder reads the prompt: give a causal language model, "
-            "which has a decoder alone"
-        )
+        raise UserError(f"{where} {_WITH_ENCODER}")
     if network.get_output_embeddings() is None and not network.can_generate():
         raise UserError(f"{where} is a {kind}, which predicts no tokens: give the model with them")
     layer = peft.tuners.tuners_utils.BaseTunerLayer
@@ -296,6 +314,12 @@ def check_network(network: Any, where: str) -> None:
             raise UserError(
                 f"{where} has no values of {name} in memory: load the whole model onto one device"
             )
+
+
+_WITH_ENCODER = (
+    "has an encoder that reads the prompt, beside its decoder: give a causal language model, which "
+    "has a decoder alone"
+)
 
 
 def check_adds(network: Any, where: str) -> None:
@@ -311,7 +335,9 @@ def check_adds(network: Any, where: str) -> None:
         or type(weight.data) is not torch.Tensor
         for weight in network.parameters()
     )
-    if is_quantized or getattr(network.config, "quantization_config", None) is not None:
+    config = network.config
+    named = (getattr(c, "quantization_config", None) for c in (config, config.get_text_config()))
+    if is_quantized or any(one is not None for one in named):
         raise UserError(f"{where} {_quantized(network.config, network.config.name_or_path)}")
     for name, weight in network.named_parameters():
         if not weight.isfinite().all():
@@ -324,6 +350,7 @@ def check_adds(network: Any, where: str) -> None:
 def _quantized(config: Any, place: str | None) -> str:
     """Why a quantized model is no base, for messages."""
     settings = getattr(config, "quantization_config", None)
+    settings = settings or getattr(config.get_text_config(), "quantization_config", None)
     settings = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
     method = settings.get("quant_method")
     by = f" ({getattr(method, 'value', method)})" if method else ""
@@ -354,6 +381,11 @@ def skeleton(settings: ModelSettings) -> Any:
     Under an adapter, it is the model that the adapter is for.
     """
     place, revision = location(settings.path), settings.revision
+    if Path(place).is_absolute() and not Path(place).is_dir():
+        raise UserError(
+            f"model.path: {place}, the run's base, is not there any more: add model.path=FOLDER, "
+            "the folder of a copy of it"
+        )
     adapted = adapter_folder(settings)
     if adapted is not None:
         place, revision = base_adapter.base_of(adapted), base_adapter.config_of(adapted).revision
@@ -419,13 +451,17 @@ def load_tokenizer(settings: ModelSettings) -> Any:
             else:
                 place, revision = base, below
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision, **options)
+        if adapted is not None and (file := adapted / "chat_template.jinja").is_file():
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         if _wants_code(error):
             raise UserError(
                 f"model.path: {settings.path} has a tokenizer that needs code of its own, which is "
                 "never run: give a model whose tokenizer transformers has itself"
             ) from None
-        if Path(place).is_dir() and not base_adapter.has_tokenizer(Path(place)):
+        if Path(place).is_dir() and not any(
+            (Path(place) / name).is_file() for name in base_adapter.VOCABULARIES
+        ):
             raise UserError(
                 f"model.path: {settings.path} has no tokenizer (tokenizer.json, say): copy it "
                 "there from the model that it was made from"
