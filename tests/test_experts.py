@@ -224,3 +224,25 @@ def test_gates_of_recurrent_layers_are_no_experts():
     found = targets.find(made, "all-linear")
     assert not found.parameters
     assert any("rg_lru.input_gate_weight" in said for said in found.left_out)
+
+
+def test_a_step_along_transposed_experts_is_what_their_merge_adds(tmp_path):
+    """GptOss keeps them as (n, m), so that square ones do not tell by their shape."""
+    from hedgerow.lowrank import Factors
+    from hedgerow.model import Model
+    from hedgerow.training.line_search import _changed
+
+    config = transformers.GptOssConfig(**SIZES | {"intermediate_size": SIZES["hidden_size"]})
+    model = Model(transformers.GptOssForCausalLM(config).eval(), byte_tokenizer(), "m")
+    module = "model.layers.0.mlp.experts.down_proj.1"
+    m, n = model.adapted_shapes("all-linear")[module]
+    assert m == n
+    pair = Factors(torch.randn(2, n), torch.randn(m, 2))
+    weight = model.network.get_parameter(module.rpartition(".")[0])
+    before = weight.clone()
+    with torch.no_grad(), _changed(model.network, {module: pair}, 1.0):
+        stepped = weight.clone()
+    assert torch.equal(weight, before)
+    model.merge(module, pair)
+    torch.testing.assert_close(stepped, weight)
+    assert not torch.equal(weight, before)

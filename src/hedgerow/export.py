@@ -205,7 +205,7 @@ def _save_adapter(
     }
     if stacked:
         # peft takes some layers' names for those of experts of old, but not those of weights.
-        config["target_modules"] = []
+        config["target_modules"] = sorted(whole.embeddings)
         config["target_parameters"] = sorted([*(f"{name}.weight" for name in layers), *groups])
     if revision is not None:
         config["revision"] = revision

@@ -294,7 +294,8 @@ def _check_options(
                 "data.prompt does nothing with --harness, whose tasks have their own prompts: add "
                 "--prompt run, or leave it out"
             )
-        ours = key.startswith("data.") and key != "data.prompt"
+        chosen = key == "data.prompt" or (run_prompt and key.startswith("data.template"))
+        ours = key.startswith("data.") and not chosen
         if ours or key in ("evaluation.by", "evaluation.every", "evaluation.max_new_tokens"):
             instead = ": see --gen-kwargs" if key == "evaluation.max_new_tokens" else ""
             raise UserError(f"{key} does nothing with --harness: leave it out{instead}")

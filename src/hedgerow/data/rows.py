@@ -428,7 +428,7 @@ def _turns(
     if isinstance(value, str) and role is None and value.lstrip().startswith("["):
         try:
             value = json.loads(value)  # as CSV files hold them
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{place} is no list of messages in JSON") from None
     if value is None:
         return []
@@ -446,13 +446,14 @@ def _turns(
             raise UserError(f"{at} must have a role and content, not be {type(message).__name__}")
         said = message.get("role") or message.get("from")
         content = message.get("content", message.get("value"))
-        if said in _TOOLS or message.get("tool_calls") or message.get("function_call"):
+        role_name = said.lower() if isinstance(said, str) else ""
+        if role_name in _TOOLS or message.get("tool_calls") or message.get("function_call"):
             raise _LeftOut("turns of tools")
-        if not isinstance(said, str) or said.lower() not in _ROLES:
+        if role_name not in _ROLES:
             raise UserError(
                 f"{at} has the role {said!r}: give system, user or assistant (or human or gpt)"
             )
-        turns.append(Message(_ROLES[said.lower()], _content(content, at)))
+        turns.append(Message(_ROLES[role_name], _content(content, at)))
     return turns
 
 
@@ -481,7 +482,10 @@ def _text(value: Any, where: str) -> str:
         raise UserError(f"{where} must be text or a number, not {type(value).__name__}")
     if not isinstance(value, str | int) and not math.isfinite(value):
         raise UserError(f"{where} must be text or a finite number, not {value}")
-    text = str(value)
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no integers of thousands of digits
+        raise UserError(f"{where} is a number of too many digits: write it as text") from None
     check_characters(text, where)
     return text
 

@@ -158,7 +158,9 @@ class RunDirectory:
         directory = RunDirectory(path, ledger, lock, said)
         known = [name for name, digest in data.items() if digest and name != TEST_DATA]
         directory._check_memories(experiment.method, known, rows)
-        _write_settings(path, experiment, began_with | data)
+        # A network's server does not know its clients' digests, and must not forget them.
+        kept = {name: began_with.get(name) for name, digest in data.items() if digest is None}
+        _write_settings(path, experiment, began_with | data | kept)
         with replacing(path / METRICS_FILE) as file:
             file.writelines(to_line(row) for row in rows)
         return directory

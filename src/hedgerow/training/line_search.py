@@ -68,13 +68,14 @@ def _changed(network: Any, changes: dict[str, Factors], length: float) -> Iterat
     handles: list[Any] = []
     before: dict[Tensor, Tensor] = {}
     for module, pair in changes.items() if length else ():
-        owner, expert = _expert_of(network, module)
-        if owner is None:
+        found = _expert_of(network, module)
+        if found is None:
             handles.append(network.get_submodule(module).register_forward_hook(hook(pair)))
             continue
-        before.setdefault(owner, owner.clone())
-        product = length * pair.product().to(owner)
-        owner[expert] += product if product.shape == owner[expert].shape else product.T
+        weight, expert, is_transposed = found
+        before.setdefault(weight, weight.clone())
+        product = length * pair.product().to(weight.device)
+        weight[expert] = weight[expert].float() + (product.T if is_transposed else product)
     try:
         yield
     finally:
@@ -84,14 +85,18 @@ def _changed(network: Any, changes: dict[str, Factors], length: float) -> Iterat
             weight.copy_(values)
 
 
-def _expert_of(network: Any, module: str) -> tuple[Tensor | None, int]:
-    """The parameter that holds an expert's matrix, and its number; None of a linear layer."""
+def _expert_of(network: Any, module: str) -> tuple[Tensor, int, bool] | None:
+    """The weight that holds an expert's matrix, its number there, and whether it is transposed.
+
+    None of a linear layer.
+    """
     place, _, number = module.rpartition(".")
     owner, _, parameter = place.rpartition(".")
     if not number.isdecimal() or not owner:
-        return None, 0
+        return None
     layer = network.get_submodule(owner)
     layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     weight = getattr(layer, parameter, None)
-    is_stacked = isinstance(weight, torch.nn.Parameter) and weight.ndim == 3
-    return (weight, int(number)) if is_stacked else (None, 0)
+    if not isinstance(weight, torch.nn.Parameter) or weight.ndim != 3:
+        return None
+    return weight, int(number), bool(getattr(layer, "is_transposed", False))

@@ -30,7 +30,7 @@ from hedgerow.files import replacing
 from hedgerow.ledger import Base
 from hedgerow.model import Model
 from hedgerow.runs.directory import TEST_DATA, Digests, RunDirectory
-from hedgerow.runs.preparation import load_test
+from hedgerow.runs.preparation import load_test, notes_on_test
 from hedgerow.runs.scoring import Scorer
 
 RUN = "flower.json"
@@ -62,6 +62,8 @@ def _main(grid: Grid, context: Context) -> None:
             test = load_test(experiment.data, experiment.evaluation, model)
         at_home = replace(loaded, experiment=experiment)
         with ProgressWatcher(metrics=experiment.evaluation.metrics) as watcher:
+            for note in [] if test is None else notes_on_test(test, experiment.evaluation):
+                watcher.say(note)
             serve(grid, at_home, Path(settings.out), watcher, model, test)
     except (UserError, RunFailed) as error:
         # Flower logs the text of what ends a ServerApp; where it was raised is nobody's concern.
