@@ -174,10 +174,19 @@ def test_dropout_and_experts_are_refused(tmp_path, base):
     ("targets", "words"),
     [
         (["q_proj", "v_porj"], "did you mean `v_proj`"),
-        (["q_proj", "w1"], "has no 'w1'.*down_proj, gate_up_proj"),
+        (["q_proj", "w1", "w3"], "has no 'w1' and 'w3'.*experts are down_proj, gate_up_proj"),
+        (["layers.0.self_attn.q_porj"], r"did you mean `layers\.0\.self_attn\.q_proj`"),
+        ("Q_Proj", "did you mean `q_proj`"),
+        ("all_linear", "did you mean `all-linear`"),
+        (["all-linear", "lm_head"], "stands alone"),
         ("(q_proj", "no regular expression"),
-        ("q_pro.*", "matches no whole name"),
+        ("q_pro.*", r"matches no whole name.*write '\.\*\(q_pro\.\*\)'"),
+        ("q_proj|v_proj", r"write '\.\*\(q_proj\|v_proj\)'"),
+        ([".*_proj"], "in a list is no name"),
         (["embed_tokens"], "is not a linear layer"),
+        # Of experts all are adapted or none: one alone would silently mean all.
+        (["model.layers.0.mlp.experts.down_proj.3"], "holds 4 experts.*without a number"),
+        ("", "is left to adapt"),
     ],
 )
 def test_targets_that_are_not_there_get_a_sentence(tmp_path, base, targets, words):
@@ -193,7 +202,104 @@ def test_targets_may_name_experts(tmp_path, base, targets):
     done.export_adapter(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     ends = {name.rpartition("layers.")[2][2:] for name in config["target_parameters"]}
-    assert ends == {"self_attn.q_proj.weight", "mlp.experts.gate_up_proj"}
+    assert ends == {"mlp.experts.gate_up_proj"}
+    ends = {name.rpartition("layers.")[2][2:] for name in config["target_modules"]}
+    assert ends == {"self_attn.q_proj"}
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        "q_proj, v_proj,",
+        "q_proj v_proj",
+        "[q_proj, v_proj]",
+        ["q_proj,v_proj"],
+        [" v_proj", "q_proj"],
+    ],
+)
+def test_names_are_read_however_a_list_of_them_is_written(targets):
+    from hedgerow.targets import find
+
+    found = find(network("Mixtral"), targets)
+    assert {name.rpartition(".")[2] for name in found.modules} == {"q_proj", "v_proj"}
+    assert not found.left_out
+
+
+@pytest.mark.parametrize("targets", ["All-Linear", ["all-linear"], " all-linear"])
+def test_all_linear_is_read_however_it_is_written(targets):
+    from hedgerow.targets import find
+
+    made = network("Mixtral")
+    assert find(made, targets) == find(made, "all-linear")
+
+
+@pytest.mark.parametrize("targets", [["gate_proj", "up_proj", "down_proj"], r".*gate_proj"])
+def test_a_name_that_experts_have_as_a_part_of_another_is_said(targets):
+    """These would train the shared expert, and half of the others or none, without a word."""
+    from hedgerow.targets import find
+
+    (said,) = find(network("Qwen2Moe"), targets).left_out
+    assert "mlp.experts.gate_up_proj (2)" in said
+    assert "name gate_up_proj, too" in said
+
+
+def test_an_adapter_of_layers_alone_is_exported_as_of_any_model(tmp_path, base):
+    """Servers look for a mixture's layers in `target_modules` alone."""
+    folder = base("Mixtral")
+    done = run(folder, tmp_path / "run", name="flora", ranks=2, targets=["q_proj", "v_proj"])
+    done.export_adapter(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert len(config["target_modules"]) == 4
+    assert "target_parameters" not in config
+    adapted = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    adapted = PeftModel.from_pretrained(adapted, tmp_path / "adapter").eval()
+    assert loss_of(adapted) == pytest.approx(done.evaluate()["eval_loss"], abs=1e-5)
+
+
+def test_experts_that_a_router_has_not_chosen_are_adapted_too():
+    """Of experts that are modules, as in models of one's own, a short text reaches a few."""
+    from hedgerow.targets import find
+
+    made = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+    ).eval()  # fmt: skip
+
+    class Mixture(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(16))
+
+        def forward(self, x):
+            return self.experts[3](x)
+
+    for layer in made.model.layers:
+        layer.mlp = Mixture()
+    found = find(made, "all-linear")
+    assert sum(".experts." in name for name in found.modules) == 32
+    assert not found.left_out
+
+
+def test_adalora_trains_beside_layers_without_a_gradient(tmp_path):
+    """An indexer only chooses the tokens that are attended to."""
+    config = transformers.HYV4Config(**SIZES | {"index_n_heads": 2, "index_head_dim": 8})
+    made = transformers.HYV4ForCausalLM(config).eval()
+    done = hr.run(
+        model=made,
+        tokenizer=byte_tokenizer(),
+        clients={"a": ROWS},
+        test=ROWS,
+        data={"prompt": "plain", "max_length": 64},
+        method={"name": "flora_adalora", "ranks": 2},
+        training={"steps": 2, "batch_size": 2, "learning_rate": 0.05},
+        federation={"rounds": 1},
+        out=tmp_path / "run",
+        progress=False,
+    )
+    before, after = done.metrics["eval_loss"]
+    assert after < before
 
 
 def test_what_all_linear_leaves_out_is_said_with_its_count(tmp_path, base):

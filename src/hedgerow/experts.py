@@ -71,6 +71,12 @@ def factors_of(wrapper: Any, adapter: str, name: str) -> Iterator[tuple[str, str
 
 # --- as peft has them in files ------------------------------------------------------------------
 
+OLD_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+"""Ends of the names that experts and routers had as linear layers, before transformers 5.
+
+In `target_modules` peft reads them as names of experts' parameters, whatever stands before.
+"""
+
 
 def grouped(pairs: Mapping[str, Factors], order: Sequence[str]) -> dict[str, list[Factors]]:
     """The pairs of each parameter's experts, in the experts' order.

@@ -204,9 +204,12 @@ def _save_adapter(
         **whole.options,
     }
     if stacked:
-        # peft takes some layers' names for those of experts of old, but not those of weights.
-        config["target_modules"] = sorted(whole.embeddings)
-        config["target_parameters"] = sorted([*(f"{name}.weight" for name in layers), *groups])
+        # peft takes some layers' names for those of experts of old, but not those of weights. All
+        # others are named as ever: other readers look for them there alone.
+        taken = {name for name in layers if name.rpartition(".")[2] in experts.OLD_NAMES}
+        config["target_modules"] = sorted({*layers, *whole.embeddings} - taken)
+        if parameters := [*(f"{name}.weight" for name in taken), *groups]:
+            config["target_parameters"] = sorted(parameters)
     if revision is not None:
         config["revision"] = revision
     text = json.dumps(config, indent=2, ensure_ascii=False)

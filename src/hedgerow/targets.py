@@ -40,12 +40,15 @@ def find(network: Any, wanted: str | Collection[str], *, experts: bool = True) -
     Args:
         network: a causal language model of transformers, without adapters.
         wanted: `all-linear` (every linear layer but the output layer, and all experts); a list of
-            names, or of the ends of names; or a regular expression for whole names.
+            names, or of the ends of names, also as one text with commas; or a regular expression
+            for whole names.
         experts: whether experts can be adapted.
 
     Raises:
-        UserError: a name, or the expression, matches nothing that can be adapted.
+        UserError: a name, or the expression, matches nothing that can be adapted, or some experts
+            of a parameter and not all.
     """
+    wanted = _read(wanted)
     linear, stacked = linear_layers(network), expert_parameters(network)
     output = network.get_output_embeddings()
     if wanted == ALL_LINEAR:
@@ -67,12 +70,14 @@ def find(network: Any, wanted: str | Collection[str], *, experts: bool = True) -
     ]
     if wanted == ALL_LINEAR:
         sentences += _said(_other_matrices(network, linear, stacked), "no linear layers")
+    else:
+        sentences += _said_of_fused(chosen, stacked)
     if not modules and not parameters:
         raise UserError(
             f"method.targets: nothing of {type(network).__name__} is left to adapt: "
             + "; ".join(sentences or [_what_there_is(linear, stacked)])
         )
-    shown = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))
+    shown = wanted if isinstance(wanted, str) else ", ".join(wanted)
     return Targets(modules, parameters, [f"targets {shown}: {said}" for said in sentences])
 
 
@@ -107,47 +112,145 @@ def expert_parameters(network: Any) -> dict[str, bool]:
     }
 
 
-def _matching(network: Any, wanted: str | Collection[str], known: Sequence[str]) -> list[str]:
-    """The names among `known` that `wanted` means, in their order."""
-    if isinstance(wanted, str) and not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", wanted):
-        try:
-            found = [name for name in known if re.fullmatch(wanted, name)]
-        except re.error as error:
+def _read(wanted: str | Collection[str]) -> str | list[str]:
+    """The targets as they are meant: `all-linear`, an expression, or names, in ascending order."""
+    if isinstance(wanted, str):
+        # Neither names nor expressions for them have spaces; and brackets are those of a list.
+        names = r"[\w.,\s-]*"
+        text = wanted.strip()
+        if not re.fullmatch(rf"{names}|\[{names}\]", text):
+            return text
+        wanted = [text.strip("[]")]
+    found = sorted({name for text in wanted for name in re.split(r"[\s,]+", text) if name})
+    if any(name.lower() == ALL_LINEAR for name in found):
+        if len(found) > 1:
             raise UserError(
-                f"method.targets: {wanted!r} is no regular expression ({error}): write a list of "
-                f"names, as [q_proj, v_proj], or `{ALL_LINEAR}`"
-            ) from None
-        if not found:
-            raise UserError(
-                f"method.targets: the expression {wanted!r} matches no whole name of what can be "
-                f"adapted, as {known[0]} is one"
+                f"method.targets: `{ALL_LINEAR}` stands alone, not in a list with others: write it "
+                "without them, or name all"
             )
-        return found
-    names = re.split(r"\s*,\s*", wanted) if isinstance(wanted, str) else sorted(wanted)
+        return ALL_LINEAR
+    return found
+
+
+def _matching(network: Any, wanted: str | list[str], known: Sequence[str]) -> list[str]:
+    """The names among `known` that `wanted` means, in their order."""
+    if isinstance(wanted, str):
+        return _matching_expression(wanted, known)
+    by_end: dict[str, list[str]] = {}
+    for name in known:
+        for end in _ends(name):
+            by_end.setdefault(end, []).append(name)
     chosen: set[str] = set()
-    for name in names:
-        # The name of one expert's matrix means all of its parameter.
-        owner = name.rpartition(".")[0] if name.rpartition(".")[2].isdecimal() else name
-        found = [k for k in known if k in (name, owner) or k.endswith(f".{name}")]
-        if not found:
-            raise _unknown(network, name, known)
-        chosen.update(found)
+    of_experts: dict[str, set[int]] = {}
+    unknown = []
+    for name in wanted:
+        owner, _, number = name.rpartition(".")
+        if name in by_end:
+            chosen.update(by_end[name])
+        elif number.isdecimal() and owner in by_end:
+            for parameter in by_end[owner]:
+                of_experts.setdefault(parameter, set()).add(int(number))
+        else:
+            unknown.append(name)
+    stacked = expert_parameters(network)
+    for parameter, numbers in of_experts.items():
+        if parameter not in stacked:
+            unknown.append(f"{parameter}.{min(numbers)}")
+        elif parameter not in chosen and numbers != (
+            every := set(range(len(network.get_parameter(parameter))))
+        ):
+            raise UserError(
+                f"method.targets: {parameter} holds {len(every)} experts, which are adapted all or "
+                f"not at all: name {parameter} without a number"
+            )
+    if unknown:
+        raise _unknown(network, unknown, known)
+    chosen.update(of_experts)
     return [name for name in known if name in chosen]
 
 
-def _unknown(network: Any, name: str, known: Sequence[str]) -> UserError:
-    ends = sorted({other.rpartition(".")[2] for other in known})
-    other = [n for n, _ in network.named_modules() if n == name or n.endswith(f".{name}")]
-    if other:
-        kind = type(network.get_submodule(other[0])).__name__
-        return UserError(
-            f"method.targets: {other[0]} is not a linear layer ({kind}): leave it out, or name "
-            f"one of {', '.join(ends)}"
-        )
-    return UserError(
-        f"method.targets: {type(network).__name__} has no {name!r} that an adapter could change"
-        f"{did_you_mean(name, ends)}: name some of {', '.join(ends)}, or write `{ALL_LINEAR}`"
+def _matching_expression(wanted: str, known: Sequence[str]) -> list[str]:
+    try:
+        found = [name for name in known if re.fullmatch(wanted, name)]
+    except re.error as error:
+        raise UserError(
+            f"method.targets: {wanted!r} is no regular expression ({error}): write a list of "
+            f"names, as [q_proj, v_proj], or `{ALL_LINEAR}`"
+        ) from None
+    if found:
+        return found
+    longer = f".*({wanted})"
+    if any(re.fullmatch(longer, name) for name in known):
+        advice = f"write {longer!r}, which matches their ends"
+    else:
+        advice = "write a list of names or of their ends, as [q_proj, v_proj]"
+    raise UserError(
+        f"method.targets: the expression {wanted!r} matches no whole name of what can be adapted, "
+        f"as {known[0]} is one: {advice}"
     )
+
+
+def _ends(name: str) -> Iterator[str]:
+    """A name, and what is left of it without its first part, its first two …"""
+    while name:
+        yield name
+        name = name.partition(".")[2]
+
+
+def _unknown(network: Any, names: Sequence[str], known: Sequence[str]) -> UserError:
+    ends = sorted({one.rpartition(".")[2] for one in known})
+    for name in names:
+        if re.search(r"[^\w.-]", name):
+            return UserError(
+                f"method.targets: {name!r} in a list is no name: write a regular expression by "
+                "itself, without a list"
+            )
+        modules = [n for n, _ in network.named_modules() if n == name or n.endswith(f".{name}")]
+        if modules:
+            kind = type(network.get_submodule(modules[0])).__name__
+            return UserError(
+                f"method.targets: {modules[0]} is not a linear layer ({kind}): leave it out, or "
+                f"name one of {', '.join(ends)}"
+            )
+    shown = " and ".join(f"{name!r}{_near(name, known)}" for name in names)
+    stacked = sorted({one.rpartition(".")[2] for one in expert_parameters(network)})
+    experts = f" (those of its experts are {', '.join(stacked)})" if stacked else ""
+    return UserError(
+        f"method.targets: {type(network).__name__} has no {shown} that an adapter could change: "
+        f"name some of {', '.join(ends)}{experts}, or write `{ALL_LINEAR}`"
+    )
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    """The name among `known`, or the end of one, that may have been meant, in brackets."""
+    typed = name.lower().removesuffix(".weight")
+    alike = {
+        end
+        for one in known
+        for end in _ends(one)
+        if end.count(".") == typed.count(".") and not end[0].isdecimal()
+    }
+    last = typed.rpartition(".")[2]
+    near = did_you_mean(typed, sorted(alike | {ALL_LINEAR}))
+    near = near or did_you_mean(last, sorted({one.rpartition(".")[2] for one in known}))
+    return f" ({near.removeprefix(', ')})" if near else ""
+
+
+def _said_of_fused(chosen: Sequence[str], stacked: Mapping[str, Any]) -> list[str]:
+    """Sentences on experts that are not named, of whose matrices a part goes by a name that is.
+
+    As `gate_proj` names a layer, and of experts is a part of `gate_up_proj`.
+    """
+    ends = {name.rpartition(".")[2] for name in chosen}
+    sentences = []
+    for whole in sorted({name.rpartition(".")[2] for name in stacked} - ends):
+        words = set(whole.split("_"))
+        parts = sorted(end for end in ends if len(end.split("_")) > 1 and words > {*end.split("_")})
+        if parts:
+            names = [name for name in stacked if name.rpartition(".")[2] == whole]
+            keep = f"experts, which keep their {' and '.join(parts)} in it: name {whole}, too"
+            sentences += _said(names, keep)
+    return sentences
 
 
 def _what_there_is(linear: Mapping[str, Any], stacked: Mapping[str, Any]) -> str:
@@ -185,7 +288,18 @@ def _reached(network: Any, linear: Mapping[str, Any], stacked: Mapping[str, Any]
     finally:
         for handle in handles:
             handle.remove()
-    return reached
+    # A router has sent the text to some of a layer's experts, and could have to the others.
+    beside = {_beside(name) for name in reached}
+    return reached | {name for name in linear if _beside(name) in beside}
+
+
+def _beside(name: str) -> str:
+    """The name without the last of its numbers, where that of its layer is another."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    if len(numbers) > 1:
+        parts[numbers[-1]] = "*"
+    return ".".join(parts)
 
 
 def matrix_shapes(network: Any, targets: Targets) -> dict[str, tuple[int, int]]:

@@ -56,7 +56,7 @@ class LoraMethod(Method):
     targets: str | list[str] = "all-linear"
     """Modules that get an adapter: `all-linear` (every linear layer but the output, and all
     experts), a list of names, or of their ends, as [q_proj, v_proj], or a regular expression for
-    whole names."""
+    whole names, as '.*(q|v)_proj'."""
     rslora: bool = False
     """Whether adapters are scaled by alpha/√r instead of alpha/r (arXiv 2312.03732)."""
 

@@ -65,6 +65,9 @@ def train(
         for step, (collated, step_tokens) in enumerate(job.steps(), start=1):
             loss_sum = first_order.backward(network, collated, step_tokens, step)
             torch.autograd.backward(orthogonality * non_orthogonality(vectors))
+            for parameter in trainable:
+                if parameter.grad is None:  # as of a layer that only chooses what others read
+                    parameter.grad = torch.zeros_like(parameter)
             if settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
             optimizer.step()
