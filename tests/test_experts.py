@@ -285,7 +285,9 @@ def test_experts_that_a_router_has_not_chosen_are_adapted_too():
 def test_adalora_trains_beside_layers_without_a_gradient(tmp_path):
     """An indexer only chooses the tokens that are attended to."""
     config = transformers.HYV4Config(**SIZES | {"index_n_heads": 2, "index_head_dim": 8})
-    made = transformers.HYV4ForCausalLM(config).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = transformers.HYV4ForCausalLM(config).eval()
     done = hr.run(
         model=made,
         tokenizer=byte_tokenizer(),
@@ -352,3 +354,48 @@ def test_a_step_along_transposed_experts_is_what_their_merge_adds(tmp_path):
     model.merge(module, pair)
     torch.testing.assert_close(stepped, weight)
     assert not torch.equal(weight, before)
+
+
+def test_what_only_training_reads_without_a_call_is_left_out():
+    """Gemma 3n clips the weight of one layer in training, and reads it without the adapter."""
+    from hedgerow import targets
+
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"], vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=8, laurel_rank=8, activation_sparsity_pattern=[0.0, 0.0],
+    )  # fmt: skip
+    made = transformers.Gemma3nForCausalLM(config).eval()
+    made.model.layers[0].mlp.train()
+    before, random = [m.training for m in made.modules()], torch.get_rng_state()
+    found = targets.find(made, "all-linear")
+    assert not any("correction_coefs" in name for name in found.modules)
+    assert any("altup.correction_coefs (2)" in said for said in found.left_out)
+    assert [m.training for m in made.modules()] == before
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_layers_that_training_skips_at_random_are_adapted():
+    from hedgerow import targets
+
+    config = transformers.OPTConfig(
+        vocab_size=64, hidden_size=16, ffn_dim=24, num_hidden_layers=4, num_attention_heads=2,
+        word_embed_proj_dim=16, layerdrop=0.99,
+    )  # fmt: skip
+    made = transformers.OPTForCausalLM(config).eval()
+    assert len(targets.find(made, "all-linear").modules) == 4 * 6
+
+
+def test_the_last_layer_of_a_fused_mixer_is_left_out():
+    """Kernels of Mamba-2 read its weight in training; peft refuses it in some architectures."""
+    from hedgerow import targets
+
+    config = transformers.BambaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, attn_layer_indices=[1], mamba_n_heads=4,
+        mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8,
+    )  # fmt: skip
+    found = targets.find(transformers.BambaForCausalLM(config).eval(), "all-linear")
+    assert "model.layers.0.mamba.in_proj" in found.modules
+    assert any("model.layers.*.mamba.out_proj: which LoRA cannot" in s for s in found.left_out)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -261,18 +262,18 @@ def _what_there_is(linear: Mapping[str, Any], stacked: Mapping[str, Any]) -> str
 def _reached(network: Any, linear: Mapping[str, Any], stacked: Mapping[str, Any]) -> set[str]:
     """Names of what a text passes through: what is never called can learn nothing.
 
-    Some layers' weights are read by others, some belong to images, and some give more than a
-    tensor, to which a product could be added.
+    Some layers' weights are read by others, maybe in training alone, some belong to images, and
+    some give more than a tensor, to which a product could be added.
     """
-    reached: set[str] = set()
+    called: set[str] = set()
 
     def hook(names: Sequence[str], features: int | None) -> Any:
-        def called(_: Any, __: Any, output: Any) -> None:
+        def call(_: Any, __: Any, output: Any) -> None:
             fits = isinstance(output, torch.Tensor) and output.shape[-1] == features
             if features is None or fits:
-                reached.update(names)
+                called.update(names)
 
-        return called
+        return call
 
     owners: dict[str, list[str]] = {}
     for name in stacked:
@@ -281,16 +282,39 @@ def _reached(network: Any, linear: Mapping[str, Any], stacked: Mapping[str, Any]
     hooks = [(layer, [name], _shape(layer)[0]) for name, layer in linear.items()]
     hooks += [(network.get_submodule(owner), names, None) for owner, names in owners.items()]
     handles = [layer.register_forward_hook(hook(names, m)) for layer, names, m in hooks]
+    input_ids = torch.tensor([[0, 1, 2, 1]], device=network.device)
     try:
-        input_ids = torch.tensor([[0, 1, 2, 1]], device=network.device)
         with torch.no_grad():
             network(input_ids=input_ids, use_cache=False)
+            reached = set(called)
+            called.clear()
+            with _training(network):
+                network(input_ids=input_ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     # A router has sent the text to some of a layer's experts, and could have to the others.
-    beside = {_beside(name) for name in reached}
-    return reached | {name for name in linear if _beside(name) in beside}
+    beside = {_beside(name) for name in reached & called}
+    return (reached & called) | {name for name in linear if _beside(name) in beside}
+
+
+@contextmanager
+def _training(network: Any) -> Iterator[None]:
+    """The network's layers as they are in training, until the block ends.
+
+    Whatever goes through a list of layers is left as it is: it may skip some of these at random.
+    """
+    before = {module: module.training for module in network.modules()}
+    devices = [network.device] if network.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # dropout draws from the global generator
+        try:
+            for module in before:
+                lists = (torch.nn.ModuleList, torch.nn.ModuleDict)
+                module.training = not any(isinstance(part, lists) for part in module.children())
+            yield
+        finally:
+            for module, training in before.items():
+                module.training = training
 
 
 def _beside(name: str) -> str:
@@ -335,7 +359,14 @@ def _other_matrices(
 
 
 def _fits_peft(network: Any, name: str) -> bool:
-    """Whether peft adapts a layer of this name in this architecture."""
+    """Whether peft adapts a layer of this name in this architecture.
+
+    It refuses the last layer of some architectures' state space mixers, whose kernels read its
+    weight themselves in training, and knows not all of them.
+    """
+    owner = network.get_submodule(name.rpartition(".")[0])
+    if name.endswith(".out_proj") and hasattr(owner, "A_log") and hasattr(owner, "chunk_size"):
+        return False
     config = peft.LoraConfig()
     try:
         peft.tuners.tuners_utils._check_lora_target_modules_mamba(
