@@ -222,10 +222,14 @@ def test_error_feedback_keeps_what_a_sketch_has_lost(run):
     sent = load_file(directory / "updates/round-0001/client-001.safetensors")
     plain = run("plain", bits=32, budget=8080, federation={"rounds": 1})
     exact = load_file(plain / "updates/round-0001/client-001.safetensors")
-    blocks = group({name: tensor.shape for name, tensor in delta_of(plain, 1).items()})
-    device = torch.device("cpu")
-    estimate = dict(method._rebuilt([method._unpacked(sent, 1, up=True)], blocks, device))
-    trained = dict(method._rebuilt([method._unpacked(exact, 32, up=True)], blocks, device))
+    shapes = {name: tensor.shape for name, tensor in delta_of(plain, 1).items()}
+
+    def rebuilt(method, tensors):
+        pieces = [method._received(tensors, shapes)]
+        return dict(method.parts.through.decode(pieces, shapes, torch.device("cpu")))
+
+    estimate = rebuilt(method, sent)
+    trained = rebuilt(load(plain / "experiment.yaml").method, exact)
     for name in trained:
         assert torch.allclose(kept[name] + estimate[name], trained[name], atol=1e-6)
 

@@ -41,7 +41,7 @@ class Model:
         network: the transformers model; outside `attach` it holds no adapter.
         tokenizer: its tokenizer.
         origin: what it came from.
-        momentum: a decaying sum of past steps by weight, for methods with server momentum.
+        beside: tensors of the weights' shapes that global steps keep, as an optimiser's moments.
         factors: the adapter that belongs to the global model, for methods that do not merge theirs
             into the weights (PEFT's key names); None where the weights are the whole model.
     """
@@ -57,7 +57,7 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
         self.origin = origin
-        self.momentum: dict[str, Tensor] = {}
+        self.beside: dict[str, Tensor] = {}
         self.factors: Mapping[str, Tensor] | None = None
         self._attached: dict[str, Any] = {}
         self._wrapped: dict[str, dict[str, Any]] = {}
@@ -137,7 +137,7 @@ class Model:
     def reset(self, state: Mapping[str, Tensor]) -> None:
         """Make the model what it was when `state` was taken, before any entry."""
         self.network.load_state_dict(state)
-        self.momentum, self.factors, self._remainders = {}, None, {}
+        self.beside, self.factors, self._remainders = {}, None, {}
         self._singular.clear()
         self._wrapped.clear()  # another run may attach other adapters
 

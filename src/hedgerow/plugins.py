@@ -110,7 +110,7 @@ class Registry(Mapping[str, type[_P]], Generic[_P]):
             see: the command that shows what there is, for messages.
         """
         self.what, self._base, self._package, self._see = what, base, package, see
-        self._group = f"hedgerow.{what}s"
+        self._group = f"hedgerow.{what}s".replace(" ", "_")
 
     def __getitem__(self, name: str) -> type[_P]:
         if name in self._own:

@@ -267,6 +267,9 @@ class TrainingSettings(Section):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Longest gradient, as the 2-norm over all parameters that train; longer ones are scaled down
     to it. With null, they are left as they are."""
+    keep_optimizer: bool | None = None
+    """Whether each client keeps its optimiser's moments for its next round, on its own disk; they
+    are never sent. With null, as is best for the method (`hedgerow methods` says so)."""
 
     def most_steps(self, num_examples: int) -> int:
         """Number of optimiser steps of a client with so many examples in a round."""

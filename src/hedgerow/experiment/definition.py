@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import (
+    Field,
     SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -15,7 +17,7 @@ from pydantic import (
 from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.experiment import yaml
-from hedgerow.experiment.mistakes import method_of, with_optimizer
+from hedgerow.experiment.mistakes import method_of, with_kept, with_optimizer
 from hedgerow.methods.base import Method
 from hedgerow.sentences import sentence
 from hedgerow.settings import (
@@ -41,7 +43,7 @@ class Experiment(Section):
     data: DataSettings
     method: SerializeAsAny[Method]
     """Method, by its name or as {name: flora, ranks: 16} with its options."""
-    training: TrainingSettings = TrainingSettings()
+    training: TrainingSettings = Field(TrainingSettings(), validate_default=True)
     federation: FederationSettings = FederationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -64,8 +66,9 @@ class Experiment(Section):
 
     @field_validator("training")
     @classmethod
-    def _with_optimizer(cls, training: TrainingSettings) -> TrainingSettings:
-        return with_optimizer(training)
+    def _with_optimizer(cls, training: TrainingSettings, info: ValidationInfo) -> TrainingSettings:
+        training = with_optimizer(training)
+        return with_kept(training, info.data["method"]) if "method" in info.data else training
 
     @field_validator("evaluation")
     @classmethod

@@ -22,6 +22,7 @@ from hedgerow.experiment.definition import Experiment
 from hedgerow.experiment.mistakes import validate
 from hedgerow.experiment.overrides import Change, changed, method_changes, split_override
 from hedgerow.experiment.paths import make_paths_absolute
+from hedgerow.experiment.upgrades import is_of_a_run, upgraded
 from hedgerow.sentences import sentence
 from hedgerow.settings import Comparison
 
@@ -71,6 +72,8 @@ def read(path: Path, *, smoke: bool = False) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not a text file: give an experiment file in YAML") from None
     content = parse_yaml(text, str(path))
+    if is_of_a_run(path):
+        content = upgraded(content)
     trial = content.pop("smoke", None)
     make_paths_absolute(content, [path.parent])
     return changed(content, _smoke_changes(trial, path), [path.parent]) if smoke else content

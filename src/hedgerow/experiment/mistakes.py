@@ -13,7 +13,7 @@ from hedgerow.methods import METHODS
 from hedgerow.methods.base import Method
 from hedgerow.sentences import sentence
 from hedgerow.settings import EvaluationSettings, TrainingSettings
-from hedgerow.training.optimizers import SHORTHANDS, chosen
+from hedgerow.training.optimizers import SHORTHANDS, chosen, optimizer_of
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 
@@ -70,3 +70,26 @@ def with_optimizer(training: TrainingSettings) -> TrainingSettings:
     if not isinstance(training.optimizer, str):
         content["optimizer"] = complete
     return parsed(TrainingSettings, content, ("training",))
+
+
+def with_kept(training: TrainingSettings, method: Method) -> TrainingSettings:
+    """The settings with `keep_optimizer` as it holds for a method.
+
+    Raises:
+        UserError: it is asked for where there is nothing to keep.
+    """
+    asked, kept = training.keep_optimizer, method.keeps_optimizer
+    if kept is None and asked:
+        raise UserError(
+            f"training.keep_optimizer: {method.name} has no moments that its clients' next round "
+            "could go on with: leave it out"
+        )
+    if optimizer_of(training).immediate_step(training.learning_rate) is not None:
+        if asked:
+            raise UserError(
+                f"training.keep_optimizer: {training.optimizer} has no moments to keep: leave it "
+                "out, or give another training.optimizer"
+            )
+        kept = False
+    kept = bool(kept) if asked is None else asked
+    return training.model_copy(update={"keep_optimizer": kept})

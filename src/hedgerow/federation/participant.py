@@ -65,6 +65,7 @@ def train_client(
             )
             update.check_writable()
             _check_numbers(update)
+            client_round.save()
     except InvalidMessage as error:
         raise ClientFailed(f"method {method.name} made what cannot be written: {error}") from None
     except torch.OutOfMemoryError:

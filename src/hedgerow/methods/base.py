@@ -64,15 +64,28 @@ class ClientRound:
     memory: Memory
     past: Callable[[int], Entry]
     """Reads the entry of an earlier round."""
+    _kept: dict[str, Tensor] = field(default_factory=dict)
 
     def remember(self, tensors: Mapping[str, Tensor]) -> None:
-        """Save tensors in `memory`; none where one is absurd: the next round begins anew."""
+        """Keep tensors for the client's next round, beside others that it keeps already.
+
+        They are saved when the round is done (`save`).
+        """
+        self._kept.update(tensors)
+
+    def save(self) -> None:
+        """Save what is to be kept in `memory`; none of it where a number is absurd.
+
+        What would be made of such numbers is refused, in this round and, were they saved, in every
+        other: so the next round begins anew.
+        """
+        if not self._kept:
+            return
         try:
-            check_numbers(tensors, LARGEST_SENT)
+            check_numbers(self._kept, LARGEST_SENT)
         except InvalidMessage:
-            # What is made of them is refused, in this round and, were they saved, in every other.
-            tensors = {}
-        self.memory.save(tensors)
+            self._kept.clear()
+        self.memory.save(self._kept)
 
 
 @dataclass(frozen=True)
@@ -160,7 +173,18 @@ class Method(Plugin, ABC):
 
     @property
     def clients_remember(self) -> bool:
-        """Whether a client whose update is accepted remembers something for its next round."""
+        """Whether a client whose update is accepted remembers something for its next round.
+
+        Beside its optimiser's moments, for which see `keeps_optimizer`.
+        """
+        return False
+
+    @property
+    def keeps_optimizer(self) -> bool | None:
+        """Whether clients keep their optimiser's moments where `training.keep_optimizer` is null.
+
+        None: the method has none to keep, or none that would fit the next round's parameters.
+        """
         return False
 
     @property
@@ -184,10 +208,19 @@ class Method(Plugin, ABC):
     ) -> Trained:
         """Train locally: by first-order steps, where a method has none of its own.
 
+        Where `training.keep_optimizer` says so, the optimiser goes on from the client's last round.
+
         Raises:
             Diverged: the loss is no longer a number.
         """
-        return Trained(parameters, first_order.train(job, parameters))
+        if not client_round.training.keep_optimizer:
+            return Trained(parameters, first_order.train(job, parameters))
+        kept = client_round.memory.load()
+        loss, state = first_order.continue_training(job, parameters, kept)
+        # What is trained in turns keeps its moments while it rests.
+        resting = {key: kept[key] for key in kept if "/" in key and key not in state}
+        client_round.remember(resting | state)
+        return Trained(parameters, loss)
 
     @abstractmethod
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
@@ -268,11 +301,6 @@ class Method(Plugin, ABC):
 
     def merge(self, model: Model, client: str | None) -> None:
         """Put what the model still holds beside its weights into them, for export."""
-
-
-def weight_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """`Method.trained_shapes` of a method that trains all weights, each by its name."""
-    return {name: tuple(weight.shape) for name, weight in model.network.named_parameters()}
 
 
 def check_entry(

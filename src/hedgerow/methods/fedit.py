@@ -14,13 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from hedgerow.adapters import adapter_pairs
-from hedgerow.errors import UserError
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, ClientRound, ServerRound
-from hedgerow.methods.factors import copy_factors, init_factors
 from hedgerow.methods.lora import LoraMethod
+from hedgerow.methods.parts.one_adapter import (
+    attach_global,
+    held_adapter,
+    merge_global,
+    with_global,
+)
 from hedgerow.methods.stacking import Part, aggregate_adapters
 
 if TYPE_CHECKING:
@@ -37,12 +40,7 @@ class AveragedAdapter(LoraMethod):
 
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """Attach the global adapter; in round 1 one that the run's seed draws for everybody."""
-        rank = self.rank(client_round.client)
-        parameters = model.attach(self.config(rank))
-        init_factors(parameters, client_round.seeds.torch("adapter"), self.largest_rank)
-        if model.factors is not None:
-            copy_factors(parameters, model.factors, self.scale(rank))
-        return parameters
+        return attach_global(model, self, self.rank(client_round.client), client_round.seeds)
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Average A and B apart."""
@@ -54,16 +52,11 @@ class AveragedAdapter(LoraMethod):
 
     def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:
         """Attach the global adapter to the base."""
-        if model.factors is None:
-            yield None
-        else:
-            with model.with_factors(model.factors):
-                yield None
+        yield from with_global(model)
 
     def merge(self, model: Model, client: str | None) -> None:
         """Add the global adapter to the weights, W + B·A."""
-        for module, factors in adapter_pairs(model.factors or {}):
-            model.merge(module, factors)
+        merge_global(model)
 
 
 class HeldAdapter(AveragedAdapter):
@@ -73,10 +66,7 @@ class HeldAdapter(AveragedAdapter):
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
         """Adapter that the model holds after the entries."""
-        factors = load_model().factors
-        if factors is None:
-            raise UserError("round 0 is the base model: there is no adapter to export yet")
-        return dict(factors)
+        return held_adapter(load_model())
 
 
 class FedIT(AveragedAdapter):

@@ -71,7 +71,7 @@ from hedgerow.methods.stacking import StackedFactors, finite
 from hedgerow.methods.sums import ExactSums, SketchedSums
 from hedgerow.methods.truncation import Compress, truncate_sums
 from hedgerow.methods.weighting import Weighting
-from hedgerow.training import first_order, line_search
+from hedgerow.training import line_search
 from hedgerow.wire import LARGEST_BROADCAST, LARGEST_SENT, check_kinds, kinds
 
 if TYPE_CHECKING:
@@ -133,6 +133,11 @@ class FLoRA(ResidualAdapter):
         return self.restart != "zero"
 
     @property
+    def keeps_optimizer(self) -> bool | None:
+        """Whether they start warm: moments are of little use for an A that is drawn anew."""
+        return True if self.restart != "zero" else None
+
+    @property
     def server_remembers(self) -> bool:
         """Whether it carries what it owes."""
         return self.compress is not None and self.compress.carry
@@ -179,15 +184,14 @@ class FLoRA(ResidualAdapter):
     def train(
         self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
     ) -> Trained:
-        """Train locally; a warm start goes on with the client's optimiser."""
+        """Train locally; a warm start keeps the client's own A."""
         along = self._along(job, client_round)
-        if self.restart == "zero":
-            return dataclasses.replace(super().train(job, client_round, parameters), along=along)
-        loss, state = first_order.continue_training(job, parameters, client_round.memory.load())
-        if not self._is_shared(client_round.training):
-            state |= {n: p.detach().cpu() for n, p in parameters.items() if ".lora_A." in n}
-        client_round.remember(state)
-        return Trained(parameters, loss, along=along)
+        trained = super().train(job, client_round, parameters)
+        if self.restart != "zero" and not self._is_shared(client_round.training):
+            client_round.remember(
+                {n: p.detach().cpu() for n, p in parameters.items() if ".lora_A." in n}
+            )
+        return dataclasses.replace(trained, along=along)
 
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """The client's factors, in so many bits, and what it knows of rounding and step sizes."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.lazy import peft
@@ -39,8 +39,10 @@ def _valid_alpha(value: float | str) -> float | str:
     return value
 
 
-class LoraMethod(Method):
-    """Options of every method that trains adapters, and what they share."""
+class LoraOptions(BaseModel):
+    """Options of adapters, whichever method trains them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     ranks: (
         Annotated[int, Field(ge=1)]
@@ -60,8 +62,6 @@ class LoraMethod(Method):
     rslora: bool = False
     """Whether adapters are scaled by alpha/√r instead of alpha/r (arXiv 2312.03732)."""
 
-    same_rank: ClassVar[bool] = False
-    """The method needs one rank for all clients."""
     adapts_experts: ClassVar[bool] = True
     """The method can adapt experts that a model keeps as parameters, beside linear layers."""
 
@@ -89,25 +89,44 @@ class LoraMethod(Method):
             init_lora_weights=False,
         )
 
-    def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
-        """Check that ranks fit the clients and the matrices, and that the modules are there."""
+    def matrix_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
+        """Shapes of the adapted matrices, (m, n) by module."""
+        return model.adapted_shapes(self.targets, experts=self.adapts_experts)
+
+    def matrices(self, model: Model) -> Targets:
+        """What the targets name in the model, and what they leave out."""
+        return model.targets(self.targets, experts=self.adapts_experts)
+
+    def check_adapter(
+        self, model: Model, num_clients: int | None, same_rank_for: str | None
+    ) -> None:
+        """Check that ranks fit the clients and the matrices, and that the modules are there.
+
+        Args:
+            model: the base.
+            num_clients: how many clients the ranks are for; None does not ask.
+            same_rank_for: name of a method that needs one rank for all clients, or None.
+
+        Raises:
+            UserError: naming the option that does not fit.
+        """
         ranks = [self.ranks] if isinstance(self.ranks, int) else self.ranks
-        if not isinstance(self.ranks, int) and not self.pools_data and len(ranks) != num_clients:
+        if not isinstance(self.ranks, int) and num_clients not in (None, len(ranks)):
             raise UserError(
                 f"method.ranks has {len(ranks)} ranks for {num_clients} clients: "
                 "give one for each, or one number for all"
             )
-        if self.same_rank and len(set(ranks)) > 1:
+        if same_rank_for and len(set(ranks)) > 1:
             raise UserError(
-                f"method.ranks: {self.name} averages adapters of one rank, not of {ranks}: "
+                f"method.ranks: {same_rank_for} averages adapters of one rank, not of {ranks}: "
                 "give one number, or take zero_padding or flora"
             )
-        if self.dropout and self._targets(model).parameters:
+        if self.dropout and self.matrices(model).parameters:
             raise UserError(
                 "method.dropout: the inputs of experts cannot be left out at random: set "
                 "method.dropout=0, or name targets without experts"
             )
-        shapes = self.trained_shapes(model)
+        shapes = self.matrix_shapes(model)
         largest = max(min(shape) for shape in shapes.values())
         if max(ranks) > largest:
             raise UserError(
@@ -115,16 +134,33 @@ class LoraMethod(Method):
                 f"{model.name} (at most {largest}): give ranks up to {largest}"
             )
 
+    def _alpha(self, rank: int) -> float:
+        if not isinstance(self.alpha, str):
+            return self.alpha
+        return float(self.alpha[:-1] or 1) * rank
+
+
+class LoraMethod(LoraOptions, Method):
+    """What every method that trains adapters shares."""
+
+    same_rank: ClassVar[bool] = False
+    """The method needs one rank for all clients."""
+
+    def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
+        """Check that ranks fit the clients and the matrices, and that the modules are there."""
+        self.check_adapter(
+            model,
+            num_clients=None if self.pools_data else num_clients,
+            same_rank_for=self.name if self.same_rank else None,
+        )
+
     def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
         """Shapes of the adapted matrices, (m, n) by module."""
-        return model.adapted_shapes(self.targets, experts=self.adapts_experts)
+        return self.matrix_shapes(model)
 
     def left_out(self, model: Model) -> list[str]:
         """Say which matrices the targets leave out."""
-        return list(self._targets(model).left_out)
-
-    def _targets(self, model: Model) -> Targets:
-        return model.targets(self.targets, experts=self.adapts_experts)
+        return list(self.matrices(model).left_out)
 
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """Collect the client's factors, with PEFT's key names."""
@@ -177,11 +213,6 @@ class LoraMethod(Method):
         """Metadata of an update, by peft's names."""
         about = {"r": str(rank), "lora_alpha": _exact(alpha or self._alpha(rank))}
         return about | ({"use_rslora": "true"} if self.rslora else {})
-
-    def _alpha(self, rank: int) -> float:
-        if not isinstance(self.alpha, str):
-            return self.alpha
-        return float(self.alpha[:-1] or 1) * rank
 
 
 def _exact(number: float) -> str:

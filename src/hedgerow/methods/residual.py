@@ -17,6 +17,7 @@ from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate
 from hedgerow.methods.fedit import AveragedAdapter
+from hedgerow.methods.parts.renamed import Renamed, below
 from hedgerow.methods.quantization import dequantize
 from hedgerow.methods.stacking import finite
 
@@ -94,27 +95,7 @@ def with_residuals(sums: Iterable[tuple[str, Factors | None, Factors]]) -> Aggre
 _T = TypeVar("_T")
 
 
-class _Part(Mapping[str, _T]):
-    """Some of the tensors of an entry, by other names; each is read when it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, _T], keys: Mapping[str, str]) -> None:
-        self._tensors, self._keys = tensors, keys
-
-    def __getitem__(self, name: str) -> _T:
-        return self._tensors[self._keys[name]]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._keys
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-
 def split(tensors: Mapping[str, _T]) -> tuple[Mapping[str, _T], Mapping[str, _T]]:
     """The start adapter, by PEFT's keys, and the residual, neither of which is read for it."""
-    start = {key.removeprefix(START): key for key in tensors if key.startswith(START)}
     residual = {key: key for key in tensors if not key.startswith(START)}
-    return _Part(tensors, start), _Part(tensors, residual)
+    return below(tensors, START), Renamed(tensors, residual)

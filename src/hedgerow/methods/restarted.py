@@ -24,6 +24,11 @@ class RestartedAdapter(ResidualAdapter):
     There is no global adapter: all of an entry is residual.
     """
 
+    @property
+    def keeps_optimizer(self) -> bool | None:
+        """Nothing: moments would belong to another A."""
+        return None
+
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """Attach a new adapter of rank r_k to the merged weights."""
         rank = self.rank(client_round.client)

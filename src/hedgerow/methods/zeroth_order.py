@@ -49,6 +49,11 @@ class ZerothOrderMethod(Method):
     """Distance from the weights at which the two losses of a step are measured, ε, in multiples of
     a direction of normal numbers."""
 
+    @property
+    def keeps_optimizer(self) -> bool | None:
+        """Nothing: there is no optimiser."""
+        return None
+
     @abstractmethod
     def directions(self, client_round: ClientRound) -> Callable[[int], Sequence[int]]:
         """Function from a local step's number to the seeds of its directions."""

@@ -1,0 +1,49 @@
+"""Dense updates of all parameters, averaged: what FedAvg and its relatives share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, StrictBool, model_validator
+
+from hedgerow.methods.composed import Composed, Parts
+from hedgerow.methods.parts.codec import Codec, codec_of
+from hedgerow.methods.parts.plain import Plain
+
+Feedback = StrictBool | Annotated[float, Field(gt=0, le=1)]
+"""Whether what a codec has lost is added to what is sent next, times a decay: `true` is 1."""
+
+
+class AveragedWeights(Composed):
+    """All parameters; codecs, error feedback and a server optimiser are options."""
+
+    up: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = None
+    """Codec of updates: `bits`, `top_k`, or one with options, as {name: top_k, k: 64}; with null,
+    they are sent as they are."""
+    down: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = None
+    """Codec of the broadcast, as `up` has it."""
+    error_feedback: Feedback = False
+    """Whether clients add to their updates what their codec has lost of earlier ones: `true`, or a
+    factor for what is owed, above 0, with which it is forgotten. A client keeps a vector of the
+    model's size in float32 on disk."""
+    broadcast_feedback: Feedback = False
+    """Whether the server adds to its broadcast what its codec has lost of earlier ones; as
+    `error_feedback` has it."""
+
+    @model_validator(mode="after")
+    def _feedback_of_codecs(self) -> AveragedWeights:
+        for key, codec in (("error_feedback", "up"), ("broadcast_feedback", "down")):
+            if getattr(self, key) and getattr(self, codec) is None:
+                raise ValueError(f"`{key}`: without `{codec}` nothing is lost: give a codec")
+        return self
+
+    @property
+    def parts(self) -> Parts:
+        """Dense changes in these codecs."""
+        return Parts(
+            up=self.up or Plain(),
+            down=self.down or Plain(),
+            feedback=float(self.error_feedback) or None,
+            feedback_down=float(self.broadcast_feedback) or None,
+            server=self.server,
+        )

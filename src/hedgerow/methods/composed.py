@@ -1,0 +1,339 @@
+"""Composed methods: the functions of a method, written once over its parts.
+
+A method whose updates add, be it over all parameters or over one adapter, says which parts it is
+made of (`parts`); what travels, what is refused, and how the global model steps follows.
+
+    client:    Δ_k, and what is owed of earlier ones -> through -> shrink -> up   = update
+    server:    Σ p_k (update, with up undone) -> server optimiser -> down         = entry
+    everybody: entry, with down and through undone -> server optimiser            -> the model
+
+The server optimiser steps where the whole change is at hand: at the server where entries are dense,
+whose memory has its state; else at everybody, where a replay of the ledger rebuilds it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, SerializeAsAny
+
+from hedgerow.errors import Diverged, InvalidMessage
+from hedgerow.lazy import torch
+from hedgerow.methods import weighting
+from hedgerow.methods.base import (
+    Aggregate,
+    Client,
+    ClientRound,
+    Expected,
+    Memory,
+    Method,
+    Payload,
+    ServerRound,
+    Trained,
+)
+from hedgerow.methods.parts import feedback, shrink
+from hedgerow.methods.parts.codec import Codec
+from hedgerow.methods.parts.dense import Dense
+from hedgerow.methods.parts.mean import Mean
+from hedgerow.methods.parts.message import Message
+from hedgerow.methods.parts.plain import Plain
+from hedgerow.methods.parts.renamed import below
+from hedgerow.methods.parts.server_optimizers import ServerOptimizer, server_optimizer_of
+from hedgerow.methods.parts.through import Basis, Piece, Through
+from hedgerow.methods.parts.trains import AllWeights, Trains
+from hedgerow.methods.parts.values import Shapes, Values
+from hedgerow.wire import LARGEST_BROADCAST, LARGEST_SENT, check_kinds, kinds
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from hedgerow.model import Model
+    from hedgerow.settings import TrainingSettings
+    from hedgerow.wire import Entry, Participant, Update
+
+State = dict[str, "Tensor"]
+"""State of a server optimiser, by the parameter's name and the slot: `{name}/momentum` …"""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a method is composed of."""
+
+    trains: Trains = field(default_factory=AllWeights)
+    through: Through = field(default_factory=Dense)
+    up: Codec = field(default_factory=Plain)
+    down: Codec = field(default_factory=Plain)
+    shrink: shrink.Shrink = shrink.whole
+    feedback: float | None = None
+    """Decay of what clients owe; None: there is no error feedback."""
+    feedback_down: float | None = None
+    """Decay of what the server owes; None: there is no error feedback."""
+    rate: Callable[[int], float] | None = None
+    """Learning rate of the server in a round; None is 1."""
+    clip: Callable[[Tensor], Tensor] | None = None
+    """Cuts values of the broadcast; None leaves them as they are."""
+    server: ServerOptimizer | None = None
+
+    @property
+    def everybody_steps(self) -> bool:
+        """Whether the server optimiser steps at everybody, instead of at the server."""
+        return self.server is not None and not isinstance(self.through, Dense)
+
+
+class Composed(Method):
+    """A method that is made of parts."""
+
+    server: Annotated[
+        SerializeAsAny[ServerOptimizer] | None, BeforeValidator(server_optimizer_of)
+    ] = None
+    """Optimiser of the global steps, by name (`sgd`, `momentum`, `nesterov`, `adam`, `yogi`,
+    `adagrad`) or as {name: nesterov, learning_rate: 0.7, momentum: 0.9}; with null, the global
+    model takes the mean update as it is."""
+
+    weights: Literal["size", "uniform"] = "size"
+    """Weights p_k of the clients' updates: `size`, each client's share of the round's examples, or
+    `uniform`, 1/N for each of N clients."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Parts:
+        """Parts of the method, by its options."""
+
+    def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
+        """Check nothing more than the options."""
+
+    @property
+    def clients_remember(self) -> bool:
+        """Whether there is error feedback: clients remember what their codecs have lost."""
+        return self.parts.feedback is not None
+
+    @property
+    def server_remembers(self) -> bool:
+        """Whether the server has an optimiser with a state, or owes something."""
+        parts = self.parts
+        has_state = parts.server is not None and bool(parts.server.slots)
+        return (has_state and not parts.everybody_steps) or parts.feedback_down is not None
+
+    def trained_shapes(self, model: Model) -> Mapping[str, Sequence[int]]:
+        """Shapes of what trains."""
+        return self.parts.trains.shapes(model)
+
+    def entry_options(self) -> dict[str, Any]:
+        """The options that every participant steps by."""
+        parts = self.parts
+        options: dict[str, Any] = {}
+        if parts.everybody_steps and self.server is not None:
+            options["server"] = self.server.model_dump(mode="json")
+        return options
+
+    # --- at a client ----------------------------------------------------------------------------
+
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
+        """Lend the client what trains."""
+        return self.parts.trains.start(model, client_round)
+
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
+        """Encode Δ_k, and what is owed of earlier ones."""
+        parts = self.parts
+        change = parts.trains.change(model, trained.parameters)
+        if parts.feedback is not None:
+            change = feedback.owed(change, client_round.memory.load(), parts.feedback)
+        message = Message(client_round.seeds, client_round.round, client_round.client.name)
+        piece = parts.through.encode(change, message, parts.up)
+        try:
+            coded = parts.up.encode(self._shrunk(piece, change.shapes), self._up_seed(piece.header))
+        except ValueError:
+            raise Diverged(
+                "the update contains NaN or infinity: a lower training.learning_rate may help"
+            ) from None
+        tensors = {**coded, **piece.header}
+        if parts.feedback is not None:
+            device = parts.trains.device(model)
+            sent = self._received(tensors, change.shapes)
+            rebuilt = parts.through.decode([sent], change.shapes, device)
+            client_round.remember(feedback.lost(change, rebuilt))
+        return Payload(tensors | parts.trains.beside(client_round.seeds), {})
+
+    # --- at the server --------------------------------------------------------------------------
+
+    def check_update(self, client: Client, update: Update, expected: Expected) -> None:
+        """Check for the header of this client's message, and what the codec makes with it."""
+        parts, given = self.parts, kinds(update.tensors)
+        update.check_about({})
+        message = Message(expected.seeds, update.round, client.name)
+        header = parts.through.check_update(update.tensors, expected.shapes, message, parts.up)
+        beside = parts.trains.beside(expected.seeds)
+        mapped = parts.through.mapped_shapes(update.tensors, expected.shapes)
+        check_kinds(given, parts.up.kinds(mapped, given) | header | kinds(beside))
+        _check_equal(update.tensors, beside)
+        parts.up.check(update.tensors, mapped, LARGEST_SENT)
+
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
+        """Sum updates by basis as they arrive, step, and encode the broadcast."""
+        parts, shapes = self.parts, server_round.expected.shapes
+        mean, count, uniform = Mean(), 0, self.weights == "uniform"
+        for update in updates:
+            piece = self._received(update.tensors, shapes)
+            weight = 1 if uniform else update.num_examples
+            mean.add(parts.through.basis(piece.header), piece.values, weight)
+            count += 1
+        message = Message(server_round.expected.seeds, server_round.round)
+        kept = _Kept(server_round.memory, self.server_remembers)
+        tensors = parts.trains.beside(server_round.expected.seeds)
+        for index, (basis, values) in enumerate(self._means(mean, server_round.round)):
+            own = self._broadcast(basis, self._stepped(values, kept), message, kept)
+            prefix = parts.through.prefix(index)
+            tensors |= {f"{prefix}{name}": tensor for name, tensor in own.items()}
+        if self.server_remembers:
+            server_round.memory.save(kept.new)
+        return Aggregate(tensors, {}, [1 / count] * count if uniform else None)
+
+    def _means(self, mean: Mean, round: int) -> Iterator[tuple[Basis, Values]]:
+        """Means by basis: cut where they are too long, times the server's learning rate."""
+        parts = self.parts
+        rate = None if parts.rate is None else parts.rate(round)
+        if parts.clip is None:
+            yield from mean.means(rate)
+            return
+        cut = parts.clip
+        for basis, values in mean.means(None):
+            yield basis, values.mapped(lambda _, each: cut(each) * (rate or 1.0))
+
+    def _stepped(self, values: Values, kept: _Kept) -> Values:
+        """The step of the server's optimiser along dense values, whose state is kept."""
+        server = self.parts.server
+        if server is None or self.parts.everybody_steps:
+            return values
+        steps = dict(_steps(server, values, kept.old, kept.new))
+        return Values(values.shapes, lambda: iter(steps.items()))
+
+    def _broadcast(
+        self, basis: Basis, values: Values, message: Message, kept: _Kept
+    ) -> dict[str, Tensor]:
+        """One piece of an entry; what the codec loses of it is kept, where that is asked for."""
+        parts = self.parts
+        header = parts.through.broadcast(basis, values.shapes, message, parts.down)
+        seed = self._down_seed(header)
+        if parts.feedback_down is None:
+            return parts.down.encode(values, seed) | header
+        earlier = {n.removesuffix(_OWED): kept.old[n] for n in kept.old if n.endswith(_OWED)}
+        due = dict(feedback.owed(values, earlier, parts.feedback_down))
+        whole = Values(values.shapes, lambda: iter(due.items()))
+        coded = parts.down.encode(whole, seed)
+        sent = iter(parts.down.decode(coded, whole.shapes, seed))
+        kept.new |= {f"{n}{_OWED}": left for n, left in feedback.lost(whole, sent).items()}
+        return coded | header
+
+    # --- at everybody ---------------------------------------------------------------------------
+
+    def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Check for the pieces that so many updates add up to, and what the codec makes of them."""
+        parts, given = self.parts, kinds(entry.tensors)
+        clients = len(entry.participants)
+        headers = parts.through.check_entry(entry.tensors, shapes, clients, parts.down)
+        beside = parts.trains.beside_kinds()
+        expected = dict(beside)
+        pieces = []
+        for prefix, header in headers.items():
+            tensors = below(entry.tensors, prefix)
+            mapped = parts.through.mapped_shapes(tensors, shapes)
+            own = parts.down.kinds(mapped, below(given, prefix))
+            expected |= {f"{prefix}{name}": kind for name, kind in (own | header).items()}
+            pieces.append((tensors, mapped))
+        check_kinds(given, expected)
+        for name in expected:
+            if name.endswith("seed") and int(entry.tensors[name]) < 0:
+                raise InvalidMessage(f"{name} must be non-negative")
+        for tensors, mapped in pieces:
+            parts.down.check(tensors, mapped, LARGEST_BROADCAST)
+
+    def apply(self, model: Model, entry: Entry) -> None:
+        """Add the rebuilt step to the global model."""
+        parts, shapes = self.parts, self.trained_shapes(model)
+        pieces = [self._sent(own, shapes) for own in parts.through.pieces(entry.tensors)]
+        steps = parts.through.decode(pieces, shapes, parts.trains.device(model))
+        if parts.server is not None and parts.everybody_steps:
+            steps = _steps(parts.server, steps, model.beside, model.beside)
+        parts.trains.add(model, steps, entry)
+
+    def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:
+        """Put the global model into `model`."""
+        yield from self.parts.trains.models(model, clients)
+
+    def adapter(
+        self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
+    ) -> dict[str, Tensor]:
+        """Adapter, where what trains is one."""
+        found = self.parts.trains.adapter(entries, load_model)
+        return super().adapter(entries, client, load_model) if found is None else found
+
+    def merge(self, model: Model, client: str | None) -> None:
+        """Put the adapter into the weights, where what trains is one."""
+        self.parts.trains.merge(model)
+
+    def check_weights(self, participants: Sequence[Participant]) -> None:
+        """Raise `InvalidMessage` unless the weights are the method's."""
+        weighting.check(self.weights, participants)
+
+    # --- details --------------------------------------------------------------------------------
+
+    def _shrunk(self, piece: Piece, shapes: Shapes) -> Values:
+        """Mapped values, as much shorter as their expected error asks for."""
+        parts = self.parts
+        errors = parts.through.errors(piece.values.shapes, shapes, parts.up)
+        return piece.values.mapped(lambda name, each: each * parts.shrink(errors[name]))
+
+    def _received(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> Piece:
+        """An update's values, with the codec undone."""
+        parts = self.parts
+        mapped = parts.through.mapped_shapes(tensors, shapes)
+        return Piece(tensors, parts.up.decode(tensors, mapped, self._up_seed(tensors)))
+
+    def _sent(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> Piece:
+        """Values of one piece of an entry, with the codec undone."""
+        parts = self.parts
+        mapped = parts.through.mapped_shapes(tensors, shapes)
+        return Piece(tensors, parts.down.decode(tensors, mapped, self._down_seed(tensors)))
+
+    def _up_seed(self, header: Mapping[str, Tensor]) -> int:
+        """Seed of the rotations before rounding, which are others than the bases."""
+        return self.parts.through.seed(header) ^ 1 << 63
+
+    def _down_seed(self, header: Mapping[str, Tensor]) -> int:
+        """Seed of the rotations on the way down, which are others again."""
+        return self.parts.through.seed(header) ^ 3 << 62
+
+
+_OWED = "/owed"
+"""Ending of the key of what the server owes of a parameter."""
+
+
+class _Kept:
+    """What the server keeps: of the last round, and of this one."""
+
+    def __init__(self, memory: Memory, is_used: bool) -> None:
+        self.old: Mapping[str, Tensor] = memory.load() if is_used else {}
+        self.new: State = {}
+
+
+def _steps(
+    optimizer: ServerOptimizer,
+    changes: Iterable[tuple[str, Tensor]],
+    old: Mapping[str, Tensor],
+    new: State,
+) -> Iterator[tuple[str, Tensor]]:
+    """Steps of an optimiser, tensor by tensor; its state after them is put into `new`."""
+    for name, change in changes:
+        keys = {slot: f"{name}/{slot}" for slot in optimizer.slots}
+        state = {slot: old[key] for slot, key in keys.items() if key in old}
+        yield name, optimizer.step(change, state)
+        new |= {keys[slot]: each for slot, each in state.items()}
+
+
+def _check_equal(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for name, each in expected.items():
+        if not torch.equal(given[name], each):
+            raise InvalidMessage(f"{name} must be the one that the run derives for this round")

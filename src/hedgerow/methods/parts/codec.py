@@ -1,0 +1,82 @@
+"""A codec: values to the tensors of a message, and back; what is lost on the way is its error."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hedgerow.methods.parts.values import Shapes, Values
+from hedgerow.plugins import Plugin, Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hedgerow.wire import Kind
+
+
+class Codec(Plugin, ABC):
+    """How values are written into a message: its fields are options in the experiment file."""
+
+    section = ("method", "up")
+
+    rotates: ClassVar[bool] = False
+    """Whether it draws random rotations, whose seed then travels beside what it makes."""
+
+    @property
+    @abstractmethod
+    def error(self) -> float:
+        """Mean squared error, in units of the squared length of what is encoded."""
+
+    @abstractmethod
+    def encode(self, values: Values, seed: int) -> dict[str, Tensor]:
+        """Encode values, as tensors on the CPU.
+
+        Args:
+            values: as they are.
+            seed: of its rotations, where it has some.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor], shapes: Shapes, seed: int) -> Values:
+        """Values in float32 again, each when it is asked for; `check` has passed the tensors."""
+
+    @abstractmethod
+    def kinds(self, shapes: Shapes, given: Mapping[str, Kind]) -> dict[str, Kind]:
+        """Kinds of what `encode` makes of values of these shapes.
+
+        Args:
+            shapes: of the values.
+            given: kinds of what has arrived, for a tensor whose length depends on the values; its
+                kind is then the nearest possible one.
+        """
+
+    def check(self, tensors: Mapping[str, Tensor], shapes: Shapes, largest: float) -> None:
+        """Raise `InvalidMessage` unless `encode` makes such tensors, which are of its `kinds`.
+
+        Args:
+            tensors: as they arrived.
+            shapes: of the values.
+            largest: size that no value may be above, as no number of the tensors is.
+        """
+
+
+CODECS: Registry[Codec] = Registry(
+    "codec", Codec, "hedgerow.methods.parts", see="hedgerow explain method.up"
+)
+"""Every codec by the name that the experiment file uses, installed plug-ins included."""
+
+
+def codec_of(given: Any) -> Any:
+    """The codec that options name, for pydantic's validators; what is none stays as it is.
+
+    Raises:
+        UserError: there is none of this name, or an option of it is wrong.
+    """
+    options = {"name": given} if isinstance(given, str) else given
+    if not isinstance(options, dict) or not isinstance(options.get("name"), str):
+        return given
+    return CODECS.find(options["name"], "method.up")(**options)

@@ -1,0 +1,77 @@
+"""Rice codes of ascending whole numbers: their gaps in about as few bits as their entropy.
+
+Golomb (1966) and Rice (1979), as Sattler et al. use them for sparse updates, arXiv 1903.02891,
+section 5.2 and algorithm 3. A gap g ≥ 1 is (g - 1) div 2ᵇ in unary and (g - 1) mod 2ᵇ in b bits.
+Here the unary parts of all gaps stand together, and so do the others: then both are read at once,
+by a kernel instead of bit by bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from hedgerow.errors import InvalidMessage
+from hedgerow.lazy import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+_GOLDEN = (5**0.5 + 1) / 2
+
+
+class Gaps(NamedTuple):
+    """Ascending numbers as they travel, each a uint8 tensor; unused bits of the last byte are 0."""
+
+    unary: Tensor
+    binary: Tensor
+
+
+def parameter(count: int, total: int) -> int:
+    """Number b of binary bits that suits `count` numbers below `total` at random places."""
+    p = min(count / total, 0.5)
+    return max(0, 1 + math.floor(math.log2(math.log(_GOLDEN - 1) / math.log1p(-p))))
+
+
+def encode(places: NDArray[np.int64], total: int) -> Gaps:
+    """Encode at least one number, ascending, each at least 0 and below `total`."""
+    b = parameter(len(places), total)
+    gaps = np.diff(places, prepend=-1) - 1
+    ends = np.cumsum((gaps >> b) + 1) - 1  # each unary part is zeros, and a one
+    unary = np.zeros(ends[-1] + 1, dtype=np.uint8)
+    unary[ends] = 1
+    binary = (gaps[:, None] >> np.arange(b) & 1).astype(np.uint8)
+    packed = (np.packbits(bits, bitorder="little") for bits in (unary, binary))
+    return Gaps(*(torch.from_numpy(each) for each in packed))
+
+
+def decode(gaps: Gaps, count: int, total: int) -> NDArray[np.int64]:
+    """The numbers that were encoded.
+
+    Raises:
+        InvalidMessage: it is not what `encode` makes of `count` numbers below `total`.
+    """
+    b = parameter(count, total)
+    unary, binary = (np.unpackbits(each.numpy(), bitorder="little") for each in gaps)
+    ends = np.flatnonzero(unary)
+    if len(ends) != count or len(unary) - ends[-1] > 8 or binary[count * b :].any():
+        raise InvalidMessage(f"gaps must be those of {count} places")
+    low = binary[: count * b].reshape(count, b).astype(np.int64) << np.arange(b)
+    quotients = np.diff(ends, prepend=-1) - 1
+    places: NDArray[np.int64] = np.cumsum((quotients << b) + low.sum(axis=1) + 1) - 1
+    if places[-1] >= total:
+        raise InvalidMessage(f"gaps must end below {total}")
+    return places
+
+
+def binary_size(count: int, total: int) -> int:
+    """Number of bytes of the binary parts."""
+    return -(-count * parameter(count, total) // 8)
+
+
+def most_unary(count: int, total: int) -> int:
+    """Largest number of bytes that the unary parts of `count` numbers below `total` have."""
+    return -(-(count + (total >> parameter(count, total))) // 8)

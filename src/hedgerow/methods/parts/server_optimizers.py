@@ -1,0 +1,180 @@
+"""Server optimisers: how the global model steps along the mean update, seen as a gradient.
+
+Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295, algorithm 2, where Δ is the mean
+of the clients' changes; and outer Nesterov momentum as in DiLoCo, arXiv 2311.08105.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from hedgerow.lazy import torch
+from hedgerow.plugins import Plugin, Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ServerOptimizer(Plugin, ABC):
+    """A step of the global model, tensor by tensor: its fields are options."""
+
+    section = ("method", "server")
+
+    slots: ClassVar[tuple[str, ...]] = ()
+    """Names of what is kept of each tensor from step to step, each of the tensor's shape."""
+
+    learning_rate: float = Field(1.0, gt=0)
+    """Learning rate of the server, η: the factor of each step."""
+
+    @abstractmethod
+    def step(self, change: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Step along the mean change of one tensor.
+
+        Args:
+            change: Δ, float32; it may be changed.
+            state: of this tensor, by `slots`: nothing before the first step, and all afterwards.
+        """
+
+
+class Sgd(ServerOptimizer):
+    """Plain steps: w <- w + η Δ."""
+
+    name: str = "sgd"
+
+    def step(self, change: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """η Δ."""
+        return _scaled(change, self.learning_rate)
+
+
+class Momentum(ServerOptimizer):
+    """Heavy-ball momentum: m <- β m + Δ, w <- w + η m."""
+
+    name: str = "momentum"
+    slots: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum β: the share of its last step that each repeats."""
+
+    def step(self, change: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """η m."""
+        return _scaled(_decayed(change, state, self.momentum), self.learning_rate)
+
+
+class Nesterov(ServerOptimizer):
+    """Nesterov momentum: m <- β m + Δ, w <- w + η (Δ + β m)."""
+
+    name: str = "nesterov"
+    slots: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    learning_rate: float = Field(0.7, gt=0)
+    """Learning rate of the server, η: the factor of each step; DiLoCo's by default."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum β: the share of its last step that each repeats."""
+
+    def step(self, change: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """η (Δ + β m)."""
+        ahead = _decayed(change, state, self.momentum).mul(self.momentum).add_(change)
+        return _scaled(ahead, self.learning_rate)
+
+
+class _Adaptive(ServerOptimizer):
+    """Steps in units of each coordinate's own size: w <- w + η m / (√v + τ)."""
+
+    slots: ClassVar[tuple[str, ...]] = ("mean", "square")
+
+    learning_rate: float = Field(0.01, gt=0)
+    """Learning rate of the server, η: about the change of a coordinate in a step."""
+    beta: float = Field(0.9, ge=0, lt=1)
+    """Decay β₁ of the running mean of changes."""
+    tau: float = Field(1e-3, gt=0)
+    """Adaptivity τ, in units of a change: coordinates that change less than that keep their
+    proportions."""
+
+    def step(self, change: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """η m / (√v + τ)."""
+        if not state:
+            state["mean"] = torch.zeros_like(change)
+            state["square"] = torch.full_like(change, self.tau**2)
+        state["mean"].mul_(self.beta).add_(change, alpha=1 - self.beta)
+        self.accumulate(state["square"], change.square_())
+        return state["mean"] / state["square"].sqrt().add_(self.tau) * self.learning_rate
+
+    @abstractmethod
+    def accumulate(self, square: Tensor, new: Tensor) -> None:
+        """Update v, in place, by Δ²."""
+
+
+class Adam(_Adaptive):
+    """FedAdam's: v <- β₂ v + (1 - β₂) Δ²."""
+
+    name: str = "adam"
+
+    beta2: float = Field(0.99, ge=0, lt=1)
+    """Decay β₂ of the running mean of squares."""
+
+    def accumulate(self, square: Tensor, new: Tensor) -> None:
+        """Decay v towards Δ²."""
+        square.mul_(self.beta2).add_(new, alpha=1 - self.beta2)
+
+
+class Yogi(_Adaptive):
+    """FedYogi's: v <- v - (1 - β₂) Δ² sign(v - Δ²)."""
+
+    name: str = "yogi"
+
+    beta2: float = Field(0.99, ge=0, lt=1)
+    """Decay β₂ of the sum of squares."""
+
+    def accumulate(self, square: Tensor, new: Tensor) -> None:
+        """Move v towards Δ², by a share of Δ²."""
+        square.sub_(new * (square - new).sign(), alpha=1 - self.beta2)
+
+
+class Adagrad(_Adaptive):
+    """FedAdagrad's: v <- v + Δ²."""
+
+    name: str = "adagrad"
+
+    beta: float = Field(0.0, ge=0, lt=1)
+    """Decay β₁ of the running mean of changes; 0 takes the last one alone."""
+
+    def accumulate(self, square: Tensor, new: Tensor) -> None:
+        """Add Δ² to v."""
+        square.add_(new)
+
+
+SERVER_OPTIMIZERS: Registry[ServerOptimizer] = Registry(
+    "server optimizer",
+    ServerOptimizer,
+    "hedgerow.methods.parts",
+    see="hedgerow explain method.server",
+)
+"""Every server optimiser by the name that the experiment file uses."""
+
+
+def server_optimizer_of(given: Any) -> Any:
+    """The server optimiser that options name, for pydantic's validators; others stay as they are.
+
+    Raises:
+        UserError: there is none of this name, or an option of it is wrong.
+    """
+    options = {"name": given} if isinstance(given, str) else given
+    if not isinstance(options, dict) or not isinstance(options.get("name"), str):
+        return given
+    return SERVER_OPTIMIZERS.find(options["name"], "method.server")(**options)
+
+
+def _decayed(change: Tensor, state: dict[str, Tensor], decay: float) -> Tensor:
+    """m <- decay·m + Δ, in place."""
+    if state:
+        state["momentum"].mul_(decay).add_(change)
+    else:
+        state["momentum"] = change.clone()
+    return state["momentum"]
+
+
+def _scaled(step: Tensor, rate: float) -> Tensor:
+    return step if rate == 1 else step * rate

@@ -1,0 +1,212 @@
+"""The largest values alone: their places, their signs, and their sizes in few bits.
+
+By tiles as SparseLoCo has it (arXiv 2508.15706: 64 of 4,096, in 2 bits), or of all values together,
+as STC (arXiv 1903.02891: signs times the mean size). Places are Rice-coded gaps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from hedgerow.errors import InvalidMessage
+from hedgerow.lazy import torch
+from hedgerow.methods.parts import rice
+from hedgerow.methods.parts.codec import Codec
+from hedgerow.methods.parts.values import Shapes, Values
+from hedgerow.wire import Kind
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+class TopK(Codec):
+    """Sparse values: the k largest of each tile, or of all."""
+
+    name: str = "top_k"
+
+    k: int = Field(64, ge=1)
+    """Number of values of each `tile` that are sent."""
+    tile: int = Field(4096, ge=2)
+    """Number of neighbouring values of which the `k` largest are sent; a tensor's last tile may be
+    smaller, and sends its share, rounded up."""
+    group: Literal["tile", "all"] = "tile"
+    """Values among which the largest are sought. `tile`: those of each tile, so that all parts of
+    the model move; `all`: those of all tensors together, k/tile of them."""
+    bits: Literal[1, 2, 4, 8] = 2
+    """Number of bits of each value: a sign, and the number of one of 2ᵇⁱᵗˢ⁻¹ sizes; with 1 bit all
+    values of a tensor have their mean size."""
+
+    @model_validator(mode="after")
+    def _fewer(self) -> TopK:
+        if self.k >= self.tile:
+            raise ValueError(f"`k` ({self.k}) must be below `tile` ({self.tile})")
+        return self
+
+    @property
+    def error(self) -> float:
+        """At most the share of the values that are left out."""
+        return 1 - self.k / self.tile
+
+    def encode(self, values: Values, seed: int) -> dict[str, Tensor]:
+        """Places, codes and sizes of the largest values."""
+        flat = [each.reshape(-1).cpu() for _, each in values]
+        if not all(bool(each.isfinite().all()) for each in flat):
+            raise ValueError("values must be finite")
+        sizes = [len(each) for each in flat]
+        places = self._largest(flat)
+        gaps = rice.encode(places, sum(sizes))
+        chosen = torch.cat(flat)[torch.from_numpy(places)].numpy()
+        levels, codes = [], []
+        for own in np.split(chosen, np.searchsorted(places, np.cumsum(sizes)[:-1])):
+            level, code = _quantized(own, 2 ** (self.bits - 1))
+            levels.append(level)
+            codes.append(code)
+        return {
+            "unary": gaps.unary,
+            "binary": gaps.binary,
+            "codes": torch.from_numpy(_pack(np.concatenate(codes), self.bits)),
+            "levels": torch.from_numpy(np.concatenate(levels)),
+        }
+
+    def decode(self, tensors: Mapping[str, Tensor], shapes: Shapes, seed: int) -> Values:
+        """Dense values, zero where none was sent."""
+        sizes = _sizes(shapes)
+        places = rice.decode(_gaps(tensors), self._count(shapes), sum(sizes))
+        ends = np.searchsorted(places, np.cumsum([0, *sizes]))
+        codes = _unpack(tensors["codes"].numpy(), self.bits, len(places))
+        levels = tensors["levels"].numpy().reshape(len(sizes), -1)
+
+        def each() -> Iterator[tuple[str, Tensor]]:
+            first = 0
+            for index, (name, shape) in enumerate(shapes.items()):
+                own = slice(ends[index], ends[index + 1])
+                level, sign = codes[own] >> 1, 1 - 2 * (codes[own] & 1).astype(np.float32)
+                dense = torch.zeros(sizes[index])
+                found = torch.from_numpy(places[own] - first)
+                dense[found] = torch.from_numpy(levels[index][level] * sign)
+                yield name, dense.view(tuple(shape))
+                first += sizes[index]
+
+        return Values(shapes, each)
+
+    def kinds(self, shapes: Shapes, given: Mapping[str, Kind]) -> dict[str, Kind]:
+        """Kinds of the tensors; of the unary parts there are as many as the places take."""
+        count, total = self._count(shapes), sum(_sizes(shapes))
+        unary = given["unary"].shape if "unary" in given else ()
+        length = unary[0] if len(unary) == 1 else 0
+        length = min(max(length, -(-count // 8)), rice.most_unary(count, total))
+        return {
+            "unary": Kind(torch.uint8, (length,)),
+            "binary": Kind(torch.uint8, (rice.binary_size(count, total),)),
+            "codes": Kind(torch.uint8, (-(-count * self.bits // 8),)),
+            "levels": Kind(torch.float32, (len(shapes) * 2 ** (self.bits - 1),)),
+        }
+
+    def check(self, tensors: Mapping[str, Tensor], shapes: Shapes, largest: float) -> None:
+        """Check the places, tile by tile, and that no size is below 0."""
+        sizes = _sizes(shapes)
+        places = rice.decode(_gaps(tensors), self._count(shapes), sum(sizes))
+        if self.group == "tile":
+            starts = np.concatenate(
+                [first + np.arange(0, size, self.tile) for first, size in _spans(sizes)]
+            )
+            found = np.bincount(np.searchsorted(starts, places, side="right") - 1)
+            if found.tolist() != self._counts(sizes):
+                raise InvalidMessage(f"each tile of {self.tile} values must have {self.k} places")
+        if bool((tensors["levels"] < 0).any()):
+            raise InvalidMessage("levels must be at least 0")
+        unused = np.unpackbits(tensors["codes"].numpy(), bitorder="little")
+        if unused[len(places) * self.bits :].any():
+            raise InvalidMessage("codes must end with zeros")
+
+    def _largest(self, flat: list[Tensor]) -> NDArray[np.int64]:
+        """Places of the values that are sent, among all of them one after another, ascending."""
+        if self.group == "all":
+            whole = torch.cat(flat).abs()
+            count = max(1, len(whole) * self.k // self.tile)
+            found = whole.topk(count, sorted=False).indices
+        else:
+            parts, first = [], 0
+            for each in flat:
+                sizes = each.abs()
+                whole_tiles = len(each) // self.tile
+                end = whole_tiles * self.tile
+                rows = sizes[:end].view(whole_tiles, self.tile).topk(self.k, sorted=False).indices
+                starts = torch.arange(whole_tiles)[:, None] * self.tile
+                parts.append((rows + starts).reshape(-1) + first)
+                if rest := len(each) - end:
+                    last = sizes[end:].topk(self._share(rest), sorted=False).indices
+                    parts.append(last + end + first)
+                first += len(each)
+            found = torch.cat(parts)
+        return np.sort(found.numpy())
+
+    def _share(self, size: int) -> int:
+        """Number of values that a tile of this size sends."""
+        return -(-size * self.k // self.tile)
+
+    def _counts(self, sizes: list[int]) -> list[int]:
+        """Number of values that each tile sends."""
+        counts = []
+        for size in sizes:
+            counts += [self.k] * (size // self.tile)
+            counts += [self._share(size % self.tile)] if size % self.tile else []
+        return counts
+
+    def _count(self, shapes: Shapes) -> int:
+        """Number of values that are sent in all."""
+        sizes = _sizes(shapes)
+        if self.group == "all":
+            return max(1, sum(sizes) * self.k // self.tile)
+        return sum(self._counts(sizes))
+
+
+def _quantized(
+    values: NDArray[np.float32], count: int
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Sizes, at most `count` different ones, and for each value its size's number and its sign.
+
+    Bins of one width, each standing for the mean of what is in it; 0 where it is empty.
+    """
+    sizes = np.abs(values).astype(np.float64)
+    low, high = (sizes.min(), sizes.max()) if len(sizes) else (0.0, 0.0)
+    width = (high - low) / count
+    bins = np.minimum((sizes - low) // width, count - 1) if width > 0 else np.zeros(len(sizes))
+    number = bins.astype(np.uint8)
+    total = np.bincount(number, weights=sizes, minlength=count)
+    level = total / np.maximum(np.bincount(number, minlength=count), 1)
+    codes = (number << 1 | np.signbit(values)).astype(np.uint8)
+    return level.astype(np.float32), codes
+
+
+def _pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    digits: NDArray[np.uint8] = (codes[:, None] >> np.arange(bits) & 1).astype(np.uint8)
+    return np.packbits(digits, bitorder="little")
+
+
+def _unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
+    digits = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
+    codes: NDArray[np.uint8] = (digits << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
+    return codes
+
+
+def _gaps(tensors: Mapping[str, Tensor]) -> rice.Gaps:
+    return rice.Gaps(tensors["unary"], tensors["binary"])
+
+
+def _sizes(shapes: Shapes) -> list[int]:
+    return [math.prod(shape) for shape in shapes.values()]
+
+
+def _spans(sizes: list[int]) -> Iterator[tuple[int, int]]:
+    """First place and size of each tensor."""
+    first = 0
+    for size in sizes:
+        yield first, size
+        first += size
