@@ -71,6 +71,8 @@ class Records:
         where: str,
         numbers: Sequence[int] | None = None,
         classes: Mapping[str, Sequence[str]] | None = None,
+        *,
+        typed: bool = False,
     ) -> Records:
         """Records of dictionaries from anywhere.
 
@@ -79,11 +81,13 @@ class Records:
             where: what they are from, for messages.
             numbers: place of each in its source; from 1 on if None.
             classes: as the attribute.
+            typed: whether each column had one type for all its values, as a table's.
 
         Raises:
             UserError: one is no such mapping.
         """
         rows: list[Record] = []
+        gaps: set[str] = set()
         for row in found:
             if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
                 raise UserError(
@@ -94,7 +98,10 @@ class Records:
                 rows.append({key: _plain(value) for key, value in row.items()})
             except RecursionError:
                 raise UserError(f"{where}: row {len(rows) + 1} is nested too deeply") from None
-        _restore_integers(rows)
+            # Libraries that know no missing integer (pandas, NumPy) write NaN for it, and only into
+            # columns of one type is it handed on as null.
+            gaps |= {k for k, v in rows[-1].items() if v is None and (typed or row[k] is not None)}
+        _restore_integers(rows, gaps)
         return cls(rows, where, numbers or range(1, len(rows) + 1), classes or {})
 
     def __len__(self) -> int:
@@ -528,23 +535,14 @@ def _plain(value: Any) -> Any:
 _LARGEST_EXACT = 2**53
 
 
-def _restore_integers(rows: Sequence[Record]) -> None:
-    """Make integers of a column of whole numbers with gaps.
-
-    Libraries that know no missing integer (pandas, NumPy) have made floats of it.
-    """
-    columns: dict[str, bool] = {}
-    gaps: set[str] = set()
-    for row in rows:
-        for column, value in row.items():
-            if value is None:
-                gaps.add(column)
-            elif columns.get(column, True):
-                columns[column] = (
-                    isinstance(value, float) and value.is_integer() and abs(value) < _LARGEST_EXACT
-                )
+def _restore_integers(rows: Sequence[Record], gaps: Iterable[str]) -> None:
+    """Make integers of columns of whole numbers with gaps, of which libraries have made floats."""
     for column in gaps:
-        if columns.get(column):
+        values = [value for row in rows if (value := row.get(column)) is not None]
+        if all(
+            isinstance(value, float) and value.is_integer() and abs(value) < _LARGEST_EXACT
+            for value in values
+        ):
             for row in rows:
-                if isinstance(row.get(column), float):
+                if row.get(column) is not None:
                     row[column] = int(row[column])
