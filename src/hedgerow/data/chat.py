@@ -121,14 +121,14 @@ class ChatTemplate:
         """The text that the model is given."""
         return self._around(self._asked(row))[0]
 
-    def example(self, row: Row) -> tuple[str, str]:
-        """The text that the model is given, and the text that should follow it, to its end."""
+    def example(self, row: Row) -> tuple[str, str, str]:
+        """The text that the model is given, the text that should follow it, and what ends that."""
         messages = self._asked(row)
         before, end, after = self._around(messages)
         whole = self._write([*messages, ("assistant", row.output)])
         said = _between(before, whole, after)
         if said is not None and _letters(said) == _letters(row.output):
-            return before, said + end
+            return before, said, end
         # An answer with thoughts of its own, which take the place of empty ones, maybe in the form
         # that the generation prompt begins.
         begun = self._write(messages, generation=True)
@@ -136,9 +136,9 @@ class ChatTemplate:
         if said is not None and _letters(row.output).endswith(_letters(said)):
             thought = _letters(row.output).removesuffix(_letters(said))
             if _letters(begun).endswith(thought):
-                return begun, said + end
+                return begun, said, end
         # Some leave out thoughts, or read them wrongly: the answer is learnt as it stands.
-        return before, self._lead + row.output + end
+        return before, self._lead + row.output, end
 
     def _asked(self, row: Row) -> list[tuple[str, str]]:
         """The messages of a row, up to the one that is to be answered."""

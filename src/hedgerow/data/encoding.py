@@ -52,6 +52,8 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     vocabulary_size: int | None = None
     """Number of the model's embeddings, which every token must have one of; None checks nothing."""
+    writes_ends: bool = True
+    """Whether answers end as the template ends them, or else with EOS, which is one token."""
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -78,7 +80,10 @@ class Encoder:
             )
         found: list[Encoded | None] = [None] * len(rows)
         for reader, numbers, shown in self._readable(rows):
-            texts = _written(self.template.example, shown, where)
+            texts = [
+                (prompt, answer + (end if self.writes_ends else ""))
+                for prompt, answer, end in _written(self.template.example, shown, where)
+            ]
             prompts, answers = self._pairs(reader, texts)
             for number, prompt, answer in zip(numbers, prompts, answers, strict=True):
                 if not answer or answer[-1] not in (eos, *self.ends):
