@@ -152,11 +152,6 @@ class _Network(HFLM):  # type: ignore[misc]
     written: dict[str, str]
     """What a chat template has written, with the task's text hidden in it, by how it reads."""
 
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """Tokens that end an answer, beside the model's own."""
-        return ()
-
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
@@ -223,7 +218,7 @@ class _Network(HFLM):  # type: ignore[misc]
                 self.batch_size,
                 lambda count: None,
                 stop=[text for text in asked["until"] if text],
-                ends=self.ends,
+                ends=self.encoder.ends,
             )
             self.prompts_cut += cut
             for index, answer in zip(indices, given, strict=True):
@@ -264,11 +259,6 @@ class _Network(HFLM):  # type: ignore[misc]
 
 class _Prompted(_Network):
     """A model whose questions stand in a run's own prompt, token by token as in training."""
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """Tokens that end an answer in the run's prompt."""
-        return self.encoder.ends
 
     def _write(self, messages: list[dict[str, str]], generation: bool) -> str:
         """The prompt of a conversation; a task's description stands before the first question."""
