@@ -203,6 +203,34 @@ def test_a_column_that_nobody_named_is_said(column):
 def test_messages_come_alone():
     with pytest.raises(ValueError, match="give `messages`, or the columns"):
         Fields(messages="chat", output="reply")
+    with pytest.raises(ValueError, match="give `messages`, or the columns"):
+        Fields(messages="chat", prompt="p", completion="c")
+
+
+PROMPTED = [
+    [{"p": "One?", "c": "1", "context": "x"}, {"p": "Two?", "c": None}, {"p": "", "c": "2"}],
+    [{"p": [{"role": "user", "content": "One?"}], "c": [{"role": "assistant", "content": "1"}]}],
+    [{"p": "One?", "c": {"text": ["1"]}}],
+]
+
+
+@pytest.mark.parametrize("rows", PROMPTED, ids=["texts", "messages", "nested"])
+def test_prompt_and_completion_are_other_words_for_instruction_and_output(rows):
+    answer = "c.text" if isinstance(rows[0]["c"], dict) else "c"
+    context = {"input": "context"} if "context" in rows[0] else {}
+    named = checked(rows, prompt="p", completion=answer, **context)
+    meant = checked(rows, instruction="p", output=answer, **context)
+    assert list(named) == list(meant)
+    assert (named[0].instruction, named[0].output) == ("One?", "1")
+    assert named.remarks.sentences() == meant.remarks.sentences()
+
+
+def test_a_prompt_column_that_is_not_there_is_told_by_its_own_key():
+    with pytest.raises(UserError, match=r"no row has a column 'q': set `data\.fields\.prompt` to"):
+        checked(PROMPTED[0], prompt="q", completion="c")
+    with pytest.raises(UserError, match=r"no row has a column 'a'.*`data\.fields\.completion` to"):
+        checked(PROMPTED[0], prompt="p", completion="a")
+    assert len(checked(PROMPTED[0], answered=False, prompt="p", completion="a")) == 2
 
 
 # --- one rule for all formats --------------------------------------------------------------------

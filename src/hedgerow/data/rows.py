@@ -190,8 +190,11 @@ def check(records: Records, fields: Fields, *, answered: bool = True) -> Rows:
     if not len(records):
         raise NothingToLearn(f"{where}: holds no rows: give at least one example")
     known = {column: None for row in records.rows for column in row}
+    if fields.prompt is not None:
+        columns = {"instruction": fields.prompt, "output": fields.completion}
+        fields = fields.model_copy(update=columns)
     asked, fields = fields, _layout(fields, known, answered)
-    columns = fields.messages or f"{fields.instruction}, {fields.output}"
+    read_from = fields.messages or f"{fields.instruction}, {fields.output}"
     _check_known(records, fields, known, answered)
     ignored = [c for c in known if c.lower() in _LIKE_AN_INPUT and c not in _named(fields)]
     reader = _Reader(records, fields, remarks)
@@ -209,7 +212,7 @@ def check(records: Records, fields: Fields, *, answered: bool = True) -> Rows:
                 what = f"with a column {column!r}, which `data.fields` does not name"
                 remarks.add(what, where, number)
         if fields is not asked:
-            remarks.add(f"read from {columns}, for want of {asked.instruction}", where, number)
+            remarks.add(f"read from {read_from}, for want of {asked.instruction}", where, number)
         rows.append(row)
     if not rows:
         why = "; ".join(remarks.sentences())
@@ -296,8 +299,9 @@ def _check_known(
             f"{where}: has one column, {next(iter(known))!r}, where a row needs an instruction and "
             "an answer: give each a column, or give conversations in `messages`"
         )
-    for key, column in [("instruction", fields.instruction), ("output", fields.output)]:
-        if (answered or key == "instruction") and not is_there(column):
+    asked, answer = ("instruction", "output") if fields.prompt is None else ("prompt", "completion")
+    for key, column in [(asked, fields.instruction), (answer, fields.output)]:
+        if (answered or key == asked) and not is_there(column):
             raise UserError(
                 f"{where}: no row has a column {column!r}: set `data.fields.{key}` to one of "
                 f"{listed}"
