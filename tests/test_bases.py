@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import hedgerow as hr
+from hedgerow import pretrained
 from hedgerow.errors import UserError
 from hedgerow.loading import load_tokenizer
 from hedgerow.model import Model
@@ -492,6 +493,33 @@ def test_an_adapter_on_the_hub_is_a_base(tmp_path, plain, monkeypatch):
     there, here = (Model.load(ModelSettings(path=path)) for path in ("acme/lora", str(plain)))
     assert there.fingerprint() == here.fingerprint()
     assert there.name == "acme/lora"
+
+
+@pytest.mark.parametrize("on_hub", [True, False])
+def test_the_files_of_an_adapters_base_are_those_of_its_own_revision(
+    tmp_path, tied, plain, monkeypatch, on_hub
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached = {}
+    for name, folder, revision in (("base", tied, "v1"), ("lora", plain, "v2")):
+        cached[name] = tmp_path / f"models--acme--{name}" / "snapshots" / (revision[1] * 40)
+        shutil.copytree(folder, cached[name])
+        (tmp_path / f"models--acme--{name}" / "refs").mkdir()
+        (tmp_path / f"models--acme--{name}" / "refs" / revision).write_text(revision[1] * 40)
+    base, adapter = cached["base"], cached["lora"]
+    change_json(adapter / "adapter_config.json", base_model_name_or_path="acme/base", revision="v1")
+    change_json(base / "config.json", transformers_version="4.0.0")  # a file written anew has ours
+    (base / "processor_config.json").write_text("{}")
+    (base / "vocab.txt").write_text("")
+    place, revision = ("acme/lora", "v2") if on_hub else (str(adapter), None)
+    model = Model.load(ModelSettings(path=place, revision=revision))
+    (tmp_path / "out").mkdir()
+    pretrained.save(model, tmp_path / "out", revision=revision)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["transformers_version"] == "4.0.0"
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names >= {"processor_config.json", "vocab.txt"}
 
 
 # --- quantized bases, and other checkpoints -------------------------------------------------------

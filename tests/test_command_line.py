@@ -8,6 +8,9 @@ import time
 
 import pytest
 
+from hedgerow.errors import UserError
+from hedgerow.files import check_name, replacing
+
 LONG = "n" * 300
 
 
@@ -20,6 +23,19 @@ def process(*arguments, **environment):
         errors="replace",
         env=os.environ | environment,
     )
+
+
+@pytest.mark.parametrize("name", ["n" * 247, "n" * 248, "n" * 255, "n" + "ü" * 127, "\udcff" * 250])
+def test_a_file_is_written_under_any_name_that_it_may_have(tmp_path, name):
+    check_name(tmp_path / name, "--out")
+    for content in (b"first", b"second"):
+        with replacing(tmp_path / name) as file:
+            file.write(content)
+            assert len(list(tmp_path.glob("*.partial"))) == 1
+        assert [each.name for each in tmp_path.iterdir()] == [name]
+        assert (tmp_path / name).read_bytes() == content
+    with pytest.raises(UserError, match=r"--out: .* is too long"):
+        check_name(tmp_path / ("n" * 256), "--out")
 
 
 @pytest.mark.parametrize(

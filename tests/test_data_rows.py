@@ -67,6 +67,24 @@ def test_integers_with_gaps_stay_integers():
     assert checked(rows[:1])[0].output == "42.0"
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "memory"])
+@pytest.mark.parametrize("number", ["1", "1.0"])
+def test_a_number_stays_as_it_was_written_also_beside_a_gap(tmp_path, suffix, number):
+    path = tmp_path / f"a.{suffix}"
+    lines = [f'{{"instruction": "a", "output": {value}}}' for value in (number, "null")]
+    texts = {
+        "json": f"[{', '.join(lines)}]",
+        "jsonl": "\n".join(lines),
+        "csv": f"instruction,output\na,{number}\na,\n",
+    }
+    if suffix == "memory":
+        records = as_records([json.loads(line) for line in lines], "memory")
+    else:
+        path.write_text(texts[suffix])
+        records = read(str(path), "train")
+    assert [row.output for row in check(records, Fields())] == [number]
+
+
 # --- conversations, and other layouts -----------------------------------------------------------
 
 
@@ -185,6 +203,34 @@ def test_a_column_that_nobody_named_is_said(column):
 def test_messages_come_alone():
     with pytest.raises(ValueError, match="give `messages`, or the columns"):
         Fields(messages="chat", output="reply")
+    with pytest.raises(ValueError, match="give `messages`, or the columns"):
+        Fields(messages="chat", prompt="p", completion="c")
+
+
+PROMPTED = [
+    [{"p": "One?", "c": "1", "context": "x"}, {"p": "Two?", "c": None}, {"p": "", "c": "2"}],
+    [{"p": [{"role": "user", "content": "One?"}], "c": [{"role": "assistant", "content": "1"}]}],
+    [{"p": "One?", "c": {"text": ["1"]}}],
+]
+
+
+@pytest.mark.parametrize("rows", PROMPTED, ids=["texts", "messages", "nested"])
+def test_prompt_and_completion_are_other_words_for_instruction_and_output(rows):
+    answer = "c.text" if isinstance(rows[0]["c"], dict) else "c"
+    context = {"input": "context"} if "context" in rows[0] else {}
+    named = checked(rows, prompt="p", completion=answer, **context)
+    meant = checked(rows, instruction="p", output=answer, **context)
+    assert list(named) == list(meant)
+    assert (named[0].instruction, named[0].output) == ("One?", "1")
+    assert named.remarks.sentences() == meant.remarks.sentences()
+
+
+def test_a_prompt_column_that_is_not_there_is_told_by_its_own_key():
+    with pytest.raises(UserError, match=r"no row has a column 'q': set `data\.fields\.prompt` to"):
+        checked(PROMPTED[0], prompt="q", completion="c")
+    with pytest.raises(UserError, match=r"no row has a column 'a'.*`data\.fields\.completion` to"):
+        checked(PROMPTED[0], prompt="p", completion="a")
+    assert len(checked(PROMPTED[0], answered=False, prompt="p", completion="a")) == 2
 
 
 # --- one rule for all formats --------------------------------------------------------------------
@@ -207,10 +253,13 @@ def test_every_format_gives_the_same_rows(tmp_path):
     datasets.Dataset.from_pandas(frame).save_to_disk(tmp_path / "saved")
     sources = [read(str(path), "train") for path in sorted(tmp_path.iterdir())]
     assert len(sources) == 7
+    written_as_floats = (".csv", ".csv.gz", ".tsv", ".jsonl", ".json.gz")
     for records in [*sources, as_records(frame, "memory")]:
         rows = check(records, Fields())
         found = [(row.instruction, row.input, row.output, row.number) for row in rows]
-        assert found == [("How many?", "cats", "42", 3), ("Add.", "", "3", 4)], records.where
+        end = ".0" if records.where.endswith(written_as_floats) else ""
+        asked = [("How many?", "cats", f"42{end}", 3), ("Add.", "", f"3{end}", 4)]
+        assert found == asked, records.where
         assert rows.remarks.counts == {
             "left out: no answer": 1,
             "left out: every cell is empty": 1,

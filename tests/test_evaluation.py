@@ -511,6 +511,34 @@ def test_log_likelihoods_equal_those_of_one_option_at_a_time(model, batch_size):
     assert cut == 0
 
 
+TURNS = {
+    "one token": "</s>",
+    "a space and a token": " </s>",
+    "lines and a token": "\n\n</s>\n",
+    "letters": "\n### End",
+}
+
+
+@pytest.mark.parametrize("end", TURNS.values(), ids=TURNS)
+def test_what_ends_answers_is_no_part_of_an_option(model, end):
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}] "
+        "{% else %}{{ m.content }}{{ END }}{% endif %}{% endfor %}"
+    ).replace("END", json.dumps(end))
+    rows = [{"instruction": f"Q{i}", "choices": c, "answer": 0} for i, c in enumerate(CHOICES)]
+    test, _ = prepare(model, rows, prompt="chat", metrics=["multiple_choice"])
+    ours, _ = log_likelihoods(model, test.choices, 8, lambda count: None)
+    expected = []
+    for row in rows:
+        asked = model.tokenizer(f"[{row['instruction']}] ", add_special_tokens=False).input_ids
+        for choice in row["choices"]:
+            answer = model.tokenizer(choice, add_special_tokens=False).input_ids
+            logits = model.network(torch.tensor([asked + answer])).logits[0, len(asked) - 1 : -1]
+            logs = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
+            expected.append(logs.sum().item())
+    assert [value for options in ours for value in options] == pytest.approx(expected, rel=1e-4)
+
+
 def test_accuracy_compares_sums_and_accuracy_norm_compares_them_per_character(model):
     rows = [{"instruction": f"Q{i}", "choices": c, "answer": 0} for i, c in enumerate(CHOICES)]
     test, _ = prepare(model, rows, metrics=["multiple_choice"])

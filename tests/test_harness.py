@@ -101,9 +101,7 @@ def likelihoods(target, round):
     """Of each option of each row: as the harness finds it, and as hedgerow does."""
     with loaded(target, [], round, None) as it:
         for _ in it.models():
-            network = harness._Network(
-                pretrained=it.model.network, tokenizer=it.model.tokenizer, batch_size=4
-            )
+            network = harness._network(it, harness._encoder(it, False, False), False)
             requests = [
                 Instance("loglikelihood", row, (f"Q: {row['instruction']} A:", choice), 0)
                 for row in ROWS
@@ -311,6 +309,86 @@ def test_a_chat_template_is_the_tokenizer_s(hedgerow, tasks, tmp_path):
     result = hedgerow(*command, *options)
     assert result.code == 0, result.err
     assert json.loads(samples.read_text().splitlines()[0])["arguments"][0][0] == first
+
+
+CHAT = (
+    "{{bos_token}}{% for m in messages %}[{{m.role}}] {{m.content}}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+BOS, EOS = 0, 1
+WAYS = {
+    "task": ([], False, [BOS, "a</s>b"]),
+    "chat": (["--apply-chat-template"], False, [BOS, "[user] a</s>b", EOS, "[assistant] "]),
+    "run": (["data.prompt=alpaca-short"], True, None),
+    "run chat": (["data.prompt=chat"], True, [BOS, "[user] a</s>b", EOS, "[assistant] "]),
+}
+
+
+@pytest.mark.parametrize(("options", "run_prompt", "parts"), WAYS.values(), ids=WAYS)
+def test_what_a_task_spells_is_text(options, run_prompt, parts, tmp_path, monkeypatch):
+    """Control tokens are those alone that a chat template writes, as in a row."""
+    model = tiny_llama(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(model)
+    chat = "--apply-chat-template" in options
+    overrides = [option for option in options if not option.startswith("--")]
+    parts = parts or [BOS, "### Instruction:\na</s>b\n\n### Response:\n"]
+
+    def spelt(*parts):
+        letters = [[part] if isinstance(part, int) else part for part in parts]
+        return [
+            one if isinstance(one, int) else tokenizer(one, add_special_tokens=False).input_ids[0]
+            for each in letters
+            for one in each
+        ]
+
+    compared, read = [], []
+
+    def compare(requests, **_):
+        compared.extend((head, tail) for _, head, tail in requests)
+        return [(0.0, False)] * len(requests)
+
+    with loaded(model, overrides, None, None) as it:
+        next(it.models())
+        network = harness._network(it, harness._encoder(it, run_prompt, chat), run_prompt)
+        asked = "a</s>b"
+        if chat or run_prompt:
+            asked = network.apply_chat_template([{"role": "user", "content": asked}])
+        assert "a</s>b" in asked
+        monkeypatch.setattr(network, "_loglikelihood_tokens", compare)
+        network.loglikelihood([Instance("loglikelihood", {}, (asked, "<s>c"), 0)])
+        network.loglikelihood([Instance("loglikelihood", {}, ("", "<s>c"), 0)])
+        network.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("<s>c",), 0)])
+        [(head, tail), alone, whole] = compared
+        # The harness counts a space at a prompt's end to what follows.
+        assert head + tail == spelt(*parts, "<s>c")
+        assert len(head) == len(spelt(*parts)) - ("--apply-chat-template" in options)
+        assert alone == ([BOS], spelt("<s>c"))
+        assert whole[1][-4:] == spelt("<s>c")
+        forward = it.model.network.generate
+
+        def generate(*positional, **inputs):
+            read.append((positional[0] if positional else inputs["input_ids"]).tolist())
+            return forward(*positional, **inputs)
+
+        monkeypatch.setattr(it.model.network, "generate", generate)
+        until = {"until": ["x"], "max_gen_toks": 2}
+        network.generate_until([Instance("generate_until", {}, (asked, until), 0)])
+        assert read[-1] == [spelt(*parts)]
+
+
+@pytest.mark.parametrize("task", ["own_choice", "own_answer", "own_likely"])
+@pytest.mark.parametrize("prompt", [[], ["--prompt", "run", "data.prompt=plain"]])
+def test_a_token_without_an_embedding_is_told(hedgerow, tasks, tmp_path, task, prompt):
+    model = tiny_llama(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["unused", "oak"])
+    tokenizer.save_pretrained(model)
+    command = ["evaluate", model, "--harness", task, "--include-path", tasks, *prompt]
+    result = hedgerow(*command)
+    assert result.code == 2
+    assert "a prompt has the token 'oak' (number 260), which the model has no embed" in result.err
 
 
 def test_each_client_of_a_standalone_run_has_its_own_scores(hedgerow, run, tasks):

@@ -43,6 +43,11 @@ def check(result, *words):
             "data.fields={instruction: question}",
             ["'question'", "client_0.json", "data.fields.instruction"],
         ),
+        (
+            "data.fields={prompt: p, completion: c, output: o}",
+            ["data.fields", "`prompt` and `completion` are other words for `instruction`"],
+        ),
+        ("data.fields={prompt: p}", ["data.fields", "`prompt` and `completion` go together"]),
         ("data.prompt=chat", ["chat template"]),
         ("federation.clients_per_round=4", ["federation.clients_per_round", "3 clients"]),
         ("model.device=cuda:9", ["model.device"]),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hedgerow.adapters import PREFIX, adapter_pairs, embedding_pairs
-from hedgerow.errors import UserError
+from hedgerow.errors import UserError, reason_of
 from hedgerow.lazy import peft, safetensors, torch, transformers
 from hedgerow.lowrank import Factors, stack
 
@@ -72,7 +72,7 @@ def config_of(folder: Path) -> Any:
     try:
         return peft.PeftConfig.from_peft_type(**{k: v for k, v in content.items() if k in known})
     except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{where} is not read by {version}: {_reason(error)}") from None
+        raise UserError(f"{where} is not read by {version}: {reason_of(error)}") from None
 
 
 _RUNTIME = "runtime_config"
@@ -257,7 +257,7 @@ def merged(folder: Path, network: Any, base: str) -> tuple[Any, BaseAdapter]:
                 )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{where} cannot be merged into {base} ({_reason(error)}): check that the adapter is "
+            f"{where} cannot be merged into {base} ({reason_of(error)}): check that the adapter is "
             f"whole, and that `base_model_name_or_path` in its {_CONFIG} is what it was trained on"
         ) from None
     for name, weight in result.named_parameters():
@@ -508,7 +508,3 @@ def _opened(folder: Path) -> Iterator[Any]:
         raise UserError(
             f"model.path: {folder / _WEIGHTS} is damaged ({error}): copy it again"
         ) from None
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

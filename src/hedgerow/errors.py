@@ -49,6 +49,11 @@ def readable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text[:1000])
 
 
+def reason_of(error: Exception) -> str:
+    """What another library's error says, on one line: at most its first 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`, did you mean …` for the nearest of `known`, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)

@@ -17,11 +17,18 @@ from hedgerow.errors import UserError
 
 _Line = TypeVar("_Line", bound=BaseModel)
 
+_PARTIAL = ".partial"
+"""End of the name of a file that is not whole yet."""
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
+"""Bytes that Linux's and macOS's file systems allow at most."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the name `path` in one step when it is whole and on the disk."""
-    partial = path.with_name(path.name + ".partial")
+    # Of the name, as much as leaves room for what marks it, in whole characters.
+    begun = os.fsencode(path.name)[: _LONGEST_NAME - len(_PARTIAL)].decode(errors="ignore")
+    partial = path.with_name(begun + _PARTIAL)
     try:
         with partial.open("wb") as file:
             yield file
@@ -72,10 +79,6 @@ def check_name(path: str | Path, what: str) -> None:
             f"{what}: {str(path)[:40]}… is too long for the name of a file: give one of at most "
             f"{_LONGEST_NAME} bytes"
         )
-
-
-_LONGEST_NAME, _LONGEST_PATH = 255, 4095
-"""Bytes that Linux's and macOS's file systems allow at most."""
 
 
 def check_place(path: Path, what: str) -> None:

@@ -14,7 +14,7 @@ import yaml
 from hedgerow import base_adapter
 from hedgerow.base_adapter import BaseAdapter
 from hedgerow.bundled import MODEL
-from hedgerow.errors import UserError
+from hedgerow.errors import UserError, reason_of
 from hedgerow.lazy import huggingface_hub, peft, safetensors, torch, transformers
 from hedgerow.names import DEMO, MEMORY
 
@@ -145,7 +145,7 @@ def adapter_folder(settings: ModelSettings) -> Path | None:
             )
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {name} cannot be fetched: {_reason(error)}") from None
+        raise UserError(f"model.path: {name} cannot be fetched: {reason_of(error)}") from None
 
 
 def _load_below(folder: Path, settings: ModelSettings, where: str) -> tuple[Any, Origin]:
@@ -204,7 +204,7 @@ def _load_network(place: str, revision: str | None, dtype: str, where: str) -> t
     ) as error:
         if quantized is not None:
             raise UserError(
-                f"{where} {quantized} (it is not loaded here: {_reason(error)})"
+                f"{where} {quantized} (it is not loaded here: {reason_of(error)})"
             ) from None
         if _wants_code(error):
             raise UserError(
@@ -212,7 +212,7 @@ def _load_network(place: str, revision: str | None, dtype: str, where: str) -> t
                 "architecture that transformers has itself"
             ) from None
         raise UserError(
-            f"{where} cannot be loaded as a causal language model: {_reason(error)}"
+            f"{where} cannot be loaded as a causal language model: {reason_of(error)}"
         ) from None
     if mismatched := sorted(info["mismatched_keys"]):
         name, found, wanted = mismatched[0]
@@ -467,15 +467,11 @@ def load_tokenizer(settings: ModelSettings) -> Any:
                 "there from the model that it was made from"
             ) from None
         raise UserError(
-            f"model.path: {settings.path} has no tokenizer that can be loaded: {_reason(error)}"
+            f"model.path: {settings.path} has no tokenizer that can be loaded: {reason_of(error)}"
         ) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def tokenization(tokenizer: Any) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def save(
     """Write a model, its tokenizer and their settings; the model's weights get the dtype.
 
     Args:
-        revision: of the base, where it came from the Hub; None for the newest that is here.
+        revision: of the base, where it came from the Hub; None for the newest that is here. Of the
+            model below an adapter, it is the adapter that says it.
         dtype: of the weights, as `bfloat16`; None for what they have.
         ends: token ids that end an answer, beside those of the model.
 
@@ -64,6 +65,8 @@ def save(
         UserError: weights are no finite numbers, in this dtype or at all.
     """
     network = model.network
+    if (below := model.origin.adapter) is not None:
+        revision = below.revision
     cast(dict(network.named_parameters()), dtype, keep=_kept_in_float32(network))
     generation = network.generation_config
     # It is written below, as it is: save_pretrained refuses what many bases on the Hub have.

@@ -69,7 +69,8 @@ class ClientFile(Section):
 class Fields(Section):
     """Columns of the data that hold the instruction, its input and the answer, or a conversation.
 
-    A column inside another is named with a dot, as `answers.text`.
+    Where rows have prompts and completions, `prompt` and `completion` name them as well. A column
+    inside another is named with a dot, as `answers.text`.
     """
 
     instruction: str = "instruction"
@@ -80,18 +81,33 @@ class Fields(Section):
     no such column."""
     output: str = "output"
     """Column of the answer; rows without one are left out, and counted."""
+    prompt: str | None = None
+    """Column of the prompt, which is another word for `instruction`; with null, that names it."""
+    completion: str | None = None
+    """Column of the completion, which is another word for `output` and goes with `prompt`; with
+    null, `output` names it."""
     messages: str | None = None
-    """Column of conversations, instead of the other three: lists of {role, content} or of {from,
-    value}, whose last answer counts; with null, there is none."""
+    """Column of conversations, instead of all others: lists of {role, content} or of {from, value},
+    whose last answer counts; with null, there is none."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Fields:
-        plain = {"instruction", "input", "output"}
-        if self.messages is not None and any(
-            getattr(self, key) != type(self).model_fields[key].default for key in plain
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("`prompt` and `completion` go together: give both")
+        if self.prompt is not None and self._names("instruction", "output"):
+            raise ValueError(
+                "`prompt` and `completion` are other words for `instruction` and `output`: give "
+                "one pair or the other"
+            )
+        if self.messages is not None and (
+            self.prompt is not None or self._names("instruction", "input", "output")
         ):
             raise ValueError("give `messages`, or the columns of instruction, input and output")
         return self
+
+    def _names(self, *keys: str) -> bool:
+        """Whether any of the keys names another column than it does by default."""
+        return any(getattr(self, key) != type(self).model_fields[key].default for key in keys)
 
 
 class Partition(Section):

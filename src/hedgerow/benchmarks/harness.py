@@ -15,6 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, simple_parse_args_string
 
 from hedgerow.data import Encoder, in_turns, load_template
+from hedgerow.data.templates import TextTemplate
 from hedgerow.errors import UserError, did_you_mean, readable
 from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.cache import keeps_keys_only
@@ -95,7 +97,7 @@ def score_path(
         scores: dict[str | None, dict[str, Any]] = {}
         lines: list[str] = []
         for name in it.models():
-            network = _network(it, encoder)
+            network = _network(it, encoder, run_prompt)
             with _harness_seeds():
                 chosen = _load(manager, names)
                 _set_generation(chosen["tasks"].values(), generation, it.evaluation.stop)
@@ -108,7 +110,7 @@ def score_path(
                         chosen,
                         limit=limit,
                         log_samples=log_samples is not None,
-                        apply_chat_template=encoder is not None or apply_chat_template,
+                        apply_chat_template=run_prompt or apply_chat_template,
                         fewshot_as_multiturn=fewshot_as_multiturn,
                     )
             scores[name] = {key: found[key] for key in _KEPT if key in found}
@@ -137,30 +139,59 @@ def table(scores: dict[str, Any]) -> list[tuple[str, str, float, float | None]]:
 
 
 class _Network(HFLM):  # type: ignore[misc]
-    """The harness's view of a model: it counts what is cut; its bars are for terminals."""
+    """The harness's view of a model: it counts what is cut; its bars are for terminals.
+
+    Control tokens are those alone that a chat template writes: what a task's text spells is text.
+    """
 
     prompts_cut = 0
     own: Model
     """The model, as hedgerow knows it."""
+    encoder: Encoder
+    """Tells a task's text from control tokens."""
+    written: dict[str, str]
+    """What a chat template has written, with the task's text hidden in it, by how it reads."""
 
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """Tokens that end an answer, beside the model's own."""
-        return ()
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        hidden = [
+            message | {"content": self.encoder.hidden(message["content"])}
+            for message in chat_history
+        ]
+        text = self._write(hidden, add_generation_prompt)
+        shown = self.encoder.shown(text)
+        self.written[shown] = text
+        return shown
 
-    def apply_chat_template(self, *arguments: Any, **options: Any) -> str:
+    def _write(self, messages: list[dict[str, str]], generation: bool) -> str:
+        """What the chat template makes of messages; with `generation`, an answer is to follow."""
         try:
-            text: str = super().apply_chat_template(*arguments, **options)
+            text: str = super().apply_chat_template(messages, generation)
         except (jinja2.TemplateError, ValueError) as error:
             raise UserError(
                 f"--apply-chat-template: the tokenizer's chat template fails ({error})"
             ) from None
         return text
 
+    def _hidden(self, requests: Any) -> list[Any]:
+        """Requests in which a task's text is hidden from those who look for control tokens."""
+        return [replace(each, arguments=tuple(map(self._hide, each.args))) for each in requests]
+
+    def _hide(self, argument: Any) -> Any:
+        if not isinstance(argument, str):
+            return argument  # options of generation
+        return self.written.get(argument) or self.encoder.hidden(argument)
+
+    def loglikelihood(self, requests: Any, **options: Any) -> Any:
+        return super().loglikelihood(self._hidden(requests), **options)
+
     def loglikelihood_rolling(self, requests: Any, **_: Any) -> Any:
+        requests = self._hidden(requests)
         return super().loglikelihood_rolling(requests, disable_tqdm=not sys.stderr.isatty())
 
     def generate_until(self, requests: Any, **_: Any) -> Any:
+        requests = self._hidden(requests)
         if not keeps_keys_only(self.own.network, self.max_length):
             # The harness pads on the left, which some networks take for a part of the text.
             return self._answers(requests)
@@ -187,7 +218,7 @@ class _Network(HFLM):  # type: ignore[misc]
                 self.batch_size,
                 lambda count: None,
                 stop=[text for text in asked["until"] if text],
-                ends=self.ends,
+                ends=self.encoder.ends,
             )
             self.prompts_cut += cut
             for index, answer in zip(indices, given, strict=True):
@@ -201,70 +232,89 @@ class _Network(HFLM):  # type: ignore[misc]
         options["disable_tqdm"] = not sys.stderr.isatty()
         return super()._loglikelihood_tokens(requests, **options)
 
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **options: Any
+    ) -> list[int]:
+        if not self.encoder.is_hidden(string):
+            ids: list[int] = super().tok_encode(string, add_special_tokens, **options)
+            self.encoder.check(ids, "a prompt")
+        elif add_special_tokens is False:  # what follows an empty prompt
+            _, ids = self.encoder.pair("", string)
+        else:
+            ids, _ = self.encoder.pair(string, "")
+        return ids
+
     def tok_batch_encode(
         self, strings: list[str], *, left_truncate_len: int | None = None, **options: Any
     ) -> Any:
+        encoded = [self.tok_encode(string) for string in strings]
         if left_truncate_len is not None:
-            lengths = [len(self.tok_encode(string)) for string in strings]
-            self.prompts_cut += sum(length > left_truncate_len for length in lengths)
-        return super().tok_batch_encode(strings, left_truncate_len=left_truncate_len, **options)
+            self.prompts_cut += sum(len(ids) > left_truncate_len for ids in encoded)
+            encoded = [ids[-left_truncate_len:] for ids in encoded]
+        if not any(map(self.encoder.is_hidden, strings)):
+            return super().tok_batch_encode(strings, left_truncate_len=left_truncate_len, **options)
+        batch = self.tokenizer.pad({"input_ids": encoded}, padding_side="left", return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"]
 
 
 class _Prompted(_Network):
     """A model whose questions stand in a run's own prompt, token by token as in training."""
 
-    encoder: Encoder
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """Tokens that end an answer in the run's prompt."""
-        return self.encoder.ends
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
+    def _write(self, messages: list[dict[str, str]], generation: bool) -> str:
         """The prompt of a conversation; a task's description stands before the first question."""
-        texts = [message["content"] for message in chat_history]
-        if chat_history[0]["role"] == "system":
+        texts = [message["content"] for message in messages]
+        if messages[0]["role"] == "system":
             texts[:2] = [f"{texts[0].rstrip()}\n\n{texts[1]}"]
-        begun = "" if add_generation_prompt else texts.pop()
+        begun = "" if generation else texts.pop()
         return self.encoder.template.prompt(in_turns(texts)) + begun
 
     def tok_encode(self, string: str, *_: Any, **__: Any) -> list[int]:
-        return self.encoder.texts([string])[0]
+        return self.encoder.pair(string, "")[0]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        [context_ids], [answer] = self.encoder.pairs([(context, continuation)])
-        return context_ids, answer
+        return self.encoder.pair(context, continuation)
 
     def generate_until(self, requests: Any, **_: Any) -> Any:
-        return [answer.strip() for answer in self._answers(requests)]
+        return [answer.strip() for answer in self._answers(self._hidden(requests))]
 
 
-def _network(it: Subject, encoder: Encoder | None) -> _Network:
-    """What the harness is given to evaluate; with an encoder, in whose prompts it is asked."""
-    kind = _Network if encoder is None else _Prompted
+class _Tasks(TextTemplate):
+    """A task's own prompts, which are whole texts, or the turns of the tokenizer's chat template.
+
+    Args:
+        chat: the tokenizer's chat templates, in which the task's texts stand, if they do.
+    """
+
+    def __init__(self, chat: Any) -> None:
+        super().__init__("{instruction}", "--harness")
+        self.written = str(chat or "")
+
+
+def _network(it: Subject, encoder: Encoder, run_prompt: bool) -> _Network:
+    """What the harness is given to evaluate; in the run's prompts, if they are asked for."""
+    kind = _Prompted if run_prompt else _Network
     network = kind(
         pretrained=it.model.network,
         tokenizer=it.model.tokenizer,
         batch_size=it.evaluation.batch_size,
     )
-    network.own = it.model
-    if isinstance(network, _Prompted) and encoder is not None:
-        network.encoder = encoder
+    network.own, network.encoder, network.written = it.model, encoder, {}
     return network
 
 
-def _encoder(it: Subject, run_prompt: bool, apply_chat_template: bool) -> Encoder | None:
-    if apply_chat_template and not it.model.tokenizer.chat_template:
+def _encoder(it: Subject, run_prompt: bool, apply_chat_template: bool) -> Encoder:
+    tokenizer = it.model.tokenizer
+    if apply_chat_template and not tokenizer.chat_template:
         raise UserError(
             "--apply-chat-template: the tokenizer has no chat template: leave it out, or use "
             "--prompt run"
         )
-    if not run_prompt:
-        return None
-    template = load_template(it.data, it.model.tokenizer)
-    return Encoder(template, it.model.tokenizer, it.model.vocabulary_size)
+    template = (
+        load_template(it.data, tokenizer)
+        if run_prompt
+        else _Tasks(tokenizer.chat_template if apply_chat_template else None)
+    )
+    return Encoder(template, tokenizer, it.model.vocabulary_size)
 
 
 def _check_options(

@@ -121,14 +121,14 @@ class ChatTemplate:
         """The text that the model is given."""
         return self._around(self._asked(row))[0]
 
-    def example(self, row: Row) -> tuple[str, str]:
-        """The text that the model is given, and the text that should follow it, to its end."""
+    def example(self, row: Row) -> tuple[str, str, str]:
+        """The text that the model is given, the text that should follow it, and what ends that."""
         messages = self._asked(row)
         before, end, after = self._around(messages)
         whole = self._write([*messages, ("assistant", row.output)])
         said = _between(before, whole, after)
         if said is not None and _letters(said) == _letters(row.output):
-            return before, said + end
+            return before, said, end
         # An answer with thoughts of its own, which take the place of empty ones, maybe in the form
         # that the generation prompt begins.
         begun = self._write(messages, generation=True)
@@ -136,9 +136,9 @@ class ChatTemplate:
         if said is not None and _letters(row.output).endswith(_letters(said)):
             thought = _letters(row.output).removesuffix(_letters(said))
             if _letters(begun).endswith(thought):
-                return begun, said + end
+                return begun, said, end
         # Some leave out thoughts, or read them wrongly: the answer is learnt as it stands.
-        return before, self._lead + row.output + end
+        return before, self._lead + row.output, end
 
     def _asked(self, row: Row) -> list[tuple[str, str]]:
         """The messages of a row, up to the one that is to be answered."""
@@ -165,18 +165,18 @@ class ChatTemplate:
                 raise UserError(
                     f"{_WHAT} leaves out or alters what the {role} says ({_shown(text)}): {_OTHER}"
                 )
-        return before, *self._to_end(after)
+        said, token = self._to_token(after)
+        # Letters are none of the answer, nor a token that generation stops at.
+        end = said + token if token and not said.strip() else token
+        return before, end, after
 
-    def _to_end(self, after: str) -> tuple[str, str]:
-        """What ends an answer, of all that is written after it, and that all.
+    def _to_token(self, after: str) -> tuple[str, str]:
+        """Of what is written after an answer, the first control token and what is before that.
 
-        Letters are none of the answer, nor a token that generation stops at.
+        Where there is none, it is empty.
         """
-        end = self._token.search(after)
-        if end is None:
-            return "", after
-        blank = after[: end.start()]
-        return (after[: end.end()] if not blank.strip() else end[0]), after
+        found = self._token.search(after)
+        return (after, "") if found is None else (after[: found.start()], found[0])
 
     def _write(
         self, messages: _Messages, *, generation: bool = False, before: str | None = None
@@ -282,14 +282,14 @@ class ChatTemplate:
         before, _, after = self._write([*asked, ("assistant", _REPLY)]).rpartition(_REPLY)
         bare, begun = self._attempt(asked), self._attempt(asked, generation=True)
         self.written = (before if bare is None else bare) + after
-        end = self._token.search(after)
-        if end:
-            self.ends = (self._tokenizer.convert_tokens_to_ids(end[0]),)
+        said, token = self._to_token(after)
+        if token:
+            self.ends = (self._tokenizer.convert_tokens_to_ids(token),)
         notes = []
-        if said := (after[: end.start()] if end else after).strip():
-            why = "" if end else ", which is no token"
+        if said.strip():
+            why = "" if token else ", which is no token"
             notes.append(
-                f"the chat template writes {said!r} after answers{why}: they end without it"
+                f"the chat template writes {said.strip()!r} after answers{why}: they end without it"
             )
         same = 0 if begun is None else _same(before, begun)
         opened, put = (begun or "")[same:], before[same:]

@@ -52,6 +52,8 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     vocabulary_size: int | None = None
     """Number of the model's embeddings, which every token must have one of; None checks nothing."""
+    writes_ends: bool = True
+    """Whether answers end as the template ends them, or else with EOS, which is one token."""
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -78,7 +80,10 @@ class Encoder:
             )
         found: list[Encoded | None] = [None] * len(rows)
         for reader, numbers, shown in self._readable(rows):
-            texts = _written(self.template.example, shown, where)
+            texts = [
+                (prompt, answer + (end if self.writes_ends else ""))
+                for prompt, answer, end in _written(self.template.example, shown, where)
+            ]
             prompts, answers = self._pairs(reader, texts)
             for number, prompt, answer in zip(numbers, prompts, answers, strict=True):
                 if not answer or answer[-1] not in (eos, *self.ends):
@@ -108,13 +113,35 @@ class Encoder:
         # Some give all their special tokens one number.
         return 0 if unknown in (None, eos) else ids.count(unknown)
 
-    def texts(self, texts: Sequence[str]) -> list[Ids]:
-        """Tokenise prompts that the template has written already, for an answer to follow."""
-        return self._begun(self._plain.ids(texts))
+    def hidden(self, text: str) -> str:
+        """A text whose control tokens `pair` reads as text, for the template to write.
 
-    def pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[list[Ids], list[Ids]]:
-        """Tokenise prompts that the template has written already, and the texts after them."""
-        return self._pairs(self._plain, texts)
+        Raises:
+            UserError: it spells one that this tokenizer cannot read as text.
+        """
+        if not self._control.search(text):
+            return text
+        return self._careful.hide(Row(text)).instruction
+
+    def shown(self, text: str) -> str:
+        """A text as it was before it, or parts of it, were `hidden`."""
+        return self._careful.show(text) if self.is_hidden(text) else text
+
+    def is_hidden(self, text: str) -> bool:
+        """Whether `hidden` has hidden anything in a text."""
+        # Nothing was hidden as long as nobody has needed the reader that does.
+        return "_careful" in vars(self) and self._careful.is_hidden(text)
+
+    def pair(self, prompt: str, answer: str) -> tuple[Ids, Ids]:
+        """Tokenise a prompt that the template has written already, and the text after it.
+
+        Raises:
+            UserError: a token has no embedding.
+        """
+        reader = self._careful if self.is_hidden(prompt + answer) else self._plain
+        [begun], [rest] = self._pairs(reader, [(prompt, answer)])
+        self.check(begun + rest, "a prompt")
+        return begun, rest
 
     def _readable(self, rows: Sequence[Row]) -> Iterator[tuple[_Reader, list[int], list[Row]]]:
         """Rows by who can read them, with their places: most by the tokenizer as it is."""
@@ -157,18 +184,24 @@ class Encoder:
 
     def _check(self, rows: Sequence[Row], encoded: Sequence[Ids], where: str) -> None:
         """Raise a `UserError` for a token that the model has no embedding for."""
-        if self.vocabulary_size is None:
-            return
         for row, ids in zip(rows, encoded, strict=True):
-            highest = max(ids, default=0)
-            if highest >= self.vocabulary_size:
-                token = self.tokenizer.convert_ids_to_tokens(highest)
-                raise UserError(
-                    f"{where}: row {row.number} has the token {token!r} (number {highest}), which "
-                    f"the model has no embedding for (it has {self.vocabulary_size:,}): give the "
-                    "model the tokenizer that it was trained with, or a checkpoint whose "
-                    "embeddings were resized to the tokenizer (resize_token_embeddings)"
-                )
+            self.check(ids, f"{where}: row {row.number}")
+
+    def check(self, ids: Ids, whose: str) -> None:
+        """Raise a `UserError` for a token that the model has no embedding for.
+
+        Args:
+            whose: what the tokens are of, for messages, for a verb to follow.
+        """
+        highest = max(ids, default=0)
+        if self.vocabulary_size is not None and highest >= self.vocabulary_size:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise UserError(
+                f"{whose} has the token {token!r} (number {highest}), which the model has no "
+                f"embedding for (it has {self.vocabulary_size:,}): give the model the tokenizer "
+                "that it was trained with, or a checkpoint whose embeddings were resized to the "
+                "tokenizer (resize_token_embeddings)"
+            )
 
     @cached_property
     def _begin(self) -> Ids:
@@ -248,7 +281,12 @@ class _Hiding(_Reader):
     def _hide_one(self, found: re.Match[str]) -> str:
         return self._hidden[found[0]]
 
-    def _show(self, text: str) -> str:
+    def is_hidden(self, text: str) -> bool:
+        """Whether anything in a text is hidden."""
+        return self._any_hidden.search(text) is not None
+
+    def show(self, text: str) -> str:
+        """A text as it was before it was hidden."""
         return self._any_hidden.sub(lambda found: self._shown[found[0]], text)
 
 
@@ -279,8 +317,9 @@ class _Renamed(_Hiding):
     def hide(self, row: Row) -> Row:
         spelt = {found for text in _texts(row) for found in self._control.findall(text)}
         if unreadable := sorted(spelt & self._unreadable):
+            whose = f"row {row.number}" if row.number else "a prompt"
             raise UserError(
-                f"row {row.number} spells {unreadable[0]}, which this tokenizer cannot read but as "
+                f"{whose} spells {unreadable[0]}, which this tokenizer cannot read but as "
                 "a control token: take it out"
             )
         return super().hide(row)
@@ -308,7 +347,7 @@ class _Pieces(_Hiding):
                 if number % 2:
                     ids.append(self.tokenizer.convert_tokens_to_ids(piece))
                 elif piece:
-                    ids += _ids(self.tokenizer, [self._show(piece)], split_special_tokens=True)[0]
+                    ids += _ids(self.tokenizer, [self.show(piece)], split_special_tokens=True)[0]
             found.append(ids)
         return found
 

@@ -55,7 +55,7 @@ def as_records(data: Any, what: str) -> Records:
             f"{what} must be rows (a list of dictionaries, a datasets.Dataset or a "
             f"pandas.DataFrame), not {type(data).__name__}{hint}"
         )
-    records = Records.of(found, what, classes=classes)
+    records = Records.of(found, what, classes=classes, typed=found is not data)
     if not len(records):
         raise UserError(f"{what}: holds no rows: give at least one example")
     return records

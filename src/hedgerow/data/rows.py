@@ -71,6 +71,8 @@ class Records:
         where: str,
         numbers: Sequence[int] | None = None,
         classes: Mapping[str, Sequence[str]] | None = None,
+        *,
+        typed: bool = False,
     ) -> Records:
         """Records of dictionaries from anywhere.
 
@@ -79,11 +81,13 @@ class Records:
             where: what they are from, for messages.
             numbers: place of each in its source; from 1 on if None.
             classes: as the attribute.
+            typed: whether each column had one type for all its values, as a table's.
 
         Raises:
             UserError: one is no such mapping.
         """
         rows: list[Record] = []
+        gaps: set[str] = set()
         for row in found:
             if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
                 raise UserError(
@@ -94,7 +98,10 @@ class Records:
                 rows.append({key: _plain(value) for key, value in row.items()})
             except RecursionError:
                 raise UserError(f"{where}: row {len(rows) + 1} is nested too deeply") from None
-        _restore_integers(rows)
+            # Libraries that know no missing integer (pandas, NumPy) write NaN for it, and only into
+            # columns of one type is it handed on as null.
+            gaps |= {k for k, v in rows[-1].items() if v is None and (typed or row[k] is not None)}
+        _restore_integers(rows, gaps)
         return cls(rows, where, numbers or range(1, len(rows) + 1), classes or {})
 
     def __len__(self) -> int:
@@ -183,8 +190,11 @@ def check(records: Records, fields: Fields, *, answered: bool = True) -> Rows:
     if not len(records):
         raise NothingToLearn(f"{where}: holds no rows: give at least one example")
     known = {column: None for row in records.rows for column in row}
+    if fields.prompt is not None:
+        columns = {"instruction": fields.prompt, "output": fields.completion}
+        fields = fields.model_copy(update=columns)
     asked, fields = fields, _layout(fields, known, answered)
-    columns = fields.messages or f"{fields.instruction}, {fields.output}"
+    read_from = fields.messages or f"{fields.instruction}, {fields.output}"
     _check_known(records, fields, known, answered)
     ignored = [c for c in known if c.lower() in _LIKE_AN_INPUT and c not in _named(fields)]
     reader = _Reader(records, fields, remarks)
@@ -202,7 +212,7 @@ def check(records: Records, fields: Fields, *, answered: bool = True) -> Rows:
                 what = f"with a column {column!r}, which `data.fields` does not name"
                 remarks.add(what, where, number)
         if fields is not asked:
-            remarks.add(f"read from {columns}, for want of {asked.instruction}", where, number)
+            remarks.add(f"read from {read_from}, for want of {asked.instruction}", where, number)
         rows.append(row)
     if not rows:
         why = "; ".join(remarks.sentences())
@@ -289,8 +299,9 @@ def _check_known(
             f"{where}: has one column, {next(iter(known))!r}, where a row needs an instruction and "
             "an answer: give each a column, or give conversations in `messages`"
         )
-    for key, column in [("instruction", fields.instruction), ("output", fields.output)]:
-        if (answered or key == "instruction") and not is_there(column):
+    asked, answer = ("instruction", "output") if fields.prompt is None else ("prompt", "completion")
+    for key, column in [(asked, fields.instruction), (answer, fields.output)]:
+        if (answered or key == asked) and not is_there(column):
             raise UserError(
                 f"{where}: no row has a column {column!r}: set `data.fields.{key}` to one of "
                 f"{listed}"
@@ -528,23 +539,14 @@ def _plain(value: Any) -> Any:
 _LARGEST_EXACT = 2**53
 
 
-def _restore_integers(rows: Sequence[Record]) -> None:
-    """Make integers of a column of whole numbers with gaps.
-
-    Libraries that know no missing integer (pandas, NumPy) have made floats of it.
-    """
-    columns: dict[str, bool] = {}
-    gaps: set[str] = set()
-    for row in rows:
-        for column, value in row.items():
-            if value is None:
-                gaps.add(column)
-            elif columns.get(column, True):
-                columns[column] = (
-                    isinstance(value, float) and value.is_integer() and abs(value) < _LARGEST_EXACT
-                )
+def _restore_integers(rows: Sequence[Record], gaps: Iterable[str]) -> None:
+    """Make integers of columns of whole numbers with gaps, of which libraries have made floats."""
     for column in gaps:
-        if columns.get(column):
+        values = [value for row in rows if (value := row.get(column)) is not None]
+        if all(
+            isinstance(value, float) and value.is_integer() and abs(value) < _LARGEST_EXACT
+            for value in values
+        ):
             for row in rows:
-                if isinstance(row.get(column), float):
+                if row.get(column) is not None:
                     row[column] = int(row[column])

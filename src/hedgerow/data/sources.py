@@ -32,7 +32,6 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 Classes = Mapping[str, Sequence[str]]
 """The names that the integers of a column stand for, by column."""
-_WHOLE = re.compile(r"-?\d+\.0")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -55,7 +54,7 @@ def read(source: str, split: str, subset: str | None = None, share: float = 1.0)
     Raises:
         UserError: the source is missing, unreadable, empty, or holds something else than rows.
     """
-    path, numbers = Path(source), None
+    path, numbers, typed = Path(source), None, False
     classes: Classes = {}
     if source == MEMORY:
         raise UserError(
@@ -71,10 +70,11 @@ def read(source: str, split: str, subset: str | None = None, share: float = 1.0)
             drawn = _drawn(len(dataset), share)
             numbers, share = [index + 1 for index in drawn], 1.0
             dataset = dataset.select(drawn)
-        rows, classes = dataset.to_list(), classes_of(dataset.features)
+        rows, classes, typed = dataset.to_list(), classes_of(dataset.features), True
     else:
         rows, classes = _read_file(path)
-    return share_of(Records.of(rows, source, numbers, classes), share)
+        typed = _kind(path.name)[0] == ".parquet"
+    return share_of(Records.of(rows, source, numbers, classes, typed=typed), share)
 
 
 def share_of(records: Records, share: float) -> Records:
@@ -318,20 +318,7 @@ def _read_csv(file: TextIO, path: Path, delimiter: str) -> list[Record]:
             rows.append(cells)
     except csv.Error as error:
         raise UserError(f"{path}: line {reader.line_num} is not valid CSV ({error})") from None
-    for column in range(len(header)):
-        _restore_integers(rows, column)
     return [dict(zip(header, cells, strict=True)) for cells in rows]
-
-
-def _restore_integers(rows: Sequence[list[str]], column: int) -> None:
-    """Write integers again as such in a column with empty cells, where pandas wrote 42 as 42.0.
-
-    It knows no missing integer; in other formats `Records.of` does the same.
-    """
-    cells = {row[column] for row in rows}
-    if "" in cells and len(cells) > 1 and all(map(_WHOLE.fullmatch, cells - {""})):
-        for row in rows:
-            row[column] = row[column].removesuffix(".0")
 
 
 def _read_parquet(path: Path) -> tuple[list[Record], Classes]:

@@ -67,8 +67,8 @@ class Template(Protocol):
     def prompt(self, row: Row) -> str:
         """The text that the model is given."""
 
-    def example(self, row: Row) -> tuple[str, str]:
-        """The text that the model is given, and the text that should follow it."""
+    def example(self, row: Row) -> tuple[str, str, str]:
+        """The text that the model is given, the text that should follow it, and what ends that."""
 
 
 def in_turns(texts: Sequence[str]) -> Row:
@@ -160,9 +160,9 @@ class TextTemplate:
         last = _filled(_parts(self._text(row))[1], row.instruction, row.input)
         return "".join([*told, _filled(introduction), *turns, last])
 
-    def example(self, row: Row) -> tuple[str, str]:
-        """The text that the model is given, and the text that should follow it."""
-        return self.prompt(row), row.output
+    def example(self, row: Row) -> tuple[str, str, str]:
+        """The text that the model is given, the text that should follow it, and what ends that."""
+        return self.prompt(row), row.output, ""
 
     def asked(self, row: Row) -> str:
         """The text of a row without its earlier turns."""

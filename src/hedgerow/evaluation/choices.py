@@ -201,7 +201,8 @@ class Choices:
     rows: Int64
     """Shape (questions,): the row of the test set that each is from."""
     encoded: Tokenized
-    """The candidates of all questions, one after another, each after its prompt; uncut."""
+    """The candidates of all questions, one after another, each after its prompt and before EOS,
+    whatever ends the template's answers; uncut."""
     skipped: int
     """Rows that are not here, because their options cannot be told."""
 
@@ -240,7 +241,10 @@ class Choices:
         return cls(
             questions=[question for _, question in found],
             rows=np.array([number for number, _ in found]),
-            encoded=Spool().tokenize(name, answered, encoder, sys.maxsize, "answer"),
+            # An end of several tokens, as of a newline and one more, would be a part of each.
+            encoded=Spool().tokenize(
+                name, answered, replace(encoder, writes_ends=False), sys.maxsize, "answer"
+            ),
             skipped=len(rows) - len(found),
         )
 
