@@ -31,6 +31,14 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "ferret by norm": {"compression": 64, "allocation": "norm"},
     "ferret by norm, dense": {"budget": 500, "allocation": "norm", "basis": "rademacher"},
     "fedavg": {},
+    "fedavg in bits": {"up": {"name": "bits", "bits": 2}, "down": {"name": "bits", "bits": 8}},
+    "fedadam": {},
+    "diloco": {},
+    "sparseloco": {"up": {"name": "top_k", "k": 4, "tile": 64}},
+    "stc": {
+        **{"up": {"name": "top_k", "k": 1, "tile": 50, "group": "all", "bits": 1}},
+        **{"down": {"name": "top_k", "k": 1, "tile": 50, "group": "all", "bits": 1}},
+    },
     "fedkseed": {"candidates": 64},
     "fedzo": {"directions_per_step": 2},
     "centralized": {"ranks": [4, 2, 1], "targets": TARGETS},
@@ -56,6 +64,12 @@ MORE_OPTIONS: dict[str, dict[str, Any]] = {
     "ferret unrounded": {"compression": 32, "bits": 32, "broadcast_bits": 32},
     "ferret over lora, with momentum": {
         **{"over": "lora", "ranks": 2, "budget": 100, "momentum": 0.5, "error_feedback": True},
+    },
+    "ferret with nesterov": {"compression": 64, "server": "nesterov", "weights": "uniform"},
+    "fedavg with adam": {"server": {"name": "adam", "learning_rate": 0.001}},
+    "fedavg, sparse": {
+        **{"up": {"name": "top_k", "k": 2, "tile": 32, "bits": 4}, "error_feedback": True},
+        **{"down": {"name": "top_k", "k": 2, "tile": 32}, "broadcast_feedback": 0.9},
     },
     "florist at 0.5": {"ranks": [4, 2, 1], "threshold": 0.5},
     "flora_adalora, pruned": {"ranks": [4, 2, 1]},

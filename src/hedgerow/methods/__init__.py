@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from hedgerow.methods.base import Method
 from hedgerow.methods.centralized import Centralized
+from hedgerow.methods.diloco import DiLoCo
 from hedgerow.methods.fed_sb import FedSB
+from hedgerow.methods.fedadam import FedAdam
 from hedgerow.methods.fedavg import FedAvg
 from hedgerow.methods.fedex_lora import FedExLoRA
 from hedgerow.methods.fedit import FedIT
@@ -23,7 +25,9 @@ from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.flora_adalora import FLoRAAdaLoRA
 from hedgerow.methods.florist import FLoRIST
 from hedgerow.methods.rolora import RoLoRA
+from hedgerow.methods.sparseloco import SparseLoCo
 from hedgerow.methods.standalone import Standalone
+from hedgerow.methods.stc import STC
 from hedgerow.methods.zero_padding import ZeroPadding
 from hedgerow.plugins import Registry
 
@@ -32,11 +36,14 @@ METHODS: Registry[Method] = Registry("method", Method, "hedgerow.methods", see="
 
 __all__ = [
     "METHODS",
+    "STC",
     "Centralized",
+    "DiLoCo",
     "FFALoRA",
     "FLoRA",
     "FLoRAAdaLoRA",
     "FLoRIST",
+    "FedAdam",
     "FedAvg",
     "FedExLoRA",
     "FedIT",
@@ -48,6 +55,7 @@ __all__ = [
     "FlexLoRA",
     "Method",
     "RoLoRA",
+    "SparseLoCo",
     "Standalone",
     "ZeroPadding",
 ]

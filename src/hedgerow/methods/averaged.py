@@ -8,6 +8,8 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, StrictBool, model_v
 
 from hedgerow.methods.composed import Composed, Parts
 from hedgerow.methods.parts.codec import Codec, codec_of
+from hedgerow.methods.parts.dense import Dense
+from hedgerow.methods.parts.gathered import Gathered
 from hedgerow.methods.parts.plain import Plain
 
 Feedback = StrictBool | Annotated[float, Field(gt=0, le=1)]
@@ -22,6 +24,9 @@ class AveragedWeights(Composed):
     they are sent as they are."""
     down: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = None
     """Codec of the broadcast, as `up` has it."""
+    gather: bool = False
+    """Whether the broadcast has every client's update as it came, for everybody to add up, instead
+    of their mean: for `up` codecs with which all of them together are smaller than it."""
     error_feedback: Feedback = False
     """Whether clients add to their updates what their codec has lost of earlier ones: `true`, or a
     factor for what is owed, above 0, with which it is forgotten. A client keeps a vector of the
@@ -32,6 +37,10 @@ class AveragedWeights(Composed):
 
     @model_validator(mode="after")
     def _feedback_of_codecs(self) -> AveragedWeights:
+        if self.gather and (self.up is None or self.down is not None):
+            raise ValueError(
+                "`gather`: the broadcast has updates as they came: give `up`, and no `down`"
+            )
         for key, codec in (("error_feedback", "up"), ("broadcast_feedback", "down")):
             if getattr(self, key) and getattr(self, codec) is None:
                 raise ValueError(f"`{key}`: without `{codec}` nothing is lost: give a codec")
@@ -40,9 +49,11 @@ class AveragedWeights(Composed):
     @property
     def parts(self) -> Parts:
         """Dense changes in these codecs."""
+        up = self.up or Plain()
         return Parts(
-            up=self.up or Plain(),
-            down=self.down or Plain(),
+            through=Gathered() if self.gather else Dense(),
+            up=up,
+            down=up if self.gather else self.down or Plain(),
             feedback=float(self.error_feedback) or None,
             feedback_down=float(self.broadcast_feedback) or None,
             server=self.server,

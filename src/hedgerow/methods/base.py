@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hedgerow.model import Model
     from hedgerow.seeds import Seeds
     from hedgerow.settings import TrainingSettings
+    from hedgerow.training.first_order import AfterBackward
     from hedgerow.training.job import Job
     from hedgerow.wire import Entry, Participant, Update
 
@@ -213,14 +214,19 @@ class Method(Plugin, ABC):
         Raises:
             Diverged: the loss is no longer a number.
         """
+        hook = self.after_backward(job, client_round)
         if not client_round.training.keep_optimizer:
-            return Trained(parameters, first_order.train(job, parameters))
+            return Trained(parameters, first_order.train(job, parameters, after_backward=hook))
         kept = client_round.memory.load()
-        loss, state = first_order.continue_training(job, parameters, kept)
+        loss, state = first_order.continue_training(job, parameters, kept, after_backward=hook)
         # What is trained in turns keeps its moments while it rests.
         resting = {key: kept[key] for key in kept if "/" in key and key not in state}
         client_round.remember(resting | state)
         return Trained(parameters, loss)
+
+    def after_backward(self, job: Job, client_round: ClientRound) -> AfterBackward | None:
+        """What changes the gradients of each local step, as a regulariser does; None: nothing."""
+        return None
 
     @abstractmethod
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:

@@ -77,10 +77,14 @@ class Parts:
     """Cuts values of the broadcast; None leaves them as they are."""
     server: ServerOptimizer | None = None
 
+    def __post_init__(self) -> None:
+        if self.feedback_down is not None and not self.through.is_dense:
+            raise ValueError("error feedback of the broadcast: the server needs the sum of updates")
+
     @property
     def everybody_steps(self) -> bool:
         """Whether the server optimiser steps at everybody, instead of at the server."""
-        return self.server is not None and not isinstance(self.through, Dense)
+        return self.server is not None and not self.through.is_dense
 
 
 class Composed(Method):
@@ -178,7 +182,8 @@ class Composed(Method):
         for update in updates:
             piece = self._received(update.tensors, shapes)
             weight = 1 if uniform else update.num_examples
-            mean.add(parts.through.basis(piece.header), piece.values, weight)
+            basis = parts.through.basis(piece.header) if parts.through.adds else (count,)
+            mean.add(basis, piece.values, weight)
             count += 1
         message = Message(server_round.expected.seeds, server_round.round)
         kept = _Kept(server_round.memory, self.server_remembers)

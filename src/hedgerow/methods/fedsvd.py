@@ -27,6 +27,11 @@ class FedSVD(OneFactor):
     reference: ClassVar[str] = "FedSVD, arXiv 2505.12805"
     same_rank: ClassVar[bool] = True
 
+    @property
+    def keeps_optimizer(self) -> bool | None:
+        """Nothing: moments would belong to factors that are no more once these are made anew."""
+        return None
+
     def refactor(self, pair: Factors) -> Factors:
         """A = Vᵀ, B = U·S, of zeros beyond the matrix's own rank."""
         left, values, right = lowrank.svd(pair)

@@ -32,6 +32,11 @@ class FlexLoRA(AveragedAdapter):
     summary: ClassVar[str] = "LoRA of different ranks, summed exactly and cut by SVD to the largest"
     reference: ClassVar[str] = "FlexLoRA, arXiv 2402.11505"
 
+    @property
+    def keeps_optimizer(self) -> bool | None:
+        """Nothing: moments would belong to factors that are no more once these are made anew."""
+        return None
+
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Approximate the exact sum by the largest rank, and report the error."""
         return aggregate_adapters(updates, cut)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 class Dense(Through):
     """The identity; the seed of a codec's rotations travels, where it has some."""
+
+    is_dense: ClassVar[bool] = True
 
     def encode(self, change: Values, message: Message, codec: Codec) -> Piece:
         """The change."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from hedgerow.methods.parts.codec import Codec
 from hedgerow.methods.parts.message import Message
@@ -29,6 +29,11 @@ class Piece(NamedTuple):
 
 class Through(ABC):
     """A linear map of an update's values."""
+
+    adds: ClassVar[bool] = True
+    """Whether the server adds updates on equal bases; else each stays a piece of its own."""
+    is_dense: ClassVar[bool] = False
+    """Whether the server has the sum of the changes themselves at hand, and can step along it."""
 
     @abstractmethod
     def encode(self, change: Values, message: Message, codec: Codec) -> Piece:

@@ -109,7 +109,7 @@ class TopK(Codec):
         }
 
     def check(self, tensors: Mapping[str, Tensor], shapes: Shapes, largest: float) -> None:
-        """Check the places, tile by tile, and that no size is below 0."""
+        """Check the places, tile by tile."""
         sizes = _sizes(shapes)
         places = rice.decode(_gaps(tensors), self._count(shapes), sum(sizes))
         if self.group == "tile":
@@ -119,8 +119,6 @@ class TopK(Codec):
             found = np.bincount(np.searchsorted(starts, places, side="right") - 1)
             if found.tolist() != self._counts(sizes):
                 raise InvalidMessage(f"each tile of {self.tile} values must have {self.k} places")
-        if bool((tensors["levels"] < 0).any()):
-            raise InvalidMessage("levels must be at least 0")
         unused = np.unpackbits(tensors["codes"].numpy(), bitorder="little")
         if unused[len(places) * self.bits :].any():
             raise InvalidMessage("codes must end with zeros")

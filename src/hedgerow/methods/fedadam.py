@@ -1,0 +1,33 @@
+"""FedAdam: FedAvg whose server steps by Adam along the mean change.
+
+Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295, algorithm 2 (FedOpt). Its other
+server optimisers are `server: yogi` and `server: adagrad`, of any method.
+
+    every round:
+      client k:  Δ_k = (w after local training) - w
+      server:    Δ = Σ p_k Δ_k,  m <- β₁ m + (1 - β₁) Δ,  v <- β₂ v + (1 - β₂) Δ²
+      everybody: w <- w + η m / (√v + τ)
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator, Field, SerializeAsAny
+
+from hedgerow.methods.averaged import AveragedWeights
+from hedgerow.methods.parts.server_optimizers import Adam, ServerOptimizer, server_optimizer_of
+
+
+class FedAdam(AveragedWeights):
+    """All parameters, averaged, with Adam at the server."""
+
+    name: str = "fedadam"
+    summary: ClassVar[str] = "FedAvg with Adam at the server (FedOpt)"
+    reference: ClassVar[str] = "FedAdam, arXiv 2003.00295"
+    averages: ClassVar[bool] = False
+
+    server: Annotated[
+        SerializeAsAny[ServerOptimizer] | None, BeforeValidator(server_optimizer_of)
+    ] = Field(default_factory=Adam)
+    """Optimiser of the global steps: the paper's Adam, or as {name: adam, learning_rate: 0.001}."""

@@ -1,0 +1,273 @@
+"""Parts of methods: codecs, server optimisers, what clients keep, and runs that are made of them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from support.runs import rows_of
+
+from hedgerow.errors import InvalidMessage
+from hedgerow.experiment import load
+from hedgerow.methods.parts import rice
+from hedgerow.methods.parts.bits import FewBits
+from hedgerow.methods.parts.server_optimizers import SERVER_OPTIMIZERS
+from hedgerow.methods.parts.top_k import TopK
+from hedgerow.methods.parts.values import Values
+from hedgerow.wire import kinds
+
+
+def values_of(tensors):
+    shapes = {name: tuple(each.shape) for name, each in tensors.items()}
+    return Values(shapes, lambda: ((name, each.clone()) for name, each in tensors.items()))
+
+
+def normal(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {str(i): torch.randn(shape, generator=generator) for i, shape in enumerate(shapes)}
+
+
+# --- codecs ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 3000), st.data())
+def test_rice_codes_give_back_every_set_of_places(total, data):
+    places = sorted(data.draw(st.sets(st.integers(0, total - 1), min_size=1, max_size=200)))
+    coded = rice.encode(np.array(places), total)
+    assert rice.decode(coded, len(places), total).tolist() == places
+    assert len(coded.binary) == rice.binary_size(len(places), total)
+    assert len(coded.unary) <= rice.most_unary(len(places), total)
+
+
+def test_rice_codes_take_about_the_entropy():
+    """Places of 1 in 64: H(1/64)/(1/64) = 7.4 bits each; Sattler et al. name 1% above it."""
+    draws = np.flatnonzero(np.random.default_rng(0).random(1 << 20) < 1 / 64)
+    coded = rice.encode(draws, 1 << 20)
+    bits = 8 * sum(len(each) for each in coded) / len(draws)
+    p = len(draws) / (1 << 20)
+    entropy = -(p * np.log2(p) + (1 - p) * np.log2(1 - p)) / p
+    assert entropy < bits < 1.03 * entropy
+
+
+@pytest.mark.parametrize("change", ["cut", "more", "beyond", "padding"])
+def test_gaps_that_nobody_encodes_are_refused(change):
+    places = np.array([3, 9, 200])
+    coded = rice.encode(places, 256)
+    if change == "cut":
+        coded = coded._replace(unary=torch.zeros_like(coded.unary))
+    elif change == "more":
+        coded = coded._replace(unary=torch.cat([coded.unary, torch.tensor([1], dtype=torch.uint8)]))
+    elif change == "padding":
+        coded.binary[-1] |= 128
+    total = 201 if change != "beyond" else 100
+    with pytest.raises(InvalidMessage):
+        rice.decode(coded, 3, total if change == "beyond" else 256)
+
+
+SHAPES = [(70, 3), (5,), (64,), (1,), (2, 2, 40)]
+
+
+@pytest.mark.parametrize("group", ["tile", "all"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_largest_values_arrive_and_no_others(group, bits):
+    tensors = normal(*SHAPES)
+    codec = TopK(k=3, tile=16, group=group, bits=bits)
+    values = values_of(tensors)
+    coded = codec.encode(values, 0)
+    assert kinds(coded) == codec.kinds(values.shapes, kinds(coded))
+    codec.check(coded, values.shapes, 1e10)
+    decoded = dict(codec.decode(coded, values.shapes, 0))
+    flat = torch.cat([each.flatten() for each in tensors.values()])
+    sent = torch.cat([decoded[name].flatten() for name in tensors])
+    assert {name: each.shape for name, each in decoded.items()} == {
+        name: each.shape for name, each in tensors.items()
+    }
+    if group == "all":
+        count = len(flat) * 3 // 16
+        assert set(sent.nonzero().flatten().tolist()) == set(
+            flat.abs().topk(count).indices.tolist()
+        )
+    else:
+        first = tensors["0"].flatten().split(16)[0]
+        found = decoded["0"].flatten()[:16].nonzero().flatten().tolist()
+        assert set(found) == set(first.abs().topk(3).indices.tolist())
+    where = sent != 0
+    assert torch.equal(sent[where].sign(), flat[where].sign())
+    for name, each in decoded.items():
+        chosen = each != 0
+        if not chosen.any():
+            continue
+        # The sizes of a tensor's values have their own mean, in however few bits.
+        assert torch.allclose(each[chosen].abs().mean(), tensors[name][chosen].abs().mean())
+    if bits == 8:
+        assert torch.allclose(sent[where], flat[where], atol=0.02)
+
+
+def test_fewer_bits_lose_as_much_as_they_say():
+    tensors = normal((4096,), (64, 64))
+    for bits in (1, 2, 4):
+        codec, values = FewBits(bits=bits), values_of(tensors)
+        decoded = dict(codec.decode(codec.encode(values, 7), values.shapes, 7))
+        lost = sum(float((decoded[n] - tensors[n]).square().sum()) for n in tensors)
+        size = sum(float(each.square().sum()) for each in tensors.values())
+        assert lost / size == pytest.approx(codec.error, rel=0.15)
+
+
+@pytest.mark.parametrize("codec", [FewBits(bits=2), TopK(k=1, tile=4)])
+def test_what_is_not_finite_is_no_update(codec):
+    with pytest.raises(ValueError, match="finite"):
+        codec.encode(values_of({"x": torch.tensor([1.0, float("nan"), 2.0, 3.0])}), 0)
+
+
+# --- server optimisers ----------------------------------------------------------------------------
+
+
+def reference(name, changes, eta, beta=0.9, beta2=0.99, tau=1e-3):
+    """Algorithm 2 of arXiv 2003.00295 in float64, one coordinate after another."""
+    w, m, v = np.zeros(3), np.zeros(3), np.full(3, tau**2)
+    for change in changes.double().numpy():
+        if name == "sgd":
+            w = w + eta * change
+        elif name in ("momentum", "nesterov"):
+            m = beta * m + change
+            w = w + eta * (change + beta * m if name == "nesterov" else m)
+        else:
+            m = beta * m + (1 - beta) * change
+            square = change**2
+            v = {
+                "adam": beta2 * v + (1 - beta2) * square,
+                "yogi": v - (1 - beta2) * square * np.sign(v - square),
+                "adagrad": v + square,
+            }[name]
+            w = w + eta * m / (np.sqrt(v) + tau)
+    return w
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "yogi", "adagrad"])
+def test_a_server_optimiser_is_the_papers(name):
+    changes = normal((5, 3), seed=3)["0"] * 0.01
+    beta = 0.0 if name == "adagrad" else 0.9
+    optimizer, state, w = SERVER_OPTIMIZERS[name](learning_rate=0.5), {}, torch.zeros(3)
+    for change in changes:
+        w = w + optimizer.step(change.clone(), state)
+    expected = torch.from_numpy(reference(name, changes, 0.5, beta=beta))
+    assert torch.allclose(w.double(), expected, rtol=1e-5)
+    assert sorted(state) == sorted(optimizer.slots)
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+COMPOSED = {
+    "fedavg, adam": {"name": "fedavg", "server": {"name": "adam", "learning_rate": 0.001}},
+    "ferret, nesterov": {"name": "ferret", "compression": 32, "server": "nesterov"},
+    "fedavg, top-k": {
+        **{"name": "fedavg", "up": {"name": "top_k", "k": 4, "tile": 64}, "error_feedback": 0.9},
+        **{"down": "bits", "broadcast_feedback": True, "weights": "uniform"},
+    },
+    "sparseloco": {"name": "sparseloco", "up": {"name": "top_k", "k": 4, "tile": 64}},
+    "stc": {"name": "stc", "server": {"name": "momentum", "momentum": 0.5}},
+    "diloco": {"name": "diloco"},
+}
+
+
+@pytest.fixture
+def run(experiment, hedgerow, tmp_path):
+    """Run a method; returns the run's directory."""
+
+    def start(out, method, *overrides, code=0, **sections):
+        path = experiment(**sections)
+        content = yaml.safe_load(path.read_text()) | {"method": method}
+        path.write_text(yaml.safe_dump(content))
+        done = hedgerow("run", path, *overrides, "--out", tmp_path / out)
+        assert done.code == code, done.err
+        return tmp_path / out if code == 0 else done.err
+
+    return start
+
+
+def entries(directory):
+    return [file.read_bytes() for file in sorted((directory / "ledger").glob("*.safetensors"))]
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_run_goes_on_with_the_same_bytes(name, run):
+    """Server's state, what is owed, and moments: all are there after a stop."""
+    method = COMPOSED[name]
+    keep = "training.keep_optimizer=true"
+    whole = run("whole", method, keep, federation={"rounds": 3})
+    run("part", method, keep, federation={"rounds": 2})
+    part = run("part", method, keep, "--resume", federation={"rounds": 3})
+    assert entries(part) == entries(whole)
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_run_s_ledger_rebuilds_its_model(name, run, hedgerow):
+    directory = run("run", COMPOSED[name])
+    done = hedgerow("evaluate", directory, "--json")
+    assert done.code == 0, done.err
+    expected = rows_of(directory)[-1]["eval_loss"]
+    assert json.loads(done.out)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_kept_moments_are_those_of_one_long_training(run):
+    """One client that keeps its moments for three rounds of two steps takes six steps."""
+    training = {"optimizer": "adamw", "batch_size": 100, "learning_rate": 0.01}
+    one = ["federation.clients_per_round=1", "data.clients=[client_0.json]"]
+    method = {"name": "fedavg"}
+
+    def end(out, keep, rounds, steps):
+        settings = {"training": training | {"steps": steps}, "federation": {"rounds": rounds}}
+        keep = f"training.keep_optimizer={str(keep).lower()}"
+        return rows_of(run(out, method, keep, *one, **settings))[-1]["eval_loss"]
+
+    long = end("long", False, rounds=1, steps=6)
+    assert end("kept", True, rounds=3, steps=2) == pytest.approx(long, abs=2e-3)
+    assert abs(end("anew", False, rounds=3, steps=2) - long) > 5e-3
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "says"),
+    [
+        ({"name": "fedkseed"}, ["training.keep_optimizer=true"], "fedkseed has no moments"),
+        ({"name": "flexlora"}, ["training.keep_optimizer=true"], "flexlora has no moments"),
+        (
+            {"name": "fedavg"},
+            ["training.keep_optimizer=true", "training.optimizer=sgd"],
+            "sgd has no moments to keep",
+        ),
+        ({"name": "ferret", "ranks": 4}, [], "`ranks` counts with `over: lora` alone"),
+        ({"name": "ferret", "server": "adm"}, [], "did you mean"),
+        ({"name": "ferret", "server": "adam", "momentum": 0.9}, [], "not both"),
+        ({"name": "fedavg", "up": "topk"}, [], "did you mean `top_k`"),
+        ({"name": "fedavg", "up": {"name": "top_k", "k": 9, "tile": 8}}, [], "must be below"),
+        ({"name": "fedavg", "error_feedback": True}, [], "without `up` nothing is lost"),
+        ({"name": "fedavg", "server": {"name": "sgd", "momentum": 0.9}}, [], "momentum"),
+        ({"name": "fedavg", "gather": True}, [], "give `up`, and no `down`"),
+    ],
+)
+def test_parts_that_do_not_fit_are_one_sentence(
+    method, overrides, says, experiment, hedgerow, tmp_path
+):
+    path = experiment()
+    content = yaml.safe_load(path.read_text()) | {"method": method}
+    path.write_text(yaml.safe_dump(content))
+    done = hedgerow("run", path, *overrides, "--out", tmp_path / "run")
+    assert done.code == 2
+    assert says in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_update_in_two_bits_is_as_small_as_it_should_be(run):
+    directory = run("run", COMPOSED["sparseloco"], federation={"rounds": 1, "keep_updates": True})
+    sent = load_file(next((directory / "updates/round-0001").iterdir()))
+    size = load(directory / "experiment.yaml").method.up
+    total = sum(each.nbytes for each in sent.values())
+    places = len(np.unpackbits(sent["unary"].numpy()).nonzero()[0])
+    assert size.k / size.tile <= places / 8080 < 1.1 * size.k / size.tile
+    assert total < 8080 * 4 / 20
