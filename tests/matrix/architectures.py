@@ -32,6 +32,8 @@ class Architecture(NamedTuple):
     """Arguments of `save_pretrained`."""
     refused: str = ""
     """Words of the sentence by which it has to be refused, if it has to."""
+    lacking: str = ""
+    """What is not right with it yet, with which its test is expected to fail."""
 
     def __str__(self) -> str:
         return self.name
@@ -398,6 +400,7 @@ ARCHITECTURES = [
         "LagunaConfig",
         {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24},
         "experts",
+        lacking="peft reads no adapter of its shared_experts, so that the export is refused",
     ),
     _A(
         "longcat_flash",

@@ -21,7 +21,11 @@ def reader():
 
 
 def architectures(quick):
-    return [pytest.param(each, id=each.name) for each in ARCHITECTURES if each.quick == quick]
+    def marks(each):
+        return [pytest.mark.xfail(reason=each.lacking, strict=True)] if each.lacking else []
+
+    chosen = [each for each in ARCHITECTURES if each.quick == quick]
+    return [pytest.param(each, id=each.name, marks=marks(each)) for each in chosen]
 
 
 def check(architecture, tmp_path, reader):
