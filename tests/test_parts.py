@@ -1,4 +1,4 @@
-"""Parts of methods: codecs, server optimisers, what clients keep, and runs that are made of them."""
+"""Parts of methods: codecs, server optimisers, what clients keep, and runs made of them."""
 
 from __future__ import annotations
 
@@ -229,6 +229,25 @@ def test_kept_moments_are_those_of_one_long_training(run):
     long = end("long", False, rounds=1, steps=6)
     assert end("kept", True, rounds=3, steps=2) == pytest.approx(long, abs=2e-3)
     assert abs(end("anew", False, rounds=3, steps=2) - long) > 5e-3
+
+
+def test_fedprox_draws_clients_back(run):
+    """μ = 0 is FedAvg to the bit; under plain SGD, one step is too, and two are as by hand."""
+    sgd = {"optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": 10.0, "batch_size": 100}
+
+    def moved(out, mu, steps, epochs=None):
+        method = {"name": "fedprox", "mu": mu} if mu is not None else {"name": "fedavg"}
+        settings = {"training": sgd | {"steps": steps}, "federation": {"rounds": 1}}
+        return load_file(run(out, method, **settings) / "ledger/0001.safetensors")
+
+    plain, none = moved("plain", None, 2), moved("none", 0.0, 2)
+    first, drawn = moved("first", 0.5, 1), moved("drawn", 0.5, 2)
+    again = moved("again", None, 1)
+    for name in plain:
+        assert torch.equal(plain[name], none[name])
+        assert torch.equal(first[name], again[name])
+        # The second step is shorter by η μ (w - w_t) = 0.25 of the first one.
+        assert torch.allclose(drawn[name], plain[name] - 0.25 * first[name], atol=1e-6)
 
 
 @pytest.mark.parametrize(

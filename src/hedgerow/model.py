@@ -274,6 +274,11 @@ class Model:
         }
         self._trained = dict(parameters)
 
+    @property
+    def snapshot(self) -> Mapping[str, Tensor]:
+        """What the parameters that train were before training, by name, in host memory."""
+        return self._snapshot
+
     def trained_delta(self) -> Iterator[tuple[str, Tensor]]:
         """Change of each parameter since its snapshot, by name, in float32, one by one."""
         for name, parameter in self._trained.items():

@@ -33,6 +33,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "fedavg": {},
     "fedavg in bits": {"up": {"name": "bits", "bits": 2}, "down": {"name": "bits", "bits": 8}},
     "fedadam": {},
+    "fedprox": {"mu": 0.1},
     "diloco": {},
     "sparseloco": {"up": {"name": "top_k", "k": 4, "tile": 64}},
     "stc": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hedgerow.errors import ClientFailed, Diverged, InvalidMessage
@@ -50,6 +51,7 @@ def train_client(
         with clock("start"):
             parameters = method.start(model, client_round)
         with clock("train"):
+            job = replace(job, start=model.snapshot)
             trained = method.train(job, client_round, parameters)
         with clock("update"):
             tensors, about = method.update(model, client_round, trained)

@@ -16,6 +16,7 @@ from hedgerow.methods.fedavg import FedAvg
 from hedgerow.methods.fedex_lora import FedExLoRA
 from hedgerow.methods.fedit import FedIT
 from hedgerow.methods.fedkseed import FedKSeed
+from hedgerow.methods.fedprox import FedProx
 from hedgerow.methods.fedsvd import FedSVD
 from hedgerow.methods.fedzo import FedZO
 from hedgerow.methods.ferret import Ferret
@@ -48,6 +49,7 @@ __all__ = [
     "FedExLoRA",
     "FedIT",
     "FedKSeed",
+    "FedProx",
     "FedSB",
     "FedSVD",
     "FedZO",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,9 @@ class Job:
     """Draws the examples and the order of the batches."""
     dropout_seed: int
     """Of the network's dropout layers."""
+    start: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the parameters were before training, by name, in host memory; empty where the method has
+    taken no snapshot."""
 
     def steps(self) -> Iterator[tuple[list[dict[str, Tensor]], int]]:
         """The batches of each optimiser step, and how many tokens they have labels for."""
