@@ -109,15 +109,17 @@ def _say_plugins(page: Page) -> None:
     """What may stand at a key, and the options of each in a line."""
     from hedgerow import console
 
-    place, *options = page.options
-    _say_in_full([place])
+    places = [option for option in page.options if option.key == page.options[0].key]
+    options = page.options[len(places) :]
+    _say_in_full(places, plugins=len(places) > 1)
     console.out.print()
     for plugin in page.plugins:
         console.entry(f"  {plugin.name}", _about(plugin), indent=_KEYS)
-    console.out.print("\nTheir options:\n")
+    if options:
+        console.out.print("\nTheir options:\n")
     for option in options:
         console.entry(f"  {option.key}", _line(option), indent=_KEYS)
-    console.out.print(f"\none of them in full: hedgerow explain {place.key}.NAME")
+    console.out.print(f"\none of them in full: hedgerow explain {places[0].key}.NAME")
 
 
 _KEYS = 34

@@ -26,6 +26,8 @@ from hedgerow.errors import UserError, did_you_mean
 from hedgerow.evaluation.metrics import METRICS
 from hedgerow.experiment.definition import Experiment
 from hedgerow.methods import METHODS
+from hedgerow.methods.parts.codec import CODECS
+from hedgerow.methods.parts.server_optimizers import SERVER_OPTIMIZERS
 from hedgerow.plugins import Plugin, Registry
 from hedgerow.settings import Comparison
 from hedgerow.training.optimizers import OPTIMIZERS
@@ -34,6 +36,9 @@ REGISTRIES: Mapping[str, Registry[Any]] = {
     "method": METHODS,
     "training.optimizer": OPTIMIZERS,
     "evaluation.metrics": METRICS,
+    "method.server": SERVER_OPTIMIZERS,
+    "method.up": CODECS,
+    "method.down": CODECS,
 }
 """Keys that name plug-ins, and where these are found."""
 
@@ -203,7 +208,8 @@ def _options(kind: type[BaseModel], prefix: str = "") -> Iterator[Option]:
             default=_plain(field),
             meaning=_meaning(kind, name, inner),
         )
-        if key in REGISTRIES:
+        # Below a method's own options, those of its parts would hide them.
+        if key in REGISTRIES and not key.startswith("method."):
             yield from _options_of_plugins(key)
         for section in inner if key not in REGISTRIES else ():
             yield from _options(section, f"{key}.")

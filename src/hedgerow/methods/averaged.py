@@ -23,7 +23,7 @@ class AveragedWeights(Composed):
     """Codec of updates: `bits`, `top_k`, or one with options, as {name: top_k, k: 64}; with null,
     they are sent as they are."""
     down: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = None
-    """Codec of the broadcast, as `up` has it."""
+    """Codec of the broadcast, as `up` has it; with null, it is sent as it is."""
     gather: bool = False
     """Whether the broadcast has every client's update as it came, for everybody to add up, instead
     of their mean: for `up` codecs with which all of them together are smaller than it."""

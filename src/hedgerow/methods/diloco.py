@@ -34,7 +34,8 @@ class DiLoCo(AveragedWeights):
     server: Annotated[
         SerializeAsAny[ServerOptimizer] | None, BeforeValidator(server_optimizer_of)
     ] = Field(default_factory=Nesterov)
-    """Optimiser of the global steps: the paper's Nesterov momentum, or one with other options."""
+    """Optimiser of the global steps: the paper's Nesterov momentum, or another, or one with other
+    options; with null, the global model takes the mean update as it is."""
     weights: Literal["size", "uniform"] = "uniform"
     """Weights p_k of the clients' updates: `uniform`, 1/N for each of N clients, as in the paper,
     or `size`, each client's share of the round's examples."""

@@ -30,4 +30,5 @@ class FedAdam(AveragedWeights):
     server: Annotated[
         SerializeAsAny[ServerOptimizer] | None, BeforeValidator(server_optimizer_of)
     ] = Field(default_factory=Adam)
-    """Optimiser of the global steps: the paper's Adam, or as {name: adam, learning_rate: 0.001}."""
+    """Optimiser of the global steps: the paper's Adam, or as {name: adam, learning_rate: 0.001};
+    with null, the global model takes the mean update as it is."""

@@ -32,7 +32,8 @@ class SparseLoCo(AveragedWeights):
     up: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = Field(
         default_factory=TopK
     )
-    """Codec of updates: the paper's, or as {name: top_k, k: 32, tile: 4096, bits: 2}."""
+    """Codec of updates: the paper's, or as {name: top_k, k: 32, tile: 4096, bits: 2}; with null,
+    they are sent as they are."""
     gather: bool = True
     """Whether the broadcast has every client's update as it came, for everybody to add up, as in
     the paper; with `false` it is their mean, in the codec `down`."""

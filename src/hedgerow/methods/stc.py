@@ -40,11 +40,12 @@ class STC(AveragedWeights):
     up: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = Field(
         default_factory=_ternary
     )
-    """Codec of updates: the paper's, or as {name: top_k, k: 1, tile: 100, group: all, bits: 1}."""
+    """Codec of updates: the paper's, or as {name: top_k, k: 1, tile: 100, group: all, bits: 1};
+    with null, they are sent as they are."""
     down: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = Field(
         default_factory=_ternary
     )
-    """Codec of the broadcast, as `up` has it."""
+    """Codec of the broadcast, as `up` has it; with null, it is sent as it is."""
     error_feedback: Feedback = True
     """Whether clients add to their updates what their codec has lost of earlier ones."""
     broadcast_feedback: Feedback = True
