@@ -190,3 +190,17 @@ def test_rows_that_spell_control_tokens_are_counted(experiment, hedgerow, tmp_pa
     counted = "1 of 2 examples spell control tokens, as </s>, which are text there"
     assert said.count(counted) == 2
     assert f"the test data: {counted}" in said
+    result = hedgerow("evaluate", tmp_path / "run", "--json")
+    assert f"the test data: {counted}" in result.err
+
+
+def test_scores_say_of_rows_what_their_run_says(experiment, hedgerow, tmp_path):
+    (tmp_path / "long.json").write_text(json.dumps([{"instruction": "a", "output": "b" * 99}] * 3))
+    chosen = [f"data.test={tmp_path / 'long.json'}", "evaluation.metrics=[loss]"]
+    chosen += ["federation.rounds=1"]
+    result = hedgerow("run", experiment(), *chosen, "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    cut = "the test data: 3 of 3 rows are cut at max_length for the loss"
+    assert cut in " ".join(result.out.split())
+    result = hedgerow("evaluate", tmp_path / "run")
+    assert result.err.splitlines() == [cut]

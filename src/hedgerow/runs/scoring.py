@@ -18,7 +18,7 @@ from hedgerow.experiment import Experiment, apply_overrides, validate
 from hedgerow.methods.base import Method
 from hedgerow.model import Model, max_positions
 from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
-from hedgerow.runs.preparation import check_causal, load_test, notes_on_template
+from hedgerow.runs.preparation import check_causal, load_test, notes_on_scoring
 from hedgerow.settings import DEFAULT_TEST, Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
 
@@ -212,8 +212,7 @@ def score_path(
 
     Args:
         held: the test rows, where `data.test` is `(memory)`.
-        say: told what is unexpected about the prompts, as a date in them, and what rows are left
-            out.
+        say: told what a run says of its model, prompts and test data when it begins.
 
     Returns:
         The scores, and the names of the metrics that gave them.
@@ -223,7 +222,7 @@ def score_path(
     """
     with loaded(path, overrides, round, client, load) as it:
         test = load_test(it.data, it.evaluation, it.model, held)
-        for note in (*notes_on_template(test.template), *test.remarks):
+        for note in notes_on_scoring(it.model, test, it.evaluation):
             say(note)
         scored = {name: evaluate(it.model, test, it.evaluation, progress) for name in it.models()}
         metrics = it.evaluation.metrics

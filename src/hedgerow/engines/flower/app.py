@@ -18,7 +18,7 @@ from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
 from hedgerow.ledger import Base
 from hedgerow.model import Model
-from hedgerow.runs.preparation import check_fits, notes_on_base, notes_on_template, with_date
+from hedgerow.runs.preparation import check_fits, notes_on_model, with_date
 from hedgerow.settings import ClientFile
 
 EXPERIMENT = "experiment.yaml"
@@ -120,8 +120,7 @@ def init(
     experiment = with_date(experiment, words.date)
     shapes = experiment.method.trained_shapes(model)
     file = _BaseFile(base=base, trained={name: list(shape) for name, shape in shapes.items()})
-    notes = [*notes_on_base(model), *notes_on_template(words)]
-    for note in [*notes, *experiment.method.left_out(model)]:
+    for note in notes_on_model(model, words, experiment.method):
         say(note)
     folder.mkdir(parents=True, exist_ok=True)
     shared, template = _without_paths(experiment, clients)

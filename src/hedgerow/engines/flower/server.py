@@ -30,7 +30,7 @@ from hedgerow.files import replacing
 from hedgerow.ledger import Base
 from hedgerow.model import Model
 from hedgerow.runs.directory import TEST_DATA, Digests, RunDirectory
-from hedgerow.runs.preparation import load_test, notes_on_test
+from hedgerow.runs.preparation import load_test, notes_on_scoring
 from hedgerow.runs.scoring import Scorer
 
 RUN = "flower.json"
@@ -58,11 +58,13 @@ def _main(grid: Grid, context: Context) -> None:
             model = Model.load(experiment.model)
             if difference := Base.of(model).difference(loaded.base):
                 raise UserError(f"model: {settings.model} is not the app's base: {difference}")
+        notes: list[str] = []
         if model is not None and settings.test:
             test = load_test(experiment.data, experiment.evaluation, model)
+            notes = notes_on_scoring(model, test, experiment.evaluation)
         at_home = replace(loaded, experiment=experiment)
         with ProgressWatcher(metrics=experiment.evaluation.metrics) as watcher:
-            for note in [] if test is None else notes_on_test(test, experiment.evaluation):
+            for note in notes:
                 watcher.say(note)
             serve(grid, at_home, Path(settings.out), watcher, model, test)
     except (UserError, RunFailed) as error:

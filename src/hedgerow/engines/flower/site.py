@@ -174,7 +174,7 @@ class Site:
                 vocabulary_size=self._model.vocabulary_size,
             )
             examples = self._data.tokenize(name)
-            for note in (*self._data.remarks.sentences(), *notes_on_data(name, examples)):
+            for note in (*self._data.remarks.sentences(), *notes_on_data({name: examples})):
                 _say(name, note)
             path = self._place / "updates" / name / "data.sha256"
             if path.exists() and path.read_text() != examples.digest():
