@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 from flwr.supercore.task_identity import TaskIdentity
+from support.models import byte_tokenizer
 from support.runs import rows_of
 
 from hedgerow.console import ProgressWatcher
@@ -28,11 +30,13 @@ from hedgerow.engines.flower.messages import (
     pack,
 )
 from hedgerow.engines.flower.server import serve
+from hedgerow.engines.flower.site import Site
 from hedgerow.engines.flower.worker import Host, WorkerRequest
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
 from hedgerow.experiment import load
 from hedgerow.model import Model
 from hedgerow.runs.preparation import load_test
+from hedgerow.settings import ClientFile
 from hedgerow.wire import Entry
 
 CLIENTS = ["client-000", "client-001", "client-002"]
@@ -415,6 +419,68 @@ def test_a_site_refuses_entries_that_the_method_would_not_make(make):
     reply = Host().handle(asked).reply
     assert "sent an entry that it does not accept" in reply.refused
     assert not ledger(Path(node["folder"]))
+
+
+def test_a_site_says_once_what_an_adapter_leaves_out(make, tmp_path, capsys):
+    config = transformers.MixtralConfig(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    folder = tmp_path / "mixture"
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    made = make("federation.rounds=2", model={"path": str(folder)})
+    for node in made.nodes:
+        node.config["model"] = str(folder)
+    made.run()
+    said = capsys.readouterr().err
+    assert said.count("left out are model.layers.*.mlp.gate.weight") == len(made.nodes)
+
+
+def test_a_site_says_of_its_rows_what_is_so_however_often_it_is_asked(make, tmp_path, capsys):
+    """It refuses, and is invited again, as long as it has nothing to learn from."""
+    made = make()
+    rows = [{"instruction": "y" * 99, "output": "x"}, {"instruction": "x", "output": None}]
+    (tmp_path / "client_1.json").write_text(json.dumps(rows))
+    host, node = Host(), made.nodes[1]
+    for run in ("1", "1", "2"):
+        asked = Request(run=run * 32)
+        reply = host.handle(WorkerRequest(app=node.app, node=node.config, request=asked, files=[]))
+        assert "no examples to learn from" in reply.reply.refused
+    said = capsys.readouterr().err
+    assert said.count("1 row left out: no answer") == 1
+    assert "2 rows" not in said
+
+
+def test_each_client_of_one_site_has_remarks_of_its_own(make, tmp_path, capsys):
+    """As in a simulation, where a process trains for several."""
+    made = make()
+    for index, missing in enumerate((1, 2)):
+        rows = json.loads((tmp_path / f"client_{index}.json").read_text())
+        rows += [{"instruction": "x", "output": None}] * missing
+        (tmp_path / f"client_{index}.json").write_text(json.dumps(rows))
+    app = App.load(tmp_path / "app")
+    model = load(made.path).model
+    files = [
+        ClientFile(name=f"client-00{n}", file=str(tmp_path / f"client_{n}.json")) for n in (0, 1)
+    ]
+    data = app.experiment.data.model_copy(update={"clients": files})
+    experiment = app.experiment.model_copy(update={"model": model, "data": data})
+    site = Site(dataclasses.replace(app, experiment=experiment), tmp_path / "sites")
+    for run in ("1", "2"):
+        for name in CLIENTS[:2]:
+            reply, _ = site.handle(name, Request(run=run * 32), [])
+            assert reply.num_examples
+    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert [line.split(" (")[0] for line in said] == [
+        "hedgerow: client-000: 1 row left out: no answer",
+        "hedgerow: client-001: 2 rows left out: no answer",
+    ]
 
 
 def test_a_server_that_was_killed_before_the_end_delivers_the_last_entry(make, monkeypatch):

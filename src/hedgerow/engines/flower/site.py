@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from hedgerow.methods.base import Client, ClientRound, check_entry
 from hedgerow.model import Model
 from hedgerow.runs.directory import EXPERIMENT
 from hedgerow.runs.memory import RoundMemory
-from hedgerow.runs.preparation import check_fits, notes_on_data
+from hedgerow.runs.preparation import check_fits, notes_on_data, notes_on_model
 from hedgerow.seeds import Seeds
 from hedgerow.settings import ClientFile
 from hedgerow.wire import Entry
@@ -87,6 +87,8 @@ class Site:
         self._applied: list[str] = []
         self._data: ClientData | None = None
         self._examples: dict[str, Tokenized] = {}
+        self._told: set[tuple[str, str]] = set()
+        """What has been said already, and of whom."""
 
     def handle(
         self, name: str, request: Request, files: Sequence[Path]
@@ -166,16 +168,13 @@ class Site:
         if name not in self._app.clients:
             raise Refused(f"the experiment has no client {name}, only {_listed(self._app.clients)}")
         if name not in self._examples:
-            settings, tokenizer = self._experiment.data, self._model.tokenizer
-            self._data = self._data or ClientData(
-                settings,
-                tokenizer,
-                self._seeds,
-                vocabulary_size=self._model.vocabulary_size,
-            )
-            examples = self._data.tokenize(name)
-            for note in (*self._data.remarks.sentences(), *notes_on_data({name: examples})):
-                _say(name, note)
+            data = self._data = self._data or self._read_settings(self._model)
+            try:
+                examples = data.tokenize(name)
+            finally:
+                # Taken, or they would be counted on top of these next time.
+                self._tell(name, data.remarks.take())
+            self._tell(name, notes_on_data({name: examples}))
             path = self._place / "updates" / name / "data.sha256"
             if path.exists() and path.read_text() != examples.digest():
                 raise Refused("its data have changed since the run began")
@@ -184,6 +183,25 @@ class Site:
                 file.write(examples.digest().encode())
             self._examples[name] = examples
         return self._examples[name]
+
+    def _read_settings(self, model: Model) -> ClientData:
+        """The clients' data, which are read later; says what a run does of its model."""
+        data = ClientData(
+            self._experiment.data,
+            model.tokenizer,
+            self._seeds,
+            vocabulary_size=model.vocabulary_size,
+        )
+        template, method = data.encoder.template, self._experiment.method
+        self._tell(self._app.base.name, notes_on_model(model, template, method))
+        return data
+
+    def _tell(self, whose: str, sentences: Iterable[str]) -> None:
+        """Say what this process has not said of a client, or of the base model, before."""
+        for sentence in sentences:
+            if (whose, sentence) not in self._told:
+                self._told.add((whose, sentence))
+                _say(whose, sentence)
 
     def _ledger(self) -> Ledger:
         """This site's copy."""
