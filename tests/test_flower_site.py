@@ -204,6 +204,17 @@ def test_a_server_with_the_model_scores_it(make, hedgerow, tmp_path, tiny_model)
     assert [row["eval_loss"] for row in rows] == expected
 
 
+def test_a_server_claims_nothing_of_examples_that_it_never_sees(make, tmp_path, capsys):
+    made = make("federation.rounds=1")
+    made.run()
+    shutil.rmtree(tmp_path / "app")
+    init(load(made.path, ["data.test=null", "data.max_length=70"]), tmp_path / "app", "tiny")
+    made.run(rounds=2)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "data.max_length: other than before; whether the clients' examples" in said
+    assert "examples are the same is not known" in said
+
+
 def at_round(number, do):
     """A function for `Loopback.before` that acts before a round's first client is to train."""
     done = []

@@ -147,17 +147,23 @@ class RunDirectory:
         lock = _locked(path)
         ledger = Ledger.open(path / "ledger")
         before, began_with = load(path / EXPERIMENT), _digests(path)
-        _check_data(path, _with_names(began_with, before), data)
+        named = _with_names(began_with, before)
+        _check_data(path, named, data)
         ledger.check_base(base, f"model.path {experiment.model.path}")
         if ledger.trained != {name: list(shape) for name, shape in trained.items()}:
             raise UserError(f"{path / 'ledger' / INDEX} was altered: restore it from a copy")
         rows = [row for row in read_rows(path) if row["round"] <= len(ledger)]
-        tests = [digests.get(TEST_DATA) for digests in (began_with, data)]
-        other_test = None not in tests and tests[0] != tests[1]
-        said = changes(before, experiment, len(ledger) + 1, other_test=other_test)
+        clients = [name for name in data if name != TEST_DATA]
+        compared = all(named[name] and data[name] for name in clients)  # and found the same
+        said = changes(
+            before,
+            experiment,
+            len(ledger) + 1,
+            same_examples=True if compared else None,
+            same_test=_same(began_with.get(TEST_DATA), data.get(TEST_DATA)),
+        )
         directory = RunDirectory(path, ledger, lock, said)
-        known = [name for name, digest in data.items() if digest and name != TEST_DATA]
-        directory._check_memories(experiment.method, known, rows)
+        directory._check_memories(experiment.method, [n for n in clients if data[n]], rows)
         # A network's server does not know its clients' digests, and must not forget them.
         kept = {name: began_with.get(name) for name, digest in data.items() if digest is None}
         _write_settings(path, experiment, began_with | data | kept)
@@ -245,8 +251,13 @@ def _check_data(path: Path, before: Digests, now: Digests) -> None:
     if old != new:
         raise UserError(f"--resume: the clients stand in another order than when {path} began")
     for client in new:
-        if None not in (before[client], now[client]) and before[client] != now[client]:
+        if _same(before[client], now[client]) is False:
             raise UserError(f"--resume: the data of {client} have changed since {path} began")
+
+
+def _same(before: str | None, now: str | None) -> bool | None:
+    """Whether two digests are equal; None where one is not known."""
+    return None if None in (before, now) else before == now
 
 
 def _listed(names: Sequence[str]) -> str:
