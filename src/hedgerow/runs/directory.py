@@ -160,7 +160,7 @@ class RunDirectory:
             experiment,
             len(ledger) + 1,
             same_examples=True if compared else None,
-            same_test=_same(began_with.get(TEST_DATA), data.get(TEST_DATA)),
+            same_test=same_data(began_with.get(TEST_DATA), data.get(TEST_DATA)),
         )
         directory = RunDirectory(path, ledger, lock, said)
         directory._check_memories(experiment.method, [n for n in clients if data[n]], rows)
@@ -220,6 +220,17 @@ def test_digest(path: Path) -> str | None:
     return _digests(path).get(TEST_DATA) if (path / DATA).exists() else None
 
 
+def same_data(before: str | None, now: str | None) -> bool | None:
+    """Whether two digests are of the same data; None where one is not known.
+
+    Where one has more parts (`+`), as that of test data whose options are scored, what both have
+    is compared.
+    """
+    if before is None or now is None:
+        return None
+    return all(old == new for old, new in zip(before.split("+"), now.split("+"), strict=False))
+
+
 def _digests(path: Path) -> Digests:
     try:
         return dict(json.loads((path / DATA).read_bytes()))
@@ -251,13 +262,8 @@ def _check_data(path: Path, before: Digests, now: Digests) -> None:
     if old != new:
         raise UserError(f"--resume: the clients stand in another order than when {path} began")
     for client in new:
-        if _same(before[client], now[client]) is False:
+        if same_data(before[client], now[client]) is False:
             raise UserError(f"--resume: the data of {client} have changed since {path} began")
-
-
-def _same(before: str | None, now: str | None) -> bool | None:
-    """Whether two digests are equal; None where one is not known."""
-    return None if None in (before, now) else before == now
 
 
 def _listed(names: Sequence[str]) -> str:

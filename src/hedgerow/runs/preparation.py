@@ -57,7 +57,7 @@ class Prepared:
         """Digest of each client's examples, and of the test data."""
         found: Digests = {name: shard.digest() for name, shard in self.shards.items()}
         if self.test is not None:
-            found[TEST_DATA] = self.test.examples.digest()
+            found[TEST_DATA] = self.test.digest()
         return found
 
 

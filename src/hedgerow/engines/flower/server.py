@@ -106,7 +106,7 @@ def serve(
     if data is None:
         data = dict.fromkeys(loaded.clients)
         if test is not None:
-            data[TEST_DATA] = test.examples.digest()
+            data[TEST_DATA] = test.digest()
     with opener(out, experiment, loaded.base, data, loaded.trained) as directory:
         for change in directory.changes:
             watcher.say(change)
