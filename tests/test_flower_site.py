@@ -34,6 +34,7 @@ from hedgerow.engines.flower.site import Site
 from hedgerow.engines.flower.worker import Host, WorkerRequest
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
 from hedgerow.experiment import load
+from hedgerow.methods.standalone import Standalone
 from hedgerow.model import Model
 from hedgerow.runs.preparation import load_test
 from hedgerow.settings import ClientFile
@@ -159,6 +160,25 @@ def test_a_client_without_examples_holds_up_nobody(
     assert "fills `data.max_length`" in shown.err
     assert hedgerow("run", made.path, "data.test=null", "--out", tmp_path / "local").code == 0
     assert ledger(tmp_path / "local") == ledger(made.out)
+
+
+def test_a_client_that_never_joined_has_no_part_in_the_clients_mean(
+    make, hedgerow, tmp_path, monkeypatch
+):
+    """Of a method, maybe one's own, that sends updates but has a model for each client."""
+    monkeypatch.setattr("hedgerow.engines.flower.fleet.PATIENCE", 0.3)
+    monkeypatch.setattr(Standalone, "communicates", True)
+    made = make("method={name: standalone, ranks: 2}", "federation.rounds=2")
+    (tmp_path / "client_1.json").write_text('[{"instruction": "' + "x" * 99 + '", "output": "y"}]')
+    experiment = load(made.path, ["method={name: standalone, ranks: 2}"])
+    model = Model.load(experiment.model)
+    rows = made.run(scored=(model, load_test(experiment.data, experiment.evaluation, model)))
+    local = tmp_path / "local"
+    changes = ["method={name: standalone, ranks: 2}", "federation.rounds=2"]
+    assert hedgerow("run", made.path, *changes, "--out", local).code == 0
+    for row, expected in zip(rows, rows_of(local), strict=True):
+        assert list(row["by_client"]) == ["client-000", "client-002"]
+        assert row["eval_loss"] == expected["eval_loss"]
 
 
 METHODS = {

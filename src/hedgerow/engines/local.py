@@ -33,8 +33,7 @@ class LocalFleet:
         self._experiment, self._prepared, self._directory = experiment, prepared, directory
         self._model = prepared.model
         self._seeds = Seeds(experiment.federation.seed)
-        names = [client.name for client in prepared.clients]
-        self._scorer = Scorer(experiment, prepared.model, names, prepared.test)
+        self._scorer = Scorer(experiment, prepared.model, prepared.test)
 
     def gather(self) -> Sequence[Client]:
         """Clients of the run, in their order."""
@@ -69,7 +68,7 @@ class LocalFleet:
 
     def evaluate(self, progress: Progress) -> dict[str, Any]:
         """Scores of the global model; of each client's and their mean where there is no global."""
-        return self._scorer.evaluate(progress)
+        return self._scorer.evaluate(self.gather, progress)
 
 
 def run(

@@ -15,7 +15,7 @@ from hedgerow.evaluation.measuring import derived
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.scores import TestSet, evaluate
 from hedgerow.experiment import Experiment, apply_overrides, validate
-from hedgerow.methods.base import Method
+from hedgerow.methods.base import Client, Method
 from hedgerow.model import Model, max_positions
 from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
 from hedgerow.runs.preparation import check_causal, load_test, notes_on_scoring
@@ -29,27 +29,30 @@ Progress = Callable[[int, int], None]
 class Scorer:
     """The global model of a run, which entries advance, and its scores."""
 
-    def __init__(
-        self, experiment: Experiment, model: Model, clients: Sequence[str], test: TestSet | None
-    ) -> None:
-        self._experiment, self._model = experiment, model
-        self._clients, self._test = clients, test
+    def __init__(self, experiment: Experiment, model: Model, test: TestSet | None) -> None:
+        self._experiment, self._model, self._test = experiment, model, test
 
     def advance(self, entry: Entry) -> None:
         """Advance the model by one entry."""
         self._experiment.method.apply(self._model, entry)
 
-    def evaluate(self, progress: Progress) -> dict[str, Any]:
+    def evaluate(
+        self, gather: Callable[[], Sequence[Client]], progress: Progress
+    ) -> dict[str, Any]:
         """Scores of the model; of each client's and their mean where there is no global one.
 
         They are empty without test data.
+
+        Args:
+            gather: gives the run's clients, where they have models of their own.
         """
         if self._test is None:
             return {}
+        method = self._experiment.method
         return score_method(
-            self._experiment.method,
+            method,
             self._model,
-            clients=self._clients,
+            clients=[] if method.has_global_model else [client.name for client in gather()],
             test=self._test,
             settings=self._experiment.evaluation,
             progress=progress,

@@ -211,8 +211,8 @@ class FlowerFleet:
             self._scorer.advance(entry)
 
     def evaluate(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
-        """Scores of the global model, where the server has a model and test data."""
-        return self._scorer.evaluate(progress) if self._scorer is not None else {}
+        """Scores of what the method has made, where the server has a model and test data."""
+        return self._scorer.evaluate(self.gather, progress) if self._scorer is not None else {}
 
     def finish(self) -> None:
         """Send everybody the entries that they still miss."""

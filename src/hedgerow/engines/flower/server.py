@@ -113,7 +113,7 @@ def serve(
         scorer = None
         if model is not None:
             directory.ledger.replay(experiment.method, model)
-            scorer = Scorer(experiment, model, loaded.clients, test)
+            scorer = Scorer(experiment, model, test)
         arrived = out / "arrived"
         shutil.rmtree(arrived, ignore_errors=True)  # of a server that was killed
         arrived.mkdir()
