@@ -1,6 +1,7 @@
 """Fleet and sites without a network: who is asked what, who catches up, what is refused."""
 
 import dataclasses
+import datetime
 import itertools
 import json
 import random
@@ -14,7 +15,7 @@ import transformers
 from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 from flwr.supercore.task_identity import TaskIdentity
-from support.models import byte_tokenizer
+from support.models import DATED, byte_tokenizer
 from support.runs import rows_of
 
 from hedgerow.console import ProgressWatcher
@@ -29,7 +30,7 @@ from hedgerow.engines.flower.messages import (
     info,
     pack,
 )
-from hedgerow.engines.flower.server import serve
+from hedgerow.engines.flower.server import _main, serve
 from hedgerow.engines.flower.site import Site
 from hedgerow.engines.flower.worker import Host, WorkerRequest
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
@@ -233,6 +234,46 @@ def test_a_server_claims_nothing_of_examples_that_it_never_sees(make, tmp_path, 
     said = " ".join(capsys.readouterr().out.split())
     assert "data.max_length: other than before; whether the clients' examples" in said
     assert "examples are the same is not known" in said
+
+
+def test_an_app_that_is_made_again_on_another_day_goes_on_with_the_run_s(
+    make, chatty, days, hedgerow, tmp_path, monkeypatch
+):
+    """Server and sites, as one process does; a day that was set is another matter."""
+    folder = chatty(DATED)
+    chosen = ["data.prompt=chat", "data.max_length=128", "federation.rounds=1"]
+    days(0)
+    made = make(*chosen, model={"path": str(folder)}, federation={"deadline": 20})
+    changes = ["federation.rounds=2", f"data.template.date={datetime.date.today()}"]
+    local = tmp_path / "local"
+    assert hedgerow("run", made.path, *chosen, *changes, "--out", local).code == 0
+    monkeypatch.syspath_prepend(tmp_path / "app")
+    config = {"out": made.out, "model": folder, "test": tmp_path / "test.json"}
+    context = SimpleNamespace(run_config={key: str(path) for key, path in config.items()})
+    for node in made.nodes:
+        node.config["model"] = str(folder)
+
+    def made_again(*changes):
+        shutil.rmtree(tmp_path / "app")
+        init(load(made.path, ["data.test=null", *chosen, *changes]), tmp_path / "app", "tiny")
+        for node in made.nodes:
+            node.host = Host()
+        _main(made.grid, context)
+
+    _main(made.grid, context)
+    days(1)
+    made_again("federation.rounds=2")
+    assert [row["failed"] for row in rows_of(made.out)] == [0, 0, 0]
+    assert ledger(made.out) == ledger(local)
+    scores = [[row["eval_loss"] for row in rows_of(run)] for run in (made.out, local)]
+    assert scores[0] == scores[1]
+    sites = (tmp_path / "sites").glob("*/*/experiment.yaml")
+    days_written = {
+        load(path).data.template.date for path in [made.out / "experiment.yaml", *sites]
+    }
+    assert days_written == {load(local / "experiment.yaml").data.template.date}
+    with pytest.raises(UserError, match=r"run with data\.template\.date=.*, not 2020-01-01: give"):
+        made_again("federation.rounds=3", "data.template.date=2020-01-01")
 
 
 def at_round(number, do):

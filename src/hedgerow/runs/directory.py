@@ -148,7 +148,7 @@ class RunDirectory:
         ledger = Ledger.open(path / "ledger")
         before, began_with = load(path / EXPERIMENT), _digests(path)
         named = _with_names(began_with, before)
-        _check_data(path, named, data)
+        _check_data(path, named, data, _other_date(before, experiment))
         ledger.check_base(base, f"model.path {experiment.model.path}")
         if ledger.trained != {name: list(shape) for name, shape in trained.items()}:
             raise UserError(f"{path / 'ledger' / INDEX} was altered: restore it from a copy")
@@ -246,8 +246,20 @@ def _with_names(began_with: Digests, experiment: Experiment) -> Digests:
     return {c.name: None for c in listed if isinstance(c, ClientFile)} | began_with
 
 
-def _check_data(path: Path, before: Digests, now: Digests) -> None:
-    """Raise a `UserError` unless the clients, their order and their data are as before."""
+def _other_date(before: Experiment, now: Experiment) -> str | None:
+    """The day that chat templates wrote, and the other one that they are to write, if any."""
+    texts = [each.data for each in (before, now) if each.data.prompt == "chat"]
+    days = [text.template.date for text in texts if text.template.date is not None]
+    return f"data.template.date={days[0]}, not {days[1]}" if len(set(days)) == 2 else None
+
+
+def _check_data(path: Path, before: Digests, now: Digests, other_date: str | None) -> None:
+    """Raise a `UserError` unless the clients, their order and their data are as before.
+
+    Args:
+        other_date: another day in the prompts, if any, which alone makes other examples of the same
+            data.
+    """
     old, new = ([name for name in each if name != TEST_DATA] for each in (before, now))
     if gone := [name for name in old if name not in new]:
         raise UserError(
@@ -262,7 +274,12 @@ def _check_data(path: Path, before: Digests, now: Digests) -> None:
     if old != new:
         raise UserError(f"--resume: the clients stand in another order than when {path} began")
     for client in new:
-        if same_data(before[client], now[client]) is False:
+        same = same_data(before[client], now[client])
+        if not same and other_date:
+            raise UserError(
+                f"--resume: {path} was run with {other_date}: give the same, or another --out"
+            )
+        if same is False:
             raise UserError(f"--resume: the data of {client} have changed since {path} began")
 
 

@@ -127,14 +127,16 @@ def with_date(experiment: Experiment, date: datetime.date | None) -> Experiment:
     return experiment.model_copy(update={"data": data})
 
 
-def with_date_of(experiment: Experiment, run: Path) -> Experiment:
+def with_date_of(experiment: Experiment, run: Path, *, is_set: bool = True) -> Experiment:
     """The experiment with the day that a run has on record, if it has one and this has none.
 
     Args:
         run: directory of a run with the same chat template, which need not have begun.
+        is_set: whether a day that the experiment has was set by somebody, and so stays.
     """
     own = experiment.data
-    if own.prompt != "chat" or own.template.date or not (run / EXPERIMENT).is_file():
+    has_own = is_set and own.template.date is not None
+    if own.prompt != "chat" or has_own or not (run / EXPERIMENT).is_file():
         return experiment
     before = load(run / EXPERIMENT).data
     same = (before.prompt, before.template.name) == (own.prompt, own.template.name)

@@ -88,6 +88,7 @@ class FlowerFleet:
     ) -> None:
         self._grid, self._method, self._ledger = grid, experiment.method, ledger
         self._settings, self._names = experiment.federation, list(names)
+        self._date = experiment.data.template.date
         self._run, self._folder, self._scorer, self._say = run, folder, scorer, say
         # Of float32 numbers; an adapter of full rank has up to twice as many as its matrix.
         numbers = sum(math.prod(shape) for shape in ledger.trained.values())
@@ -289,6 +290,7 @@ class FlowerFleet:
             first=max(1, rounds.start),
             records=records,
             files=needed,
+            date=self._date,
             train=action is Action.train,
         )
         files = [

@@ -30,7 +30,7 @@ from hedgerow.files import replacing
 from hedgerow.ledger import Base
 from hedgerow.model import Model
 from hedgerow.runs.directory import TEST_DATA, Digests, RunDirectory
-from hedgerow.runs.preparation import load_test, notes_on_scoring
+from hedgerow.runs.preparation import load_test, notes_on_scoring, with_date_of
 from hedgerow.runs.scoring import Scorer
 
 RUN = "flower.json"
@@ -52,7 +52,9 @@ def _main(grid: Grid, context: Context) -> None:
     try:
         settings = validate(dict(context.run_config), "the run config", ServerSettings)
         loaded = App.load(app_folder())
-        experiment = _at_home(loaded.experiment, settings)
+        experiment = with_date_of(
+            _at_home(loaded.experiment, settings), Path(settings.out), is_set=not loaded.dated
+        )
         model = test = None
         if settings.model:
             model = Model.load(experiment.model)

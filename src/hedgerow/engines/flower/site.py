@@ -10,6 +10,7 @@ A site's folder is a run directory of its own, so that the result can be exporte
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +31,7 @@ from hedgerow.methods.base import Client, ClientRound, check_entry
 from hedgerow.model import Model
 from hedgerow.runs.directory import EXPERIMENT
 from hedgerow.runs.memory import RoundMemory
-from hedgerow.runs.preparation import check_fits, notes_on_data, notes_on_model
+from hedgerow.runs.preparation import check_fits, notes_on_data, notes_on_model, with_date
 from hedgerow.seeds import Seeds
 from hedgerow.settings import ClientFile
 from hedgerow.wire import Entry
@@ -118,7 +119,8 @@ class Site:
     def _handled(
         self, name: str, request: Request, files: Sequence[Path]
     ) -> tuple[Reply, Path | None]:
-        self._load(request.run)
+        self._begin(request.run, request.date)
+        self._load()
         examples = self._examples_of(name)
         ledger = self._ledger()
         complete = True
@@ -138,14 +140,24 @@ class Site:
             return reply.model_copy(update={"failure": str(error)}), None
         return reply.model_copy(update={"files": [info(update)]}), update
 
-    def _load(self, run: str) -> None:
-        """Load the base model, and compare it with the run's."""
-        if run != self._run:
-            self._run, self._examples = run, {}
-            self._model = None
-            self._place.mkdir(parents=True, exist_ok=True)
-            with replacing(self._place / EXPERIMENT) as file:
-                file.write(self._experiment.dump().encode())
+    def _begin(self, run: str, date: datetime.date | None) -> None:
+        """Forget another run, or the same with another day.
+
+        Args:
+            run: the run's name.
+            date: day that its chat template writes; None for the app's.
+        """
+        experiment = with_date(self._app.experiment, date)
+        if (run, experiment) == (self._run, self._experiment):
+            return
+        self._run, self._experiment = run, experiment
+        self._model, self._data, self._examples = None, None, {}
+        self._place.mkdir(parents=True, exist_ok=True)
+        with replacing(self._place / EXPERIMENT) as file:
+            file.write(experiment.dump().encode())
+
+    def _load(self) -> None:
+        """Load the base model, unless it is here, and compare it with the run's."""
         if self._model is None:
             settings = self._experiment.model
             if Path(settings.path).is_absolute() and not Path(settings.path).is_dir():
@@ -281,7 +293,7 @@ class Site:
         hashes = [record.sha256 for record in ledger.records]
         if self._applied != hashes[: len(self._applied)]:
             self._model = None
-            self._load(self._run)
+            self._load()
         assert self._model is not None
         model, self._model = self._model, None  # half advanced, it would be nobody's
         ledger.replay(self._experiment.method, model, after=len(self._applied))
