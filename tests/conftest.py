@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +95,36 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.models import tiny_llama
 
     return tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def chatty(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
+    """A folder with the tiny model, whose tokenizer has this chat template, and these tokens."""
+    from support.models import byte_tokenizer
+
+    def make(template: str, *tokens: str) -> Path:
+        folder = tmp_path / "chatty"
+        shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+        tokenizer = byte_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def days(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Let one of two days begin, 0 or 1: in zones between which it is always another."""
+
+    def begin(day: int) -> None:
+        monkeypatch.setenv("TZ", ["Etc/GMT+12", "Etc/GMT-14"][day])
+        time.tzset()
+
+    yield begin
+    monkeypatch.undo()
+    time.tzset()
 
 
 @pytest.fixture

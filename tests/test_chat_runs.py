@@ -4,55 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
-import shutil
-import time
 
 import pytest
 import yaml
+from support.models import DATED, THINKS
 from transformers import AutoTokenizer
-
-from hedgerow.testing.models import byte_tokenizer
-
-THINKS = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>"
-    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
-    "{{ m.content }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-DATED = "{{ strftime_now('%d %b %Y') }}\n" + THINKS.replace("<think>\n\n</think>\n\n", "")
-
-
-@pytest.fixture
-def chatty(tiny_model, tmp_path):
-    """A folder with the tiny model, whose tokenizer has this chat template."""
-
-    def make(template, *tokens):
-        folder = tmp_path / "chatty"
-        shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
-        tokenizer = byte_tokenizer()
-        tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
-        tokenizer.chat_template = template
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
-
-
-@pytest.fixture
-def days(monkeypatch):
-    """Let another day begin."""
-
-    def begin(zone):
-        monkeypatch.setenv("TZ", zone)
-        time.tzset()
-
-    yield begin
-    monkeypatch.undo()
-    time.tzset()
-
-
-FIRST, SECOND = "Etc/GMT+12", "Etc/GMT-14"
-"""Zones between which it is always another day."""
 
 
 def recorded(run):
@@ -63,19 +19,24 @@ def test_a_run_has_one_date(chatty, experiment, hedgerow, days, tmp_path):
     path = experiment(model={"path": str(chatty(DATED))})
     run = tmp_path / "run"
     chosen = ["data.prompt=chat", "data.max_length=128", "evaluation.metrics=[loss]"]
-    days(FIRST)
+    days(0)
     today = datetime.date.today()
     result = hedgerow("run", path, *chosen, "federation.rounds=1", "--out", run)
     assert result.code == 0, result.err
     assert recorded(run) == str(today)
     assert f"the chat template writes the date: {today}" in " ".join(result.out.split())
     before = json.loads(hedgerow("evaluate", run, "--json").out)
-    days(SECOND)
+    days(1)
     assert datetime.date.today() != today
     assert json.loads(hedgerow("evaluate", run, "--json").out) == before
     result = hedgerow("run", path, *chosen, "federation.rounds=2", "--out", run, "--resume")
     assert result.code == 0, result.err
     assert recorded(run) == str(today)
+    result = hedgerow(
+        "run", path, *chosen, "data.template.date=2020-01-01", "--out", run, "--resume"
+    )
+    assert result.code == 2
+    assert f"was run with data.template.date={today}, not 2020-01-01" in result.err
     other = hedgerow("evaluate", run, f"data.template.date={datetime.date.today()}", "--json")
     assert json.loads(other.out)["eval_loss"] != before["eval_loss"]
 
@@ -92,11 +53,11 @@ def test_a_model_s_scores_name_their_date(chatty, hedgerow, days, tmp_path):
         tmp_path / "rows.json",
         "--json",
     ]
-    days(FIRST)
+    days(0)
     today = datetime.date.today()
     first = hedgerow(*command)
     assert f"the chat template writes the date: {today}" in first.err
-    days(SECOND)
+    days(1)
     again = hedgerow(*command, f"data.template.date={today}")
     assert json.loads(again.out) == json.loads(first.out) != json.loads(hedgerow(*command).out)
 
@@ -105,11 +66,11 @@ def test_the_cells_of_a_comparison_have_one_date(chatty, experiment, hedgerow, d
     path = experiment(model={"path": str(chatty(DATED))})
     chosen = ["data.prompt=chat", "data.max_length=128", "federation.rounds=1"]
     out = tmp_path / "comparison"
-    days(FIRST)
+    days(0)
     today = str(datetime.date.today())
     result = hedgerow("compare", path, *chosen, "--methods", "flora", "--out", out)
     assert result.code == 0, result.err
-    days(SECOND)
+    days(1)
     result = hedgerow("compare", path, *chosen, "--methods", "flora,fedavg", "--out", out)
     assert result.code == 0, result.err
     assert [recorded(run) for run in sorted((out / "runs").iterdir())] == [today, today]
@@ -126,7 +87,7 @@ def test_no_date_is_recorded_where_none_is_written(chatty, experiment, hedgerow,
 def test_an_app_has_its_date(chatty, experiment, hedgerow, days, tmp_path):
     """So that all sites of a network have the same."""
     path = experiment(model={"path": str(chatty(DATED))})
-    days(FIRST)
+    days(0)
     chosen = ["data.prompt=chat", "data.max_length=128"]
     result = hedgerow("flower", "init", path, tmp_path / "app", *chosen)
     assert result.code == 0, result.err
@@ -190,3 +151,17 @@ def test_rows_that_spell_control_tokens_are_counted(experiment, hedgerow, tmp_pa
     counted = "1 of 2 examples spell control tokens, as </s>, which are text there"
     assert said.count(counted) == 2
     assert f"the test data: {counted}" in said
+    result = hedgerow("evaluate", tmp_path / "run", "--json")
+    assert f"the test data: {counted}" in result.err
+
+
+def test_scores_say_of_rows_what_their_run_says(experiment, hedgerow, tmp_path):
+    (tmp_path / "long.json").write_text(json.dumps([{"instruction": "a", "output": "b" * 99}] * 3))
+    chosen = [f"data.test={tmp_path / 'long.json'}", "evaluation.metrics=[loss]"]
+    chosen += ["federation.rounds=1"]
+    result = hedgerow("run", experiment(), *chosen, "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    cut = "the test data: 3 of 3 rows are cut at max_length for the loss"
+    assert cut in " ".join(result.out.split())
+    result = hedgerow("evaluate", tmp_path / "run")
+    assert result.err.splitlines() == [cut]

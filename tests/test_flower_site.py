@@ -1,6 +1,7 @@
 """Fleet and sites without a network: who is asked what, who catches up, what is refused."""
 
 import dataclasses
+import datetime
 import itertools
 import json
 import random
@@ -10,9 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 from flwr.supercore.task_identity import TaskIdentity
+from support.models import DATED, byte_tokenizer
 from support.runs import rows_of
 
 from hedgerow.console import ProgressWatcher
@@ -27,12 +30,15 @@ from hedgerow.engines.flower.messages import (
     info,
     pack,
 )
-from hedgerow.engines.flower.server import serve
+from hedgerow.engines.flower.server import _main, serve
+from hedgerow.engines.flower.site import Site
 from hedgerow.engines.flower.worker import Host, WorkerRequest
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
 from hedgerow.experiment import load
+from hedgerow.methods.standalone import Standalone
 from hedgerow.model import Model
 from hedgerow.runs.preparation import load_test
+from hedgerow.settings import ClientFile
 from hedgerow.wire import Entry
 
 CLIENTS = ["client-000", "client-001", "client-002"]
@@ -157,6 +163,25 @@ def test_a_client_without_examples_holds_up_nobody(
     assert ledger(tmp_path / "local") == ledger(made.out)
 
 
+def test_a_client_that_never_joined_has_no_part_in_the_clients_mean(
+    make, hedgerow, tmp_path, monkeypatch
+):
+    """Of a method, maybe one's own, that sends updates but has a model for each client."""
+    monkeypatch.setattr("hedgerow.engines.flower.fleet.PATIENCE", 0.3)
+    monkeypatch.setattr(Standalone, "communicates", True)
+    made = make("method={name: standalone, ranks: 2}", "federation.rounds=2")
+    (tmp_path / "client_1.json").write_text('[{"instruction": "' + "x" * 99 + '", "output": "y"}]')
+    experiment = load(made.path, ["method={name: standalone, ranks: 2}"])
+    model = Model.load(experiment.model)
+    rows = made.run(scored=(model, load_test(experiment.data, experiment.evaluation, model)))
+    local = tmp_path / "local"
+    changes = ["method={name: standalone, ranks: 2}", "federation.rounds=2"]
+    assert hedgerow("run", made.path, *changes, "--out", local).code == 0
+    for row, expected in zip(rows, rows_of(local), strict=True):
+        assert list(row["by_client"]) == ["client-000", "client-002"]
+        assert row["eval_loss"] == expected["eval_loss"]
+
+
 METHODS = {
     "flora": [],
     "ferret": ["method.compression=40"],
@@ -198,6 +223,57 @@ def test_a_server_with_the_model_scores_it(make, hedgerow, tmp_path, tiny_model)
         deadline=0.5, scored=(again, load_test(experiment.data, experiment.evaluation, again))
     )
     assert [row["eval_loss"] for row in rows] == expected
+
+
+def test_a_server_claims_nothing_of_examples_that_it_never_sees(make, tmp_path, capsys):
+    made = make("federation.rounds=1")
+    made.run()
+    shutil.rmtree(tmp_path / "app")
+    init(load(made.path, ["data.test=null", "data.max_length=70"]), tmp_path / "app", "tiny")
+    made.run(rounds=2)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "data.max_length: other than before; whether the clients' examples" in said
+    assert "examples are the same is not known" in said
+
+
+def test_an_app_that_is_made_again_on_another_day_goes_on_with_the_run_s(
+    make, chatty, days, hedgerow, tmp_path, monkeypatch
+):
+    """Server and sites, as one process does; a day that was set is another matter."""
+    folder = chatty(DATED)
+    chosen = ["data.prompt=chat", "data.max_length=128", "federation.rounds=1"]
+    days(0)
+    made = make(*chosen, model={"path": str(folder)}, federation={"deadline": 20})
+    changes = ["federation.rounds=2", f"data.template.date={datetime.date.today()}"]
+    local = tmp_path / "local"
+    assert hedgerow("run", made.path, *chosen, *changes, "--out", local).code == 0
+    monkeypatch.syspath_prepend(tmp_path / "app")
+    config = {"out": made.out, "model": folder, "test": tmp_path / "test.json"}
+    context = SimpleNamespace(run_config={key: str(path) for key, path in config.items()})
+    for node in made.nodes:
+        node.config["model"] = str(folder)
+
+    def made_again(*changes):
+        shutil.rmtree(tmp_path / "app")
+        init(load(made.path, ["data.test=null", *chosen, *changes]), tmp_path / "app", "tiny")
+        for node in made.nodes:
+            node.host = Host()
+        _main(made.grid, context)
+
+    _main(made.grid, context)
+    days(1)
+    made_again("federation.rounds=2")
+    assert [row["failed"] for row in rows_of(made.out)] == [0, 0, 0]
+    assert ledger(made.out) == ledger(local)
+    scores = [[row["eval_loss"] for row in rows_of(run)] for run in (made.out, local)]
+    assert scores[0] == scores[1]
+    sites = (tmp_path / "sites").glob("*/*/experiment.yaml")
+    days_written = {
+        load(path).data.template.date for path in [made.out / "experiment.yaml", *sites]
+    }
+    assert days_written == {load(local / "experiment.yaml").data.template.date}
+    with pytest.raises(UserError, match=r"run with data\.template\.date=.*, not 2020-01-01: give"):
+        made_again("federation.rounds=3", "data.template.date=2020-01-01")
 
 
 def at_round(number, do):
@@ -415,6 +491,68 @@ def test_a_site_refuses_entries_that_the_method_would_not_make(make):
     reply = Host().handle(asked).reply
     assert "sent an entry that it does not accept" in reply.refused
     assert not ledger(Path(node["folder"]))
+
+
+def test_a_site_says_once_what_an_adapter_leaves_out(make, tmp_path, capsys):
+    config = transformers.MixtralConfig(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    folder = tmp_path / "mixture"
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    made = make("federation.rounds=2", model={"path": str(folder)})
+    for node in made.nodes:
+        node.config["model"] = str(folder)
+    made.run()
+    said = capsys.readouterr().err
+    assert said.count("left out are model.layers.*.mlp.gate.weight") == len(made.nodes)
+
+
+def test_a_site_says_of_its_rows_what_is_so_however_often_it_is_asked(make, tmp_path, capsys):
+    """It refuses, and is invited again, as long as it has nothing to learn from."""
+    made = make()
+    rows = [{"instruction": "y" * 99, "output": "x"}, {"instruction": "x", "output": None}]
+    (tmp_path / "client_1.json").write_text(json.dumps(rows))
+    host, node = Host(), made.nodes[1]
+    for run in ("1", "1", "2"):
+        asked = Request(run=run * 32)
+        reply = host.handle(WorkerRequest(app=node.app, node=node.config, request=asked, files=[]))
+        assert "no examples to learn from" in reply.reply.refused
+    said = capsys.readouterr().err
+    assert said.count("1 row left out: no answer") == 1
+    assert "2 rows" not in said
+
+
+def test_each_client_of_one_site_has_remarks_of_its_own(make, tmp_path, capsys):
+    """As in a simulation, where a process trains for several."""
+    made = make()
+    for index, missing in enumerate((1, 2)):
+        rows = json.loads((tmp_path / f"client_{index}.json").read_text())
+        rows += [{"instruction": "x", "output": None}] * missing
+        (tmp_path / f"client_{index}.json").write_text(json.dumps(rows))
+    app = App.load(tmp_path / "app")
+    model = load(made.path).model
+    files = [
+        ClientFile(name=f"client-00{n}", file=str(tmp_path / f"client_{n}.json")) for n in (0, 1)
+    ]
+    data = app.experiment.data.model_copy(update={"clients": files})
+    experiment = app.experiment.model_copy(update={"model": model, "data": data})
+    site = Site(dataclasses.replace(app, experiment=experiment), tmp_path / "sites")
+    for run in ("1", "2"):
+        for name in CLIENTS[:2]:
+            reply, _ = site.handle(name, Request(run=run * 32), [])
+            assert reply.num_examples
+    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert [line.split(" (")[0] for line in said] == [
+        "hedgerow: client-000: 1 row left out: no answer",
+        "hedgerow: client-001: 2 rows left out: no answer",
+    ]
 
 
 def test_a_server_that_was_killed_before_the_end_delivers_the_last_entry(make, monkeypatch):

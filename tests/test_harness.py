@@ -391,6 +391,22 @@ def test_a_token_without_an_embedding_is_told(hedgerow, tasks, tmp_path, task, p
     assert "a prompt has the token 'oak' (number 260), which the model has no embed" in result.err
 
 
+def test_scores_in_a_run_s_prompts_name_their_date(hedgerow, tasks, tmp_path):
+    model = tiny_llama(tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}[{{m.role}}] {{m.content}}\n"
+        "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    tokenizer.save_pretrained(model)
+    command = ["evaluate", model, "--harness", "own_choice", "--include-path", tasks]
+    options = ["--prompt", "run", "data.prompt=chat", "data.template.date=2026-11-25", "--json"]
+    result = hedgerow(*command, *options)
+    assert result.code == 0, result.err
+    assert result.err.count("the chat template writes the date: 2026-11-25") == 1
+    assert json.loads(result.out)
+
+
 def test_each_client_of_a_standalone_run_has_its_own_scores(hedgerow, run, tasks):
     path = run("method.name=standalone")
     command = ["evaluate", path, "--harness", "own_choice", "--include-path", tasks]

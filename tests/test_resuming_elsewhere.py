@@ -99,6 +99,67 @@ def test_what_changes_no_entry_is_said_and_goes_on(hedgerow, project, begun, cha
     assert ledger_bytes(run) == ledger_bytes(begun)
 
 
+SCORED = "evaluation.metrics=[multiple_choice]"
+OTHERS = "the test data are others than before"
+
+
+@pytest.fixture
+def asked(hedgerow, project, tmp_path):
+    """A function that asks other questions, and the project's run on the first ones."""
+
+    def write(*options, answer=0):
+        rows = [{"instruction": "Which?", "choices": list(options), "answer": answer}] * 2
+        (project / "test.json").write_text(json.dumps(rows))
+
+    write("one", "two")
+    command = ["run", project / "experiment.yaml", "--out", project / "run"]
+    assert hedgerow(*command, SCORED, "federation.rounds=1").code == 0
+    return write
+
+
+@pytest.mark.parametrize("how", ["options", "answer", "order"])
+def test_other_options_of_the_same_questions_are_other_test_data(hedgerow, project, asked, how):
+    command = ["run", project / "experiment.yaml", SCORED, "--out", project / "run", "--resume"]
+    result = hedgerow(*command, "federation.rounds=2")
+    assert result.code == 0, result.err
+    assert OTHERS not in result.out
+    if how == "options":
+        asked("one", "three")
+    elif how == "answer":
+        asked("one", "two", answer=1)
+    else:
+        asked("two", "one", answer=1)
+    result = hedgerow(*command)
+    assert result.code == 0, result.err
+    assert OTHERS in " ".join(result.out.split())
+
+
+def test_digests_without_options_stay_those_of_runs_that_were_begun_before(
+    hedgerow, project, asked
+):
+    """A run of an earlier version has no digest of options, nor has one that scores none."""
+    file = project / "run" / "data.json"
+    digests = json.loads(file.read_text())
+    before, options = digests["(test data)"].split("+")
+    assert len(before) == len(options) == 64
+    file.write_text(json.dumps(digests | {"(test data)": before}))
+    command = ["run", project / "experiment.yaml", "--out", project / "run", "--resume"]
+    result = hedgerow(*command, SCORED, "federation.rounds=2")
+    assert result.code == 0, result.err
+    assert OTHERS not in result.out
+    assert json.loads(file.read_text()) == digests
+
+
+def test_the_cells_of_a_comparison_have_the_same_options(hedgerow, project, asked):
+    compare = ["compare", project / "experiment.yaml", SCORED, "federation.rounds=1"]
+    compare += ["--out", project / "all", "--methods"]
+    assert hedgerow(*compare, "fedavg").code == 0
+    asked("one", "three")
+    result = hedgerow(*compare, "fedavg,fedit ranks=2")
+    assert result.code == 1
+    assert "were scored on other test data" in result.out
+
+
 REFUSED = {
     "method.ranks=2": "method.ranks=[4, 2, 1], not 2",
     "training.learning_rate=0.02": "training.learning_rate=0.01, not 0.02",

@@ -13,7 +13,7 @@ import logging
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.cache import keeps_keys_only
 from hedgerow.files import check_name, check_place, replacing, to_json
 from hedgerow.model import Model
+from hedgerow.runs.preparation import notes_on_model
 from hedgerow.runs.scoring import Subject, is_model, loaded, mean
 
 _KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -57,6 +58,7 @@ def score_path(
     fewshot_as_multiturn: bool = False,
     gen_kwargs: str | None = None,
     log_samples: Path | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Any]:
     """Score a run's model after a round, or a model folder, on tasks of the harness.
 
@@ -75,6 +77,7 @@ def score_path(
         fewshot_as_multiturn: examples are turns of their own, in either of the two.
         gen_kwargs: changes of how answers are generated, `key=value` with commas, or in JSON.
         log_samples: a new file, for a line of JSON on each question.
+        say: told what a run says of its model when it begins, and of the prompts if they are its.
 
     Returns:
         The harness's `results` (of each task and group, `metric,filter` and
@@ -94,6 +97,8 @@ def score_path(
     names = [name for task in tasks for name in _matching(task, manager)]
     with loaded(path, overrides, round, client) as it:
         encoder = _encoder(it, run_prompt, apply_chat_template)
+        for note in notes_on_model(it.model, None if encoder is None else encoder.template):
+            say(note)
         scores: dict[str | None, dict[str, Any]] = {}
         lines: list[str] = []
         for name in it.models():

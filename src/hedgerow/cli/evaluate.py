@@ -109,6 +109,7 @@ def evaluate(
             fewshot_as_multiturn=fewshot_as_multiturn,
             gen_kwargs=gen_kwargs,
             log_samples=log_samples,
+            say=_say,
         )
         if as_json:
             print(to_json(found))
@@ -140,7 +141,7 @@ def evaluate(
             target, changes, round, client, watcher.evaluated, say=said.append
         )
     for sentence in said:
-        print(sentence, file=sys.stderr)
+        _say(sentence)
     if as_json:
         print(to_json(scores))
         return
@@ -157,12 +158,14 @@ def evaluate(
                 for name, value in values.items()
             ]
             console.table("", [by or "value", score.label], rows)
-    for key in ("dropped", "truncated", "skipped"):
-        if scores.get(key):
-            console.out.print(f"{key}: {scores[key]} rows")
     for key in ("answer_prompts_cut", "choice_prompts_cut"):
         if scores.get(key):
             console.out.print(f"{scores[key]:g} prompts cut on the left to fit the model")
+
+
+def _say(sentence: str) -> None:
+    """Print a sentence beside the results, which may be read by a program."""
+    print(sentence, file=sys.stderr)
 
 
 def _say_harness(title: str, scores: dict[str, Any]) -> None:

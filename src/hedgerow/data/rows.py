@@ -131,6 +131,13 @@ class Remarks:
         self.counts.update(other.counts)
         self._first = other._first | self._first
 
+    def take(self) -> list[str]:
+        """Sentences as `sentences`, of rows that are then forgotten."""
+        taken = self.sentences()
+        self.counts.clear()
+        self._first.clear()
+        return taken
+
     def sentences(self) -> list[str]:
         """One for each kind, as "2 rows left out: no answer (first: a.jsonl row 3)"."""
         return [

@@ -19,7 +19,7 @@ from hedgerow.federation.fleet import ClientResult, Watcher
 from hedgerow.federation.participant import train_client
 from hedgerow.methods.base import Client, ClientRound
 from hedgerow.model import Model
-from hedgerow.runs.directory import TEST_DATA, RunDirectory
+from hedgerow.runs.directory import TEST_DATA, RunDirectory, same_data
 from hedgerow.runs.preparation import Prepared, prepare, with_date_of
 from hedgerow.runs.scoring import Progress, Scorer
 from hedgerow.seeds import Seeds
@@ -33,8 +33,7 @@ class LocalFleet:
         self._experiment, self._prepared, self._directory = experiment, prepared, directory
         self._model = prepared.model
         self._seeds = Seeds(experiment.federation.seed)
-        names = [client.name for client in prepared.clients]
-        self._scorer = Scorer(experiment, prepared.model, names, prepared.test)
+        self._scorer = Scorer(experiment, prepared.model, prepared.test)
 
     def gather(self) -> Sequence[Client]:
         """Clients of the run, in their order."""
@@ -69,7 +68,7 @@ class LocalFleet:
 
     def evaluate(self, progress: Progress) -> dict[str, Any]:
         """Scores of the global model; of each client's and their mean where there is no global."""
-        return self._scorer.evaluate(progress)
+        return self._scorer.evaluate(self.gather, progress)
 
 
 def run(
@@ -112,7 +111,7 @@ def run(
         say(note)
     opener = RunDirectory.resume if resume else RunDirectory.create
     data = prepared.digests()
-    if scored_on not in (None, data.get(TEST_DATA)):
+    if scored_on is not None and not same_data(scored_on, data.get(TEST_DATA)):
         raise UserError(
             "data.test: the runs of this comparison were scored on other test data: give the same, "
             "or another --out"

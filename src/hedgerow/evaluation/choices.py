@@ -7,6 +7,7 @@ prompt (its `acc`), and by the same per character (its `acc_norm`).
 from __future__ import annotations
 
 import ast
+import hashlib
 import itertools
 import json
 import re
@@ -247,6 +248,11 @@ class Choices:
             ),
             skipped=len(rows) - len(found),
         )
+
+    def digest(self) -> str:
+        """SHA-256 of the options of each question, and of which one is right."""
+        asked = [(question.candidates, question.right) for question in self.questions]
+        return hashlib.sha256(json.dumps([self.rows.tolist(), asked]).encode()).hexdigest()
 
 
 def _check_counting(name: str, rows: Sequence[Row]) -> None:

@@ -106,6 +106,14 @@ class TestSet:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def digest(self) -> str:
+        """SHA-256 of the examples; where options are scored, also one of them, after a `+`.
+
+        They are apart, so that test sets can be compared of which one was prepared without.
+        """
+        digest = self.examples.digest()
+        return f"{digest}+{self.choices.digest()}" if self.choices else digest
+
     @property
     def truncated(self) -> int:
         """Rows that count for the loss, with answers cut at `data.max_length`."""

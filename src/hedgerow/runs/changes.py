@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hedgerow.experiment import Experiment
@@ -29,15 +29,23 @@ def another_run(before: Experiment, now: Experiment) -> str | None:
     return None
 
 
-def changes(before: Experiment, now: Experiment, round: int, *, other_test: bool) -> list[str]:
-    """Sentences on what a run does otherwise from a round on, whose base and examples are the same.
+def changes(
+    before: Experiment,
+    now: Experiment,
+    round: int,
+    *,
+    same_examples: bool | None,
+    same_test: bool | None,
+) -> list[str]:
+    """Sentences on what a run does otherwise from a round on, whose base is the same.
 
     Args:
-        other_test: the test data have another digest than before.
+        same_examples: whether the clients' examples are as before; None where that is not known.
+        same_test: the same of the test data.
     """
     return [
         *_of_model(before, now, round),
-        *_of_data(before, now, round, other_test=other_test),
+        *_of_data(before, now, round, same_examples=same_examples, same_test=same_test),
         *_of_settings(before, now, round),
     ]
 
@@ -50,33 +58,47 @@ def _of_model(before: Experiment, now: Experiment, round: int) -> Iterator[str]:
             yield f"model.{key} was {_shown(old)}, now {_shown(new)}: another copy of the same base"
 
 
-def _of_data(before: Experiment, now: Experiment, round: int, *, other_test: bool) -> Iterator[str]:
+def _of_data(
+    before: Experiment,
+    now: Experiment,
+    round: int,
+    *,
+    same_examples: bool | None,
+    same_test: bool | None,
+) -> Iterator[str]:
     old_data, new_data = (each.data.model_dump(mode="json") for each in (before, now))
     differing = {key for key in new_data if old_data[key] != new_data[key]}
     of_test = {key for key in differing if key.startswith("test")}
     if differing - of_test:
-        keys = ", ".join(f"data.{key}" for key in new_data if key in differing - of_test)
-        yield f"{keys}: other than before, and the clients' examples are the same"
+        keys = [key for key in new_data if key in differing - of_test]
+        yield _compared(keys, "the clients' examples", same_examples)
     tested = [each.data.test for each in (before, now)]
     if None in tested:
         if tested[0] != tested[1]:
             since = "not scored" if tested[1] is None else "scored"
             was, is_now = map(_shown, tested)
             yield f"data.test was {was}, now {is_now}: rounds from {round} on are {since}"
-    elif other_test:
+    elif same_test is False:
         yield (
             f"the test data are others than before: scores of rounds from {round} on are not "
             "comparable with earlier ones"
         )
     else:
         if of_test:
-            keys = ", ".join(f"data.{key}" for key in new_data if key in of_test)
-            yield f"{keys}: other than before, and the test data are the same"
+            keys = [key for key in new_data if key in of_test]
+            yield _compared(keys, "the test data", same_test)
         if "max_length" in differing:
             yield (
                 f"data.max_length was {before.data.max_length}, now {now.data.max_length}: test "
                 f"rows are scored up to so many tokens in rounds from {round} on"
             )
+
+
+def _compared(keys: Sequence[str], what: str, same: bool | None) -> str:
+    """Sentence on keys that differ, and whether what they name does, if that is known."""
+    named = ", ".join(f"data.{key}" for key in keys)
+    result = f", and {what} are the same" if same else f"; whether {what} are the same is not known"
+    return f"{named}: other than before{result}"
 
 
 def _of_settings(before: Experiment, now: Experiment, round: int) -> Iterator[str]:

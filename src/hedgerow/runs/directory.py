@@ -147,17 +147,23 @@ class RunDirectory:
         lock = _locked(path)
         ledger = Ledger.open(path / "ledger")
         before, began_with = load(path / EXPERIMENT), _digests(path)
-        _check_data(path, _with_names(began_with, before), data)
+        named = _with_names(began_with, before)
+        _check_data(path, named, data, _other_date(before, experiment))
         ledger.check_base(base, f"model.path {experiment.model.path}")
         if ledger.trained != {name: list(shape) for name, shape in trained.items()}:
             raise UserError(f"{path / 'ledger' / INDEX} was altered: restore it from a copy")
         rows = [row for row in read_rows(path) if row["round"] <= len(ledger)]
-        tests = [digests.get(TEST_DATA) for digests in (began_with, data)]
-        other_test = None not in tests and tests[0] != tests[1]
-        said = changes(before, experiment, len(ledger) + 1, other_test=other_test)
+        clients = [name for name in data if name != TEST_DATA]
+        compared = all(named[name] and data[name] for name in clients)  # and found the same
+        said = changes(
+            before,
+            experiment,
+            len(ledger) + 1,
+            same_examples=True if compared else None,
+            same_test=same_data(began_with.get(TEST_DATA), data.get(TEST_DATA)),
+        )
         directory = RunDirectory(path, ledger, lock, said)
-        known = [name for name, digest in data.items() if digest and name != TEST_DATA]
-        directory._check_memories(experiment.method, known, rows)
+        directory._check_memories(experiment.method, [n for n in clients if data[n]], rows)
         # A network's server does not know its clients' digests, and must not forget them.
         kept = {name: began_with.get(name) for name, digest in data.items() if digest is None}
         _write_settings(path, experiment, began_with | data | kept)
@@ -214,6 +220,17 @@ def test_digest(path: Path) -> str | None:
     return _digests(path).get(TEST_DATA) if (path / DATA).exists() else None
 
 
+def same_data(before: str | None, now: str | None) -> bool | None:
+    """Whether two digests are of the same data; None where one is not known.
+
+    Where one has more parts (`+`), as that of test data whose options are scored, what both have
+    is compared.
+    """
+    if before is None or now is None:
+        return None
+    return all(old == new for old, new in zip(before.split("+"), now.split("+"), strict=False))
+
+
 def _digests(path: Path) -> Digests:
     try:
         return dict(json.loads((path / DATA).read_bytes()))
@@ -229,8 +246,20 @@ def _with_names(began_with: Digests, experiment: Experiment) -> Digests:
     return {c.name: None for c in listed if isinstance(c, ClientFile)} | began_with
 
 
-def _check_data(path: Path, before: Digests, now: Digests) -> None:
-    """Raise a `UserError` unless the clients, their order and their data are as before."""
+def _other_date(before: Experiment, now: Experiment) -> str | None:
+    """The day that chat templates wrote, and the other one that they are to write, if any."""
+    texts = [each.data for each in (before, now) if each.data.prompt == "chat"]
+    days = [text.template.date for text in texts if text.template.date is not None]
+    return f"data.template.date={days[0]}, not {days[1]}" if len(set(days)) == 2 else None
+
+
+def _check_data(path: Path, before: Digests, now: Digests, other_date: str | None) -> None:
+    """Raise a `UserError` unless the clients, their order and their data are as before.
+
+    Args:
+        other_date: another day in the prompts, if any, which alone makes other examples of the same
+            data.
+    """
     old, new = ([name for name in each if name != TEST_DATA] for each in (before, now))
     if gone := [name for name in old if name not in new]:
         raise UserError(
@@ -245,7 +274,12 @@ def _check_data(path: Path, before: Digests, now: Digests) -> None:
     if old != new:
         raise UserError(f"--resume: the clients stand in another order than when {path} began")
     for client in new:
-        if None not in (before[client], now[client]) and before[client] != now[client]:
+        same = same_data(before[client], now[client])
+        if not same and other_date:
+            raise UserError(
+                f"--resume: {path} was run with {other_date}: give the same, or another --out"
+            )
+        if same is False:
             raise UserError(f"--resume: the data of {client} have changed since {path} began")
 
 

@@ -20,7 +20,7 @@ from hedgerow.experiment import Experiment, load
 from hedgerow.lazy import torch
 from hedgerow.ledger import Base
 from hedgerow.loading import check_adds
-from hedgerow.methods.base import Client
+from hedgerow.methods.base import Client, Method
 from hedgerow.model import Model, max_positions
 from hedgerow.names import MEMORY
 from hedgerow.runs.directory import EXPERIMENT, TEST_DATA, Digests
@@ -57,7 +57,7 @@ class Prepared:
         """Digest of each client's examples, and of the test data."""
         found: Digests = {name: shard.digest() for name, shard in self.shards.items()}
         if self.test is not None:
-            found[TEST_DATA] = self.test.examples.digest()
+            found[TEST_DATA] = self.test.digest()
         return found
 
 
@@ -92,8 +92,8 @@ def prepare(
         for index, name in enumerate(data.names)
         if name in shards
     ]
-    notes = [*notes_on_template(data.encoder.template), *left_out]
-    notes += [*data.remarks.sentences(), *_notes_on(shards)]
+    notes = notes_on_model(model, data.encoder.template, experiment.method)
+    notes += [*left_out, *data.remarks.sentences(), *notes_on_data(shards)]
     if experiment.method.pools_data:
         shards = {"pooled": Tokenized.concatenate(list(shards.values()))}
         clients = [Client(0, name, len(shard)) for name, shard in shards.items()]
@@ -114,7 +114,7 @@ def prepare(
         clients=clients,
         shards=shards,
         test=test,
-        notes=[there_is, *notes_on_base(model), *notes, *experiment.method.left_out(model)],
+        notes=[there_is, *notes],
     )
 
 
@@ -127,14 +127,16 @@ def with_date(experiment: Experiment, date: datetime.date | None) -> Experiment:
     return experiment.model_copy(update={"data": data})
 
 
-def with_date_of(experiment: Experiment, run: Path) -> Experiment:
+def with_date_of(experiment: Experiment, run: Path, *, is_set: bool = True) -> Experiment:
     """The experiment with the day that a run has on record, if it has one and this has none.
 
     Args:
         run: directory of a run with the same chat template, which need not have begun.
+        is_set: whether a day that the experiment has was set by somebody, and so stays.
     """
     own = experiment.data
-    if own.prompt != "chat" or own.template.date or not (run / EXPERIMENT).is_file():
+    has_own = is_set and own.template.date is not None
+    if own.prompt != "chat" or has_own or not (run / EXPERIMENT).is_file():
         return experiment
     before = load(run / EXPERIMENT).data
     same = (before.prompt, before.template.name) == (own.prompt, own.template.name)
@@ -238,24 +240,46 @@ def test_rows(
     return check(records, text.fields_of_test, answered=answered)
 
 
-def notes_on_template(template: Template) -> list[str]:
-    """Sentences on what is unexpected about prompts."""
-    day = [] if template.date is None else [f"the chat template writes the date: {template.date}"]
-    return [*template.notes, *day]
+def notes_on_model(
+    model: Model, template: Template | None, method: Method | None = None
+) -> list[str]:
+    """Sentences on what of a model is left out or not trained, and on its prompts.
 
-
-def notes_on_data(name: str, shard: Tokenized) -> list[str]:
-    """Sentences on what is left out of a client's examples."""
+    Args:
+        template: what writes its prompts; None where that is not hedgerow's.
+        method: what trains it; None where nothing does.
+    """
     notes = []
-    total = len(shard) + shard.dropped
-    if shard.truncated:
-        notes.append(f"{name}: {shard.truncated:,} of {total:,} examples are cut at max_length")
-    if shard.dropped:
+    if unused := model.origin.unused:
+        some = ", ".join(unused[:3]) + ", …" * (len(unused) > 3)
         notes.append(
-            f"{name}: {shard.dropped:,} of {total:,} examples are left out, since their prompts "
-            "fill max_length"
+            f"left out, since {model.architecture} has no place for them: {len(unused):,} of the "
+            f"checkpoint's weights ({some})"
         )
-    return [*notes, *(f"{name}: {note}" for note in _notes_on_text([shard]))]
+    if method is not None:
+        notes += method.left_out(model)
+    if template is not None:
+        notes += template.notes
+        if template.date is not None:
+            notes.append(f"the chat template writes the date: {template.date}")
+    return notes
+
+
+def notes_on_data(shards: Mapping[str, Tokenized]) -> list[str]:
+    """Sentences on what is left out of clients' examples; of each that loses more than half."""
+    notes = []
+    total = sum(len(shard) + shard.dropped for shard in shards.values())
+    if truncated := sum(shard.truncated for shard in shards.values()):
+        notes.append(f"{truncated:,} of {total:,} examples are cut at max_length")
+    if dropped := sum(shard.dropped for shard in shards.values()):
+        notes.append(
+            f"{dropped:,} of {total:,} examples are left out, since their prompts fill max_length"
+        )
+        for name, shard in shards.items():
+            if shard.dropped > len(shard):
+                own = len(shard) + shard.dropped
+                notes.append(f"{name} keeps {len(shard):,} of {own:,} examples")
+    return [*notes, *_notes_on_text(shards.values())]
 
 
 def _notes_on_text(shards: Iterable[Tokenized]) -> list[str]:
@@ -274,6 +298,11 @@ def _notes_on_text(shards: Iterable[Tokenized]) -> list[str]:
             f"{unknown / tokens:.0%} of the tokens stand for text that the tokenizer lacks"
         )
     return notes
+
+
+def notes_on_scoring(model: Model, test: TestSet, settings: EvaluationSettings) -> list[str]:
+    """Sentences on a model that is scored, on its prompts, and on the test rows."""
+    return [*notes_on_model(model, test.template), *notes_on_test(test, settings)]
 
 
 def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
@@ -295,18 +324,6 @@ def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
             if count
         ),
         *(f"the test data: {note}" for note in _notes_on_text([test.examples])),
-    ]
-
-
-def notes_on_base(model: Model) -> list[str]:
-    """A sentence on the checkpoint's weights that are left out."""
-    unused = model.origin.unused
-    if not unused:
-        return []
-    some = ", ".join(unused[:3]) + ", …" * (len(unused) > 3)
-    return [
-        f"left out, since {model.architecture} has no place for them: {len(unused):,} of the "
-        f"checkpoint's weights ({some})"
     ]
 
 
@@ -337,23 +354,6 @@ def _left_out(names: Sequence[str], why: str) -> str:
         return f"client {names[0]} is left out: {why}"
     named = ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
     return f"{len(names)} clients are left out ({named}): {why}"
-
-
-def _notes_on(shards: Mapping[str, Tokenized]) -> list[str]:
-    """Sentences on what is left out of all clients' examples; of each that loses more than half."""
-    notes = []
-    total = sum(len(shard) + shard.dropped for shard in shards.values())
-    if truncated := sum(shard.truncated for shard in shards.values()):
-        notes.append(f"{truncated:,} of {total:,} examples are cut at max_length")
-    if dropped := sum(shard.dropped for shard in shards.values()):
-        notes.append(
-            f"{dropped:,} of {total:,} examples are left out, since their prompts fill max_length"
-        )
-        for name, shard in shards.items():
-            if shard.dropped > len(shard):
-                own = len(shard) + shard.dropped
-                notes.append(f"{name} keeps {len(shard):,} of {own:,} examples")
-    return [*notes, *_notes_on_text(shards.values())]
 
 
 def _check_counts(experiment: Experiment, named: int, there: int) -> None:

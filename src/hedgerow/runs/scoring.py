@@ -15,10 +15,10 @@ from hedgerow.evaluation.measuring import derived
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.scores import TestSet, evaluate
 from hedgerow.experiment import Experiment, apply_overrides, validate
-from hedgerow.methods.base import Method
+from hedgerow.methods.base import Client, Method
 from hedgerow.model import Model, max_positions
 from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
-from hedgerow.runs.preparation import check_causal, load_test, notes_on_template
+from hedgerow.runs.preparation import check_causal, load_test, notes_on_scoring
 from hedgerow.settings import DEFAULT_TEST, Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
 
@@ -29,27 +29,30 @@ Progress = Callable[[int, int], None]
 class Scorer:
     """The global model of a run, which entries advance, and its scores."""
 
-    def __init__(
-        self, experiment: Experiment, model: Model, clients: Sequence[str], test: TestSet | None
-    ) -> None:
-        self._experiment, self._model = experiment, model
-        self._clients, self._test = clients, test
+    def __init__(self, experiment: Experiment, model: Model, test: TestSet | None) -> None:
+        self._experiment, self._model, self._test = experiment, model, test
 
     def advance(self, entry: Entry) -> None:
         """Advance the model by one entry."""
         self._experiment.method.apply(self._model, entry)
 
-    def evaluate(self, progress: Progress) -> dict[str, Any]:
+    def evaluate(
+        self, gather: Callable[[], Sequence[Client]], progress: Progress
+    ) -> dict[str, Any]:
         """Scores of the model; of each client's and their mean where there is no global one.
 
         They are empty without test data.
+
+        Args:
+            gather: gives the run's clients, where they have models of their own.
         """
         if self._test is None:
             return {}
+        method = self._experiment.method
         return score_method(
-            self._experiment.method,
+            method,
             self._model,
-            clients=self._clients,
+            clients=[] if method.has_global_model else [client.name for client in gather()],
             test=self._test,
             settings=self._experiment.evaluation,
             progress=progress,
@@ -212,8 +215,7 @@ def score_path(
 
     Args:
         held: the test rows, where `data.test` is `(memory)`.
-        say: told what is unexpected about the prompts, as a date in them, and what rows are left
-            out.
+        say: told what a run says of its model, prompts and test data when it begins.
 
     Returns:
         The scores, and the names of the metrics that gave them.
@@ -223,7 +225,7 @@ def score_path(
     """
     with loaded(path, overrides, round, client, load) as it:
         test = load_test(it.data, it.evaluation, it.model, held)
-        for note in (*notes_on_template(test.template), *test.remarks):
+        for note in notes_on_scoring(it.model, test, it.evaluation):
             say(note)
         scored = {name: evaluate(it.model, test, it.evaluation, progress) for name in it.models()}
         metrics = it.evaluation.metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
 from hedgerow.ledger import Base
 from hedgerow.model import Model
-from hedgerow.runs.preparation import check_fits, notes_on_base, notes_on_template, with_date
+from hedgerow.runs.preparation import check_fits, notes_on_model, with_date
 from hedgerow.settings import ClientFile
 
 EXPERIMENT = "experiment.yaml"
@@ -53,6 +52,7 @@ class _BaseFile(BaseModel):
 
     base: Base
     trained: dict[str, list[int]]
+    dated: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ class App:
     """The shapes of what clients train (`Method.trained_shapes`)."""
     clients: list[str]
     """The clients' names, in their order."""
+    dated: bool = False
+    """Whether the day that the experiment's chat template writes is that on which the app was made:
+    nobody set it, so that a run that goes on keeps its own."""
 
     @staticmethod
     def load(folder: Path) -> App:
@@ -84,7 +87,17 @@ class App:
             raise UserError(
                 f"{folder / BASE} is missing or damaged: make the app anew (hedgerow flower init)"
             ) from None
-        return App(experiment, file.base, file.trained, client_names(experiment))
+        return _app(experiment, file)
+
+
+def _app(experiment: Experiment, file: _BaseFile) -> App:
+    return App(
+        experiment=experiment,
+        base=file.base,
+        trained=file.trained,
+        clients=client_names(experiment),
+        dated=file.dated,
+    )
 
 
 def init(
@@ -117,21 +130,22 @@ def init(
     base = Base.of(model)
     check_fits(experiment, model, len(clients))
     words = load_template(experiment.data, model.tokenizer)
+    dated = experiment.data.template.date is None and words.date is not None
     experiment = with_date(experiment, words.date)
     shapes = experiment.method.trained_shapes(model)
-    file = _BaseFile(base=base, trained={name: list(shape) for name, shape in shapes.items()})
-    notes = [*notes_on_base(model), *notes_on_template(words)]
-    for note in [*notes, *experiment.method.left_out(model)]:
+    trained = {name: list(shape) for name, shape in shapes.items()}
+    file = _BaseFile(base=base, trained=trained, dated=dated)
+    for note in notes_on_model(model, words, experiment.method):
         say(note)
     folder.mkdir(parents=True, exist_ok=True)
     shared, template = _without_paths(experiment, clients)
     if template is not None:
         shutil.copyfile(template, folder / PROMPT)
     (folder / EXPERIMENT).write_text(shared.dump(), encoding="utf-8")
-    (folder / BASE).write_text(json.dumps(file.model_dump(), indent=1) + "\n")
+    (folder / BASE).write_text(file.model_dump_json(indent=1, exclude_defaults=True) + "\n")
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "experiment"
     (folder / "pyproject.toml").write_text(_PYPROJECT.format(name=slug, experiment=EXPERIMENT))
-    return App(shared, file.base, file.trained, clients)
+    return _app(shared, file)
 
 
 def check_method(experiment: Experiment) -> None:

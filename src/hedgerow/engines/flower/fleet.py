@@ -88,6 +88,7 @@ class FlowerFleet:
     ) -> None:
         self._grid, self._method, self._ledger = grid, experiment.method, ledger
         self._settings, self._names = experiment.federation, list(names)
+        self._date = experiment.data.template.date
         self._run, self._folder, self._scorer, self._say = run, folder, scorer, say
         # Of float32 numbers; an adapter of full rank has up to twice as many as its matrix.
         numbers = sum(math.prod(shape) for shape in ledger.trained.values())
@@ -211,8 +212,8 @@ class FlowerFleet:
             self._scorer.advance(entry)
 
     def evaluate(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
-        """Scores of the global model, where the server has a model and test data."""
-        return self._scorer.evaluate(progress) if self._scorer is not None else {}
+        """Scores of what the method has made, where the server has a model and test data."""
+        return self._scorer.evaluate(self.gather, progress) if self._scorer is not None else {}
 
     def finish(self) -> None:
         """Send everybody the entries that they still miss."""
@@ -289,6 +290,7 @@ class FlowerFleet:
             first=max(1, rounds.start),
             records=records,
             files=needed,
+            date=self._date,
             train=action is Action.train,
         )
         files = [

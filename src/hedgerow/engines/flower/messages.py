@@ -6,6 +6,7 @@ far as the words go; what is in the files, by whoever reads them.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -70,6 +71,8 @@ class Request(Words):
     """The round of the first of `records`."""
     records: list[FileInfo] = []
     """The ledger's entries from round `first` on; the files are the last of them."""
+    date: datetime.date | None = None
+    """Day that the run's chat template writes; None where it writes none."""
     train: bool = False
     """Train the round after the last of `records`."""
 
@@ -104,7 +107,9 @@ def info(file: Path) -> FileInfo:
 
 def pack(words: Words, files: Sequence[Path] = ()) -> RecordDict:
     """Words and files as Flower's records; `words.files` must announce the files."""
-    content = RecordDict({"words": ConfigRecord({"json": words.model_dump_json()})})
+    # What is not said is left out, so that earlier versions can read what has nothing new.
+    text = words.model_dump_json(exclude_none=True)
+    content = RecordDict({"words": ConfigRecord({"json": text})})
     for index, file in enumerate(files):
         pieces: dict[str, Array] = {}
         with file.open("rb") as opened:

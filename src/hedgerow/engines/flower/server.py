@@ -30,7 +30,7 @@ from hedgerow.files import replacing
 from hedgerow.ledger import Base
 from hedgerow.model import Model
 from hedgerow.runs.directory import TEST_DATA, Digests, RunDirectory
-from hedgerow.runs.preparation import load_test, notes_on_test
+from hedgerow.runs.preparation import load_test, notes_on_scoring, with_date_of
 from hedgerow.runs.scoring import Scorer
 
 RUN = "flower.json"
@@ -52,17 +52,21 @@ def _main(grid: Grid, context: Context) -> None:
     try:
         settings = validate(dict(context.run_config), "the run config", ServerSettings)
         loaded = App.load(app_folder())
-        experiment = _at_home(loaded.experiment, settings)
+        experiment = with_date_of(
+            _at_home(loaded.experiment, settings), Path(settings.out), is_set=not loaded.dated
+        )
         model = test = None
         if settings.model:
             model = Model.load(experiment.model)
             if difference := Base.of(model).difference(loaded.base):
                 raise UserError(f"model: {settings.model} is not the app's base: {difference}")
+        notes: list[str] = []
         if model is not None and settings.test:
             test = load_test(experiment.data, experiment.evaluation, model)
+            notes = notes_on_scoring(model, test, experiment.evaluation)
         at_home = replace(loaded, experiment=experiment)
         with ProgressWatcher(metrics=experiment.evaluation.metrics) as watcher:
-            for note in [] if test is None else notes_on_test(test, experiment.evaluation):
+            for note in notes:
                 watcher.say(note)
             serve(grid, at_home, Path(settings.out), watcher, model, test)
     except (UserError, RunFailed) as error:
@@ -104,14 +108,14 @@ def serve(
     if data is None:
         data = dict.fromkeys(loaded.clients)
         if test is not None:
-            data[TEST_DATA] = test.examples.digest()
+            data[TEST_DATA] = test.digest()
     with opener(out, experiment, loaded.base, data, loaded.trained) as directory:
         for change in directory.changes:
             watcher.say(change)
         scorer = None
         if model is not None:
             directory.ledger.replay(experiment.method, model)
-            scorer = Scorer(experiment, model, loaded.clients, test)
+            scorer = Scorer(experiment, model, test)
         arrived = out / "arrived"
         shutil.rmtree(arrived, ignore_errors=True)  # of a server that was killed
         arrived.mkdir()

@@ -10,9 +10,10 @@ A site's folder is a run directory of its own, so that the result can be exporte
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from hedgerow.methods.base import Client, ClientRound, check_entry
 from hedgerow.model import Model
 from hedgerow.runs.directory import EXPERIMENT
 from hedgerow.runs.memory import RoundMemory
-from hedgerow.runs.preparation import check_fits, notes_on_data
+from hedgerow.runs.preparation import check_fits, notes_on_data, notes_on_model, with_date
 from hedgerow.seeds import Seeds
 from hedgerow.settings import ClientFile
 from hedgerow.wire import Entry
@@ -87,6 +88,8 @@ class Site:
         self._applied: list[str] = []
         self._data: ClientData | None = None
         self._examples: dict[str, Tokenized] = {}
+        self._told: set[tuple[str, str]] = set()
+        """What has been said already, and of whom."""
 
     def handle(
         self, name: str, request: Request, files: Sequence[Path]
@@ -116,7 +119,8 @@ class Site:
     def _handled(
         self, name: str, request: Request, files: Sequence[Path]
     ) -> tuple[Reply, Path | None]:
-        self._load(request.run)
+        self._begin(request.run, request.date)
+        self._load()
         examples = self._examples_of(name)
         ledger = self._ledger()
         complete = True
@@ -136,14 +140,24 @@ class Site:
             return reply.model_copy(update={"failure": str(error)}), None
         return reply.model_copy(update={"files": [info(update)]}), update
 
-    def _load(self, run: str) -> None:
-        """Load the base model, and compare it with the run's."""
-        if run != self._run:
-            self._run, self._examples = run, {}
-            self._model = None
-            self._place.mkdir(parents=True, exist_ok=True)
-            with replacing(self._place / EXPERIMENT) as file:
-                file.write(self._experiment.dump().encode())
+    def _begin(self, run: str, date: datetime.date | None) -> None:
+        """Forget another run, or the same with another day.
+
+        Args:
+            run: the run's name.
+            date: day that its chat template writes; None for the app's.
+        """
+        experiment = with_date(self._app.experiment, date)
+        if (run, experiment) == (self._run, self._experiment):
+            return
+        self._run, self._experiment = run, experiment
+        self._model, self._data, self._examples = None, None, {}
+        self._place.mkdir(parents=True, exist_ok=True)
+        with replacing(self._place / EXPERIMENT) as file:
+            file.write(experiment.dump().encode())
+
+    def _load(self) -> None:
+        """Load the base model, unless it is here, and compare it with the run's."""
         if self._model is None:
             settings = self._experiment.model
             if Path(settings.path).is_absolute() and not Path(settings.path).is_dir():
@@ -166,16 +180,13 @@ class Site:
         if name not in self._app.clients:
             raise Refused(f"the experiment has no client {name}, only {_listed(self._app.clients)}")
         if name not in self._examples:
-            settings, tokenizer = self._experiment.data, self._model.tokenizer
-            self._data = self._data or ClientData(
-                settings,
-                tokenizer,
-                self._seeds,
-                vocabulary_size=self._model.vocabulary_size,
-            )
-            examples = self._data.tokenize(name)
-            for note in (*self._data.remarks.sentences(), *notes_on_data(name, examples)):
-                _say(name, note)
+            data = self._data = self._data or self._read_settings(self._model)
+            try:
+                examples = data.tokenize(name)
+            finally:
+                # Taken, or they would be counted on top of these next time.
+                self._tell(name, data.remarks.take())
+            self._tell(name, notes_on_data({name: examples}))
             path = self._place / "updates" / name / "data.sha256"
             if path.exists() and path.read_text() != examples.digest():
                 raise Refused("its data have changed since the run began")
@@ -184,6 +195,25 @@ class Site:
                 file.write(examples.digest().encode())
             self._examples[name] = examples
         return self._examples[name]
+
+    def _read_settings(self, model: Model) -> ClientData:
+        """The clients' data, which are read later; says what a run does of its model."""
+        data = ClientData(
+            self._experiment.data,
+            model.tokenizer,
+            self._seeds,
+            vocabulary_size=model.vocabulary_size,
+        )
+        template, method = data.encoder.template, self._experiment.method
+        self._tell(self._app.base.name, notes_on_model(model, template, method))
+        return data
+
+    def _tell(self, whose: str, sentences: Iterable[str]) -> None:
+        """Say what this process has not said of a client, or of the base model, before."""
+        for sentence in sentences:
+            if (whose, sentence) not in self._told:
+                self._told.add((whose, sentence))
+                _say(whose, sentence)
 
     def _ledger(self) -> Ledger:
         """This site's copy."""
@@ -263,7 +293,7 @@ class Site:
         hashes = [record.sha256 for record in ledger.records]
         if self._applied != hashes[: len(self._applied)]:
             self._model = None
-            self._load(self._run)
+            self._load()
         assert self._model is not None
         model, self._model = self._model, None  # half advanced, it would be nobody's
         ledger.replay(self._experiment.method, model, after=len(self._applied))
