@@ -1,6 +1,7 @@
 """Every method's aggregate against the plain sums that it stands for."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,7 +119,8 @@ def test_fedavg_weighs_by_examples_and_folds_as_they_arrive():
             seen.append(size)
             yield Update("fedavg", 1, "c", "p", size, 1.0, {"w": torch.full((2,), float(size))})
 
-    aggregate = FedAvg().aggregate(arriving(), SERVER_ROUND)
+    expected = replace(SERVER_ROUND.expected, shapes={"w": [2]})
+    aggregate = FedAvg().aggregate(arriving(), replace(SERVER_ROUND, expected=expected))
     assert seen == [1, 3]
     assert aggregate.tensors["w"].tolist() == [2.5, 2.5]
 

@@ -181,6 +181,11 @@ class Method(Plugin, ABC):
         return False
 
     @property
+    def is_mean(self) -> bool:
+        """Whether it `averages` with these options, too: a codec, say, may prevent it."""
+        return self.averages
+
+    @property
     def keeps_optimizer(self) -> bool | None:
         """Whether clients keep their optimiser's moments where `training.keep_optimizer` is null.
 

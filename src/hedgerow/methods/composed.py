@@ -35,6 +35,7 @@ from hedgerow.methods.base import (
     Trained,
 )
 from hedgerow.methods.parts import feedback, shrink
+from hedgerow.methods.parts.apart import Apart
 from hedgerow.methods.parts.codec import Codec
 from hedgerow.methods.parts.dense import Dense
 from hedgerow.methods.parts.mean import Mean
@@ -110,6 +111,13 @@ class Composed(Method):
         """Check nothing more than the options."""
 
     @property
+    def is_mean(self) -> bool:
+        """Whether nothing is coded, cut or stepped otherwise."""
+        parts = self.parts
+        coded = any(codec.error for codec in (parts.up, parts.down)) or not parts.through.is_dense
+        return self.averages and not coded and parts.server is None
+
+    @property
     def clients_remember(self) -> bool:
         """Whether there is error feedback: clients remember what their codecs have lost."""
         return self.parts.feedback is not None
@@ -178,25 +186,27 @@ class Composed(Method):
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Sum updates by basis as they arrive, step, and encode the broadcast."""
         parts, shapes = self.parts, server_round.expected.shapes
-        mean, count, uniform = Mean(), 0, self.weights == "uniform"
+        mean: Mean | Apart = Mean() if parts.through.adds else Apart()
+        count, uniform = 0, self.weights == "uniform"
         for update in updates:
-            piece = self._received(update.tensors, shapes)
+            # What is kept apart has to outlive the file that it came in.
+            tensors = update.tensors if parts.through.adds else dict(update.tensors)
+            piece = self._received(tensors, shapes)
             weight = 1 if uniform else update.num_examples
-            basis = parts.through.basis(piece.header) if parts.through.adds else (count,)
-            mean.add(basis, piece.values, weight)
+            mean.add(parts.through.basis(piece.header), piece.values, weight)
             count += 1
         message = Message(server_round.expected.seeds, server_round.round)
         kept = _Kept(server_round.memory, self.server_remembers)
-        tensors = parts.trains.beside(server_round.expected.seeds)
+        entry = parts.trains.beside(server_round.expected.seeds)
         for index, (basis, values) in enumerate(self._means(mean, server_round.round)):
             own = self._broadcast(basis, self._stepped(values, kept), message, kept)
             prefix = parts.through.prefix(index)
-            tensors |= {f"{prefix}{name}": tensor for name, tensor in own.items()}
+            entry |= {f"{prefix}{name}": tensor for name, tensor in own.items()}
         if self.server_remembers:
             server_round.memory.save(kept.new)
-        return Aggregate(tensors, {}, [1 / count] * count if uniform else None)
+        return Aggregate(entry, {}, [1 / count] * count if uniform else None)
 
-    def _means(self, mean: Mean, round: int) -> Iterator[tuple[Basis, Values]]:
+    def _means(self, mean: Mean | Apart, round: int) -> Iterator[tuple[Basis, Values]]:
         """Means by basis: cut where they are too long, times the server's learning rate."""
         parts = self.parts
         rate = None if parts.rate is None else parts.rate(round)

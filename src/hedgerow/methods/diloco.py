@@ -29,7 +29,6 @@ class DiLoCo(AveragedWeights):
     name: str = "diloco"
     summary: ClassVar[str] = "FedAvg with kept moments and outer Nesterov momentum"
     reference: ClassVar[str] = "DiLoCo, arXiv 2311.08105"
-    averages: ClassVar[bool] = False
 
     server: Annotated[
         SerializeAsAny[ServerOptimizer] | None, BeforeValidator(server_optimizer_of)

@@ -25,7 +25,6 @@ class FedAdam(AveragedWeights):
     name: str = "fedadam"
     summary: ClassVar[str] = "FedAvg with Adam at the server (FedOpt)"
     reference: ClassVar[str] = "FedAdam, arXiv 2003.00295"
-    averages: ClassVar[bool] = False
 
     server: Annotated[
         SerializeAsAny[ServerOptimizer] | None, BeforeValidator(server_optimizer_of)

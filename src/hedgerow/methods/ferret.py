@@ -112,8 +112,6 @@ class Ferret(LoraOptions, Composed):
     """Whether options that are not given are as in the paper: `basis` uniform, `budget` 4096, 32
     bits both ways, `allocation` norm, `seeds` client, no `shrink`, `clip` 10, `weights` uniform."""
 
-    averages: ClassVar[bool] = False
-
     @model_validator(mode="before")
     @classmethod
     def _paper_settings(cls, options: Any) -> Any:

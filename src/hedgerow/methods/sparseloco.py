@@ -27,7 +27,6 @@ class SparseLoCo(AveragedWeights):
     name: str = "sparseloco"
     summary: ClassVar[str] = "the largest changes in 2 bits, with error feedback and kept moments"
     reference: ClassVar[str] = "SparseLoCo, arXiv 2508.15706"
-    averages: ClassVar[bool] = False
 
     up: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = Field(
         default_factory=TopK

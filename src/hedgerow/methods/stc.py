@@ -35,7 +35,6 @@ class STC(AveragedWeights):
     name: str = "stc"
     summary: ClassVar[str] = "signs of the largest changes, both ways, with error feedback"
     reference: ClassVar[str] = "STC, arXiv 1903.02891"
-    averages: ClassVar[bool] = False
 
     up: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = Field(
         default_factory=_ternary

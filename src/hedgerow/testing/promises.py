@@ -66,6 +66,7 @@ def train(bench: Bench) -> Round:
             dropout_seed=client_round.seeds.derive(
                 "dropout", client_round.round, client_round.client.name
             ),
+            start=model.snapshot,
         )
         done = method.train(job, client_round, parameters)
         trained[client_round.client.name] = effective_weights(model)
@@ -97,7 +98,7 @@ def check_mean(round: Round) -> None:
                 "of its change"
             )
         return
-    if not method.averages:
+    if not method.is_mean:
         return
     shares = {p.client: p.weight for p in entry.participants}
     mean = {name: before.clone() for name, before in round.before.items()}
