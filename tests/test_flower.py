@@ -27,8 +27,15 @@ def network(tmp_path_factory, shared):
 @pytest.mark.shared
 @pytest.mark.parametrize(
     "method",
-    [{"name": "flora", "ranks": RANKS}, {"name": "ferret"}],
-    ids=["flora", "ferret"],
+    [
+        {"name": "flora", "ranks": RANKS},
+        {"name": "ferret", "server": "nesterov"},
+        {
+            **{"name": "fedavg", "up": "top_k", "error_feedback": 0.9, "server": "adam"},
+            **{"down": "bits", "broadcast_feedback": True, "weights": "uniform"},
+        },
+    ],
+    ids=["flora", "ferret", "fedavg in codecs"],
 )
 def test_the_network_s_ledger_is_the_local_one_s(network, shared, hedgerow, tmp_path, method):
     path = dolly(shared, tmp_path / "dolly.yaml", method)
