@@ -27,8 +27,10 @@ def network(tmp_path_factory, shared):
 @pytest.mark.shared
 @pytest.mark.parametrize(
     "method",
-    [{"name": "flora", "ranks": RANKS}, {"name": "ferret"}],
-    ids=["flora", "ferret"],
+    [
+        pytest.param({"name": "flora", "ranks": RANKS}, id="flora"),
+        pytest.param({"name": "ferret"}, id="ferret", marks=pytest.mark.slow),
+    ],
 )
 def test_the_network_s_ledger_is_the_local_one_s(network, shared, hedgerow, tmp_path, method):
     path = dolly(shared, tmp_path / "dolly.yaml", method)
