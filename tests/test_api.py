@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from support.runs import ledger_bytes
+from support.runs import hear_interrupts, ledger_bytes
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hedgerow as hr
@@ -618,7 +618,11 @@ def test_an_interrupted_run_goes_on(experiment, tmp_path):
     rounds = "federation.rounds=60"
     code = f"import hedgerow as hr; hr.run({str(path)!r}, {rounds!r}, out='part', resume=True)"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interrupts,
     )
     metrics = tmp_path / "part" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from support.runs import hear_interrupts
 
 from hedgerow.errors import UserError
 from hedgerow.files import check_name, replacing
@@ -22,6 +23,7 @@ def process(*arguments, **environment):
         text=True,
         errors="replace",
         env=os.environ | environment,
+        preexec_fn=hear_interrupts,
     )
 
 

@@ -28,14 +28,17 @@ def network(tmp_path_factory, shared):
 @pytest.mark.parametrize(
     "method",
     [
-        {"name": "flora", "ranks": RANKS},
-        {"name": "ferret", "server": "nesterov"},
-        {
-            **{"name": "fedavg", "up": "top_k", "error_feedback": 0.9, "server": "adam"},
-            **{"down": "bits", "broadcast_feedback": True, "weights": "uniform"},
-        },
+        pytest.param({"name": "flora", "ranks": RANKS}, id="flora"),
+        pytest.param({"name": "ferret", "server": "nesterov"}, id="ferret", marks=pytest.mark.slow),
+        pytest.param(
+            {
+                **{"name": "fedavg", "up": "top_k", "error_feedback": 0.9, "server": "adam"},
+                **{"down": "bits", "broadcast_feedback": True, "weights": "uniform"},
+            },
+            id="fedavg in codecs",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["flora", "ferret", "fedavg in codecs"],
 )
 def test_the_network_s_ledger_is_the_local_one_s(network, shared, hedgerow, tmp_path, method):
     path = dolly(shared, tmp_path / "dolly.yaml", method)

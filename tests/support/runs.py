@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,11 @@ def tensorboard_of(run: Path) -> dict[str, list[tuple[int, float]]]:
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
     }
+
+
+def hear_interrupts() -> None:
+    """Have a new process stop at SIGINT (`preexec_fn`).
+
+    Who runs the tests in the background of a shell has them, and what they start, ignore it.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
