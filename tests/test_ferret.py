@@ -225,7 +225,7 @@ def test_error_feedback_keeps_what_a_sketch_has_lost(run):
     shapes = {name: tensor.shape for name, tensor in delta_of(plain, 1).items()}
 
     def rebuilt(method, tensors):
-        pieces = [method._received(tensors, shapes)]
+        pieces = [method.parts.up.decode(tensors, shapes)]
         return dict(method.parts.through.decode(pieces, shapes, torch.device("cpu")))
 
     estimate = rebuilt(method, sent)

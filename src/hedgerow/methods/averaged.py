@@ -11,6 +11,7 @@ from hedgerow.methods.parts.codec import Codec, codec_of
 from hedgerow.methods.parts.dense import Dense
 from hedgerow.methods.parts.gathered import Gathered
 from hedgerow.methods.parts.plain import Plain
+from hedgerow.methods.parts.uplink import Uplink
 
 Feedback = StrictBool | Annotated[float, Field(gt=0, le=1)]
 """Whether what a codec has lost is added to what is sent next, times a decay: `true` is 1."""
@@ -51,10 +52,12 @@ class AveragedWeights(Composed):
         """Dense changes in these codecs."""
         up = self.up or Plain()
         return Parts(
-            through=Gathered() if self.gather else Dense(),
-            up=up,
+            up=Uplink(
+                through=Gathered() if self.gather else Dense(),
+                codec=up,
+                feedback=float(self.error_feedback) or None,
+            ),
             down=up if self.gather else self.down or Plain(),
-            feedback=float(self.error_feedback) or None,
             feedback_down=float(self.broadcast_feedback) or None,
             server=self.server,
         )

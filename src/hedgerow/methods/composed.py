@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, SerializeAsAny
 
-from hedgerow.errors import Diverged, InvalidMessage
+from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
 from hedgerow.methods import weighting
 from hedgerow.methods.base import (
@@ -34,10 +34,9 @@ from hedgerow.methods.base import (
     ServerRound,
     Trained,
 )
-from hedgerow.methods.parts import feedback, shrink
+from hedgerow.methods.parts import feedback
 from hedgerow.methods.parts.apart import Apart
 from hedgerow.methods.parts.codec import Codec
-from hedgerow.methods.parts.dense import Dense
 from hedgerow.methods.parts.mean import Mean
 from hedgerow.methods.parts.message import Message
 from hedgerow.methods.parts.plain import Plain
@@ -45,8 +44,9 @@ from hedgerow.methods.parts.renamed import below
 from hedgerow.methods.parts.server_optimizers import ServerOptimizer, server_optimizer_of
 from hedgerow.methods.parts.through import Basis, Piece, Through
 from hedgerow.methods.parts.trains import AllWeights, Trains
+from hedgerow.methods.parts.uplink import Uplink
 from hedgerow.methods.parts.values import Shapes, Values
-from hedgerow.wire import LARGEST_BROADCAST, LARGEST_SENT, check_kinds, kinds
+from hedgerow.wire import LARGEST_BROADCAST, check_kinds, kinds
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -64,12 +64,8 @@ class Parts:
     """What a method is composed of."""
 
     trains: Trains = field(default_factory=AllWeights)
-    through: Through = field(default_factory=Dense)
-    up: Codec = field(default_factory=Plain)
+    up: Uplink = field(default_factory=Uplink)
     down: Codec = field(default_factory=Plain)
-    shrink: shrink.Shrink = shrink.whole
-    feedback: float | None = None
-    """Decay of what clients owe; None: there is no error feedback."""
     feedback_down: float | None = None
     """Decay of what the server owes; None: there is no error feedback."""
     rate: Callable[[int], float] | None = None
@@ -81,6 +77,11 @@ class Parts:
     def __post_init__(self) -> None:
         if self.feedback_down is not None and not self.through.is_dense:
             raise ValueError("error feedback of the broadcast: the server needs the sum of updates")
+
+    @property
+    def through(self) -> Through:
+        """What passes through the server."""
+        return self.up.through
 
     @property
     def everybody_steps(self) -> bool:
@@ -114,13 +115,15 @@ class Composed(Method):
     def is_mean(self) -> bool:
         """Whether nothing is coded, cut or stepped otherwise."""
         parts = self.parts
-        coded = any(codec.error for codec in (parts.up, parts.down)) or not parts.through.is_dense
+        coded = (
+            any(codec.error for codec in (parts.up.codec, parts.down)) or not parts.through.is_dense
+        )
         return self.averages and not coded and parts.server is None
 
     @property
     def clients_remember(self) -> bool:
         """Whether there is error feedback: clients remember what their codecs have lost."""
-        return self.parts.feedback is not None
+        return self.parts.up.feedback is not None
 
     @property
     def server_remembers(self) -> bool:
@@ -151,37 +154,20 @@ class Composed(Method):
         """Encode Δ_k, and what is owed of earlier ones."""
         parts = self.parts
         change = parts.trains.change(model, trained.parameters)
-        if parts.feedback is not None:
-            change = feedback.owed(change, client_round.memory.load(), parts.feedback)
-        message = Message(client_round.seeds, client_round.round, client_round.client.name)
-        piece = parts.through.encode(change, message, parts.up)
-        try:
-            coded = parts.up.encode(self._shrunk(piece, change.shapes), self._up_seed(piece.header))
-        except ValueError:
-            raise Diverged(
-                "the update contains NaN or infinity: a lower training.learning_rate may help"
-            ) from None
-        tensors = {**coded, **piece.header}
-        if parts.feedback is not None:
-            device = parts.trains.device(model)
-            sent = self._received(tensors, change.shapes)
-            rebuilt = parts.through.decode([sent], change.shapes, device)
-            client_round.remember(feedback.lost(change, rebuilt))
-        return Payload(tensors | parts.trains.beside(client_round.seeds), {})
+        coded = parts.up.encode(change, client_round, parts.trains.device(model))
+        return Payload(coded | parts.trains.beside(client_round.seeds), {})
 
     # --- at the server --------------------------------------------------------------------------
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """Check for the header of this client's message, and what the codec makes with it."""
-        parts, given = self.parts, kinds(update.tensors)
         update.check_about({})
+        beside = self.parts.trains.beside(expected.seeds)
         message = Message(expected.seeds, update.round, client.name)
-        header = parts.through.check_update(update.tensors, expected.shapes, message, parts.up)
-        beside = parts.trains.beside(expected.seeds)
-        mapped = parts.through.mapped_shapes(update.tensors, expected.shapes)
-        check_kinds(given, parts.up.kinds(mapped, given) | header | kinds(beside))
-        _check_equal(update.tensors, beside)
-        parts.up.check(update.tensors, mapped, LARGEST_SENT)
+        self.parts.up.check(update.tensors, expected.shapes, message, kinds(beside))
+        for name, each in beside.items():
+            if not torch.equal(update.tensors[name], each):
+                raise InvalidMessage(f"{name} must be the one that the run derives for this round")
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Sum updates by basis as they arrive, step, and encode the broadcast."""
@@ -191,7 +177,7 @@ class Composed(Method):
         for update in updates:
             # What is kept apart has to outlive the file that it came in.
             tensors = update.tensors if parts.through.adds else dict(update.tensors)
-            piece = self._received(tensors, shapes)
+            piece = parts.up.decode(tensors, shapes)
             weight = 1 if uniform else update.num_examples
             mean.add(parts.through.basis(piece.header), piece.values, weight)
             count += 1
@@ -295,27 +281,11 @@ class Composed(Method):
 
     # --- details --------------------------------------------------------------------------------
 
-    def _shrunk(self, piece: Piece, shapes: Shapes) -> Values:
-        """Mapped values, as much shorter as their expected error asks for."""
-        parts = self.parts
-        errors = parts.through.errors(piece.values.shapes, shapes, parts.up)
-        return piece.values.mapped(lambda name, each: each * parts.shrink(errors[name]))
-
-    def _received(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> Piece:
-        """An update's values, with the codec undone."""
-        parts = self.parts
-        mapped = parts.through.mapped_shapes(tensors, shapes)
-        return Piece(tensors, parts.up.decode(tensors, mapped, self._up_seed(tensors)))
-
     def _sent(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> Piece:
         """Values of one piece of an entry, with the codec undone."""
         parts = self.parts
         mapped = parts.through.mapped_shapes(tensors, shapes)
         return Piece(tensors, parts.down.decode(tensors, mapped, self._down_seed(tensors)))
-
-    def _up_seed(self, header: Mapping[str, Tensor]) -> int:
-        """Seed of the rotations before rounding, which are others than the bases."""
-        return self.parts.through.seed(header) ^ 1 << 63
 
     def _down_seed(self, header: Mapping[str, Tensor]) -> int:
         """Seed of the rotations on the way down, which are others again."""
@@ -346,9 +316,3 @@ def _steps(
         state = {slot: old[key] for slot, key in keys.items() if key in old}
         yield name, optimizer.step(change, state)
         new |= {keys[slot]: each for slot, each in state.items()}
-
-
-def _check_equal(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    for name, each in expected.items():
-        if not torch.equal(given[name], each):
-            raise InvalidMessage(f"{name} must be the one that the run derives for this round")

@@ -33,6 +33,7 @@ from hedgerow.methods.parts.one_adapter import OneAdapter
 from hedgerow.methods.parts.server_optimizers import Momentum
 from hedgerow.methods.parts.sketch import Sketch
 from hedgerow.methods.parts.trains import AllWeights
+from hedgerow.methods.parts.uplink import Uplink
 from hedgerow.sketch import Basis
 from hedgerow.sketch.blocks import Block, group
 from hedgerow.sketch.coordinates import Bits
@@ -141,11 +142,13 @@ class Ferret(LoraOptions, Composed):
         momentum = Momentum(momentum=self.momentum) if self.momentum else None
         return Parts(
             trains=AllWeights() if self.over == "full" else OneAdapter(self),
-            through=self._sketch,
-            up=FewBits(bits=self.bits),
+            up=Uplink(
+                through=self._sketch,
+                codec=FewBits(bits=self.bits),
+                shrink=lengths if self.error_feedback or self.shrink else shrink.whole,
+                feedback=1.0 if self.error_feedback else None,
+            ),
             down=FewBits(bits=self.broadcast_bits),
-            shrink=lengths if self.error_feedback or self.shrink else shrink.whole,
-            feedback=1.0 if self.error_feedback else None,
             rate=lambda round: self.server_learning_rate * self.anneal ** (round - 1),
             clip=None if self.clip is None else self._clipped,
             server=self.server or momentum,

@@ -1,0 +1,91 @@
+"""A client's update: what its change passes through on the way up, and what is owed of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hedgerow.errors import Diverged
+from hedgerow.methods.parts import feedback, shrink
+from hedgerow.methods.parts.codec import Codec
+from hedgerow.methods.parts.dense import Dense
+from hedgerow.methods.parts.message import Message
+from hedgerow.methods.parts.plain import Plain
+from hedgerow.methods.parts.through import Piece, Through
+from hedgerow.methods.parts.values import Shapes, Values
+from hedgerow.wire import LARGEST_SENT, Kind, check_kinds, kinds
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hedgerow.methods.base import ClientRound
+
+
+@dataclass(frozen=True)
+class Uplink:
+    """A map that everybody undoes, and a codec that the server undoes."""
+
+    through: Through = field(default_factory=Dense)
+    codec: Codec = field(default_factory=Plain)
+    shrink: shrink.Shrink = shrink.whole
+    """How long what is mapped is sent, by its expected error."""
+    feedback: float | None = None
+    """Decay of what clients owe; None: there is no error feedback."""
+
+    def encode(
+        self, change: Values, client_round: ClientRound, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Encode a change, and what is owed of earlier ones; what is lost of them is remembered.
+
+        Raises:
+            Diverged: the change is not finite.
+        """
+        if self.feedback is not None:
+            change = feedback.owed(change, client_round.memory.load(), self.feedback)
+        message = Message(client_round.seeds, client_round.round, client_round.client.name)
+        header, mapped = self.through.encode(change, message, self.codec)
+        errors = self.through.errors(mapped.shapes, change.shapes, self.codec)
+        shrunk = mapped.mapped(lambda name, each: each * self.shrink(errors[name]))
+        try:
+            tensors = {**self.codec.encode(shrunk, self._seed(header)), **header}
+        except ValueError:
+            raise Diverged(
+                "the update contains NaN or infinity: a lower training.learning_rate may help"
+            ) from None
+        if self.feedback is not None:
+            sent = self.decode(tensors, change.shapes)
+            rebuilt = self.through.decode([sent], change.shapes, device)
+            client_round.remember(feedback.lost(change, rebuilt))
+        return tensors
+
+    def decode(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> Piece:
+        """The mapped values, with the codec undone."""
+        mapped = self.through.mapped_shapes(tensors, shapes)
+        return Piece(tensors, self.codec.decode(tensors, mapped, self._seed(tensors)))
+
+    def check(
+        self,
+        tensors: Mapping[str, Tensor],
+        shapes: Shapes,
+        message: Message,
+        beside: Mapping[str, Kind],
+    ) -> None:
+        """Raise `InvalidMessage` unless these are an update's tensors.
+
+        Args:
+            tensors: as they arrived.
+            shapes: of the change.
+            message: which one it is.
+            beside: kinds of what stands beside it.
+        """
+        given = kinds(tensors)
+        header = self.through.check_update(tensors, shapes, message, self.codec)
+        mapped = self.through.mapped_shapes(tensors, shapes)
+        check_kinds(given, {**self.codec.kinds(mapped, given), **header, **beside})
+        self.codec.check(tensors, mapped, LARGEST_SENT)
+
+    def _seed(self, header: Mapping[str, Tensor]) -> int:
+        """Seed of the rotations before rounding, which are others than the bases."""
+        return self.through.seed(header) ^ 1 << 63
