@@ -104,7 +104,9 @@ def test_the_home_folder_is_found_also_where_the_shell_leaves_it(
     assert not (tmp_path / "~").exists()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(e, marks=pytest.mark.slow) for e in ("latin-1", "utf-8"))]
+)
 def test_any_encoding_shows_what_it_can(experiment, tmp_path, encoding):
     file, out = experiment(federation={"rounds": 1}), tmp_path / "r"
     for arguments in (["run", file, "--out", out], ["methods", "flora"]):

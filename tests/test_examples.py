@@ -193,6 +193,7 @@ def test_in_memory_runs_and_goes_on(tmp_path, monkeypatch):
     assert ledger_bytes(tmp_path / "out") == ledger
 
 
+@pytest.mark.slow
 def test_the_notebook_goes_from_import_to_answers(tmp_path, monkeypatch):
     """Every cell runs, in another folder: it ends with a chart and the tuned model's answers."""
     monkeypatch.setenv("PYTHONPATH", SOURCES)

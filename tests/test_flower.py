@@ -63,6 +63,7 @@ def test_the_network_s_ledger_is_the_local_one_s(network, shared, hedgerow, tmp_
     assert hedgerow("ledger", "verify", network.folder / "sites" / "north" / name).code == 0
 
 
+@pytest.mark.slow
 def test_the_simulation_s_ledger_is_the_local_one_s(experiment, hedgerow, tmp_path):
     """One divided source, on Ray's actors; the second half after a stop, and tracked."""
     rows = [{"instruction": f"Say {i}", "output": f"{i % 3}" * 3} for i in range(40)]
