@@ -170,6 +170,12 @@ COMPOSED = {
         **{"name": "fedavg", "up": {"name": "top_k", "k": 4, "tile": 64}, "error_feedback": 0.9},
         **{"down": "bits", "broadcast_feedback": True, "weights": "uniform"},
     },
+    "fedit, top-k": {
+        **{"name": "fedit", "ranks": 2, "up": {"name": "top_k", "k": 8, "tile": 64}},
+        **{"error_feedback": True, "server": "nesterov"},
+    },
+    "rolora, bits": {"name": "rolora", "ranks": 2, "up": "bits", "error_feedback": 0.9},
+    "fed_sb, adam": {"name": "fed_sb", "ranks": 2, "server": {"name": "adam"}},
     "sparseloco": {"name": "sparseloco", "up": {"name": "top_k", "k": 4, "tile": 64}},
     "stc": {"name": "stc", "server": {"name": "momentum", "momentum": 0.5}},
     "diloco": {"name": "diloco"},
@@ -231,6 +237,27 @@ def test_kept_moments_are_those_of_one_long_training(run):
     assert abs(end("anew", False, rounds=3, steps=2) - long) > 5e-3
 
 
+@pytest.mark.parametrize("ranks", [2, [4, 2, 1]])
+@pytest.mark.parametrize("name", ["fedit", "zero_padding", "rolora", "ffa_lora", "fed_sb"])
+def test_changes_in_many_bits_are_the_factors(name, ranks, run):
+    """Eight bits, undone, are what clients would have sent, and SGD at rate 1 is no step else."""
+    if name in ("fedit", "rolora", "fed_sb") and ranks != 2:
+        pytest.skip("it has one rank")
+    options = {"name": name, "ranks": ranks}
+    # AdamW would make large steps of tiny differences.
+    sections = {"training": {"optimizer": "sgd", "learning_rate": 0.2}, "federation": {"rounds": 3}}
+    plain = run("plain", options, **sections)
+    coded = {"up": {"name": "bits", "bits": 8}, "weights": "size"}
+    coded |= {"server": "sgd"} if ranks == 2 else {}
+    coded = run("coded", options | coded, **sections)
+    for round in (1, 2, 3):
+        a, b = (load_file(each / f"ledger/{round:04d}.safetensors") for each in (plain, coded))
+        assert a.keys() == b.keys()
+        for key in a:
+            off = (a[key].double() - b[key].double()).abs().max()
+            assert off <= 1e-4, (round, key)
+
+
 def test_fedprox_draws_clients_back(run):
     """μ = 0 is FedAvg to the bit; under plain SGD, one step is too, and two are as by hand."""
     sgd = {"optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": 10.0, "batch_size": 100}
@@ -267,6 +294,8 @@ def test_fedprox_draws_clients_back(run):
         ({"name": "fedavg", "up": {"name": "top_k", "k": 9, "tile": 8}}, [], "must be below"),
         ({"name": "fedavg", "error_feedback": True}, [], "without `up` nothing is lost"),
         ({"name": "fedavg", "server": {"name": "sgd", "momentum": 0.9}}, [], "momentum"),
+        ({"name": "fedsvd", "ranks": 2, "server": "sgd"}, [], "makes new factors in each round"),
+        ({"name": "zero_padding", "ranks": [4, 2, 1], "server": "sgd"}, [], "of one rank"),
         ({"name": "fedavg", "gather": True}, [], "give `up`, and no `down`"),
     ],
 )

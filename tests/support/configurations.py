@@ -15,6 +15,10 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "flora own, cut": {"ranks": 2, "targets": TARGETS, "compress": {"bits": 8}, "upload_bits": 8},
     "fedit": {"ranks": 2, "targets": TARGETS},
+    "fedit, sparse": {
+        **{"ranks": 2, "targets": TARGETS, "up": {"name": "top_k", "k": 8, "tile": 64}},
+        **{"error_feedback": True},
+    },
     "zero_padding": {"ranks": [4, 2, 1], "targets": TARGETS},
     "flexlora": {"ranks": [4, 2, 1], "targets": TARGETS},
     "florist": {"ranks": [4, 2, 1], "targets": TARGETS},
@@ -72,6 +76,14 @@ MORE_OPTIONS: dict[str, dict[str, Any]] = {
         **{"up": {"name": "top_k", "k": 2, "tile": 32, "bits": 4}, "error_feedback": True},
         **{"down": {"name": "top_k", "k": 2, "tile": 32}, "broadcast_feedback": 0.9},
     },
+    "fedit with adam": {"ranks": 2, "server": {"name": "adam", "learning_rate": 0.01}},
+    "zero_padding in bits": {"ranks": [4, 2, 1], "up": {"name": "bits", "bits": 4}},
+    "rolora, sparse": {
+        **{"ranks": 2, "up": "top_k", "error_feedback": 0.9, "server": "momentum"},
+        **{"weights": "uniform"},
+    },
+    "ffa_lora in bits": {"ranks": [4, 2, 1], "up": {"name": "bits", "bits": 8}},
+    "fed_sb with nesterov": {"ranks": 2, "up": {"name": "bits", "bits": 8}, "server": "nesterov"},
     "florist at 0.5": {"ranks": [4, 2, 1], "threshold": 0.5},
     "flora_adalora, pruned": {"ranks": [4, 2, 1]},
 }

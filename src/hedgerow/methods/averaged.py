@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, StrictBool, model_validator
+from pydantic import BeforeValidator, SerializeAsAny, model_validator
 
 from hedgerow.methods.composed import Composed, Parts
 from hedgerow.methods.parts.codec import Codec, codec_of
 from hedgerow.methods.parts.dense import Dense
+from hedgerow.methods.parts.feedback import Feedback
 from hedgerow.methods.parts.gathered import Gathered
 from hedgerow.methods.parts.plain import Plain
 from hedgerow.methods.parts.uplink import Uplink
-
-Feedback = StrictBool | Annotated[float, Field(gt=0, le=1)]
-"""Whether what a codec has lost is added to what is sent next, times a decay: `true` is 1."""
 
 
 class AveragedWeights(Composed):

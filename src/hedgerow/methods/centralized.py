@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from hedgerow.errors import InvalidMessage
 from hedgerow.methods.base import Client
-from hedgerow.methods.fedit import AveragedAdapter
+from hedgerow.methods.continued import AveragedAdapter
 
 
 class Centralized(AveragedAdapter):

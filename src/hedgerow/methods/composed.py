@@ -41,7 +41,12 @@ from hedgerow.methods.parts.mean import Mean
 from hedgerow.methods.parts.message import Message
 from hedgerow.methods.parts.plain import Plain
 from hedgerow.methods.parts.renamed import below
-from hedgerow.methods.parts.server_optimizers import ServerOptimizer, server_optimizer_of
+from hedgerow.methods.parts.server_optimizers import (
+    ServerOptimizer,
+    State,
+    server_optimizer_of,
+    steps_of,
+)
 from hedgerow.methods.parts.through import Basis, Piece, Through
 from hedgerow.methods.parts.trains import AllWeights, Trains
 from hedgerow.methods.parts.uplink import Uplink
@@ -54,9 +59,6 @@ if TYPE_CHECKING:
     from hedgerow.model import Model
     from hedgerow.settings import TrainingSettings
     from hedgerow.wire import Entry, Participant, Update
-
-State = dict[str, "Tensor"]
-"""State of a server optimiser, by the parameter's name and the slot: `{name}/momentum` …"""
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ class Composed(Method):
         server = self.parts.server
         if server is None or self.parts.everybody_steps:
             return values
-        steps = dict(_steps(server, values, kept.old, kept.new))
+        steps = dict(steps_of(server, values, kept.old, kept.new))
         return Values(values.shapes, lambda: iter(steps.items()))
 
     def _broadcast(
@@ -257,7 +259,7 @@ class Composed(Method):
         pieces = [self._sent(own, shapes) for own in parts.through.pieces(entry.tensors)]
         steps = parts.through.decode(pieces, shapes, parts.trains.device(model))
         if parts.server is not None and parts.everybody_steps:
-            steps = _steps(parts.server, steps, model.beside, model.beside)
+            steps = steps_of(parts.server, steps, model.beside, model.beside)
         parts.trains.add(model, steps, entry)
 
     def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:
@@ -302,17 +304,3 @@ class _Kept:
     def __init__(self, memory: Memory, is_used: bool) -> None:
         self.old: Mapping[str, Tensor] = memory.load() if is_used else {}
         self.new: State = {}
-
-
-def _steps(
-    optimizer: ServerOptimizer,
-    changes: Iterable[tuple[str, Tensor]],
-    old: Mapping[str, Tensor],
-    new: State,
-) -> Iterator[tuple[str, Tensor]]:
-    """Steps of an optimiser, tensor by tensor; its state after them is put into `new`."""
-    for name, change in changes:
-        keys = {slot: f"{name}/{slot}" for slot in optimizer.slots}
-        state = {slot: old[key] for slot, key in keys.items() if key in old}
-        yield name, optimizer.step(change, state)
-        new |= {keys[slot]: each for slot, each in state.items()}

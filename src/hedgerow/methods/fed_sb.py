@@ -28,21 +28,22 @@ from hedgerow.errors import UserError
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, Client, ClientRound, Expected, ServerRound
+from hedgerow.methods.continued import ContinuedAdapter, HeldAdapter
 from hedgerow.methods.factors import factor_kinds
-from hedgerow.methods.fedit import HeldAdapter
 from hedgerow.methods.one_factor import average_factor
+from hedgerow.methods.parts.values import Shapes
 from hedgerow.methods.stacking import finite
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from hedgerow.model import Model
     from hedgerow.settings import TrainingSettings
     from hedgerow.wire import Entry, Update
 
 
-class FedSB(HeldAdapter):
+class FedSB(HeldAdapter, ContinuedAdapter):
     """Adapters of one rank, of which the core between two fixed bases is trained."""
 
     name: str = "fed_sb"
@@ -75,18 +76,31 @@ class FedSB(HeldAdapter):
                     parameter.copy_(held[name] / self.scale(rank))
                 else:
                     parameter.zero_()
-        return {name: p for name, p in parameters.items() if name not in bases}
+        trained = {name: p for name, p in parameters.items() if name not in bases}
+        return self.with_snapshot(model, trained)
 
-    def check_update(self, client: Client, update: Update, expected: Expected) -> None:
+    def sent(self, shapes: Shapes, rank: int, round: int) -> dict[str, Kind]:
+        """Kinds of the cores."""
+        return {_core_name(module): Kind(torch.float32, (rank, rank)) for module in shapes}
+
+    def before(self, server_round: ServerRound) -> dict[str, Tensor]:
+        """The cores that clients went on from: the last entry's, or zeros."""
+        if server_round.previous is not None:
+            return dict(server_round.previous.tensors)
+        kinds = self.sent(server_round.expected.shapes, self.largest_rank, server_round.round)
+        return {name: torch.zeros(kind.shape) for name, kind in kinds.items()}
+
+    def check_factors(self, client: Client, update: Update, expected: Expected) -> None:
         """Check the client's rank and scale, and that there is a core for each module."""
-        update.check_about(self._about(self.rank(client)))
-        check_kinds(kinds(update.tensors), self._cores(expected.shapes))
+        rank = self.rank(client)
+        update.check_about(self._about(rank))
+        check_kinds(kinds(update.tensors), self.sent(expected.shapes, rank, update.round))
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check that there is a core for each module."""
-        check_kinds(kinds(entry.tensors), self._cores(shapes))
+        check_kinds(kinds(entry.tensors), self.sent(shapes, self.largest_rank, entry.round))
 
-    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
+    def fold(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """R = Σ p_k s_k R_k."""
         exact = average_factor(updates)
         cores = {name: core.float() for name, core in exact.items()}
@@ -108,10 +122,6 @@ class FedSB(HeldAdapter):
     def _bases(self, model: Model) -> dict[str, Factors]:
         modules = self.trained_shapes(model)
         return {module: model.singular_vectors(module, self.largest_rank) for module in modules}
-
-    def _cores(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Kind]:
-        rank = self.largest_rank
-        return {_core_name(module): Kind(torch.float32, (rank, rank)) for module in shapes}
 
 
 def _core_name(module: str) -> str:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, ServerRound
+from hedgerow.methods.continued import average
 from hedgerow.methods.factors import check_factors, check_pairs
-from hedgerow.methods.fedit import average
 from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
 from hedgerow.methods.stacking import StackedFactors, exact_sum
 from hedgerow.wire import kinds

@@ -26,6 +26,7 @@ class FedSVD(OneFactor):
     summary: ClassVar[str] = "LoRA of one rank, B averaged on A of B·A's singular vectors: exact"
     reference: ClassVar[str] = "FedSVD, arXiv 2505.12805"
     same_rank: ClassVar[bool] = True
+    refactors: ClassVar[bool] = True
 
     @property
     def keeps_optimizer(self) -> bool | None:

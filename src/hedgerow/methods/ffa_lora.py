@@ -21,8 +21,8 @@ from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
 from hedgerow.methods.base import Aggregate, ServerRound
+from hedgerow.methods.continued import HeldAdapter
 from hedgerow.methods.factors import draw_adapter
-from hedgerow.methods.fedit import HeldAdapter
 from hedgerow.methods.one_factor import OneFactor, only
 from hedgerow.wire import check_kinds, kinds, seed_kind
 
@@ -57,15 +57,9 @@ class FFALoRA(HeldAdapter, OneFactor):
         if int(entry.tensors["adapter_seed"]) < 0:
             raise InvalidMessage("adapter_seed must be non-negative")
 
-    def shared_adapter(self, server_round: ServerRound) -> Mapping[str, Tensor]:
-        """Adapter that was drawn: A is never another."""
-        return self._drawn(
-            server_round.expected.shapes, server_round.expected.seeds.derive("adapter")
-        )
-
-    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
+    def fold(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Average B; A is for everybody to draw."""
-        whole = super().aggregate(updates, server_round)
+        whole = super().fold(updates, server_round)
         tensors = {name: B for name, B in whole.tensors.items() if ".lora_B." in name}
         seed = torch.tensor([server_round.expected.seeds.derive("adapter")])
         return whole._replace(tensors=tensors | {"adapter_seed": seed})

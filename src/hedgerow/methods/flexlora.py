@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 from hedgerow import lowrank
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, ServerRound
-from hedgerow.methods.fedit import AveragedAdapter
+from hedgerow.methods.continued import AveragedAdapter
 from hedgerow.methods.stacking import Part, aggregate_adapters
 
 if TYPE_CHECKING:

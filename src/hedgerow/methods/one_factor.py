@@ -14,9 +14,10 @@ from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, Client, ClientRound, Expected, ServerRound
-from hedgerow.methods.factors import draw_adapter, factor_kinds
-from hedgerow.methods.fedit import AveragedAdapter
+from hedgerow.methods.continued import ContinuedAdapter
+from hedgerow.methods.factors import factor_kinds
 from hedgerow.methods.lora import update_scale
+from hedgerow.methods.parts.values import Shapes
 from hedgerow.methods.stacking import finite
 from hedgerow.wire import Kind, check_kinds, kinds
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 Factor = Literal["lora_A", "lora_B"]
 
 
-class OneFactor(AveragedAdapter):
+class OneFactor(ContinuedAdapter):
     """One global adapter; in each round clients train one of its factors."""
 
     def trained_factor(self, round: int) -> Factor:
@@ -42,31 +43,28 @@ class OneFactor(AveragedAdapter):
         parameters = super().start(model, client_round)
         for name, parameter in parameters.items():
             parameter.requires_grad_(f".{factor}." in name)
-        return {name: p for name, p in parameters.items() if p.requires_grad}
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        return self.with_snapshot(model, trained)
 
-    def check_update(self, client: Client, update: Update, expected: Expected) -> None:
+    def sent(self, shapes: Shapes, rank: int, round: int) -> dict[str, Kind]:
+        """Kinds of the trained factor of each module."""
+        return only(self.trained_factor(round), shapes, rank)
+
+    def check_factors(self, client: Client, update: Update, expected: Expected) -> None:
         """Check the client's rank and scale, and for the trained factor of each module."""
         rank = self.rank(client)
         update.check_about(self._about(rank))
-        factor = self.trained_factor(update.round)
-        check_kinds(kinds(update.tensors), only(factor, expected.shapes, rank))
+        check_kinds(kinds(update.tensors), self.sent(expected.shapes, rank, update.round))
 
-    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
+    def fold(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Average the trained factor beside the shared one."""
-        shared = self.shared_adapter(server_round)
+        shared = self.before(server_round)
         pairs = dict(adapter_pairs({**shared, **average_factor(updates)}))
         # Where ranks differ, clients of the largest may be away.
         exact = {m: Factors(A[: B.shape[1]], B).double() for m, (A, B) in pairs.items()}
         applied = {module: self.refactor(pair).float() for module, pair in exact.items()}
         error = lowrank.relative_error((applied[module], exact[module]) for module in exact)
         return Aggregate(adapter_tensors(applied), finite({"aggregation_error": error}))
-
-    def shared_adapter(self, server_round: ServerRound) -> Mapping[str, Tensor]:
-        """The adapter that clients went on from: the last entry's, or the one that was drawn."""
-        if server_round.previous is not None:
-            return server_round.previous.tensors
-        expected = server_round.expected
-        return draw_adapter(expected.shapes, expected.seeds.torch("adapter"), self.largest_rank)
 
     def refactor(self, pair: Factors) -> Factors:
         """Make the next global adapter, of the exact sum's product and rank."""

@@ -16,7 +16,7 @@ from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate
-from hedgerow.methods.fedit import AveragedAdapter
+from hedgerow.methods.continued import AveragedAdapter
 from hedgerow.methods.parts.renamed import Renamed, below
 from hedgerow.methods.quantization import dequantize
 from hedgerow.methods.stacking import finite

@@ -16,8 +16,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
-from hedgerow.methods.averaged import AveragedWeights, Feedback
+from hedgerow.methods.averaged import AveragedWeights
 from hedgerow.methods.parts.codec import Codec, codec_of
+from hedgerow.methods.parts.feedback import Feedback
 from hedgerow.methods.parts.top_k import TopK
 
 

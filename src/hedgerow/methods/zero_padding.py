@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hedgerow.methods.fedit import AveragedAdapter
+from hedgerow.methods.continued import ContinuedAdapter
 
 
-class ZeroPadding(AveragedAdapter):
+class ZeroPadding(ContinuedAdapter):
     """Adapters of different ranks, padded with zeros and averaged; `average` pads."""
 
     name: str = "zero_padding"

@@ -7,12 +7,17 @@ SparseLoCo's momentum (arXiv 2508.15706, algorithm 1): e <- decay·e + Δ, less 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, StrictBool
 
 from hedgerow.methods.parts.values import Values
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Feedback = StrictBool | Annotated[float, Field(gt=0, le=1)]
+"""Whether what a codec has lost is added to what is sent next, times a decay: `true` is 1."""
 
 
 def owed(change: Values, kept: Mapping[str, Tensor], decay: float) -> Values:

@@ -7,6 +7,7 @@ of the clients' changes; and outer Nesterov momentum as in DiLoCo, arXiv 2311.08
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -16,6 +17,10 @@ from hedgerow.plugins import Plugin, Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+State = dict[str, "Tensor"]
+"""State of all tensors' steps, by the parameter's name and the slot: `{name}/momentum` …"""
 
 
 class ServerOptimizer(Plugin, ABC):
@@ -165,6 +170,20 @@ def server_optimizer_of(given: Any) -> Any:
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
         return given
     return SERVER_OPTIMIZERS.find(options["name"], "method.server")(**options)
+
+
+def steps_of(
+    optimizer: ServerOptimizer,
+    changes: Iterable[tuple[str, Tensor]],
+    old: Mapping[str, Tensor],
+    new: State,
+) -> Iterator[tuple[str, Tensor]]:
+    """Steps of an optimiser, tensor by tensor; its state after them is put into `new`."""
+    for name, change in changes:
+        keys = {slot: f"{name}/{slot}" for slot in optimizer.slots}
+        state = {slot: old[key] for slot, key in keys.items() if key in old}
+        yield name, optimizer.step(change, state)
+        new |= {keys[slot]: each for slot, each in state.items()}
 
 
 def _decayed(change: Tensor, state: dict[str, Tensor], decay: float) -> Tensor:

@@ -42,8 +42,10 @@ class Uplink:
         Raises:
             Diverged: the change is not finite.
         """
+        kept: Mapping[str, Tensor] = {}
         if self.feedback is not None:
-            change = feedback.owed(change, client_round.memory.load(), self.feedback)
+            kept = client_round.memory.load()
+            change = feedback.owed(change, kept, self.feedback)
         message = Message(client_round.seeds, client_round.round, client_round.client.name)
         header, mapped = self.through.encode(change, message, self.codec)
         errors = self.through.errors(mapped.shapes, change.shapes, self.codec)
@@ -57,6 +59,9 @@ class Uplink:
         if self.feedback is not None:
             sent = self.decode(tensors, change.shapes)
             rebuilt = self.through.decode([sent], change.shapes, device)
+            # What is trained in turns is owed while it rests.
+            resting = [name for name in kept if "/" not in name and name not in change.shapes]
+            client_round.remember({name: kept[name] for name in resting})
             client_round.remember(feedback.lost(change, rebuilt))
         return tensors
 
