@@ -1,4 +1,4 @@
-"""FedProx, a method that hedgerow lacks: FedAvg whose clients stay near the global model.
+"""FedProx as a method of one's own: FedAvg whose clients stay near the global model.
 
 Li et al., "Federated Optimization in Heterogeneous Networks", arXiv 1812.06127, algorithm 2.
 
@@ -7,7 +7,8 @@ Li et al., "Federated Optimization in Heterogeneous Networks", arXiv 1812.06127,
       server:    Δ = Σ p_k (w_k - w)
       everybody: w <- w + Δ
 
-With this file in the working directory, or anywhere in PYTHONPATH:
+hedgerow has it, too (`fedprox`); here it shows what a method is made of. With this file in the
+working directory, or anywhere in PYTHONPATH:
 
     hedgerow run experiment.yaml method.name=own_method:FedProx method.mu=0.1 --out runs/fedprox
     python -c "from own_method import *; from hedgerow.testing import *; check_method(FedProx())"

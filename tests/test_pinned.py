@@ -38,7 +38,7 @@ def test_a_run_has_the_bytes_that_it_had(name, hedgerow, experiment, tmp_path):
     path = experiment()
     content = yaml.safe_load(path.read_text()) | {"method": method_of(name)}
     path.write_text(yaml.safe_dump(content))
-    result = hedgerow("run", path, "federation.rounds=3", "--out", tmp_path / "run")
+    result = hedgerow("run", path, *pins.overrides(name), "--out", tmp_path / "run")
     assert result.code == 0, result.err
     assert pins.entry_hashes(tmp_path / "run") == PINNED["entries"][name]
 

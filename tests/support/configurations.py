@@ -15,7 +15,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "flora own, cut": {"ranks": 2, "targets": TARGETS, "compress": {"bits": 8}, "upload_bits": 8},
     "fedit": {"ranks": 2, "targets": TARGETS},
-    "fedit, sparse": {
+    "fedit sparse": {
         **{"ranks": 2, "targets": TARGETS, "up": {"name": "top_k", "k": 8, "tile": 64}},
         **{"error_feedback": True},
     },

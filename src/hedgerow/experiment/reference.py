@@ -120,6 +120,9 @@ def page(key: str = "") -> Page:
                 raise _unknown(key, [f"{place}.{name}{o.key.removeprefix(place)}" for o in options])
             return Page(key, found, [] if below else [about(place, name)])
     options = list(_options(ExperimentFile))
+    # Of a part of a method whose name is not given, the options that any part of its kind has.
+    parts = [p for p in REGISTRIES if p.startswith("method.") and plain.startswith(f"{p}.")]
+    options += [option for place in parts for option in _options_of_plugins(place)]
     found = _at(options, plain)
     if not found:
         raise _unknown(key, [option.key for option in options])

@@ -46,6 +46,11 @@ class AveragedWeights(Composed):
         return self
 
     @property
+    def keeps_optimizer(self) -> bool | None:
+        """Yes: `bench/README.md` says by how much it is better."""
+        return True
+
+    @property
     def parts(self) -> Parts:
         """Dense changes in these codecs."""
         up = self.up or Plain()

@@ -136,6 +136,11 @@ class Ferret(LoraOptions, Composed):
         return self
 
     @property
+    def keeps_optimizer(self) -> bool | None:
+        """Whether they are not the paper's settings."""
+        return not self.paper
+
+    @property
     def parts(self) -> Parts:
         """Sketches of all weights, or of one adapter, in few bits."""
         lengths = shrink.contraction if self.error_feedback else shrink.bounded

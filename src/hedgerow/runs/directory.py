@@ -21,7 +21,7 @@ from hedgerow.settings import ClientFile
 from hedgerow.wire import Update
 
 if TYPE_CHECKING:
-    from hedgerow.methods.base import Method
+    pass
 
 
 EXPERIMENT = "experiment.yaml"
@@ -163,7 +163,7 @@ class RunDirectory:
             same_test=same_data(began_with.get(TEST_DATA), data.get(TEST_DATA)),
         )
         directory = RunDirectory(path, ledger, lock, said)
-        directory._check_memories(experiment.method, [n for n in clients if data[n]], rows)
+        directory._check_memories(experiment, [n for n in clients if data[n]], rows)
         # A network's server does not know its clients' digests, and must not forget them.
         kept = {name: began_with.get(name) for name, digest in data.items() if digest is None}
         _write_settings(path, experiment, began_with | data | kept)
@@ -191,18 +191,19 @@ class RunDirectory:
         return RoundMemory(self.path / "clients" / client, round)
 
     def _check_memories(
-        self, method: Method, clients: Iterable[str], rows: Sequence[Mapping[str, Any]]
+        self, experiment: Experiment, clients: Iterable[str], rows: Sequence[Mapping[str, Any]]
     ) -> None:
         """Raise a `UserError` unless everybody's memory is there.
 
         Args:
+            experiment: says who remembers something.
             clients: those whose memory is in this directory.
             rows: which say who took part in which round.
         """
         round = len(self.ledger) + 1
-        if method.server_remembers:
+        if experiment.method.server_remembers:
             self.server_memory(round).check(since=round - 1)
-        if method.clients_remember:
+        if experiment.method.clients_remember or experiment.training.keep_optimizer:
             last = {name: row["round"] for row in rows for name in row["participants"]}
             for client in clients:
                 self.memory(client, round).check(since=last.get(client, 0))

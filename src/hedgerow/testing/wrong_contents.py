@@ -31,7 +31,7 @@ from hedgerow.testing.wrong import (
 
 
 def other_rank(rng: Random, file: File) -> None:
-    """All factors of one more or one less, and `r` and `lora_alpha` to go with it."""
+    """All factors of one more or one less, and maybe `r` and `lora_alpha` to go with it."""
     change = rng.choice([-1, 1])
     factors = {name: tensor for name, tensor in file.loaded().items() if tensor.ndim == 2}
     for name, tensor in factors.items():
@@ -40,7 +40,7 @@ def other_rank(rng: Random, file: File) -> None:
             change = 1
         other = torch.cat([wide, wide[:1]]) if change == 1 else wide[:-1]
         file.put(name, other if ".lora_A." in name else other.T.contiguous())
-    if "r" in file.metadata and rng.random() < 0.5:
+    if "r" in file.metadata and (not factors or rng.random() < 0.5):
         file.metadata["r"] = str(int(file.metadata["r"]) + change)
         file.metadata["lora_alpha"] = str(2 * int(file.metadata["r"]))
 
