@@ -6,6 +6,7 @@ is an unbiased estimate of Δ_l. The map is linear, so coordinates on equal base
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -198,6 +199,23 @@ class Sketch(Through):
         if not possible:
             raise InvalidMessage(f"{name} must allocate {budget} coordinates to blocks")
         return counts
+
+
+def coordinates_in(nbytes: float, blocks: Sequence[Block], weight: Callable[[int], int]) -> int:
+    """Number of coordinates of all blocks that take at most so many bytes, with their K_l.
+
+    Args:
+        nbytes: of an update.
+        blocks: which share coordinates by their sizes.
+        weight: bytes of so many coordinates of one block.
+    """
+    size = sum(block.size for block in blocks)
+
+    def total(k: int) -> int:
+        counts = [max(1, k * block.size // size) for block in blocks]
+        return sum(4 + weight(count) for count in counts)
+
+    return bisect.bisect_right(range(1, 32 * size), nbytes, key=total)
 
 
 def _header(seed: int, counts: Sequence[int]) -> dict[str, Tensor]:
