@@ -204,10 +204,10 @@ def test_a_client_that_fails_is_named_and_the_round_goes_on(
 ):
     trained = first_order.continue_training
 
-    def fails_for_nine_examples(job, parameters, state):
+    def fails_for_nine_examples(job, parameters, state, **options):
         if len(job.data) == 9:
             raise Diverged("its loss was nan at step 1")
-        return trained(job, parameters, state)
+        return trained(job, parameters, state, **options)
 
     monkeypatch.setattr(first_order, "continue_training", fails_for_nine_examples)
     path = experiment(federation={"rounds": 2})

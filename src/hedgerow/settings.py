@@ -285,7 +285,8 @@ class TrainingSettings(Section):
     to it. With null, they are left as they are."""
     keep_optimizer: bool | None = None
     """Whether each client keeps its optimiser's moments for its next round, on its own disk; they
-    are never sent. With null, as is best for the method (`hedgerow methods` says so)."""
+    are never sent. With null, as the method has it: yes for `fedavg`, `diloco`, `sparseloco`,
+    `ferret` and `flora`, whose papers do not say otherwise, and no for others."""
 
     def most_steps(self, num_examples: int) -> int:
         """Number of optimiser steps of a client with so many examples in a round."""

@@ -16,7 +16,7 @@ from hedgerow.data.rows import Records
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, validate
 from hedgerow.experiment.file import comparison_of, read, resolve
-from hedgerow.experiment.overrides import forget_defaults
+from hedgerow.experiment.overrides import forget_defaults, forget_kept
 from hedgerow.experiment.paths import make_paths_absolute
 from hedgerow.methods import METHODS, Method
 from hedgerow.names import MEMORY
@@ -245,11 +245,14 @@ def _merged(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     merged = copy.deepcopy(dict(content))
     for name, section in given.items():
         if name == "method" or not isinstance(section, dict):
+            if name == "method":
+                forget_kept(merged)
             merged[name] = section
             continue
         own = merged.get(name)
         own = own if isinstance(own, dict) else {}
         if name == "training" and "optimizer" in section:
+            forget_kept(merged)
             forget_defaults(own)
         merged[name] = own | section
     data, new = merged.get("data", {}), given.get("data", {})

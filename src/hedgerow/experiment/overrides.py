@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 from hedgerow.errors import UserError
 from hedgerow.experiment import yaml
+from hedgerow.experiment.mistakes import method_of
 from hedgerow.experiment.paths import make_paths_absolute
 from hedgerow.methods import METHODS
+from hedgerow.methods.parts.codec import CODECS
+from hedgerow.methods.parts.server_optimizers import SERVER_OPTIMIZERS
 from hedgerow.plugins import Registry
 from hedgerow.settings import TrainingSettings
 from hedgerow.training.optimizers import OPTIMIZERS, SHORTHANDS
@@ -61,12 +64,15 @@ def changed(
     content: dict[str, Any], changes: Iterable[Change], folders: Sequence[Path]
 ) -> dict[str, Any]:
     """`content` with each value where its keys say."""
-    content = copy.deepcopy(content)
+    before, content = content.get("method"), copy.deepcopy(content)
+    changes = list(changes)
     for keys, value in changes:
         nested = {keys[-1]: copy.deepcopy(value)}
         for key in reversed(keys[:-1]):
             nested = {key: nested}
         make_paths_absolute(nested, folders)
+        if keys[-1] == "name" or keys in (["method"], ["training", "optimizer"]):
+            forget_kept(content)
         section = content
         for depth, key in enumerate(keys[:-1], start=1):
             nested = nested[key]
@@ -79,7 +85,28 @@ def changed(
         if keys == ["training", "optimizer"]:
             forget_defaults(section)
         section[keys[-1]] = nested[keys[-1]]
+    _drop_idle(content, before, changes)
     return content
+
+
+def _drop_idle(content: dict[str, Any], before: Any, changes: Sequence[Change]) -> None:
+    """Drop options of a method that was replaced which do not count in the one that replaces it.
+
+    What a change gives stays: where it does not count, that is a mistake.
+    """
+    method = content.get("method")
+    if not isinstance(before, dict) or not isinstance(method, dict):
+        return
+    given = [keys[1:2] for keys, _ in changes if keys[0] == "method"]
+    if before.get("name") == method.get("name") or [] in given:
+        return
+    try:
+        counting = METHODS.find(str(method.get("name")), "method.name").counting(method)
+    except UserError:
+        return  # which is said where the whole experiment is checked
+    for key in set(method) & set(before) - counting:
+        if [key] not in given:
+            del method[key]
 
 
 def forget_defaults(training: dict[str, Any]) -> None:
@@ -98,6 +125,19 @@ def forget_defaults(training: dict[str, Any]) -> None:
             del training[key]
 
 
+def forget_kept(content: dict[str, Any]) -> None:
+    """Drop a `training.keep_optimizer` that is the default of a method, or optimiser, replaced."""
+    training = content.get("training")
+    if not isinstance(training, dict) or "keep_optimizer" not in training:
+        return
+    try:
+        default = method_of(content.get("method")).keeps_optimizer
+    except UserError:
+        return  # which is said where the whole experiment is checked
+    if training["keep_optimizer"] in (None, bool(default)):
+        del training["keep_optimizer"]
+
+
 class _Choice(NamedTuple):
     """A key whose value is one of several plug-ins: its name, or a mapping that has it."""
 
@@ -111,6 +151,9 @@ _CHOICES = {
     ("training", "optimizer"): _Choice(
         OPTIMIZERS, TrainingSettings.model_fields["optimizer"].default
     ),
+    ("method", "server"): _Choice(SERVER_OPTIMIZERS, None),
+    ("method", "up"): _Choice(CODECS, None),
+    ("method", "down"): _Choice(CODECS, None),
 }
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hedgerow.methods.lora import LoraOptions
+
 
 def is_of_a_run(path: Path) -> bool:
     """Whether an experiment file is the resolved one in a run's directory."""
@@ -21,9 +23,19 @@ def upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
     method, training = content.get("method"), content.get("training")
     if not isinstance(method, dict) or not isinstance(training, dict):
         return dict(content)
-    # Version 0.1: warm FLoRA alone kept moments, and every method but FLoRA weighed by size.
-    warm = method.get("name") == "flora" and method.get("restart", "warm") != "zero"
-    training = {"keep_optimizer": warm, **training}
-    if method.get("name") == "ferret":
-        method = {"weights": "size", **method}
+    # Version 0.1: FLoRA alone kept moments, as it does, and every other method weighed by size.
+    if "keep_optimizer" not in training:
+        kept = None if method.get("name") == "flora" else False
+        training = {"keep_optimizer": kept, **training}
+        if method.get("name") == "ferret":
+            method = _ferret(method)
     return {**content, "method": method, "training": training}
+
+
+def _ferret(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Ferret's options, of which LoRA's were idle, and `clip` was of steps of the server's rate."""
+    idle = LoraOptions.model_fields if options.get("over", "full") == "full" else ()
+    options = {"weights": "size", **{k: v for k, v in options.items() if k not in idle}}
+    if options.get("clip") and options.get("anneal", 1) == 1:
+        options["clip"] /= options.get("server_learning_rate", 1)
+    return options

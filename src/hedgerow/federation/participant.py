@@ -67,7 +67,8 @@ def train_client(
             )
             update.check_writable()
             _check_numbers(update)
-            client_round.save()
+            if method.clients_remember or experiment.training.keep_optimizer:
+                client_round.save()
     except InvalidMessage as error:
         raise ClientFailed(f"method {method.name} made what cannot be written: {error}") from None
     except torch.OutOfMemoryError:

@@ -41,14 +41,12 @@ class AveragedWeights(Composed):
                 "`gather`: the broadcast has updates as they came: give `up`, and no `down`"
             )
         for key, codec in (("error_feedback", "up"), ("broadcast_feedback", "down")):
-            if getattr(self, key) and getattr(self, codec) is None:
-                raise ValueError(f"`{key}`: without `{codec}` nothing is lost: give a codec")
+            chosen = getattr(self, codec)
+            if getattr(self, key) and not (chosen and chosen.error):
+                raise ValueError(
+                    f"`{key}`: `{codec}` loses nothing: give another codec, or `{key}: false`"
+                )
         return self
-
-    @property
-    def keeps_optimizer(self) -> bool | None:
-        """Yes: `bench/README.md` says by how much it is better."""
-        return True
 
     @property
     def parts(self) -> Parts:

@@ -80,8 +80,6 @@ class ClientRound:
         What would be made of such numbers is refused, in this round and, were they saved, in every
         other: so the next round begins anew.
         """
-        if not self._kept:
-            return
         try:
             check_numbers(self._kept, LARGEST_SENT)
         except InvalidMessage:
@@ -171,6 +169,11 @@ class Method(Plugin, ABC):
     def see(cls) -> str:
         """Command that shows the options."""
         return f"hedgerow methods {cls.own_name() or dotted_name(cls)}"
+
+    @classmethod
+    def counting(cls, options: Mapping[str, Any]) -> set[str]:
+        """Names of the options that count, where `options` are those that are given."""
+        return set(cls.model_fields)
 
     @property
     def clients_remember(self) -> bool:

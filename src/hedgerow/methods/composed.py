@@ -35,12 +35,11 @@ from hedgerow.methods.base import (
     Trained,
 )
 from hedgerow.methods.parts import feedback
-from hedgerow.methods.parts.apart import Apart
 from hedgerow.methods.parts.codec import Codec
 from hedgerow.methods.parts.mean import Mean
 from hedgerow.methods.parts.message import Message
 from hedgerow.methods.parts.plain import Plain
-from hedgerow.methods.parts.renamed import below
+from hedgerow.methods.parts.renamed import Renamed, below
 from hedgerow.methods.parts.server_optimizers import (
     ServerOptimizer,
     State,
@@ -51,7 +50,7 @@ from hedgerow.methods.parts.through import Basis, Piece, Through
 from hedgerow.methods.parts.trains import AllWeights, Trains
 from hedgerow.methods.parts.uplink import Uplink
 from hedgerow.methods.parts.values import Shapes, Values
-from hedgerow.wire import LARGEST_BROADCAST, check_kinds, kinds
+from hedgerow.wire import check_kinds, kinds, seed_kind
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -174,27 +173,26 @@ class Composed(Method):
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Sum updates by basis as they arrive, step, and encode the broadcast."""
         parts, shapes = self.parts, server_round.expected.shapes
-        mean: Mean | Apart = Mean() if parts.through.adds else Apart()
-        count, uniform = 0, self.weights == "uniform"
+        mean, count, uniform = Mean(), 0, self.weights == "uniform"
+        entry = parts.trains.beside(server_round.expected.seeds)
         for update in updates:
-            # What is kept apart has to outlive the file that it came in.
-            tensors = update.tensors if parts.through.adds else dict(update.tensors)
-            piece = parts.up.decode(tensors, shapes)
-            weight = 1 if uniform else update.num_examples
-            mean.add(parts.through.basis(piece.header), piece.values, weight)
+            if parts.through.adds:
+                piece = parts.up.decode(update.tensors, shapes)
+                weight = 1 if uniform else update.num_examples
+                mean.add(parts.through.basis(piece.header), piece.values, weight)
+            else:
+                entry |= _prefixed(parts.through.prefix(count), update.tensors)
             count += 1
         message = Message(server_round.expected.seeds, server_round.round)
         kept = _Kept(server_round.memory, self.server_remembers)
-        entry = parts.trains.beside(server_round.expected.seeds)
         for index, (basis, values) in enumerate(self._means(mean, server_round.round)):
             own = self._broadcast(basis, self._stepped(values, kept), message, kept)
-            prefix = parts.through.prefix(index)
-            entry |= {f"{prefix}{name}": tensor for name, tensor in own.items()}
+            entry |= _prefixed(parts.through.prefix(index), own)
         if self.server_remembers:
             server_round.memory.save(kept.new)
         return Aggregate(entry, {}, [1 / count] * count if uniform else None)
 
-    def _means(self, mean: Mean | Apart, round: int) -> Iterator[tuple[Basis, Values]]:
+    def _means(self, mean: Mean, round: int) -> Iterator[tuple[Basis, Values]]:
         """Means by basis: cut where they are too long, times the server's learning rate."""
         parts = self.parts
         rate = None if parts.rate is None else parts.rate(round)
@@ -222,7 +220,9 @@ class Composed(Method):
         seed = self._down_seed(header)
         if parts.feedback_down is None:
             return parts.down.encode(values, seed) | header
-        earlier = {n.removesuffix(_OWED): kept.old[n] for n in kept.old if n.endswith(_OWED)}
+        earlier = Renamed(
+            kept.old, {n.removesuffix(_OWED): n for n in kept.old if n.endswith(_OWED)}
+        )
         due = dict(feedback.owed(values, earlier, parts.feedback_down))
         whole = Values(values.shapes, lambda: iter(due.items()))
         coded = parts.down.encode(whole, seed)
@@ -247,16 +247,20 @@ class Composed(Method):
             expected |= {f"{prefix}{name}": kind for name, kind in (own | header).items()}
             pieces.append((tensors, mapped))
         check_kinds(given, expected)
-        for name in expected:
-            if name.endswith("seed") and int(entry.tensors[name]) < 0:
+        seeds = [*beside, *(f"{p}{n}" for p, header in headers.items() for n in header)]
+        for name in seeds:
+            if expected[name] == seed_kind() and int(entry.tensors[name]) < 0:
                 raise InvalidMessage(f"{name} must be non-negative")
         for tensors, mapped in pieces:
-            parts.down.check(tensors, mapped, LARGEST_BROADCAST)
+            parts.down.check(tensors, mapped)
 
     def apply(self, model: Model, entry: Entry) -> None:
         """Add the rebuilt step to the global model."""
         parts, shapes = self.parts, self.trained_shapes(model)
         pieces = [self._sent(own, shapes) for own in parts.through.pieces(entry.tensors)]
+        if not parts.through.adds:
+            pairs = zip(pieces, entry.participants, strict=True)
+            pieces = [piece.times(participant.weight) for piece, participant in pairs]
         steps = parts.through.decode(pieces, shapes, parts.trains.device(model))
         if parts.server is not None and parts.everybody_steps:
             steps = steps_of(parts.server, steps, model.beside, model.beside)
@@ -286,6 +290,8 @@ class Composed(Method):
     def _sent(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> Piece:
         """Values of one piece of an entry, with the codec undone."""
         parts = self.parts
+        if not parts.through.adds:
+            return parts.up.decode(tensors, shapes)
         mapped = parts.through.mapped_shapes(tensors, shapes)
         return Piece(tensors, parts.down.decode(tensors, mapped, self._down_seed(tensors)))
 
@@ -296,6 +302,10 @@ class Composed(Method):
 
 _OWED = "/owed"
 """Ending of the key of what the server owes of a parameter."""
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensors[name] for name in tensors}
 
 
 class _Kept:

@@ -112,10 +112,14 @@ class ContinuedAdapter(AveragedAdapter):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ContinuedAdapter:
-        if self.error_feedback and self.up is None:
-            raise ValueError("`error_feedback`: without `up` nothing is lost: give a codec")
-        if self.server is not None and self.refactors:
-            raise ValueError(f"`server`: {self.name} makes new factors in each round: leave it out")
+        if self.error_feedback and not (self.up and self.up.error):
+            raise ValueError("`error_feedback`: `up` loses nothing: give another codec")
+        idle = [key for key in ("server", "error_feedback") if getattr(self, key)]
+        if idle and self.refactors:
+            raise ValueError(
+                f"`{idle[0]}`: {self.name} makes new factors in each round, to which what was kept "
+                "of the last ones does not belong: leave it out"
+            )
         if self.server is not None and not isinstance(self.ranks, int):
             raise ValueError("`server` steps adapters of one rank: give one number for `ranks`")
         return self

@@ -38,3 +38,8 @@ class DiLoCo(AveragedWeights):
     weights: Literal["size", "uniform"] = "uniform"
     """Weights p_k of the clients' updates: `uniform`, 1/N for each of N clients, as in the paper,
     or `size`, each client's share of the round's examples."""
+
+    @property
+    def keeps_optimizer(self) -> bool | None:
+        """Yes: inner optimisers are never reset."""
+        return True

@@ -22,3 +22,8 @@ class FedAvg(AveragedWeights):
     name: str = "fedavg"
     summary: ClassVar[str] = "all parameters trained, dense changes averaged"
     reference: ClassVar[str] = "FedAvg, arXiv 1602.05629"
+
+    @property
+    def keeps_optimizer(self) -> bool | None:
+        """Yes: it is better by more than any codec is worse (`bench/README.md`)."""
+        return True

@@ -37,6 +37,8 @@ class FedProx(AveragedWeights):
 
     def after_backward(self, job: Job, client_round: ClientRound) -> AfterBackward | None:
         """Add the term's gradient, μ (w - w_t)."""
+        if self.mu == 0:
+            return None
 
         def add(parameters: Mapping[str, nn.Parameter]) -> None:
             for name, parameter in parameters.items():

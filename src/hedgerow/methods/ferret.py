@@ -20,7 +20,7 @@ block closes at the median tensor's size (theirs at 0.9 of it), and each round h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, model_validator
@@ -126,15 +126,24 @@ class Ferret(LoraOptions, Composed):
     def _options_count(self) -> Ferret:
         if self.budget is not None and self.compression is not None:
             raise ValueError("give `budget` or `compression`, not both")
+        if self.error_feedback and not self.shrink:
+            raise ValueError("`error_feedback` sends updates shorter: leave `shrink: false` out")
         if self.momentum and self.server is not None:
             raise ValueError("give `momentum` or `server`, not both")
-        fields = LoraOptions.model_fields
-        idle = [key for key in fields if getattr(self, key) != fields[key].default]
-        if self.over == "full" and idle:
+        fields = type(self).model_fields
+        unused = fields.keys() - self.counting({"over": self.over})
+        idle = sorted(key for key in unused if getattr(self, key) != fields[key].default)
+        if idle:
             raise ValueError(
                 f"`{idle[0]}` counts with `over: lora` alone: leave it out, or give both"
             )
         return self
+
+    @classmethod
+    def counting(cls, options: Mapping[str, Any]) -> set[str]:
+        """All, or without those of LoRA where nothing is an adapter."""
+        idle = set() if options.get("over") == "lora" else set(LoraOptions.model_fields)
+        return super().counting(options) - idle
 
     @property
     def keeps_optimizer(self) -> bool | None:

@@ -137,7 +137,9 @@ def _telling(flats: Sequence[Mapping[_Key, Any]]) -> list[_Key]:
         return sum(len(repr(each.get(key))) for each in flats)
 
     while apart(chosen) < apart(keys):
-        chosen.append(max(keys, key=lambda key: (apart([*chosen, key]), -words(key))))
+        chosen.append(
+            max(keys, key=lambda key: (apart([*chosen, key]), key[0] == "method", -words(key)))
+        )
     return chosen
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
@@ -19,10 +19,6 @@ from hedgerow.runs.memory import RoundMemory
 from hedgerow.runs.rows import METRICS_FILE, read_rows, to_line
 from hedgerow.settings import ClientFile
 from hedgerow.wire import Update
-
-if TYPE_CHECKING:
-    pass
-
 
 EXPERIMENT = "experiment.yaml"
 

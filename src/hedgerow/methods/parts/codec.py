@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hedgerow.errors import UserError
 from hedgerow.methods.parts.values import Shapes, Values
 from hedgerow.plugins import Plugin, Registry
 
@@ -54,13 +55,12 @@ class Codec(Plugin, ABC):
                 kind is then the nearest possible one.
         """
 
-    def check(self, tensors: Mapping[str, Tensor], shapes: Shapes, largest: float) -> None:
+    def check(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
         """Raise `InvalidMessage` unless `encode` makes such tensors, which are of its `kinds`.
 
         Args:
             tensors: as they arrived.
             shapes: of the values.
-            largest: size that no value may be above, as no number of the tensors is.
         """
 
 
@@ -77,6 +77,8 @@ def codec_of(given: Any) -> Any:
         UserError: there is none of this name, or an option of it is wrong.
     """
     options = {"name": given} if isinstance(given, str) else given
-    if not isinstance(options, dict) or not isinstance(options.get("name"), str):
+    if not isinstance(options, dict):
         return given
+    if not isinstance(options.get("name"), str):
+        raise UserError("a codec needs a name, as in {name: top_k, k: 64}; see `hedgerow explain`")
     return CODECS.find(options["name"], "method.up")(**options)

@@ -41,6 +41,5 @@ def owed(change: Values, kept: Mapping[str, Tensor], decay: float) -> Values:
 def lost(due: Values, sent: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """What was due and not sent, on the CPU, for the next time."""
     return {
-        name: each.sub_(estimate).cpu()
-        for (name, each), (_, estimate) in zip(due, sent, strict=True)
+        name: (each - estimate).cpu() for (name, each), (_, estimate) in zip(due, sent, strict=True)
     }

@@ -1,7 +1,7 @@
 """Every client's update beside the others in the broadcast, as an all-gather does it.
 
-Then the server rounds nothing anew, and the broadcast grows with the clients: for updates that are
-so small that all of them together are smaller than their mean.
+The server rounds nothing anew, everybody weighs and adds, and the broadcast grows with the clients:
+for updates that are so small that all of them together are smaller than their mean.
 """
 
 from __future__ import annotations

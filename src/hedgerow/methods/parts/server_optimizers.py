@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from hedgerow.errors import UserError
 from hedgerow.lazy import torch
 from hedgerow.plugins import Plugin, Registry
 
@@ -167,8 +168,13 @@ def server_optimizer_of(given: Any) -> Any:
         UserError: there is none of this name, or an option of it is wrong.
     """
     options = {"name": given} if isinstance(given, str) else given
-    if not isinstance(options, dict) or not isinstance(options.get("name"), str):
+    if not isinstance(options, dict):
         return given
+    if not isinstance(options.get("name"), str):
+        raise UserError(
+            "`method.server` needs a name, as in {name: nesterov, momentum: 0.9}; see `hedgerow "
+            "explain method.server`"
+        )
     return SERVER_OPTIMIZERS.find(options["name"], "method.server")(**options)
 
 
@@ -196,4 +202,5 @@ def _decayed(change: Tensor, state: dict[str, Tensor], decay: float) -> Tensor:
 
 
 def _scaled(step: Tensor, rate: float) -> Tensor:
-    return step if rate == 1 else step * rate
+    """A new tensor: what is kept of a step must not change with it."""
+    return step * rate

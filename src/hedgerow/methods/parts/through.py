@@ -26,6 +26,10 @@ class Piece(NamedTuple):
     header: Mapping[str, Tensor]
     values: Values
 
+    def times(self, factor: float) -> Piece:
+        """The piece with its values times a factor."""
+        return self._replace(values=self.values.mapped(lambda _, each: each * factor))
+
 
 class Through(ABC):
     """A linear map of an update's values."""

@@ -50,7 +50,7 @@ class TopK(Codec):
 
     @property
     def error(self) -> float:
-        """At most the share of the values that are left out."""
+        """At most the share of the values that are left out, beside the rounding of sizes."""
         return 1 - self.k / self.tile
 
     def encode(self, values: Values, seed: int) -> dict[str, Tensor]:
@@ -61,10 +61,11 @@ class TopK(Codec):
         sizes = [len(each) for each in flat]
         places = self._largest(flat)
         gaps = rice.encode(places, sum(sizes))
-        chosen = torch.cat(flat)[torch.from_numpy(places)].numpy()
         levels, codes = [], []
-        for own in np.split(chosen, np.searchsorted(places, np.cumsum(sizes)[:-1])):
-            level, code = _quantized(own, 2 ** (self.bits - 1))
+        apart = np.split(places, np.searchsorted(places, np.cumsum(sizes)[:-1]))
+        for each, own, (first, _) in zip(flat, apart, _spans(sizes), strict=True):
+            chosen = each[torch.from_numpy(own - first)].numpy()
+            level, code = _quantized(chosen, 2 ** (self.bits - 1))
             levels.append(level)
             codes.append(code)
         return {
@@ -77,21 +78,22 @@ class TopK(Codec):
     def decode(self, tensors: Mapping[str, Tensor], shapes: Shapes, seed: int) -> Values:
         """Dense values, zero where none was sent."""
         sizes = _sizes(shapes)
-        places = rice.decode(_gaps(tensors), self._count(shapes), sum(sizes))
-        ends = np.searchsorted(places, np.cumsum([0, *sizes]))
-        codes = _unpack(tensors["codes"].numpy(), self.bits, len(places))
-        levels = tensors["levels"].numpy().reshape(len(sizes), -1)
 
         def each() -> Iterator[tuple[str, Tensor]]:
-            first = 0
-            for index, (name, shape) in enumerate(shapes.items()):
+            # Unpacked when they are asked for: many updates may wait in their codec.
+            places = rice.decode(_gaps(tensors), self._count(shapes), sum(sizes))
+            ends = np.searchsorted(places, np.cumsum([0, *sizes]))
+            codes = _unpack(tensors["codes"].numpy(), self.bits, len(places))
+            levels = tensors["levels"].numpy().reshape(len(sizes), -1)
+            for index, ((name, shape), (first, size)) in enumerate(
+                zip(shapes.items(), _spans(sizes), strict=True)
+            ):
                 own = slice(ends[index], ends[index + 1])
                 level, sign = codes[own] >> 1, 1 - 2 * (codes[own] & 1).astype(np.float32)
-                dense = torch.zeros(sizes[index])
+                dense = torch.zeros(size)
                 found = torch.from_numpy(places[own] - first)
                 dense[found] = torch.from_numpy(levels[index][level] * sign)
                 yield name, dense.view(tuple(shape))
-                first += sizes[index]
 
         return Values(shapes, each)
 
@@ -108,7 +110,7 @@ class TopK(Codec):
             "levels": Kind(torch.float32, (len(shapes) * 2 ** (self.bits - 1),)),
         }
 
-    def check(self, tensors: Mapping[str, Tensor], shapes: Shapes, largest: float) -> None:
+    def check(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
         """Check the places, tile by tile."""
         sizes = _sizes(shapes)
         places = rice.decode(_gaps(tensors), self._count(shapes), sum(sizes))

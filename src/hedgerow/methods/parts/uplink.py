@@ -14,7 +14,7 @@ from hedgerow.methods.parts.message import Message
 from hedgerow.methods.parts.plain import Plain
 from hedgerow.methods.parts.through import Piece, Through
 from hedgerow.methods.parts.values import Shapes, Values
-from hedgerow.wire import LARGEST_SENT, Kind, check_kinds, kinds
+from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,7 @@ class Uplink:
         header = self.through.check_update(tensors, shapes, message, self.codec)
         mapped = self.through.mapped_shapes(tensors, shapes)
         check_kinds(given, {**self.codec.kinds(mapped, given), **header, **beside})
-        self.codec.check(tensors, mapped, LARGEST_SENT)
+        self.codec.check(tensors, mapped)
 
     def _seed(self, header: Mapping[str, Tensor]) -> int:
         """Seed of the rotations before rounding, which are others than the bases."""
