@@ -271,6 +271,34 @@ def test_options_of_parts_are_given_one_by_one(experiment):
     assert (method.server.name, method.server.learning_rate, method.up.k) == ("adam", 0.1, 9)
 
 
+OLD = {
+    "warm flora under sgd": ({"name": "flora"}, {"optimizer": "sgd"}, {}),
+    "idle ranks": ({"name": "ferret", "ranks": 2}, {}, {"ranks": 16, "weights": "size"}),
+    "over an adapter": ({"name": "ferret", "over": "lora", "ranks": 2}, {}, {"ranks": 2}),
+    "clipped after the rate": (
+        *({"name": "ferret", "clip": 1.0, "server_learning_rate": 4.0}, {}, {"clip": 0.25}),
+    ),
+    "of the paper": ({"name": "ferret", "paper": True}, {}, {"weights": "size"}),
+}
+
+
+@pytest.mark.parametrize(("method", "training", "becomes"), OLD.values(), ids=OLD)
+def test_a_run_of_the_version_before_is_what_it_was(
+    method, training, becomes, experiment, tmp_path
+):
+    """What keys meant that its file does not have, and what its idle ones did not."""
+    content = yaml.safe_load(experiment().read_text())
+    content |= {"method": method, "training": content["training"] | training}
+    content["data"] = load(experiment()).data.model_dump(mode="json")
+    content["model"] = {"path": load(experiment()).model.path}
+    (tmp_path / "old/ledger").mkdir(parents=True)
+    (tmp_path / "old/ledger/ledger.json").write_text("{}")
+    (tmp_path / "old/experiment.yaml").write_text(yaml.safe_dump(content))
+    old = load(tmp_path / "old/experiment.yaml")
+    assert not old.training.keep_optimizer
+    assert {key: getattr(old.method, key) for key in becomes} == becomes
+
+
 def test_kept_moments_are_those_of_one_long_training(run):
     """One client that keeps its moments for three rounds of two steps takes six steps."""
     training = {"optimizer": "adamw", "batch_size": 100, "learning_rate": 0.01}
