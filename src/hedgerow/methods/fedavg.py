@@ -25,5 +25,5 @@ class FedAvg(AveragedWeights):
 
     @property
     def keeps_optimizer(self) -> bool | None:
-        """Yes: it is better by more than any codec is worse (`bench/README.md`)."""
+        """Yes: it was better wherever it was tried, with all clients in every round."""
         return True
