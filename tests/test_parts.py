@@ -263,6 +263,13 @@ def test_options_of_another_method_that_do_not_count_are_left_out(experiment):
     assert load(path, ["method.name=ferret", "method.over=lora"]).method.ranks == 2
     with pytest.raises(UserError, match="`ranks` counts with"):
         load(path, ["method.name=ferret", "method.ranks=2"])
+    # As a comparison of both has it, what all methods are given comes first.
+    assert load(path, ["method.ranks=3", "method.name=ferret"]).method.ranks == 16
+    with pytest.raises(UserError, match="`ranks` counts with"):
+        load(path, ["method.name=fedavg", "method={name: ferret, ranks: 2}"])
+    path.write_text(path.read_text().replace("ranks", "rnks"))
+    with pytest.raises(UserError, match="did you mean `ranks`"):
+        load(path, ["method.name=ferret"])
 
 
 def test_options_of_parts_are_given_one_by_one(experiment):

@@ -90,23 +90,24 @@ def changed(
 
 
 def _drop_idle(content: dict[str, Any], before: Any, changes: Sequence[Change]) -> None:
-    """Drop options of a method that was replaced which do not count in the one that replaces it.
+    """Drop options of a method that was replaced which do not count beside those of the new one.
 
-    What a change gives stays: where it does not count, that is a mistake.
+    What is given after the new method's name stays: where it does not count, that is a mistake.
     """
     method = content.get("method")
-    if not isinstance(before, dict) or not isinstance(method, dict):
+    old = before.get("name") if isinstance(before, dict) else before
+    chosen = [i for i, (keys, _) in enumerate(changes) if keys in (["method"], ["method", "name"])]
+    if not chosen or not isinstance(method, dict) or old == method.get("name"):
         return
-    given = [keys[1:2] for keys, _ in changes if keys[0] == "method"]
-    if before.get("name") == method.get("name") or [] in given:
-        return
+    if changes[chosen[-1]][0] == ["method"]:
+        return  # all of it was given
     try:
         counting = METHODS.find(str(method.get("name")), "method.name").counting(method)
     except UserError:
         return  # which is said where the whole experiment is checked
-    for key in set(method) & set(before) - counting:
-        if [key] not in given:
-            del method[key]
+    given = {keys[1] for keys, _ in changes[chosen[-1] :] if keys[0] == "method"}
+    for key in set(method) & _options_of(old, METHODS) - counting - given:
+        del method[key]
 
 
 def forget_defaults(training: dict[str, Any]) -> None:
