@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from lm_eval.api.instance import Instance
-from support.models import byte_tokenizer, tiny_llama
+from support.models import DATED, byte_tokenizer, tiny_llama
 from transformers import AutoTokenizer, MiniMaxConfig, MiniMaxForCausalLM
 
 import hedgerow as hr
@@ -391,14 +391,8 @@ def test_a_token_without_an_embedding_is_told(hedgerow, tasks, tmp_path, task, p
     assert "a prompt has the token 'oak' (number 260), which the model has no embed" in result.err
 
 
-def test_scores_in_a_run_s_prompts_name_their_date(hedgerow, tasks, tmp_path):
-    model = tiny_llama(tmp_path / "chat")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = (
-        "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}[{{m.role}}] {{m.content}}\n"
-        "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
-    )
-    tokenizer.save_pretrained(model)
+def test_scores_in_a_run_s_prompts_name_their_date(hedgerow, tasks, chatty):
+    model = chatty(DATED)
     command = ["evaluate", model, "--harness", "own_choice", "--include-path", tasks]
     options = ["--prompt", "run", "data.prompt=chat", "data.template.date=2026-11-25", "--json"]
     result = hedgerow(*command, *options)

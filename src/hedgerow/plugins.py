@@ -154,6 +154,24 @@ class Registry(Mapping[str, type[_P]], Generic[_P]):
             f"package.module:Class); see `{self._see}`"
         )
 
+    def chosen(self, given: Any, key: str, unnamed: str) -> Any:
+        """Plug-in that a name, or a mapping with options, stands for; others stay as they are.
+
+        Args:
+            given: as the experiment file has it, before it is validated.
+            key: where it stands there, as "method.server".
+            unnamed: sentence about a mapping that has no name.
+
+        Raises:
+            UserError: there is none of this name, or an option of it is wrong.
+        """
+        options = {"name": given} if isinstance(given, str) else given
+        if not isinstance(options, dict):
+            return given
+        if not isinstance(options.get("name"), str):
+            raise UserError(unnamed)
+        return self.find(options["name"], key)(**options)
+
     def _imported(self, name: str) -> type[_P]:
         module, _, path = name.partition(":")
         try:

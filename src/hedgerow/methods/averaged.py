@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import BeforeValidator, SerializeAsAny, model_validator
+from pydantic import model_validator
 
 from hedgerow.methods.composed import Composed, Parts
-from hedgerow.methods.parts.codec import Codec, codec_of
+from hedgerow.methods.parts.codec import ChosenCodec
 from hedgerow.methods.parts.dense import Dense
 from hedgerow.methods.parts.feedback import Feedback
 from hedgerow.methods.parts.gathered import Gathered
@@ -18,10 +16,10 @@ from hedgerow.methods.parts.uplink import Uplink
 class AveragedWeights(Composed):
     """All parameters; codecs, error feedback and a server optimiser are options."""
 
-    up: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = None
+    up: ChosenCodec = None
     """Codec of updates: `bits`, `top_k`, or one with options, as {name: top_k, k: 64}; with null,
     they are sent as they are."""
-    down: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = None
+    down: ChosenCodec = None
     """Codec of the broadcast, as `up` has it; with null, it is sent as it is."""
     gather: bool = False
     """Whether the broadcast has every client's update as it came, for everybody to add up, instead

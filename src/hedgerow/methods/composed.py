@@ -16,12 +16,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import BeforeValidator, SerializeAsAny
+from typing import TYPE_CHECKING, Any
 
 from hedgerow.errors import InvalidMessage
-from hedgerow.lazy import torch
 from hedgerow.methods import weighting
 from hedgerow.methods.base import (
     Aggregate,
@@ -37,13 +34,13 @@ from hedgerow.methods.base import (
 from hedgerow.methods.parts import feedback
 from hedgerow.methods.parts.codec import Codec
 from hedgerow.methods.parts.mean import Mean
-from hedgerow.methods.parts.message import Message
+from hedgerow.methods.parts.message import Message, check_derived
 from hedgerow.methods.parts.plain import Plain
 from hedgerow.methods.parts.renamed import Renamed, below
 from hedgerow.methods.parts.server_optimizers import (
+    ChosenServerOptimizer,
     ServerOptimizer,
     State,
-    server_optimizer_of,
     steps_of,
 )
 from hedgerow.methods.parts.through import Basis, Piece, Through
@@ -93,14 +90,12 @@ class Parts:
 class Composed(Method):
     """A method that is made of parts."""
 
-    server: Annotated[
-        SerializeAsAny[ServerOptimizer] | None, BeforeValidator(server_optimizer_of)
-    ] = None
+    server: ChosenServerOptimizer = None
     """Optimiser of the global steps, by name (`sgd`, `momentum`, `nesterov`, `adam`, `yogi`,
     `adagrad`) or as {name: nesterov, learning_rate: 0.7, momentum: 0.9}; with null, the global
     model takes the mean update as it is."""
 
-    weights: Literal["size", "uniform"] = "size"
+    weights: weighting.ByShare = "size"
     """Weights p_k of the clients' updates: `size`, each client's share of the round's examples, or
     `uniform`, 1/N for each of N clients."""
 
@@ -155,7 +150,7 @@ class Composed(Method):
         """Encode Δ_k, and what is owed of earlier ones."""
         parts = self.parts
         change = parts.trains.change(model, trained.parameters)
-        coded = parts.up.encode(change, client_round, parts.trains.device(model))
+        coded = parts.up.encode(change, client_round, model.device)
         return Payload(coded | parts.trains.beside(client_round.seeds), {})
 
     # --- at the server --------------------------------------------------------------------------
@@ -166,9 +161,7 @@ class Composed(Method):
         beside = self.parts.trains.beside(expected.seeds)
         message = Message(expected.seeds, update.round, client.name)
         self.parts.up.check(update.tensors, expected.shapes, message, kinds(beside))
-        for name, each in beside.items():
-            if not torch.equal(update.tensors[name], each):
-                raise InvalidMessage(f"{name} must be the one that the run derives for this round")
+        check_derived(update.tensors, beside)
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Sum updates by basis as they arrive, step, and encode the broadcast."""
@@ -261,7 +254,7 @@ class Composed(Method):
         if not parts.through.adds:
             pairs = zip(pieces, entry.participants, strict=True)
             pieces = [piece.times(participant.weight) for piece, participant in pairs]
-        steps = parts.through.decode(pieces, shapes, parts.trains.device(model))
+        steps = parts.through.decode(pieces, shapes, model.device)
         if parts.server is not None and parts.everybody_steps:
             steps = steps_of(parts.server, steps, model.beside, model.beside)
         parts.trains.add(model, steps, entry)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import BeforeValidator, SerializeAsAny, model_validator
+from pydantic import model_validator
 
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
@@ -27,7 +27,7 @@ from hedgerow.methods.base import (
 )
 from hedgerow.methods.factors import draw_adapter, factor_kinds
 from hedgerow.methods.lora import LoraMethod, update_scale
-from hedgerow.methods.parts.codec import Codec, codec_of
+from hedgerow.methods.parts.codec import ChosenCodec, Codec
 from hedgerow.methods.parts.feedback import Feedback
 from hedgerow.methods.parts.message import Message
 from hedgerow.methods.parts.one_adapter import (
@@ -37,8 +37,7 @@ from hedgerow.methods.parts.one_adapter import (
     with_global,
 )
 from hedgerow.methods.parts.server_optimizers import (
-    ServerOptimizer,
-    server_optimizer_of,
+    ChosenServerOptimizer,
     steps_of,
 )
 from hedgerow.methods.parts.uplink import Uplink
@@ -91,19 +90,17 @@ class HeldAdapter(AveragedAdapter):
 class ContinuedAdapter(AveragedAdapter):
     """One global adapter whose factors keep their meaning from round to round."""
 
-    up: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = None
+    up: ChosenCodec = None
     """Codec of what a client changed: `bits`, `top_k`, or one with options, as {name: top_k, k:
     64}; with null, it sends its factors as they are."""
     error_feedback: Feedback = False
     """Whether clients add to their updates what their codec has lost of earlier ones: `true`, or a
     factor for what is owed, above 0, with which it is forgotten."""
-    server: Annotated[
-        SerializeAsAny[ServerOptimizer] | None, BeforeValidator(server_optimizer_of)
-    ] = None
+    server: ChosenServerOptimizer = None
     """Optimiser of the global steps of the factors, by name (`sgd`, `momentum`, `nesterov`,
     `adam`, `yogi`, `adagrad`) or as {name: adam, learning_rate: 0.001}; with null, the averages are
     the global adapter."""
-    weights: Literal["size", "uniform"] = "size"
+    weights: weighting.ByShare = "size"
     """Weights p_k of the clients' updates: `size`, each client's share of the round's examples, or
     `uniform`, 1/N for each of N clients."""
 
@@ -231,10 +228,9 @@ class ContinuedAdapter(AveragedAdapter):
         if self.server is not None:
             trained = self.sent(server_round.expected.shapes, self.largest_rank, server_round.round)
             changes = [(name, whole.tensors[name] - before[name]) for name in trained]
-            old = server_round.memory.load() if self.server_remembers else {}
             # What rests in this round keeps its state.
-            state = {key: old[key] for key in old}
-            steps = dict(steps_of(self.server, changes, old, state))
+            state = dict(server_round.memory.load()) if self.server_remembers else {}
+            steps = dict(steps_of(self.server, changes, state, state))
             stepped = {name: before[name] + step for name, step in steps.items()}
             whole = whole._replace(tensors=whole.tensors | stepped)
             if self.server_remembers:

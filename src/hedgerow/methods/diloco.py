@@ -11,16 +11,16 @@ arXiv 2311.08105, algorithm 1, with its outer learning rate 0.7 and momentum 0.9
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import Field
 
 from hedgerow.methods.averaged import AveragedWeights
 from hedgerow.methods.parts.server_optimizers import (
+    ChosenServerOptimizer,
     Nesterov,
-    ServerOptimizer,
-    server_optimizer_of,
 )
+from hedgerow.methods.weighting import ByShare
 
 
 class DiLoCo(AveragedWeights):
@@ -30,12 +30,10 @@ class DiLoCo(AveragedWeights):
     summary: ClassVar[str] = "FedAvg with kept moments and outer Nesterov momentum"
     reference: ClassVar[str] = "DiLoCo, arXiv 2311.08105"
 
-    server: Annotated[
-        SerializeAsAny[ServerOptimizer] | None, BeforeValidator(server_optimizer_of)
-    ] = Field(default_factory=Nesterov)
+    server: ChosenServerOptimizer = Field(default_factory=Nesterov)
     """Optimiser of the global steps: the paper's Nesterov momentum, or another, or one with other
     options; with null, the global model takes the mean update as it is."""
-    weights: Literal["size", "uniform"] = "uniform"
+    weights: ByShare = "uniform"
     """Weights p_k of the clients' updates: `uniform`, 1/N for each of N clients, as in the paper,
     or `size`, each client's share of the round's examples."""
 

@@ -11,12 +11,12 @@ server optimisers are `server: yogi` and `server: adagrad`, of any method.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import Field
 
 from hedgerow.methods.averaged import AveragedWeights
-from hedgerow.methods.parts.server_optimizers import Adam, ServerOptimizer, server_optimizer_of
+from hedgerow.methods.parts.server_optimizers import Adam, ChosenServerOptimizer
 
 
 class FedAdam(AveragedWeights):
@@ -26,8 +26,6 @@ class FedAdam(AveragedWeights):
     summary: ClassVar[str] = "FedAvg with Adam at the server (FedOpt)"
     reference: ClassVar[str] = "FedAdam, arXiv 2003.00295"
 
-    server: Annotated[
-        SerializeAsAny[ServerOptimizer] | None, BeforeValidator(server_optimizer_of)
-    ] = Field(default_factory=Adam)
+    server: ChosenServerOptimizer = Field(default_factory=Adam)
     """Optimiser of the global steps: the paper's Adam, or as {name: adam, learning_rate: 0.001};
     with null, the global model takes the mean update as it is."""

@@ -12,14 +12,15 @@ algorithm 1: error feedback with a decay stands for the outer momentum.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import Field
 
 from hedgerow.methods.averaged import AveragedWeights
-from hedgerow.methods.parts.codec import Codec, codec_of
+from hedgerow.methods.parts.codec import ChosenCodec
 from hedgerow.methods.parts.feedback import Feedback
 from hedgerow.methods.parts.top_k import TopK
+from hedgerow.methods.weighting import ByShare
 
 
 class SparseLoCo(AveragedWeights):
@@ -29,9 +30,7 @@ class SparseLoCo(AveragedWeights):
     summary: ClassVar[str] = "the largest changes in 2 bits, with error feedback and kept moments"
     reference: ClassVar[str] = "SparseLoCo, arXiv 2508.15706"
 
-    up: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = Field(
-        default_factory=TopK
-    )
+    up: ChosenCodec = Field(default_factory=TopK)
     """Codec of updates: the paper's, or as {name: top_k, k: 32, tile: 4096, bits: 2}; with null,
     they are sent as they are."""
     gather: bool = True
@@ -39,7 +38,7 @@ class SparseLoCo(AveragedWeights):
     the paper; with `false` it is their mean, in the codec `down`."""
     error_feedback: Feedback = 0.95
     """Factor of what clients still owe of earlier updates, above 0; 1 forgets nothing."""
-    weights: Literal["size", "uniform"] = "uniform"
+    weights: ByShare = "uniform"
     """Weights p_k of the clients' updates: `uniform`, 1/N for each of N clients, as in the paper,
     or `size`, each client's share of the round's examples."""
 

@@ -15,12 +15,12 @@ The mean size is of each tensor, where the paper has one for all.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import Field
 
 from hedgerow.methods.averaged import AveragedWeights
-from hedgerow.methods.parts.codec import Codec, codec_of
+from hedgerow.methods.parts.codec import ChosenCodec
 from hedgerow.methods.parts.feedback import Feedback
 from hedgerow.methods.parts.top_k import TopK
 
@@ -37,14 +37,10 @@ class STC(AveragedWeights):
     summary: ClassVar[str] = "signs of the largest changes, both ways, with error feedback"
     reference: ClassVar[str] = "STC, arXiv 1903.02891"
 
-    up: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = Field(
-        default_factory=_ternary
-    )
+    up: ChosenCodec = Field(default_factory=_ternary)
     """Codec of updates: the paper's, or as {name: top_k, k: 1, tile: 100, group: all, bits: 1};
     with null, they are sent as they are."""
-    down: Annotated[SerializeAsAny[Codec] | None, BeforeValidator(codec_of)] = Field(
-        default_factory=_ternary
-    )
+    down: ChosenCodec = Field(default_factory=_ternary)
     """Codec of the broadcast, as `up` has it; with null, it is sent as it is."""
     error_feedback: Feedback = True
     """Whether clients add to their updates what their codec has lost of earlier ones."""

@@ -16,6 +16,8 @@ from pydantic import Field
 from hedgerow.errors import InvalidMessage
 from hedgerow.wire import LARGEST_WEIGHT, Participant
 
+ByShare = Literal["size", "uniform"]
+"""Weights that depend on who is there alone: `size`, p_k = n_k / Σ n, or `uniform`, 1 / N."""
 Weight = Annotated[float, Field(gt=0, le=LARGEST_WEIGHT)]
 Weighting = (
     Literal["size", "uniform", "adaptive"] | Weight | Annotated[list[Weight], Field(min_length=1)]

@@ -6,13 +6,12 @@ rotation: unbiased over rotations. See `hedgerow.sketch.coordinates`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.lazy import torch
 from hedgerow.methods.parts.codec import Codec
-from hedgerow.methods.parts.values import Shapes, Values
+from hedgerow.methods.parts.values import Shapes, Values, sizes_of
 from hedgerow.sketch.coordinates import ERROR, Bits, Packed, lengths, nbytes, pack
 from hedgerow.wire import Kind
 
@@ -42,7 +41,7 @@ class FewBits(Codec):
 
     def decode(self, tensors: Mapping[str, Tensor], shapes: Shapes, seed: int) -> Values:
         """Unpack and rotate back one value at a time."""
-        counts = torch.tensor(_sizes(shapes), dtype=torch.int32)
+        counts = torch.tensor(sizes_of(shapes), dtype=torch.int32)
         own = {name: tensors[name] for name in lengths([], self.bits)}
         packed = Packed({"counts": counts, **own}, self.bits, seed)
 
@@ -54,13 +53,9 @@ class FewBits(Codec):
 
     def kinds(self, shapes: Shapes, given: Mapping[str, Kind]) -> dict[str, Kind]:
         """Codes and scales, or coordinates in float32."""
-        parts = lengths(_sizes(shapes), self.bits)
+        parts = lengths(sizes_of(shapes), self.bits)
         return {name: Kind(dtype, (sum(each),)) for name, (dtype, each) in parts.items()}
 
     def nbytes(self, size: int) -> int:
         """Bytes of a value of so many numbers."""
         return nbytes(size, self.bits)
-
-
-def _sizes(shapes: Shapes) -> list[int]:
-    return [math.prod(shape) for shape in shapes.values()]

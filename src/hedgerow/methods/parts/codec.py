@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from hedgerow.errors import UserError
+from pydantic import BeforeValidator, SerializeAsAny
+
 from hedgerow.methods.parts.values import Shapes, Values
 from hedgerow.plugins import Plugin, Registry
 
@@ -70,15 +71,10 @@ CODECS: Registry[Codec] = Registry(
 """Every codec by the name that the experiment file uses, installed plug-ins included."""
 
 
-def codec_of(given: Any) -> Any:
-    """The codec that options name, for pydantic's validators; what is none stays as it is.
+def _codec_of(given: Any) -> Any:
+    unnamed = "a codec needs a name, as in {name: top_k, k: 64}; see `hedgerow explain`"
+    return CODECS.chosen(given, "method.up", unnamed)
 
-    Raises:
-        UserError: there is none of this name, or an option of it is wrong.
-    """
-    options = {"name": given} if isinstance(given, str) else given
-    if not isinstance(options, dict):
-        return given
-    if not isinstance(options.get("name"), str):
-        raise UserError("a codec needs a name, as in {name: top_k, k: 64}; see `hedgerow explain`")
-    return CODECS.find(options["name"], "method.up")(**options)
+
+ChosenCodec = Annotated[SerializeAsAny[Codec] | None, BeforeValidator(_codec_of)]
+"""Option that is a codec, by its name or with options; null is none."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
 from hedgerow.methods.parts.codec import Codec
-from hedgerow.methods.parts.message import Message
+from hedgerow.methods.parts.message import Message, check_derived
 from hedgerow.methods.parts.through import Basis, Piece, Through
 from hedgerow.methods.parts.values import Shapes, Values
 from hedgerow.wire import Kind, kinds, seed_kind
@@ -55,10 +54,7 @@ class Dense(Through):
     ) -> dict[str, Kind]:
         """Check for the message's seed."""
         expected = self.broadcast((), shapes, message, codec)
-        for name, seed in expected.items():
-            given = tensors.get(name)
-            if given is None or given.dtype != seed.dtype or not torch.equal(given, seed):
-                raise InvalidMessage(f"{name} must be the one that the run derives for this round")
+        check_derived(tensors, expected)
         return kinds(expected)
 
     def broadcast(

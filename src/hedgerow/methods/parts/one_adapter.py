@@ -42,10 +42,6 @@ class OneAdapter(Trains):
         model.take_snapshot(parameters)
         return parameters
 
-    def device(self, model: Model) -> torch.device:
-        """The model's."""
-        return model.device
-
     def add(self, model: Model, steps: Iterable[tuple[str, Tensor]], entry: Entry) -> None:
         """Add to both factors; a model's have their scale in B."""
         factors = self._global(model, int(entry.tensors["adapter_seed"]))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
-from hedgerow.errors import UserError
 from hedgerow.lazy import torch
 from hedgerow.plugins import Plugin, Registry
 
@@ -161,21 +160,18 @@ SERVER_OPTIMIZERS: Registry[ServerOptimizer] = Registry(
 """Every server optimiser by the name that the experiment file uses."""
 
 
-def server_optimizer_of(given: Any) -> Any:
-    """The server optimiser that options name, for pydantic's validators; others stay as they are.
+def _server_optimizer_of(given: Any) -> Any:
+    unnamed = (
+        "`method.server` needs a name, as in {name: nesterov, momentum: 0.9}; see `hedgerow "
+        "explain method.server`"
+    )
+    return SERVER_OPTIMIZERS.chosen(given, "method.server", unnamed)
 
-    Raises:
-        UserError: there is none of this name, or an option of it is wrong.
-    """
-    options = {"name": given} if isinstance(given, str) else given
-    if not isinstance(options, dict):
-        return given
-    if not isinstance(options.get("name"), str):
-        raise UserError(
-            "`method.server` needs a name, as in {name: nesterov, momentum: 0.9}; see `hedgerow "
-            "explain method.server`"
-        )
-    return SERVER_OPTIMIZERS.find(options["name"], "method.server")(**options)
+
+ChosenServerOptimizer = Annotated[
+    SerializeAsAny[ServerOptimizer] | None, BeforeValidator(_server_optimizer_of)
+]
+"""Option that is a server optimiser, by its name or with options; null is none."""
 
 
 def steps_of(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
 from hedgerow.methods.parts.codec import Codec
-from hedgerow.methods.parts.message import Message
+from hedgerow.methods.parts.message import Message, check_derived
 from hedgerow.methods.parts.renamed import below
 from hedgerow.methods.parts.through import Basis, Piece, Through
 from hedgerow.methods.parts.values import Shapes, Values
@@ -101,9 +101,7 @@ class Sketch(Through):
         """Check for the message's seed, and as many coordinates as there may be."""
         counts = self._checked_counts(tensors, "counts", group(shapes))
         expected = _header(self._seed(message), counts)
-        given = tensors.get("seed")
-        if given is None or given.dtype != torch.int64 or not torch.equal(given, expected["seed"]):
-            raise InvalidMessage("seed must be the one that the run derives for this round")
+        check_derived(tensors, {"seed": expected["seed"]})
         return kinds(expected)
 
     def broadcast(

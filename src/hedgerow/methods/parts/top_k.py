@@ -6,7 +6,6 @@ as STC (arXiv 1903.02891: signs times the mean size). Places are Rice-coded gaps
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +16,7 @@ from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
 from hedgerow.methods.parts import rice
 from hedgerow.methods.parts.codec import Codec
-from hedgerow.methods.parts.values import Shapes, Values
+from hedgerow.methods.parts.values import Shapes, Values, sizes_of
 from hedgerow.wire import Kind
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class TopK(Codec):
 
     def decode(self, tensors: Mapping[str, Tensor], shapes: Shapes, seed: int) -> Values:
         """Dense values, zero where none was sent."""
-        sizes = _sizes(shapes)
+        sizes = sizes_of(shapes)
 
         def each() -> Iterator[tuple[str, Tensor]]:
             # Unpacked when they are asked for: many updates may wait in their codec.
@@ -99,7 +98,7 @@ class TopK(Codec):
 
     def kinds(self, shapes: Shapes, given: Mapping[str, Kind]) -> dict[str, Kind]:
         """Kinds of the tensors; of the unary parts there are as many as the places take."""
-        count, total = self._count(shapes), sum(_sizes(shapes))
+        count, total = self._count(shapes), sum(sizes_of(shapes))
         unary = given["unary"].shape if "unary" in given else ()
         length = unary[0] if len(unary) == 1 else 0
         length = min(max(length, -(-count // 8)), rice.most_unary(count, total))
@@ -112,7 +111,7 @@ class TopK(Codec):
 
     def check(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
         """Check the places, tile by tile."""
-        sizes = _sizes(shapes)
+        sizes = sizes_of(shapes)
         places = rice.decode(_gaps(tensors), self._count(shapes), sum(sizes))
         if self.group == "tile":
             starts = np.concatenate(
@@ -161,7 +160,7 @@ class TopK(Codec):
 
     def _count(self, shapes: Shapes) -> int:
         """Number of values that are sent in all."""
-        sizes = _sizes(shapes)
+        sizes = sizes_of(shapes)
         if self.group == "all":
             return max(1, sum(sizes) * self.k // self.tile)
         return sum(self._counts(sizes))
@@ -198,10 +197,6 @@ def _unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint
 
 def _gaps(tensors: Mapping[str, Tensor]) -> rice.Gaps:
     return rice.Gaps(tensors["unary"], tensors["binary"])
-
-
-def _sizes(shapes: Shapes) -> list[int]:
-    return [math.prod(shape) for shape in shapes.values()]
 
 
 def _spans(sizes: list[int]) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from hedgerow.methods.parts.values import Shapes, Values
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from hedgerow.methods.base import ClientRound
@@ -33,10 +32,6 @@ class Trains(ABC):
         """Change of each parameter by local training, Δ_k, in float32."""
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         return Values(shapes, model.trained_delta)
-
-    @abstractmethod
-    def device(self, model: Model) -> torch.device:
-        """Device on which steps are rebuilt."""
 
     @abstractmethod
     def add(self, model: Model, steps: Iterable[tuple[str, Tensor]], entry: Entry) -> None:
@@ -75,10 +70,6 @@ class AllWeights(Trains):
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """Unfreeze all weights."""
         return model.unfreeze()
-
-    def device(self, model: Model) -> torch.device:
-        """The model's."""
-        return model.device
 
     def add(self, model: Model, steps: Iterable[tuple[str, Tensor]], entry: Entry) -> None:
         """w <- w + Δ."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, Sequence[int]]
 """Shape of each tensor, by name, in the order in which they come."""
+
+
+def sizes_of(shapes: Shapes) -> list[int]:
+    """Number of entries of each tensor."""
+    return [math.prod(shape) for shape in shapes.values()]
 
 
 @dataclass(frozen=True)
