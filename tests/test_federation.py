@@ -77,6 +77,32 @@ def test_who_answers_at_the_second_try_is_in_the_round(experiment, tmp_path):
         assert path.read_bytes() == (tmp_path / "late/ledger" / path.name).read_bytes()
 
 
+@pytest.mark.parametrize("lost", [{2}, {2, 3, 4}])
+def test_what_a_client_sent_in_vain_is_owed_as_before(experiment, tmp_path, lost):
+    """A round in which its update is lost is for a client as one that it was away in."""
+
+    class Away(local.LocalFleet):
+        def train(self, round, parent, clients, clock):
+            if round in lost:
+                first, *clients = clients
+                yield ClientResult(first, failure="gone")
+            yield from super().train(round, parent, clients, clock)
+
+    class Losing(local.LocalFleet):
+        def train(self, round, parent, clients, clock):
+            for result in super().train(round, parent, clients, clock):
+                is_lost = round in lost and result.client == clients[0]
+                yield ClientResult(result.client, failure="gone") if is_lost else result
+
+    changes = ["method={name: fedavg, up: top_k, error_feedback: true}"]
+    changes += ["training.keep_optimizer=true", "federation.rounds=5", "federation.min_clients=2"]
+    loaded = load(experiment(), changes)
+    for fleet in (Away, Losing):
+        run(fleet, loaded, tmp_path / fleet.__name__)
+    for path in (tmp_path / "Away/ledger").iterdir():
+        assert path.read_bytes() == (tmp_path / "Losing/ledger" / path.name).read_bytes()
+
+
 def test_a_round_that_cannot_get_enough_says_so(experiment, tmp_path):
     loaded = load(experiment(), ["federation.min_clients=3", "federation.backoff=0"])
     with pytest.raises(RunFailed) as failure:

@@ -252,6 +252,14 @@ class Ledger:
         """Everybody who took part in rounds 1 … `until` (default: all), by name."""
         return sorted({p.client for entry in self.entries(until) for p in entry.participants})
 
+    def took_part(self, client: str, round: int) -> bool:
+        """Whether a client's update is in the entry of a round; yes where that is not here.
+
+        The entry's header alone is read, unchecked: `read` has checked the file before.
+        """
+        path = self.folder / self.records[round - 1].file
+        return not path.exists() or any(p.client == client for p in Entry.read(path).participants)
+
     def replay(
         self, method: Method, model: Model, until: int | None = None, *, after: int = 0
     ) -> None:

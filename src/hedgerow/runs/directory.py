@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -184,7 +185,8 @@ class RunDirectory:
 
     def memory(self, client: str, round: int) -> RoundMemory:
         """The memory of a client of this engine in a round."""
-        return RoundMemory(self.path / "clients" / client, round)
+        counts = partial(self.ledger.took_part, client)
+        return RoundMemory(self.path / "clients" / client, round, counts)
 
     def _check_memories(
         self, experiment: Experiment, clients: Iterable[str], rows: Sequence[Mapping[str, Any]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,16 +15,27 @@ if TYPE_CHECKING:
 
 
 class RoundMemory:
-    """Memory of a client, or of the server: a file for each round, of which the latest two stay.
+    """Memory of a client, or of the server: a file for each round, of which the latest stay.
 
-    A run that is resumed at an earlier round than the file's finds the one before it.
+    What was saved in a round that did not count, as that of a client whose update was lost, is not
+    loaded: what its update had sent would be taken as received. Beside the last round that counts
+    the latest two stay, so that a run that is resumed at an earlier round finds that round's.
     """
 
-    def __init__(self, folder: Path, round: int) -> None:
-        self._folder, self._round = folder, round
+    def __init__(
+        self, folder: Path, round: int, counts: Callable[[int], bool] = lambda _: True
+    ) -> None:
+        """The memory in a round.
+
+        Args:
+            folder: of its files.
+            round: from 1.
+            counts: whether an earlier round counts for whom the memory belongs to.
+        """
+        self._folder, self._round, self._counts = folder, round, counts
 
     def load(self) -> Mapping[str, Tensor]:
-        """Tensors of the last round before this one, by name, each read when it is asked for.
+        """Tensors of the last round that counts before this one, each read when it is asked for.
 
         Raises:
             UserError: its file is damaged.
@@ -57,13 +68,18 @@ class RoundMemory:
         for path in self._files():
             if int(path.stem) > self._round:
                 path.unlink()
+        latest = self._latest()
         for path in self._files()[:-2]:
-            path.unlink()
+            if path != latest:
+                path.unlink()
 
     def _latest(self) -> Path | None:
-        """The file of the last round before this one."""
-        earlier = [path for path in self._files() if int(path.stem) < self._round]
-        return earlier[-1] if earlier else None
+        """The file of the last round that counts before this one."""
+        for path in reversed(self._files()):
+            round = int(path.stem)
+            if round < self._round and self._counts(round):
+                return path
+        return None
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("*.safetensors"), key=lambda path: int(path.stem))

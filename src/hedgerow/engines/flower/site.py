@@ -15,6 +15,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from hedgerow.clock import Clock
@@ -275,7 +276,8 @@ class Site:
         _say(name, f"round {round}: training")
         model = self._advanced(ledger)
         client = Client(self._app.clients.index(name), name, len(examples))
-        memory = RoundMemory((self._memory or self._place / "clients") / name, round)
+        kept = (self._memory or self._place / "clients") / name
+        memory = RoundMemory(kept, round, partial(ledger.took_part, name))
         client_round = ClientRound(
             client, round, self._seeds, self._experiment.training, memory, ledger.read
         )
