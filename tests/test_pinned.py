@@ -13,6 +13,8 @@ from support import pins
 from support.configurations import METHOD_OPTIONS, MORE_OPTIONS, method_of
 
 PINNED = json.loads(pins.HASHES.read_text())
+HERE = PINNED["entries"].get(pins.arithmetic(), {}) if torch.__version__ == PINNED["torch"] else {}
+"""Entries as they were made on a processor like this one, by configuration."""
 OLD = pins.HASHES.parent / "0.1"
 CONFIGURATION = {
     "flora": "flora own, cut",
@@ -23,24 +25,27 @@ CONFIGURATION = {
 """The configurations of the runs of 0.1 that are kept, where they are not called like a method."""
 
 same_arithmetic = pytest.mark.skipif(
-    torch.__version__ != PINNED["torch"] or pins.arithmetic() != PINNED["arithmetic"],
+    not HERE,
     reason="this processor, or this torch, adds in another order than where the bytes were pinned",
 )
 
 
 def test_every_configuration_is_pinned():
-    assert (METHOD_OPTIONS | MORE_OPTIONS).keys() == PINNED["entries"].keys()
+    pinned = set().union(*PINNED["entries"].values())
+    assert (METHOD_OPTIONS | MORE_OPTIONS).keys() == pinned
 
 
 @same_arithmetic
-@pytest.mark.parametrize("name", PINNED["entries"])
+@pytest.mark.parametrize("name", METHOD_OPTIONS | MORE_OPTIONS)
 def test_a_run_has_the_bytes_that_it_had(name, hedgerow, experiment, tmp_path):
+    if name not in HERE:
+        pytest.skip("this configuration was pinned on another processor")
     path = experiment()
     content = yaml.safe_load(path.read_text()) | {"method": method_of(name)}
     path.write_text(yaml.safe_dump(content))
     result = hedgerow("run", path, *pins.overrides(name), "--out", tmp_path / "run")
     assert result.code == 0, result.err
-    assert pins.entry_hashes(tmp_path / "run") == PINNED["entries"][name]
+    assert pins.entry_hashes(tmp_path / "run") == HERE[name]
 
 
 @pytest.fixture(params=sorted(path.stem for path in OLD.glob("*.zip")))
@@ -93,10 +98,12 @@ def test_a_run_of_the_version_before_is_read(old_run, hedgerow, tmp_path):
 def test_a_run_of_the_version_before_goes_on(old_run, hedgerow):
     """Its third round has the bytes that the version before would have given it."""
     name = CONFIGURATION.get(old_run.stem, old_run.stem)
+    if pins.entry_hashes(old_run) != HERE[name][:2]:
+        pytest.skip("this run was begun on another processor")
     again = old_run / "experiment.yaml"
     result = hedgerow("run", again, "federation.rounds=3", "--out", old_run, "--resume")
     assert result.code == 0, result.err
-    assert pins.entry_hashes(old_run) == PINNED["entries"][name]
+    assert pins.entry_hashes(old_run) == HERE[name]
 
 
 @pytest.mark.parametrize("name", ["flora", "ferret"])

@@ -1,7 +1,8 @@
 """The bytes of a short run of every configuration, as they were before the code was rebuilt.
 
-`python tests/support/pins.py` records them anew, which is right only where the mathematics of a
-method is meant to change.
+`python tests/support/pins.py NAME …` records those of some configurations for this processor, or of
+all, which is right only where they are new, or the mathematics of a method is meant to change.
+Other processors' are kept, but for the configurations that are named.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def overrides(name: str) -> list[str]:
 
 
 def main() -> None:
-    """Record the hashes of all configurations."""
+    """Record the hashes of the configurations that are named, or of all."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from hedgerow.engines import local
     from hedgerow.experiment import load
@@ -68,8 +69,12 @@ def main() -> None:
     from support.models import tiny_llama
 
     torch.set_num_threads(1)
-    hashes = {}
-    for name in METHOD_OPTIONS | MORE_OPTIONS:
+    pinned = json.loads(HASHES.read_text())
+    known = list(METHOD_OPTIONS | MORE_OPTIONS)
+    hashes = pinned["entries"].setdefault(arithmetic(), {})
+    for name in sys.argv[1:] or known:
+        for others in pinned["entries"].values():
+            others.pop(name, None)
         with tempfile.TemporaryDirectory() as folder:
             model = tiny_llama(Path(folder) / "tiny")
             path = write_experiment(Path(folder), model)
@@ -78,8 +83,11 @@ def main() -> None:
             local.run(load(path, overrides(name)), Path(folder) / "run", Unwatched())
             hashes[name] = entry_hashes(Path(folder) / "run")
         print(name, hashes[name][-1][:12], flush=True)
-    content = {"torch": torch.__version__, "arithmetic": arithmetic(), "entries": hashes}
-    HASHES.parent.mkdir(exist_ok=True)
+    entries = {
+        processor: {name: own[name] for name in known if name in own}
+        for processor, own in pinned["entries"].items()
+    }
+    content = {"torch": torch.__version__, "entries": entries}
     HASHES.write_text(json.dumps(content, indent=1) + "\n")
 
 
