@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.fft
 import torch
 import yaml
 from hypothesis import given
@@ -19,6 +20,7 @@ from hedgerow.methods.parts import rice
 from hedgerow.methods.parts.bits import FewBits
 from hedgerow.methods.parts.server_optimizers import SERVER_OPTIMIZERS
 from hedgerow.methods.parts.top_k import TopK
+from hedgerow.methods.parts.transforms import TRANSFORMS
 from hedgerow.methods.parts.values import Values
 from hedgerow.wire import kinds
 
@@ -119,6 +121,41 @@ def test_fewer_bits_lose_as_much_as_they_say():
         assert lost / size == pytest.approx(codec.error, rel=0.15)
 
 
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("shape", [(128, 96), (300,), (7, 11), (1,), (2, 3, 50)])
+def test_a_transform_keeps_lengths_and_is_undone(name, shape):
+    tensor, transform = normal(shape)["0"], TRANSFORMS[name]
+    values = transform.forward(tensor, 5)
+    assert values.shape == (tensor.numel(),)
+    assert values.norm() == pytest.approx(float(tensor.norm()), rel=1e-5)
+    assert torch.allclose(transform.backward(values, shape, 5), tensor, atol=1e-5)
+
+
+def test_a_cosine_transform_is_scipys():
+    """Pieces of 43 × 64 of a matrix of 86 × 128, one after another."""
+    tensor = normal((86, 128))["0"]
+    pieces = tensor.numpy().reshape(2, 43, 2, 64).transpose(0, 2, 1, 3)
+    expected = scipy.fft.dctn(pieces, axes=(2, 3), norm="ortho")
+    assert np.allclose(TRANSFORMS["dct"].forward(tensor, 0), expected.reshape(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("group", ["tile", "all"])
+def test_the_largest_of_rotated_values_are_unbiased(group):
+    """Their mean over rotations is what was sent, and their error what the codec says."""
+    tensor = normal((64, 64))["0"] * torch.linspace(0, 2, 64)
+    codec = TopK(k=32, tile=512, group=group, bits=1, transform="hadamard")
+    mean, error = torch.zeros(64, 64), []
+    for seed in range(200):
+        values = values_of({"x": tensor})
+        decoded = dict(codec.decode(codec.encode(values, seed), values.shapes, seed))["x"]
+        mean += decoded / 200
+        error.append(float((decoded - tensor).square().sum() / tensor.square().sum()))
+    assert np.mean(error) == pytest.approx(codec.error, rel=0.1)
+    # Of independent errors, the mean over 200 has 1/200.
+    left = float((mean - tensor).square().sum() / tensor.square().sum())
+    assert left < 1.5 * codec.error / 200
+
+
 @pytest.mark.parametrize("codec", [FewBits(bits=2), TopK(k=1, tile=4)])
 def test_what_is_not_finite_is_no_update(codec):
     with pytest.raises(ValueError, match="finite"):
@@ -132,8 +169,8 @@ def reference(name, changes, eta, beta=0.9, beta2=0.99, tau=1e-3):
     """Algorithm 2 of arXiv 2003.00295 in float64, one coordinate after another."""
     w, m, v = np.zeros(3), np.zeros(3), np.full(3, tau**2)
     for change in changes.double().numpy():
-        if name == "sgd":
-            w = w + eta * change
+        if name in ("sgd", "sign"):
+            w = w + eta * (np.sign(change) if name == "sign" else change)
         elif name in ("momentum", "nesterov"):
             m = beta * m + change
             w = w + eta * (change + beta * m if name == "nesterov" else m)
@@ -149,7 +186,7 @@ def reference(name, changes, eta, beta=0.9, beta2=0.99, tau=1e-3):
     return w
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "yogi", "adagrad"])
+@pytest.mark.parametrize("name", ["sgd", "sign", "momentum", "nesterov", "adam", "yogi", "adagrad"])
 def test_a_server_optimiser_is_the_papers(name):
     changes = normal((5, 3), seed=3)["0"] * 0.01
     beta = 0.0 if name == "adagrad" else 0.9
@@ -180,6 +217,12 @@ COMPOSED = {
     "stc": {"name": "stc", "server": {"name": "momentum", "momentum": 0.5}},
     "fedavg, gathered bits": {"name": "fedavg", "up": {"name": "bits", "bits": 2}, "gather": True},
     "diloco": {"name": "diloco"},
+    "demo_sgd": {"name": "demo_sgd"},
+    "fedavg, rotated": {
+        **{"name": "fedavg", "error_feedback": True, "broadcast_feedback": True},
+        "up": {"name": "top_k", "k": 9, "tile": 256, "group": "all", "transform": "hadamard"},
+        "down": {"name": "top_k", "k": 9, "tile": 256, "transform": "hadamard"},
+    },
 }
 
 
@@ -211,6 +254,19 @@ def test_a_run_goes_on_with_the_same_bytes(name, run):
     run("part", method, keep, federation={"rounds": 2})
     part = run("part", method, keep, "--resume", federation={"rounds": 3})
     assert entries(part) == entries(whole)
+
+
+def test_what_is_owed_of_rotated_values_stays_bounded(run):
+    """Unbiased estimates have errors longer than what they are of; fed back whole, they grow."""
+    rounds = {"federation": {"rounds": 12}}
+    directory = run("run", COMPOSED["fedavg, rotated"], "training.keep_optimizer=false", **rounds)
+    for folder in ("server", "clients/client-000"):
+        first, last = (
+            load_file(directory / folder / f"00{round}.safetensors") for round in (11, 12)
+        )
+        for name, owed in last.items():
+            assert owed.norm() < 2 * first[name].norm() + 0.1
+            assert owed.abs().max() < 1.0
 
 
 @pytest.mark.parametrize("name", COMPOSED)

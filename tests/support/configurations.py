@@ -36,9 +36,14 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "ferret by norm, dense": {"budget": 500, "allocation": "norm", "basis": "rademacher"},
     "fedavg": {},
     "fedavg in bits": {"up": {"name": "bits", "bits": 2}, "down": {"name": "bits", "bits": 8}},
+    "fedavg of rotated values": {
+        **{"up": {"name": "top_k", "k": 4, "tile": 64, "bits": 1, "transform": "hadamard"}},
+        **{"down": {"name": "top_k", "k": 9, "tile": 64, "group": "all", "transform": "hadamard"}},
+    },
     "fedadam": {},
     "fedprox": {"mu": 0.1},
     "diloco": {},
+    "demo_sgd": {"up": {"name": "top_k", "k": 4, "tile": 64, "bits": 8, "transform": "dct"}},
     "sparseloco": {"up": {"name": "top_k", "k": 4, "tile": 64}},
     "stc": {
         **{"up": {"name": "top_k", "k": 1, "tile": 50, "group": "all", "bits": 1}},

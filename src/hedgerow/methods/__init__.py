@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from hedgerow.methods.base import Method
 from hedgerow.methods.centralized import Centralized
+from hedgerow.methods.demo_sgd import DemoSGD
 from hedgerow.methods.diloco import DiLoCo
 from hedgerow.methods.fed_sb import FedSB
 from hedgerow.methods.fedadam import FedAdam
@@ -39,6 +40,7 @@ __all__ = [
     "METHODS",
     "STC",
     "Centralized",
+    "DemoSGD",
     "DiLoCo",
     "FFALoRA",
     "FLoRA",

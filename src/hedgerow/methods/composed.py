@@ -31,7 +31,7 @@ from hedgerow.methods.base import (
     ServerRound,
     Trained,
 )
-from hedgerow.methods.parts import feedback
+from hedgerow.methods.parts import feedback, shrink
 from hedgerow.methods.parts.codec import Codec
 from hedgerow.methods.parts.mean import Mean
 from hedgerow.methods.parts.message import Message, check_derived
@@ -218,7 +218,8 @@ class Composed(Method):
         )
         due = dict(feedback.owed(values, earlier, parts.feedback_down))
         whole = Values(values.shapes, lambda: iter(due.items()))
-        coded = parts.down.encode(whole, seed)
+        length = shrink.contracting(parts.down.error)
+        coded = parts.down.encode(whole.mapped(lambda _, each: each * length), seed)
         sent = iter(parts.down.decode(coded, whole.shapes, seed))
         kept.new |= {f"{n}{_OWED}": left for n, left in feedback.lost(whole, sent).items()}
         return coded | header

@@ -7,7 +7,7 @@ rotation: unbiased over rotations. See `hedgerow.sketch.coordinates`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from hedgerow.lazy import torch
 from hedgerow.methods.parts.codec import Codec
@@ -23,10 +23,14 @@ class FewBits(Codec):
     """Rotation and rounding: 1, 2, 4 or 8 bits a number, and a scale for each few thousand."""
 
     name: str = "bits"
-    rotates: ClassVar[bool] = True
 
     bits: Bits = 1
     """Number of bits of a number; 32 sends it as it is."""
+
+    @property
+    def rotates(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def error(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny
 
@@ -22,8 +22,10 @@ class Codec(Plugin, ABC):
 
     section = ("method", "up")
 
-    rotates: ClassVar[bool] = False
-    """Whether it draws random rotations, whose seed then travels beside what it makes."""
+    @property
+    def rotates(self) -> bool:
+        """Whether it draws random rotations, whose seed then travels beside what it makes."""
+        return False
 
     @property
     @abstractmethod

@@ -1,7 +1,8 @@
 """Server optimisers: how the global model steps along the mean update, seen as a gradient.
 
 Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295, algorithm 2, where Δ is the mean
-of the clients' changes; and outer Nesterov momentum as in DiLoCo, arXiv 2311.08105.
+of the clients' changes; outer Nesterov momentum as in DiLoCo, arXiv 2311.08105; and signs, as in
+Bernstein et al., "signSGD", arXiv 1802.04434.
 """
 
 from __future__ import annotations
@@ -52,6 +53,19 @@ class Sgd(ServerOptimizer):
     def step(self, change: Tensor, state: dict[str, Tensor]) -> Tensor:
         """η Δ."""
         return _scaled(change, self.learning_rate)
+
+
+class Sign(ServerOptimizer):
+    """Steps of one size for each coordinate: w <- w + η sign(Δ); none where Δ is 0."""
+
+    name: str = "sign"
+
+    learning_rate: float = Field(1e-3, gt=0)
+    """Learning rate of the server, η: the change of a coordinate in a step."""
+
+    def step(self, change: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """η sign(Δ)."""
+        return _scaled(change.sign(), self.learning_rate)
 
 
 class Momentum(ServerOptimizer):

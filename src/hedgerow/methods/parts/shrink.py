@@ -19,6 +19,11 @@ def contraction(omega: float) -> float:
     return 1 / (1 + omega)
 
 
+def contracting(omega: float) -> float:
+    """1/(1 + ω) where ω is 1 or more, else 1: what error feedback keeps is bounded either way."""
+    return contraction(omega) if omega >= 1 else 1.0
+
+
 def whole(omega: float) -> float:
     """1: nothing is shortened."""
     return 1.0

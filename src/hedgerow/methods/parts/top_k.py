@@ -1,12 +1,17 @@
 """The largest values alone: their places, their signs, and their sizes in few bits.
 
 By tiles as SparseLoCo has it (arXiv 2508.15706: 64 of 4,096, in 2 bits), or of all values together,
-as STC (arXiv 1903.02891: signs times the mean size). Places are Rice-coded gaps.
+as STC (arXiv 1903.02891: signs times the mean size); of the change itself, or of its values in
+another orthonormal basis (`transforms`), as DeMo has it. Places are Rice-coded gaps.
+
+After a random rotation, which makes values nearly normal, what is sent is scaled by ‖z‖²/⟨z, q⟩ and
+so unbiased over rotations, as EDEN's codes are (arXiv 2108.08842, section 3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -16,6 +21,7 @@ from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
 from hedgerow.methods.parts import rice
 from hedgerow.methods.parts.codec import Codec
+from hedgerow.methods.parts.transforms import TRANSFORMS, TransformName
 from hedgerow.methods.parts.values import Shapes, Values, sizes_of
 from hedgerow.wire import Kind
 
@@ -40,6 +46,11 @@ class TopK(Codec):
     bits: Literal[1, 2, 4, 8] = 2
     """Number of bits of each value: a sign, and the number of one of 2ᵇⁱᵗˢ⁻¹ sizes; with 1 bit all
     values of a tensor have their mean size."""
+    transform: TransformName | None = None
+    """Orthonormal basis in which the largest values are sought: `hadamard`, a random rotation of
+    each tensor, after which what is sent is unbiased; `dct`, a cosine transform of pieces of up to
+    64 × 64 values, tiles of which follow one another; with null, the values are taken as they
+    are."""
 
     @model_validator(mode="after")
     def _fewer(self) -> TopK:
@@ -48,13 +59,28 @@ class TopK(Codec):
         return self
 
     @property
+    def rotates(self) -> bool:
+        """Whether the transform is random."""
+        return self.transform is not None and TRANSFORMS[self.transform].is_random
+
+    @property
     def error(self) -> float:
-        """At most the share of the values that are left out, beside the rounding of sizes."""
-        return 1 - self.k / self.tile
+        """At most the share of the values that are left out, beside the rounding of sizes.
+
+        Where what is sent is unbiased: the share of a normal variable's energy that is lost, in
+        units of that which is kept.
+        """
+        share = self.k / self.tile
+        if not self.rotates:
+            return 1 - share
+        least = NormalDist().inv_cdf(1 - share / 2)
+        density = 2 * NormalDist().pdf(least)
+        kept = density**2 / share if self.bits == 1 else density * least + share
+        return 1 / kept - 1
 
     def encode(self, values: Values, seed: int) -> dict[str, Tensor]:
         """Places, codes and sizes of the largest values."""
-        flat = [each.reshape(-1).cpu() for _, each in values]
+        flat = [self._transformed(each, seed + index) for index, (_, each) in enumerate(values)]
         if not all(bool(each.isfinite().all()) for each in flat):
             raise ValueError("values must be finite")
         sizes = [len(each) for each in flat]
@@ -67,6 +93,8 @@ class TopK(Codec):
             level, code = _quantized(chosen, 2 ** (self.bits - 1))
             levels.append(level)
             codes.append(code)
+        if self.rotates:
+            levels = self._unbiased(levels, codes, flat)
         return {
             "unary": gaps.unary,
             "binary": gaps.binary,
@@ -92,7 +120,7 @@ class TopK(Codec):
                 dense = torch.zeros(size)
                 found = torch.from_numpy(places[own] - first)
                 dense[found] = torch.from_numpy(levels[index][level] * sign)
-                yield name, dense.view(tuple(shape))
+                yield name, self._restored(dense, tuple(shape), seed + index)
 
         return Values(shapes, each)
 
@@ -123,6 +151,40 @@ class TopK(Codec):
         unused = np.unpackbits(tensors["codes"].numpy(), bitorder="little")
         if unused[len(places) * self.bits :].any():
             raise InvalidMessage("codes must end with zeros")
+
+    def _transformed(self, tensor: Tensor, seed: int) -> Tensor:
+        """Values among which the largest are sought, shape (size,), on the CPU."""
+        if self.transform is None:
+            return tensor.reshape(-1).cpu()
+        return TRANSFORMS[self.transform].forward(tensor.float().cpu(), seed % 2**64)
+
+    def _restored(self, values: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
+        """The tensor with these values."""
+        if self.transform is None:
+            return values.view(shape)
+        return TRANSFORMS[self.transform].backward(values, shape, seed % 2**64)
+
+    def _unbiased(
+        self,
+        levels: list[NDArray[np.float32]],
+        codes: list[NDArray[np.uint8]],
+        flat: list[Tensor],
+    ) -> list[NDArray[np.float32]]:
+        """Sizes times ‖z‖²/⟨z, q⟩, of each tensor, or of all where the largest of all are sent.
+
+        A level is the mean of what it stands for, so that ⟨z, q⟩ is ‖q‖².
+        """
+        sent = [
+            float(np.square(level[code >> 1].astype(np.float64)).sum())
+            for level, code in zip(levels, codes, strict=True)
+        ]
+        whole = [float(each.double().square().sum()) for each in flat]
+        if self.group == "all":
+            sent, whole = [sum(sent)] * len(flat), [sum(whole)] * len(flat)
+        return [
+            level * np.float32(energy / along) if along else level
+            for level, energy, along in zip(levels, whole, sent, strict=True)
+        ]
 
     def _largest(self, flat: list[Tensor]) -> NDArray[np.int64]:
         """Places of the values that are sent, among all of them one after another, ascending."""

@@ -29,8 +29,9 @@ class Uplink:
 
     through: Through = field(default_factory=Dense)
     codec: Codec = field(default_factory=Plain)
-    shrink: shrink.Shrink = shrink.whole
-    """How long what is mapped is sent, by its expected error."""
+    shrink: shrink.Shrink | None = None
+    """How long what is mapped is sent, by its expected error; None: whole, or, with error feedback,
+    so short that what is owed stays bounded."""
     feedback: float | None = None
     """Decay of what clients owe; None: there is no error feedback."""
 
@@ -49,7 +50,8 @@ class Uplink:
         message = Message(client_round.seeds, client_round.round, client_round.client.name)
         header, mapped = self.through.encode(change, message, self.codec)
         errors = self.through.errors(mapped.shapes, change.shapes, self.codec)
-        shrunk = mapped.mapped(lambda name, each: each * self.shrink(errors[name]))
+        length = self.shrink or (shrink.whole if self.feedback is None else shrink.contracting)
+        shrunk = mapped.mapped(lambda name, each: each * length(errors[name]))
         try:
             tensors = {**self.codec.encode(shrunk, self._seed(header)), **header}
         except ValueError:
