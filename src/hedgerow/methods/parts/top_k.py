@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -80,21 +80,17 @@ class TopK(Codec):
 
     def encode(self, values: Values, seed: int) -> dict[str, Tensor]:
         """Places, codes and sizes of the largest values."""
-        flat = [self._transformed(each, seed + index) for index, (_, each) in enumerate(values)]
-        if not all(bool(each.isfinite().all()) for each in flat):
-            raise ValueError("values must be finite")
-        sizes = [len(each) for each in flat]
-        places = self._largest(flat)
-        gaps = rice.encode(places, sum(sizes))
-        levels, codes = [], []
-        apart = np.split(places, np.searchsorted(places, np.cumsum(sizes)[:-1]))
-        for each, own, (first, _) in zip(flat, apart, _spans(sizes), strict=True):
-            chosen = each[torch.from_numpy(own - first)].numpy()
-            level, code = _quantized(chosen, 2 ** (self.bits - 1))
-            levels.append(level)
-            codes.append(code)
+        each = (self._transformed(tensor, seed + i) for i, (_, tensor) in enumerate(values))
+        # Tiles are done with one tensor after another; of all, all have to be there.
+        chosen = self._of_all(list(each)) if self.group == "all" else list(map(self._by_tile, each))
+        total = sum(one.size for one in chosen)
+        firsts = np.cumsum([0, *(one.size for one in chosen[:-1])])
+        places = [one.places + first for one, first in zip(chosen, firsts, strict=True)]
+        gaps = rice.encode(np.concatenate(places), total)
+        quantized = [_quantized(one.values, 2 ** (self.bits - 1)) for one in chosen]
+        levels, codes = [each[0] for each in quantized], [each[1] for each in quantized]
         if self.rotates:
-            levels = self._unbiased(levels, codes, flat)
+            levels = self._unbiased(levels, codes, [one.energy for one in chosen])
         return {
             "unary": gaps.unary,
             "binary": gaps.binary,
@@ -153,10 +149,14 @@ class TopK(Codec):
             raise InvalidMessage("codes must end with zeros")
 
     def _transformed(self, tensor: Tensor, seed: int) -> Tensor:
-        """Values among which the largest are sought, shape (size,), on the CPU."""
+        """Values among which the largest are sought, shape (size,), on the CPU; finite."""
         if self.transform is None:
-            return tensor.reshape(-1).cpu()
-        return TRANSFORMS[self.transform].forward(tensor.float().cpu(), seed % 2**64)
+            flat = tensor.reshape(-1).cpu()
+        else:
+            flat = TRANSFORMS[self.transform].forward(tensor.float(), seed % 2**64).cpu()
+        if not flat.isfinite().all():
+            raise ValueError("values must be finite")
+        return flat
 
     def _restored(self, values: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
         """The tensor with these values."""
@@ -168,7 +168,7 @@ class TopK(Codec):
         self,
         levels: list[NDArray[np.float32]],
         codes: list[NDArray[np.uint8]],
-        flat: list[Tensor],
+        energies: list[float],
     ) -> list[NDArray[np.float32]]:
         """Sizes times ‖z‖²/⟨z, q⟩, of each tensor, or of all where the largest of all are sent.
 
@@ -178,35 +178,36 @@ class TopK(Codec):
             float(np.square(level[code >> 1].astype(np.float64)).sum())
             for level, code in zip(levels, codes, strict=True)
         ]
-        whole = [float(each.double().square().sum()) for each in flat]
         if self.group == "all":
-            sent, whole = [sum(sent)] * len(flat), [sum(whole)] * len(flat)
+            sent, energies = [sum(sent)] * len(levels), [sum(energies)] * len(levels)
         return [
             level * np.float32(energy / along) if along else level
-            for level, energy, along in zip(levels, whole, sent, strict=True)
+            for level, energy, along in zip(levels, energies, sent, strict=True)
         ]
 
-    def _largest(self, flat: list[Tensor]) -> NDArray[np.int64]:
-        """Places of the values that are sent, among all of them one after another, ascending."""
-        if self.group == "all":
-            whole = torch.cat(flat).abs()
-            count = max(1, len(whole) * self.k // self.tile)
-            found = whole.topk(count, sorted=False).indices
-        else:
-            parts, first = [], 0
-            for each in flat:
-                sizes = each.abs()
-                whole_tiles = len(each) // self.tile
-                end = whole_tiles * self.tile
-                rows = sizes[:end].view(whole_tiles, self.tile).topk(self.k, sorted=False).indices
-                starts = torch.arange(whole_tiles)[:, None] * self.tile
-                parts.append((rows + starts).reshape(-1) + first)
-                if rest := len(each) - end:
-                    last = sizes[end:].topk(self._share(rest), sorted=False).indices
-                    parts.append(last + end + first)
-                first += len(each)
-            found = torch.cat(parts)
-        return np.sort(found.numpy())
+    def _of_all(self, flat: list[Tensor]) -> list[_Chosen]:
+        """The largest of all tensors together."""
+        sizes = [len(each) for each in flat]
+        whole = torch.cat(flat)
+        count = max(1, len(whole) * self.k // self.tile)
+        found = whole.abs().topk(count, sorted=False).indices.sort().values
+        ends = np.searchsorted(found.numpy(), np.cumsum(sizes)[:-1])
+        return [
+            _chosen(each, own - first)
+            for each, own, (first, _) in zip(
+                flat, torch.tensor_split(found, ends.tolist()), _spans(sizes), strict=True
+            )
+        ]
+
+    def _by_tile(self, flat: Tensor) -> _Chosen:
+        """The largest of each tile of a tensor."""
+        sizes, whole = flat.abs(), len(flat) // self.tile
+        end = whole * self.tile
+        rows = sizes[:end].view(whole, self.tile).topk(self.k, sorted=False).indices
+        found = [(rows + torch.arange(whole)[:, None] * self.tile).reshape(-1)]
+        if rest := len(flat) - end:
+            found.append(sizes[end:].topk(self._share(rest), sorted=False).indices + end)
+        return _chosen(flat, torch.cat(found).sort().values)
 
     def _share(self, size: int) -> int:
         """Number of values that a tile of this size sends."""
@@ -226,6 +227,22 @@ class TopK(Codec):
         if self.group == "all":
             return max(1, sum(sizes) * self.k // self.tile)
         return sum(self._counts(sizes))
+
+
+class _Chosen(NamedTuple):
+    """The largest values of one tensor."""
+
+    size: int
+    """Number of all its values."""
+    places: NDArray[np.int64]
+    values: NDArray[np.float32]
+    energy: float
+    """Sum of the squares of all its values."""
+
+
+def _chosen(flat: Tensor, places: Tensor) -> _Chosen:
+    energy = float(flat.double().square().sum())
+    return _Chosen(len(flat), places.numpy(), flat[places].numpy(), energy)
 
 
 def _quantized(

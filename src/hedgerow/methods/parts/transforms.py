@@ -27,9 +27,9 @@ class Transform(NamedTuple):
     """An orthonormal map of one tensor, and its inverse."""
 
     forward: Callable[[Tensor, int], Tensor]
-    """Values, shape (size,), of a tensor of any shape in float32 on the CPU, and a seed."""
+    """Values, shape (size,), of a tensor of any shape in float32, and a seed."""
     backward: Callable[[Tensor, tuple[int, ...], int], Tensor]
-    """The tensor of a shape, of its values, shape (size,), and the seed."""
+    """The tensor of a shape, of its values, shape (size,), on the CPU, and the seed."""
     is_random: bool
     """Whether it depends on the seed."""
 
@@ -45,7 +45,8 @@ def _hadamard_back(values: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
 def _dct(tensor: Tensor, seed: int) -> Tensor:
     rows, a, columns, b = _pieces(tuple(tensor.shape))
     pieces = tensor.reshape(rows, a, columns, b).transpose(1, 2)
-    return (_cosines(a) @ pieces @ _cosines(b).T).reshape(-1)
+    left, right = (_cosines(side).to(tensor.device) for side in (a, b))
+    return (left @ pieces @ right.T).reshape(-1)
 
 
 def _dct_back(values: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
