@@ -24,6 +24,7 @@ from hedgerow.runs.memory import RoundMemory
 from hedgerow.seeds import Seeds
 from hedgerow.sketch.blocks import group
 from hedgerow.sketch.coordinates import pack
+from hedgerow.testing.models import random_llama
 from hedgerow.training import first_order
 from hedgerow.wire import Update
 
@@ -32,10 +33,10 @@ PAPER_STEPS = {"optimizer": "sgd", "max_grad_norm": None, "learning_rate": 0.1}
 
 @pytest.fixture
 def run(experiment, hedgerow, tmp_path):
-    """Run ferret with these options of `method`; returns the run's directory."""
+    """Run ferret with these options, by default of random coordinates; returns its directory."""
 
     def start(out="run", training=None, federation=None, **method):
-        method = {"name": "ferret", "compression": 64, **method}
+        method = {"name": "ferret", "coordinates": "random", "compression": 64, **method}
         if "budget" in method or method.get("paper"):
             del method["compression"]
         federation = {"rounds": 3, "keep_updates": True, **(federation or {})}
@@ -58,7 +59,12 @@ def delta_of(directory, round):
 
 
 OPTIONS = {
-    "default": {},
+    "the largest": {"coordinates": "largest"},
+    "the largest, over lora": {
+        **{"coordinates": "largest", "over": "lora", "ranks": 2, "compression": 16},
+        **{"error_feedback": True, "bits": 2, "broadcast_bits": 8},
+    },
+    "random": {},
     "32 bits": {"bits": 32, "broadcast_bits": 32, "compression": 4},
     "a budget": {"budget": 900, "bits": 8, "broadcast_bits": 8},
     "dense bases": {"basis": "rademacher", "bits": 4},
@@ -108,6 +114,23 @@ def test_an_update_is_as_many_times_smaller_as_asked(run):
             dense = 4 * ledger.base.parameters
         sent = sum(tensors[n].nbytes for n in tensors if n != "seed")
         assert 0.9 < sent / (dense / compression) < 1.03
+
+
+def test_the_largest_coordinates_are_as_many_times_smaller_as_asked(experiment, hedgerow, tmp_path):
+    """But for what each tensor has: a size of its coordinates, and at least one of them."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
+    wide = random_llama(tmp_path / "wide", **sizes, num_attention_heads=4, num_key_value_heads=4)
+    for compression, bits in ((128, 1), (32, 1), (16, 4)):
+        out = tmp_path / f"c{compression}-{bits}"
+        path = experiment(model={"path": str(wide)}, federation={"rounds": 1})
+        method = f"method={{name: ferret, compression: {compression}, bits: {bits}}}"
+        kept = "federation.keep_updates=true"
+        assert hedgerow("run", path, method, kept, "--out", out).code == 0
+        tensors = load_file(next((out / "updates/round-0001").iterdir()))
+        with runs.opened(out, []) as (_, ledger):
+            dense = 4 * ledger.base.parameters
+        sent = sum(each.nbytes for each in tensors.values())
+        assert 0.95 < sent / (dense / compression) < 1.1
 
 
 def test_with_all_coordinates_in_32_bits_ferret_is_fedavg(run, experiment, hedgerow, tmp_path):
@@ -242,7 +265,10 @@ def test_a_killed_run_with_error_feedback_goes_on_with_what_clients_kept(
     # As if it was killed in round 3, after one client had trained.
     memory = RoundMemory(part / "clients/client-000", 3)
     memory.save(dict(RoundMemory(part / "clients/client-000", 3).load()))
-    options = 'method={"name": "ferret", "compression": 64, "error_feedback": true}'
+    options = (
+        'method={"name": "ferret", "coordinates": "random", "compression": 64, '
+        '"error_feedback": true}'
+    )
     path = experiment(federation={"rounds": 3, "keep_updates": True})
     done = hedgerow("run", path, options, "--out", part, "--resume")
     assert done.code == 0, done.err
@@ -306,8 +332,15 @@ def test_an_update_that_is_not_finite_is_the_client_s_failure(experiment, hedger
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ("compression: 1.0e9", "method.compression: 1e+09 is 0 coordinates of 1-bit numbers"),
-        ("compression: 2", "give a larger compression"),
+        (
+            "coordinates: random, compression: 1.0e9",
+            "method.compression: 1e+09 is 0 coordinates of 1-bit numbers",
+        ),
+        ("coordinates: random, compression: 2", "give a larger compression"),
+        ("compression: 1.0e9", "`compression`: 1e+09 does not fit the largest coordinates"),
+        ("compression: 2", "give another, other `bits`, or `coordinates: random`"),
+        ("bits: 32", "`bits`: the largest coordinates travel in 1, 2, 4 or 8 bits, not 32"),
+        ("coordinates: largest, clip: 1", "`clip` counts with `coordinates: random` alone"),
         ("budget: 10, compression: 3", "not both"),
         ("bits: 3", "method.bits"),
         ("basis: fourier", "method.basis"),

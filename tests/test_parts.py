@@ -156,6 +156,21 @@ def test_the_largest_of_rotated_values_are_unbiased(group):
     assert left < 1.5 * codec.error / 200
 
 
+@pytest.mark.parametrize(("size", "bits"), [(0.01, 1), (0.25, 1), (1.0, 1), (1.0, 2), (2.0, 4)])
+def test_as_many_of_the_largest_are_sent_as_fit(size, bits):
+    """Within 2% of the bits that are given for each value, but for what every tensor has."""
+    values = values_of(normal((1024, 512)))
+    coded = TopK.within(size, bits).encode(values, 3)
+    used = 8 * sum(each.numel() * each.element_size() for each in coded.values()) / (1024 * 512)
+    assert 0.96 * size < used < 1.02 * size
+
+
+@pytest.mark.parametrize("size", [1e-5, 3.0])
+def test_no_share_fits_too_few_or_too_many_bits(size):
+    with pytest.raises(ValueError, match="bits for each"):
+        TopK.within(size, 1)
+
+
 @pytest.mark.parametrize("codec", [FewBits(bits=2), TopK(k=1, tile=4)])
 def test_what_is_not_finite_is_no_update(codec):
     with pytest.raises(ValueError, match="finite"):

@@ -10,14 +10,15 @@ import torch
 from hedgerow.methods import (
     FedExLoRA,
     FedKSeed,
-    Ferret,
     FFALoRA,
     FLoRA,
     FLoRAAdaLoRA,
     FLoRIST,
 )
 from hedgerow.methods.base import Method
+from hedgerow.methods.composed import Composed
 from hedgerow.methods.lora import LoraMethod
+from hedgerow.methods.parts.sketch import Sketch
 from hedgerow.methods.zeroth_order import ZerothOrderMethod
 from hedgerow.sketch.coordinates import BITS, lengths
 from hedgerow.testing.files import File
@@ -150,14 +151,8 @@ def kinds_of_wrong(method: Method, direction: Direction, file: File) -> list[Way
     A class that inherits from a method of hedgerow's is up to what that one is.
     """
     ways = any_wrong(direction, file)
-    if isinstance(method, Ferret):
-        ways.append(other_seed if direction == "up" else negative_seed)
-        # Sums of coordinates on different numbers of bases may have any number between.
-        ways.append(with_counts(no_coordinate_of_a_block))
-        if direction == "up" or (method.allocation, method.basis) != ("norm", "rademacher"):
-            ways.append(with_counts(other_counts))
-        if direction == "down":
-            ways.append(other_sketches)
+    if isinstance(method, Composed):
+        ways += _wrong_seeds_and_sketches(method, direction, file)
     elif isinstance(method, ZerothOrderMethod):
         ways += [one_seed_twice, other_seed if direction == "up" else negative_seed]
         if direction == "up" or isinstance(method, FedKSeed):
@@ -177,6 +172,26 @@ def kinds_of_wrong(method: Method, direction: Direction, file: File) -> list[Way
         ways.append(other_options)
     elif direction == "down":
         ways.append(other_metadata("options", "{}", "[]", "null", "{" * 9999, '{"x": NaN}'))
+    return ways
+
+
+def _wrong_seeds_and_sketches(method: Composed, direction: Direction, file: File) -> list[Way]:
+    """Ways in which what a message is rotated or sketched by is wrong, where it has some."""
+    ways: list[Way] = []
+    if any(name.endswith("seed") for name in file.tensors):
+        ways.append(other_seed if direction == "up" else negative_seed)
+    if any(name.endswith("counts") for name in file.tensors):
+        ways.append(with_counts(no_coordinate_of_a_block))
+        # Sums of coordinates on different numbers of bases may have any number between.
+        through = method.parts.through
+        if direction == "up" or not (
+            isinstance(through, Sketch)
+            and through.allocation == "norm"
+            and through.bases != "hadamard"
+        ):
+            ways.append(with_counts(other_counts))
+        if direction == "down":
+            ways.append(other_sketches)
     return ways
 
 

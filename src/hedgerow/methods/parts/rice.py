@@ -36,6 +36,13 @@ def parameter(count: int, total: int) -> int:
     return max(0, 1 + math.floor(math.log2(math.log(_GOLDEN - 1) / math.log1p(-p))))
 
 
+def expected_bits(count: int, total: int) -> float:
+    """Mean number of bits for each of `count` numbers below `total` at random places."""
+    b = parameter(count, total)
+    beyond = (1 - count / total) ** (1 << b)  # the share of gaps that a unary part goes on for
+    return b + 1 / (1 - beyond)
+
+
 def encode(places: NDArray[np.int64], total: int) -> Gaps:
     """Encode at least one number, ascending, each at least 0 and below `total`."""
     b = parameter(len(places), total)
@@ -44,6 +51,8 @@ def encode(places: NDArray[np.int64], total: int) -> Gaps:
     unary = np.zeros(ends[-1] + 1, dtype=np.uint8)
     unary[ends] = 1
     binary = (gaps[:, None] >> np.arange(b) & 1).astype(np.uint8)
+    # An empty tensor would be none: where there are no binary parts, there is a byte of zeros.
+    binary = binary.reshape(-1) if b else np.zeros(8, dtype=np.uint8)
     packed = (np.packbits(bits, bitorder="little") for bits in (unary, binary))
     return Gaps(*(torch.from_numpy(each) for each in packed))
 
@@ -68,8 +77,8 @@ def decode(gaps: Gaps, count: int, total: int) -> NDArray[np.int64]:
 
 
 def binary_size(count: int, total: int) -> int:
-    """Number of bytes of the binary parts."""
-    return -(-count * parameter(count, total) // 8)
+    """Number of bytes of the binary parts, at least 1."""
+    return max(1, -(-count * parameter(count, total) // 8))
 
 
 def most_unary(count: int, total: int) -> int:

@@ -7,12 +7,13 @@ is an unbiased estimate of Δ_l. The map is linear, so coordinates on equal base
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from hedgerow.errors import InvalidMessage
+from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.lazy import torch
+from hedgerow.methods.parts.bits import FewBits
 from hedgerow.methods.parts.codec import Codec
 from hedgerow.methods.parts.message import Message, check_derived
 from hedgerow.methods.parts.renamed import below
@@ -35,13 +36,51 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """Number of coordinates of all blocks together, K."""
+
+    coordinates: int | None
+    """K; None: as many as the compression leaves."""
+    compression: float
+    """Number of times that a message is smaller, in bytes, than what is mapped in float32."""
+    codec: FewBits
+    """What coordinates are written with."""
+
+    def of(self, blocks: Sequence[Block]) -> int:
+        """K, for these blocks; a message has each block's K_l beside its coordinates."""
+        if self.coordinates is not None:
+            return self.coordinates
+        size = sum(block.size for block in blocks)
+
+        def nbytes(k: int) -> int:
+            counts = [max(1, k * block.size // size) for block in blocks]
+            return sum(4 + self.codec.nbytes(count) for count in counts)
+
+        return bisect.bisect_right(range(1, 32 * size), 4 * size / self.compression, key=nbytes)
+
+    def check(self, blocks: Sequence[Block], limits: Sequence[int], model: str) -> None:
+        """Raise a `UserError` unless there is one for each block, and at most so many."""
+        given, most = self.of(blocks), sum(limits)
+        if len(blocks) <= given <= most:
+            return
+        key, value = "compression", self.compression
+        if self.coordinates is not None:
+            key, value = "budget", self.coordinates
+        advice = "a smaller compression" if given < most else "a larger compression"
+        raise UserError(
+            f"method.{key}: {value:g} is {given} coordinates of {self.codec.bits}-bit numbers, and "
+            f"{model} takes {len(blocks)} (one for each block) to {most}: give {advice}, another "
+            "budget or other bits"
+        )
+
+
+@dataclass(frozen=True)
 class Sketch(Through):
     """Coordinates by block, with the bases' seed and K_l beside them."""
 
     bases: BasisName
     """Distribution of the bases."""
-    budget: Callable[[Sequence[Block]], int]
-    """Number of coordinates of all blocks together, K."""
+    budget: Budget
     allocation: Literal["size", "norm"]
     """What K_l are in proportion to: the block's size, or the norm of its change."""
     shared: bool
@@ -51,7 +90,7 @@ class Sketch(Through):
         """Project each block."""
         blocks = group(change.shapes)
         weights = norms(iter(change), blocks) if self.allocation == "norm" else None
-        counts = self.counts(self.budget(blocks), blocks, weights)
+        counts = self.counts(self.budget.of(blocks), blocks, weights)
         seed = self._seed(message)
 
         def projected() -> Iterator[tuple[str, Tensor]]:
@@ -155,6 +194,13 @@ class Sketch(Through):
             raise InvalidMessage("seeds must be non-negative")
         return expected
 
+    def check(self, shapes: Shapes, model: str) -> None:
+        """Raise a `UserError` unless a model's blocks can be sketched with this budget."""
+        blocks = group(shapes)
+        if max(block.size for block in blocks) > MAX_SIZE:
+            raise UserError(f"{model} has a weight of more than {MAX_SIZE} entries")
+        self.budget.check(blocks, self.limits(blocks), model)
+
     def limits(self, blocks: Sequence[Block]) -> list[int]:
         """The largest K_l that are possible."""
         return [b.size if self.bases == "hadamard" else MAX_SIZE for b in blocks]
@@ -187,7 +233,7 @@ class Sketch(Through):
                 f"expected {name} of dtype int32, one for each of the model's {len(blocks)} blocks"
             )
         counts: list[int] = tensors[name].tolist()
-        budget = self.budget(blocks)
+        budget = self.budget.of(blocks)
         if self.allocation == "size":
             possible = counts == self.counts(budget, blocks, None)
         else:
@@ -197,23 +243,6 @@ class Sketch(Through):
         if not possible:
             raise InvalidMessage(f"{name} must allocate {budget} coordinates to blocks")
         return counts
-
-
-def coordinates_in(nbytes: float, blocks: Sequence[Block], weight: Callable[[int], int]) -> int:
-    """Number of coordinates of all blocks that take at most so many bytes, with their K_l.
-
-    Args:
-        nbytes: of an update.
-        blocks: which share coordinates by their sizes.
-        weight: bytes of so many coordinates of one block.
-    """
-    size = sum(block.size for block in blocks)
-
-    def total(k: int) -> int:
-        counts = [max(1, k * block.size // size) for block in blocks]
-        return sum(4 + weight(count) for count in counts)
-
-    return bisect.bisect_right(range(1, 32 * size), nbytes, key=total)
 
 
 def _header(seed: int, counts: Sequence[int]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ so unbiased over rotations, as EDEN's codes are (arXiv 2108.08842, section 3).
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Mapping
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -28,6 +29,10 @@ from hedgerow.wire import Kind
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
+
+
+ROTATED_TILE = 1 << 16
+"""Values of a rotation among which the largest are sought by `TopK.within`."""
 
 
 class TopK(Codec):
@@ -57,6 +62,27 @@ class TopK(Codec):
         if self.k >= self.tile:
             raise ValueError(f"`k` ({self.k}) must be below `tile` ({self.tile})")
         return self
+
+    @classmethod
+    def within(cls, size: float, bits: Literal[1, 2, 4, 8]) -> TopK:
+        """As many of the largest values of random rotations as take so much.
+
+        Args:
+            size: bits for each value that there is, sent or not.
+            bits: number of bits of each value that is sent.
+
+        Raises:
+            ValueError: not one value in 65,536 fits, or more than every second one.
+        """
+
+        def needed(k: int) -> float:
+            return k / ROTATED_TILE * (bits + rice.expected_bits(k, ROTATED_TILE))
+
+        most = ROTATED_TILE // 2
+        k = bisect.bisect_right(range(1, most + 2), size, key=needed)
+        if not 1 <= k <= most:
+            raise ValueError(f"no such share of values takes {size:g} bits for each that there is")
+        return cls(k=k, tile=ROTATED_TILE, bits=bits, transform="hadamard")
 
     @property
     def rotates(self) -> bool:
