@@ -60,6 +60,7 @@ def delta_of(directory, round):
 
 OPTIONS = {
     "the largest": {"coordinates": "largest"},
+    "the largest, both ways": {"coordinates": "largest", "broadcast_compression": 32},
     "the largest, over lora": {
         **{"coordinates": "largest", "over": "lora", "ranks": 2, "compression": 16},
         **{"error_feedback": True, "bits": 2, "broadcast_bits": 8},
@@ -340,6 +341,11 @@ def test_an_update_that_is_not_finite_is_the_client_s_failure(experiment, hedger
         ("compression: 1.0e9", "`compression`: 1e+09 does not fit the largest coordinates"),
         ("compression: 2", "give another, other `bits`, or `coordinates: random`"),
         ("bits: 32", "`bits`: the largest coordinates travel in 1, 2, 4 or 8 bits, not 32"),
+        ("broadcast_compression: 1", "`broadcast_compression`: 1 does not fit the largest"),
+        (
+            "budget: 500, broadcast_compression: 64",
+            "`broadcast_compression` counts with `coordinates: largest` alone",
+        ),
         ("coordinates: largest, clip: 1", "`clip` counts with `coordinates: random` alone"),
         ("budget: 10, compression: 3", "not both"),
         ("bits: 3", "method.bits"),

@@ -31,6 +31,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "fed_sb": {"ranks": 2, "targets": TARGETS},
     "ferret": {"coordinates": "random", "compression": 64},
     "ferret of the largest": {"compression": 64},
+    "ferret of the largest, both ways": {"compression": 32, "broadcast_compression": 32},
     "ferret over lora": {"over": "lora", "ranks": 2, "targets": TARGETS, "budget": 100},
     "ferret of the paper": {"paper": True},
     "ferret by norm": {"compression": 64, "allocation": "norm"},

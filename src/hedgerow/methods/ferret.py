@@ -34,7 +34,6 @@ from pydantic import Field, StrictBool, model_validator
 
 from hedgerow.methods.composed import Composed, Parts
 from hedgerow.methods.lora import LoraOptions
-from hedgerow.methods.parts.bits import FewBits
 from hedgerow.methods.parts.coordinates import CoordinateOptions
 from hedgerow.methods.parts.one_adapter import OneAdapter
 from hedgerow.methods.parts.server_optimizers import Momentum
@@ -124,7 +123,9 @@ class Ferret(CoordinateOptions, LoraOptions, Composed):
     def _idle(cls, over: str, coordinates: str) -> dict[str, Set[str]]:
         """Options that do not count with these choices, by the choice that they count with."""
         lora = {} if over == "lora" else {"over: lora": LoraOptions.model_fields.keys()}
-        return lora | ({} if coordinates == "random" else {"coordinates: random": cls.OF_RANDOM})
+        if coordinates == "random":
+            return {**lora, "coordinates: largest": cls.OF_LARGEST}
+        return {**lora, "coordinates: random": cls.OF_RANDOM}
 
     @property
     def keeps_optimizer(self) -> bool | None:
@@ -138,7 +139,7 @@ class Ferret(CoordinateOptions, LoraOptions, Composed):
         return Parts(
             trains=AllWeights() if self.over == "full" else OneAdapter(self),
             up=self.uplink(feedback=1.0 if self.error_feedback else None),
-            down=FewBits(bits=self.broadcast_bits),
+            down=self.broadcast,
             rate=lambda round: self.server_learning_rate * self.anneal ** (round - 1),
             clip=self.clipped if self.clip else None,
             server=self.server or momentum,
@@ -147,7 +148,8 @@ class Ferret(CoordinateOptions, LoraOptions, Composed):
     def entry_options(self) -> dict[str, Any]:
         """Options that rebuilding a step takes beside its coordinates."""
         names = ["over", "broadcast_bits"]
-        names += ["basis", "momentum"] if self.coordinates == "random" else ["coordinates"]
+        of_random = ["basis", "momentum"]
+        names += of_random if self.coordinates == "random" else ["coordinates", *self.OF_LARGEST]
         if self.over == "lora":
             names += ["ranks", "alpha", "rslora", "targets"]
         return self.model_dump(mode="json", include=set(names)) | super().entry_options()

@@ -50,6 +50,9 @@ class CoordinateOptions(BaseModel):
     broadcast_bits: Bits = 2
     """Number of bits of a coordinate on its way down, of all bases where the largest travel up:
     what is lost there, no average over clients makes good."""
+    broadcast_compression: Annotated[float, Field(ge=1)] | None = None
+    """Number of times that the broadcast is smaller, in bytes, than what is trained in float32: the
+    largest coordinates of the mean travel. With null, all do, in `broadcast_bits`."""
     allocation: Literal["size", "norm"] = "size"
     """Allocation of random coordinates K_l to blocks of parameters: in proportion to the block's
     `size`, or to the `norm` of its update, as in the paper."""
@@ -69,6 +72,8 @@ class CoordinateOptions(BaseModel):
         {"basis", "budget", "allocation", "seeds", "clip"}
     )
     """Options that count with random coordinates alone."""
+    OF_LARGEST: ClassVar[frozenset[str]] = frozenset({"broadcast_compression"})
+    """Options that count with the largest coordinates alone."""
 
     @classmethod
     def with_choice(cls, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,13 +87,7 @@ class CoordinateOptions(BaseModel):
             raise ValueError("give `budget` or `compression`, not both")
         if self.coordinates == "largest" and self.bits == 32:
             raise ValueError("`bits`: the largest coordinates travel in 1, 2, 4 or 8 bits, not 32")
-        try:
-            _ = self.codec
-        except ValueError:
-            raise ValueError(
-                f"`compression`: {self._compression:g} does not fit the largest coordinates in "
-                f"{self.bits} bits: give another, other `bits`, or `coordinates: random`"
-            ) from None
+        _ = self.codec, self.broadcast  # which raise where a compression does not fit
         return self
 
     def uplink(self, feedback: float | None) -> Uplink:
@@ -110,7 +109,14 @@ class CoordinateOptions(BaseModel):
         """What coordinates are written with on their way up."""
         if self.bits == 32 or self.coordinates == "random":
             return FewBits(bits=self.bits)
-        return TopK.within(32 / self._compression, self.bits)
+        return _largest("compression", self._compression, self.bits)
+
+    @property
+    def broadcast(self) -> Codec:
+        """What coordinates are written with on their way down."""
+        if self.broadcast_compression is None:
+            return FewBits(bits=self.broadcast_bits)
+        return _largest("broadcast_compression", self.broadcast_compression, 1)
 
     @property
     def sketch(self) -> Sketch | None:
@@ -128,3 +134,18 @@ class CoordinateOptions(BaseModel):
     @property
     def _compression(self) -> float:
         return self.compression or DEFAULT_COMPRESSION
+
+
+def _largest(key: str, compression: float, bits: Literal[1, 2, 4, 8]) -> TopK:
+    """As many of the largest coordinates as an option leaves.
+
+    Raises:
+        ValueError: there is no such share of them.
+    """
+    try:
+        return TopK.within(32 / compression, bits)
+    except ValueError:
+        raise ValueError(
+            f"`{key}`: {compression:g} does not fit the largest coordinates in {bits} bits: give "
+            "another, other `bits`, or `coordinates: random`"
+        ) from None
