@@ -35,6 +35,8 @@ def test_every_configuration_is_pinned():
 @same_arithmetic
 @pytest.mark.parametrize("name", PINNED["entries"])
 def test_a_run_has_the_bytes_that_it_had(name, hedgerow, experiment, tmp_path):
+    if not PINNED["entries"][name]:
+        pytest.skip("new, and not yet pinned: tests/support/pins.py does it on this processor")
     path = experiment()
     content = yaml.safe_load(path.read_text()) | {"method": method_of(name)}
     path.write_text(yaml.safe_dump(content))
