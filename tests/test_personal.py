@@ -8,9 +8,11 @@ import torch
 from support.runs import rows_of
 
 import hedgerow as hr
+from hedgerow.evaluation.metrics import Score
 from hedgerow.experiment import load
 from hedgerow.ledger import Ledger
 from hedgerow.model import Model
+from hedgerow.reporting.by_client import Table
 from hedgerow.runs.preparation import prepare
 
 CLIENTS = ["client-000", "client-001", "client-002"]
@@ -308,3 +310,41 @@ def test_the_base_stays_as_it_was(tested):
     before = model.fingerprint()
     prepare(experiment, model)
     assert model.fingerprint() == before
+
+
+def test_a_comparison_shows_which_clients_gain(tested, hedgerow, tmp_path):
+    out = tmp_path / "compared"
+    methods = "standalone ranks=2,fedit ranks=2,fedsa_lora ranks=2,ditto ranks=2"
+    result = hedgerow("compare", tested("fedit"), "--methods", methods, "--seeds", 2, "--out", out)
+    assert result.code == 0, result.err
+    numbers = json.loads((out / "clients.json").read_text())
+    assert len(numbers) == 4 * 3
+    losses = {(row["method"], row["client"]): row["eval_loss"] for row in numbers}
+    rows = [rows_of(out / "runs" / f"ditto-ranks=2,seed={seed}")[-1] for seed in (0, 1)]
+    mean = sum(row["eval_loss_by_client"][CLIENTS[0]] for row in rows) / 2
+    assert losses["ditto ranks=2", CLIENTS[0]] == pytest.approx(mean)
+    lines = (out / "clients.md").read_text().splitlines()
+    header, table = lines[2], {line.split("|")[1].strip(): line for line in lines[4:]}
+    assert [name.strip() for name in header.split("|")[2:-1]] == methods.split(",")
+    for client in CLIENTS:
+        cells = [cell.strip() for cell in table[client].split("|")[2:-1]]
+        for method, cell in zip(methods.split(","), cells, strict=True):
+            own, alone = losses[method, client], losses["standalone ranks=2", client]
+            best = min(loss for (_, name), loss in losses.items() if name == client)
+            assert ("+" in cell, "*" in cell) == (own < alone, own == best)
+    gains = table["clients that gain"].split("|")[2:-1]
+    expected = [
+        str(sum(losses[m, c] < losses["standalone ranks=2", c] for c in CLIENTS))
+        for m in methods.split(",")[1:]
+    ]
+    assert [cell.strip() for cell in gains] == ["", *expected]
+    assert "mean of clients" in result.out
+    page = tmp_path / "page.html"
+    assert hedgerow("report", out, "--out", page, "--answers", 0).code == 0
+    assert "clients that gain" in page.read_text()
+
+
+def test_a_score_of_which_more_is_better_is_marked_so():
+    score = Score("right", label="right", direction="higher")
+    table = Table(score, {"alone": {"a": 1.0}, "together": {"a": 2.0}}, "alone")
+    assert table.shown["together"].tolist() == ["2 + *", "2 + *", "1"]

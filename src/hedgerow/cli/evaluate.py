@@ -157,6 +157,10 @@ def evaluate(
     rows = [(label, console.score(value)) for label, value in named_scores]
     console.table(str(target), ["score", "value"], rows)
     for key, score in scores_of(asked).items():
+        if own := scores.get(f"{key}_by_client"):
+            own |= {"mean of clients": scores[f"{key}_over_clients"]}
+            rows = [(name, console.score(value)) for name, value in own.items()]
+            console.table("", ["client", f"{score.label} on its own test rows"], rows)
         if values := scores.get(f"{key}_by"):
             rows = [
                 (
