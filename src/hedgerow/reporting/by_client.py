@@ -30,8 +30,10 @@ class Table(NamedTuple):
     @property
     def about(self) -> str:
         """What the marks mean, in a sentence or two."""
-        said = f"{self.score.title} of each client's model on test rows of its own, after the last "
-        said += f"round; means over seeds. {BEST} is the best of a row"
+        said = (
+            f"{self.score.label[:1].upper()}{self.score.label[1:]} of each client's model on test "
+            f"rows of its own, after the last round; means over seeds. {BEST} is the best of a row"
+        )
         if self.alone is None:
             return f"{said}."
         return f"{said}, {GAINS} better than {self.alone}, where the client trains by itself."
