@@ -102,7 +102,7 @@ def test_all_keys_in_a_line_each(hedgerow):
         ("data.partition.kind", ["one of iid, dirichlet, shard, column", "required"]),
         ("data.clients.0.name", ["Name of the client"]),
         ("method", ["flora", "FLoRA, arXiv 2409.05976", "method.compress.bits"]),
-        ("method.ranks", ["of centralized, fed_sb", "list of whole numbers"]),
+        ("method.ranks", ["of centralized, ditto", "list of whole numbers"]),
         ("method.flora", ["the aggregate is exact", "method.restart", "method.ranks"]),
         ("method.fedavg", ["dense changes averaged"]),
         ("method.flora.compress.bits", ["one of 8, 16, 32", "default 8"]),

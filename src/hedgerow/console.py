@@ -54,6 +54,8 @@ class ProgressWatcher:
         self._title = title
         shown = [TRAINING, *main_scores_of(metrics).values(), AGGREGATION]
         self._shown = {score.key: score.label for score in shown}
+        own = main_scores_of(metrics).values()
+        self._shown |= {f"{s.key}_over_clients": f"clients' own {s.label}" for s in own}
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),

@@ -18,6 +18,10 @@ class NothingToLearn(UserError):
     """Data of which nothing is left to learn from: a client is left out where others have some."""
 
 
+class NothingToScore(UserError):
+    """Test rows of which none can be scored: a client has no score where others have some."""
+
+
 class RunFailed(Exception):
     """A run that could not go on though its input is right (every client of a round failed, say).
 

@@ -34,7 +34,7 @@ from hedgerow.loading import location, name_of, skeleton
 from hedgerow.lowrank import Factors
 from hedgerow.model import Model
 from hedgerow.names import MEMORY
-from hedgerow.runs import Loader, check_client, check_round, model_at, opened
+from hedgerow.runs import Loader, RunModels, check_client, check_round, model_at, opened
 from hedgerow.runs.rows import read_rows
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -80,7 +80,7 @@ def to_merged(
         round = check_round(ledger, round)
         check_client(experiment, ledger, client)
         model = model_at(experiment, ledger, round, load)
-        experiment.method.merge(model, client)
+        RunModels(experiment.method, ledger, round).merge(model, client)
         is_chat = experiment.data.prompt == "chat"  # a file of a prompt may have stayed behind
         template = load_template(experiment.data, model.tokenizer) if is_chat else None
         pretrained.save(
@@ -131,7 +131,7 @@ def to_adapter(
         round = check_round(ledger, round)
         check_client(experiment, ledger, client)
         load_model = partial(model_at, experiment, ledger, round, load)
-        tensors = experiment.method.adapter(ledger.entries(round), client, load_model)
+        tensors = RunModels(experiment.method, ledger, round).adapter(client, load_model)
         pretrained.cast(tensors, None)
         whole = Joined(dict(adapter_pairs(tensors)))
         path, revision = experiment.model.path, experiment.model.revision

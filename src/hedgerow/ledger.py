@@ -248,9 +248,18 @@ class Ledger:
         for round in range(1, (len(self) if until is None else until) + 1):
             yield self.read(round)
 
+    def has(self, round: int) -> bool:
+        """Whether the entry of a round is in the folder: a site may have the later ones alone."""
+        return (self.folder / self.records[round - 1].file).is_file()
+
     def clients(self, until: int | None = None) -> list[str]:
-        """Everybody who took part in rounds 1 … `until` (default: all), by name."""
-        return sorted({p.client for entry in self.entries(until) for p in entry.participants})
+        """Everybody who took part in rounds 1 … `until` (default: all), by name.
+
+        Of rounds whose entries are not here, nobody.
+        """
+        rounds = range(1, (len(self) if until is None else until) + 1)
+        here = [self.read(round) for round in rounds if self.has(round)]
+        return sorted({p.client for entry in here for p in entry.participants})
 
     def took_part(self, client: str, round: int) -> bool:
         """Whether a client's update is in the entry of a round; yes where that is not here.

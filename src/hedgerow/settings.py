@@ -10,7 +10,7 @@ import datetime
 import json
 import math
 import re
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -221,6 +221,14 @@ class DataSettings(TextSettings):
     same in every run."""
     partition: Partition | None = None
     """Division of `source` into clients, which belongs to it; null where `clients` are given."""
+    client_test: (
+        Annotated[float, Field(gt=0, lt=1)] | str | dict[str, str] | list[ClientFile] | None
+    ) = None
+    """Rows that each client is scored on by itself, with the model that it has: a share of its own
+    rows, above 0 and below 1, which is drawn by the run's seed and not trained on; or files, as a
+    pattern, whose numbers are the clients' places (0, 1, 2 …), a mapping of clients' names to
+    files, or a list of {name, file}, with columns as `fields` has them. With null, there are
+    none."""
 
     @model_validator(mode="after")
     def _one_kind_of_clients(self) -> DataSettings:

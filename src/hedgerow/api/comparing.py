@@ -29,6 +29,7 @@ class Comparison:
         path: the comparison's directory, which `hr.report` takes.
         table: means over seeds: one row for each method and value, for computing with.
         shown: the same for people: named columns, rounded, with spreads.
+        clients: by metric, scores of each client on test rows of its own, by method, for people.
         runs: each run that has begun, by its title (method, values and seed).
         failures: why a run did not get to its end, by its title.
         count: number of runs in all.
@@ -37,6 +38,7 @@ class Comparison:
     path: Path
     table: pandas.DataFrame
     shown: pandas.DataFrame
+    clients: Mapping[str, pandas.DataFrame]
     runs: Mapping[str, Run]
     failures: Mapping[str, str]
     count: int
@@ -122,7 +124,7 @@ def compare(
     watch = partial(watcher, progress, metrics=list(measured))
     from hedgerow.api.base import BaseInMemory
     from hedgerow.api.runs import Run
-    from hedgerow.reporting import tables
+    from hedgerow.reporting import by_client, tables
 
     base = None
     if drafted.network is not None:
@@ -133,12 +135,15 @@ def compare(
     table = tables.summarise(outcomes, given.target)
     people = tables.shown(table, list(cells[0].sweep), tables.compared(outcomes))
     tables.write(table, people, Path(out))
+    of_clients = by_client.tables(outcomes)
+    by_client.write(of_clients, Path(out))
     import pandas
 
     return Comparison(
         path=Path(out),
         table=pandas.DataFrame(table),
         shown=people,
+        clients={each.score.label: each.shown for each in of_clients},
         runs={
             comparison.title(outcome.cell): Run(
                 outcome.cell.folder, base=base, test=drafted.held.test

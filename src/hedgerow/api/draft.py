@@ -47,7 +47,8 @@ class Draft:
     def has_rows(self) -> bool:
         """Whether some of the data are in memory."""
         held = self.held
-        return bool(held.clients) or held.source is not None or held.test is not None
+        rows = held.clients or held.client_tests
+        return bool(rows) or held.source is not None or held.test is not None
 
     def load(self, overrides: Sequence[str] = ()) -> Experiment:
         """The experiment, checked.
@@ -139,6 +140,8 @@ def draft(
         clients = data["clients"]
     if clients is not None:
         data["clients"], held["clients"] = _clients(clients)
+    if isinstance(data.get("client_test"), Mapping | list):
+        data["client_test"], held["client_tests"] = _clients(data["client_test"], "client_test=")
     if not isinstance(data.get("source"), str | None):
         held["source"] = as_records(data["source"], "data.source")
         data["source"] = MEMORY
@@ -214,8 +217,8 @@ def _method(method: Any) -> Any:
     return options
 
 
-def _clients(clients: Any) -> tuple[Any, dict[str, Records]]:
-    """`data.clients`, and the rows of those whose data are in memory."""
+def _clients(clients: Any, key: str = "clients=") -> tuple[Any, dict[str, Records]]:
+    """Clients' files, and the rows of those whose data are in memory; `key` names the argument."""
     if isinstance(clients, str | os.PathLike):
         return os.fspath(clients), {}
     if isinstance(clients, Mapping):
@@ -224,14 +227,14 @@ def _clients(clients: Any) -> tuple[Any, dict[str, Records]]:
         named = ((f"client-{number:03d}", data) for number, data in enumerate(clients))
     else:
         raise UserError(
-            "clients= must be a mapping from names to rows or files, a list of them, or a pattern "
+            f"{key} must be a mapping from names to rows or files, a list of them, or a pattern "
             f"such as train_{{}}.json, not {type(clients).__name__}"
         )
     files: dict[str, str] = {}
     held: dict[str, Records] = {}
     for name, data in named:
         if str(name) in files:
-            raise UserError(f"clients= names {name} twice: give each a name of its own")
+            raise UserError(f"{key} names {name} twice: give each a name of its own")
         if isinstance(data, str | os.PathLike):
             files[str(name)] = os.fspath(data)
         else:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hedgerow.errors import UserError
-from hedgerow.runs import model_at, opened
+from hedgerow.runs import RunModels, model_at, opened
 from hedgerow.runs.opening import Loader, check_client, check_round
 from hedgerow.runs.rows import read_rows
 
@@ -99,7 +99,7 @@ class Run:
                 check_client(experiment, ledger, client)
             model = model_at(experiment, ledger, number, self._load)
             if number:
-                experiment.method.merge(model, client)
+                RunModels(experiment.method, ledger, number).merge(model, client)
             return model.network.requires_grad_(True)
 
     def evaluate(
@@ -137,7 +137,15 @@ class Run:
             named = str(data) if isinstance(data, str | Path) else MEMORY
             held = as_records(data, "data=") if named == MEMORY else None
         changes = asked_for(named, metrics, by, changes)
-        scores, _ = score_path(self.path, changes, round, client, load=self._load, held=held)
+        scores, _ = score_path(
+            self.path,
+            changes,
+            round,
+            client,
+            load=self._load,
+            held=held,
+            own_tests=data is None,
+        )
         return scores
 
     def answer(

@@ -140,7 +140,7 @@ def answer(
         if len(it.clients) > 1:
             known = ", ".join(it.clients)
             raise UserError(
-                f"a standalone run has a model for each client: name one with --client ({known})"
+                f"{it.name} has a model for each client: name one with --client ({known})"
             )
         tokenizer = it.model.tokenizer
         is_chosen = any(override.startswith("data.prompt=") for override in overrides)

@@ -43,7 +43,9 @@ def evaluate(
     ] = None,
     by: Annotated[str | None, typer.Option(help="Also score each value of this column.")] = None,
     round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
-    client: Annotated[str | None, typer.Option(help="Whose model, of a standalone run.")] = None,
+    client: Annotated[
+        str | None, typer.Option(help="Whose model, where clients have their own.")
+    ] = None,
     harness: Annotated[
         str | None,
         typer.Option(
@@ -138,7 +140,13 @@ def evaluate(
     said: list[str] = []
     with console.ProgressWatcher("evaluation") as watcher:
         scores, asked = score_path(
-            target, changes, round, client, watcher.evaluated, say=said.append
+            target,
+            changes,
+            round,
+            client,
+            watcher.evaluated,
+            own_tests=data is None,
+            say=said.append,
         )
     for sentence in said:
         _say(sentence)
@@ -149,6 +157,10 @@ def evaluate(
     rows = [(label, console.score(value)) for label, value in named_scores]
     console.table(str(target), ["score", "value"], rows)
     for key, score in scores_of(asked).items():
+        if own := scores.get(f"{key}_by_client"):
+            own |= {"mean of clients": scores[f"{key}_over_clients"]}
+            rows = [(name, console.score(value)) for name, value in own.items()]
+            console.table("", ["client", f"{score.label} on its own test rows"], rows)
         if values := scores.get(f"{key}_by"):
             rows = [
                 (

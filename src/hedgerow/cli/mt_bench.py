@@ -22,7 +22,9 @@ def mt_bench_answer(
     questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl.")] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help="The answers; those that are there stay.")] = ...,  # type: ignore[assignment]
     round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
-    client: Annotated[str | None, typer.Option(help="Whose model, of a standalone run.")] = None,
+    client: Annotated[
+        str | None, typer.Option(help="Whose model, where clients have their own.")
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="The longest answer; at most half of the model's positions.")
     ] = 1024,

@@ -92,6 +92,9 @@ def compare(
     from hedgerow.reporting import tables
 
     console.table("", found.shown.columns, found.shown.values.tolist())
+    for label, clients in found.clients.items():
+        title = f"{label} of each client on its own test rows (* best, + better than by itself)"
+        console.table(title, clients.columns, clients.values.tolist())
     for title, failure in found.failures.items():
         console.out.print(f"{title}: {failure}", soft_wrap=True)
     files = ", ".join(f".{kind}" for kind in tables.FORMATS)

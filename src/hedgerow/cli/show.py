@@ -47,7 +47,9 @@ def export(
     overrides: Overrides = None,
     to: Annotated[Format, typer.Option(help="What to make.")] = ...,  # type: ignore[assignment]
     round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
-    client: Annotated[str | None, typer.Option(help="Whose model, of a standalone run.")] = None,
+    client: Annotated[
+        str | None, typer.Option(help="Whose model, where clients have their own.")
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Cut an adapter to its best approximation.")
     ] = None,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held
 from hedgerow.data.partition import partition
-from hedgerow.data.rows import Records, Remarks, Row, check
-from hedgerow.data.sources import client_files, read, share_of
+from hedgerow.data.rows import Records, Remarks, Row, Rows, check
+from hedgerow.data.sources import client_files, client_test_files, read, share_of
 from hedgerow.data.templates import load as load_template
 from hedgerow.data.tokens import Spool, Tokenized
 from hedgerow.errors import NothingToLearn
@@ -59,15 +59,19 @@ class ClientData:
         self.remarks = Remarks()
         self._rows: Sequence[Row] = ()
         self._parts: Mapping[str, Sequence[int]] = {}
+        self._seeds = seeds
         if settings.clients is not None:
             self._files = client_files(settings.clients)
             self.names = list(self._files)
-            return
-        assert settings.source is not None
-        assert settings.partition is not None
-        self._rows = self._read(settings.source, self._held.source)
-        self._parts = partition(self._rows, settings.partition, seeds.derive("clients"))
-        self.names = list(self._parts)
+        else:
+            assert settings.source is not None
+            assert settings.partition is not None
+            self._rows = self._read(settings.source, self._held.source)
+            self._parts = partition(self._rows, settings.partition, seeds.derive("clients"))
+            self.names = list(self._parts)
+        tests, self._test_files = settings.client_test, {}
+        if tests is not None and not isinstance(tests, float):
+            self._test_files = client_test_files(tests, self.names)
 
     def tokenize(self, name: str) -> Tokenized:
         """Tokenise one client's examples.
@@ -76,13 +80,7 @@ class ClientData:
             UserError: they cannot be read.
             NothingToLearn: nothing of them is left to learn from.
         """
-        if name in self._parts:
-            rows: Sequence[Row] = [self._rows[index] for index in self._parts[name]]
-            if not rows:
-                raise NothingToLearn(f"{name}: `data.partition` gives it no row")
-        else:
-            own = self._held.clients.get(name)
-            rows = self._read(str(self._files[name]), own)
+        rows, _ = self._divided(name, self._own_rows(name))
         settings = self._settings
         return self._spool.tokenize(
             name,
@@ -92,13 +90,56 @@ class ClientData:
             loss_on=settings.loss_on,
         )
 
-    def _read(self, source: str, held: Records | None) -> Sequence[Row]:
+    def test_rows(self, name: str) -> Sequence[Row]:
+        """Rows that a client alone is scored on (`data.client_test`); none where it has none.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        if name in self._test_files:
+            file = str(self._test_files[name])
+            return self._checked(file, self._held.client_tests.get(name), 1.0)
+        if not isinstance(self._settings.client_test, float):
+            return []
+        # What is to be said of the rows is said when the others of them are tokenised.
+        _, held_out = self._divided(name, self._own_rows(name, remark=False))
+        return held_out
+
+    def _own_rows(self, name: str, *, remark: bool = True) -> Sequence[Row]:
+        """All rows of a client."""
+        if name in self._parts:
+            rows = [self._rows[index] for index in self._parts[name]]
+            if not rows:
+                raise NothingToLearn(f"{name}: `data.partition` gives it no row")
+            return rows
+        source, own = str(self._files[name]), self._held.clients.get(name)
+        return self._read(source, own, remark=remark)
+
+    def _divided(self, name: str, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
+        """A client's rows to learn from, of which one is left at least, and those to be scored."""
+        share = self._settings.client_test
+        if not isinstance(share, float) or len(rows) < 2:
+            return rows, []
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        order = self._seeds.numpy("client_test", name).permutation(len(rows))
+        held_out = set(order[:count].tolist())
+        return (
+            [row for index, row in enumerate(rows) if index not in held_out],
+            [row for index, row in enumerate(rows) if index in held_out],
+        )
+
+    def _read(self, source: str, held: Records | None, *, remark: bool = True) -> Sequence[Row]:
         """The rows of a source, or of what is held in memory."""
+        rows = self._checked(source, held, self._settings.share)
+        if remark:
+            self.remarks.update(rows.remarks)
+        return rows
+
+    def _checked(self, source: str, held: Records | None, share: float) -> Rows:
+        """A share of the rows of a source, or of what is held in memory."""
         settings = self._settings
         if source == MEMORY and held is not None:
-            records = share_of(held, settings.share)
+            records = share_of(held, share)
         else:
-            records = read(source, settings.split, settings.subset, settings.share)
-        rows = check(records, settings.fields)
-        self.remarks.update(rows.remarks)
-        return rows
+            records = read(source, settings.split, settings.subset, share)
+        return check(records, settings.fields)

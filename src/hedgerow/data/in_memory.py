@@ -19,11 +19,13 @@ class Held:
         clients: each client's rows, by name; only of those whose data are in memory.
         source: rows that `data.partition` divides into clients, if those are in memory.
         test: rows to evaluate on, if those are in memory.
+        client_tests: each client's own test rows, by name; only of those whose are in memory.
     """
 
     clients: Mapping[str, Records] = field(default_factory=dict)
     source: Records | None = None
     test: Records | None = None
+    client_tests: Mapping[str, Records] = field(default_factory=dict)
 
 
 def as_records(data: Any, what: str) -> Records:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from hedgerow.bundled import tasks
 from hedgerow.data.rows import Record, Records, check_distinct
-from hedgerow.errors import UserError
+from hedgerow.errors import UserError, did_you_mean
 from hedgerow.names import DEMO, MEMORY, NAME
 from hedgerow.seeds import Seeds
 
@@ -129,6 +129,36 @@ def client_files(clients: str | dict[str, str] | list[ClientFile | str]) -> dict
     return files
 
 
+def client_test_files(
+    tests: str | dict[str, str] | list[ClientFile], names: Sequence[str]
+) -> dict[str, Path]:
+    """The file of each client's own test rows, by the client's name; they need not be there.
+
+    Args:
+        tests: as `data.client_test` has files: a pattern, whose numbers are the clients' places; a
+            mapping of names to files; or a list of `{name, file}`.
+        names: the clients, in their order.
+
+    Raises:
+        UserError: the pattern has no place for a number, or a name is none of a client's.
+    """
+    if isinstance(tests, str):
+        _check_pattern(tests, "data.client_test")
+        return {name: _numbered(tests, number) for number, name in enumerate(names)}
+    named = list(tests.items()) if isinstance(tests, dict) else [(t.name, t.file) for t in tests]
+    files: dict[str, Path] = {}
+    for name, file in named:
+        if name not in names:
+            raise UserError(
+                f"`data.client_test`: there is no client {name!r}{did_you_mean(name, names)}: name "
+                "clients as data.clients or data.partition does"
+            )
+        if name in files:
+            raise UserError(f"`data.client_test`: {name!r} stands twice: give it one file")
+        files[name] = Path(file)
+    return files
+
+
 def _exists(path: Path) -> bool:
     """Whether there is such a file or folder; no, where its name is too long, say."""
     try:
@@ -138,14 +168,10 @@ def _exists(path: Path) -> bool:
 
 
 def _numbered_files(pattern: str) -> dict[str, Path]:
-    if "{}" not in pattern:
-        raise UserError(
-            f"`data.clients`: {pattern} has no {{}}: write it where the files' numbers 0, 1, 2 … "
-            "stand, or list the files"
-        )
+    _check_pattern(pattern, "data.clients")
 
     def path(number: int) -> Path:
-        return Path(pattern.replace("{}", str(number)))
+        return _numbered(pattern, number)
 
     count = next(number for number in itertools.count() if not _exists(path(number)))
     if count == 0:
@@ -157,6 +183,19 @@ def _numbered_files(pattern: str) -> dict[str, Path]:
             "files without a gap, or list them"
         )
     return {f"client-{number:03d}": path(number) for number in range(count)}
+
+
+def _check_pattern(pattern: str, key: str) -> None:
+    """Raise a `UserError` where a pattern that stands under `key` has no place for a number."""
+    if "{}" not in pattern:
+        raise UserError(
+            f"`{key}`: {pattern} has no {{}}: write it where the files' numbers 0, 1, 2 … stand, "
+            "or list the files"
+        )
+
+
+def _numbered(pattern: str, number: int) -> Path:
+    return Path(pattern.replace("{}", str(number)))
 
 
 def _read_file(path: Path) -> tuple[list[Record], Classes]:

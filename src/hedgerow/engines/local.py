@@ -33,7 +33,9 @@ class LocalFleet:
         self._experiment, self._prepared, self._directory = experiment, prepared, directory
         self._model = prepared.model
         self._seeds = Seeds(experiment.federation.seed)
-        self._scorer = Scorer(experiment, prepared.model, prepared.test)
+        self._scorer = Scorer(
+            experiment, prepared.model, directory.ledger, prepared.test, prepared.tests
+        )
 
     def gather(self) -> Sequence[Client]:
         """Clients of the run, in their order."""

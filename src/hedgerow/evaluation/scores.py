@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from hedgerow.data import Encoder, Example, Row, Spool, Template, Tokenized, load_template
-from hedgerow.errors import UserError
+from hedgerow.errors import NothingToScore, UserError
 from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.choices import Choices, log_likelihoods
 from hedgerow.evaluation.likelihood import Tick, losses
@@ -62,29 +62,45 @@ class TestSet:
         evaluation: EvaluationSettings,
         tokenizer: PreTrainedTokenizerBase,
         vocabulary_size: int | None = None,
+        *,
+        client: str | None = None,
+        spool: Spool | None = None,
     ) -> TestSet:
         """Check the rows for what `evaluation` asks of them, and tokenise them.
+
+        Args:
+            rows: the test rows.
+            settings: how they become text.
+            evaluation: what is scored.
+            tokenizer: the model's.
+            vocabulary_size: number of the model's embeddings; None compares no tokens.
+            client: name of the client whose own test rows they are; None for `data.test`.
+            spool: the file that holds the tokens; None for one of its own.
 
         Raises:
             UserError: there are no rows; the column `evaluation.by` is missing; the likelihood
                 of answers is needed and no prompt leaves room for one; options are needed and no
                 row has any; or a prompt is empty where an answer is to follow it.
         """
-        name = "the test data" if settings.test in (None, MEMORY) else settings.test
+        key, name = "data.test", "the test data"
+        if client is not None:
+            key, name = "data.client_test", f"the test data of {client}"
+        elif settings.test is not None and settings.test != MEMORY:
+            name = settings.test
         needs = {metric.needs: metric.name for metric in metrics_of(evaluation.metrics)}
         encoder = Encoder(load_template(settings, tokenizer), tokenizer, vocabulary_size)
         # Uncut, since a prompt that leaves no room for its answer's loss can still be answered.
-        examples = Spool().tokenize(name, rows, encoder, sys.maxsize, "answer")
+        examples = (spool or Spool()).tokenize(name, rows, encoder, sys.maxsize, "answer")
         if examples.dropped or (
             needs.keys() - {"likelihood"} and not examples.prompt_lengths.all()
         ):
             raise UserError(
-                f"`data.test`: {name} has rows with an empty prompt, which no answer can follow: "
+                f"`{key}`: {name} has rows with an empty prompt, which no answer can follow: "
                 "take them out, or choose another `data.prompt`"
             )
         scored = np.flatnonzero(examples.prompt_lengths < settings.max_length)
         if "likelihood" in needs and not len(scored):
-            raise UserError(
+            raise NothingToScore(
                 f"`data.max_length`: no answer of {name} is left to measure a loss on, since every "
                 f"prompt (the shortest has {examples.prompt_lengths.min()} tokens) fills "
                 f"{settings.max_length} tokens: raise it where the model has more positions, "

@@ -114,17 +114,26 @@ def without_folders(experiment: Experiment) -> Experiment:
         # What is not absolute is a name on the Hub, or a built-in one.
         return Path(path).name if path and Path(path).is_absolute() else path
 
-    data, clients = experiment.data, experiment.data.clients
-    if isinstance(clients, str):
-        clients = name(clients)
-    elif isinstance(clients, dict):
-        clients = {client: Path(file).name for client, file in clients.items()}
-    elif clients is not None:
-        clients = [
-            Path(c).name if isinstance(c, str) else ClientFile(name=c.name, file=Path(c.file).name)
-            for c in clients
-        ]
+    def names(clients: Any) -> Any:
+        if isinstance(clients, str):
+            return name(clients)
+        if isinstance(clients, dict):
+            return {client: Path(file).name for client, file in clients.items()}
+        if isinstance(clients, list):
+            return [
+                Path(c).name
+                if isinstance(c, str)
+                else ClientFile(name=c.name, file=Path(c.file).name)
+                for c in clients
+            ]
+        return clients
+
+    data = experiment.data
     files = {"source": data.source, "test": data.test, "prompt": data.prompt}
-    update = {"clients": clients, **{key: name(path) for key, path in files.items()}}
+    of_clients = {"clients": data.clients, "client_test": data.client_test}
+    update = {
+        **{key: names(value) for key, value in of_clients.items()},
+        **{key: name(path) for key, path in files.items()},
+    }
     changes = {"data": data.model_copy(update=update), "tracking": TrackingSettings()}
     return experiment.model_copy(update=changes)

@@ -27,20 +27,23 @@ def make_paths_absolute(content: Any, folders: Sequence[Path]) -> None:
             data[key] = _absolute_unless_hub_name(data[key], folders, f"data.{key}")
     if isinstance(data.get("prompt"), str) and not data["prompt"].replace("-", "").isalpha():
         data["prompt"] = absolute(data["prompt"], folders, "data.prompt")
-    clients = data.get("clients")
-    if isinstance(clients, str):
-        data["clients"] = absolute(clients, folders, "data.clients")
-    elif isinstance(clients, dict):
-        data["clients"] = {
-            name: absolute(file, folders, "data.clients") for name, file in clients.items()
-        }
-    elif isinstance(clients, list):
-        data["clients"] = [
-            client | {"file": absolute(client["file"], folders, "data.clients")}
+    for key in ("clients", "client_test"):
+        if data.get(key) is not None:
+            data[key] = _each_absolute(data[key], folders, f"data.{key}")
+
+
+def _each_absolute(clients: Any, folders: Sequence[Path], key: str) -> Any:
+    """A pattern, mapping or list of clients' files, with absolute paths; another value as it is."""
+    if isinstance(clients, dict):
+        return {name: absolute(file, folders, key) for name, file in clients.items()}
+    if isinstance(clients, list):
+        return [
+            client | {"file": absolute(client["file"], folders, key)}
             if isinstance(client, dict) and "file" in client
-            else absolute(client, folders, "data.clients")
+            else absolute(client, folders, key)
             for client in clients
         ]
+    return absolute(clients, folders, key)
 
 
 def _absolute_unless_hub_name(path: str, folders: Sequence[Path], key: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from hedgerow.clock import Clock
 from hedgerow.methods.base import Client
+from hedgerow.runs.scoring import ClientScores
 from hedgerow.wire import Entry
 
 
@@ -22,6 +23,8 @@ class ClientResult:
     failure: str | None = None
     absent: bool = False
     """The failure is that nothing was heard, so that asking again may help."""
+    scores: ClientScores | None = None
+    """What its model scores on its own test rows, where that was asked instead of an update."""
 
     @property
     def nbytes(self) -> int:

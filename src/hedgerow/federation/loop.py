@@ -17,6 +17,7 @@ from hedgerow.federation.inbox import Inbox
 from hedgerow.federation.traffic import Traffic, row_of
 from hedgerow.methods.base import Client
 from hedgerow.runs.directory import RunDirectory
+from hedgerow.runs.rows import ROWS_BY_CLIENT
 from hedgerow.seeds import Seeds
 
 
@@ -42,19 +43,26 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         due = round % experiment.evaluation.every == 0 or round == settings.rounds
         return fleet.evaluate(watcher.evaluated) if due else {}
 
-    asked = {row["round"]: [*row["participants"], *row["failures"]] for row in directory.rows()}
-    for round in range(1, len(ledger) + 1):
+    # Who is scored on rows of its own gets the model for that, too.
+    asked = {
+        row["round"]: [*row["participants"], *row["failures"], *row.get(ROWS_BY_CLIENT, [])]
+        for row in directory.rows()
+    }
+    last_row = len(ledger) if len(ledger) in asked else len(ledger) - 1
+    for round in range(1, last_row + 1):
         names = asked.get(round) or [client.name for client in participants(round)]
         traffic.down(names, round)
     if len(ledger) not in asked:
         # Before the first round; or the run was killed between an entry and its row.
         last = ledger.read(len(ledger)) if len(ledger) else None
+        drawn = [client.name for client in participants(len(ledger))] if last else []
         present = {p.client for p in last.participants} if last else set()
-        absent = (
-            [c.name for c in participants(len(ledger)) if c.name not in present] if last else []
-        )
+        absent = [name for name in drawn if name not in present]
         failures = dict.fromkeys(absent, "not known: the run was stopped before it was written")
-        finish(row_of(last, traffic, failures) | scores(len(ledger)))
+        scored = scores(len(ledger))
+        if last is not None:
+            traffic.down([*drawn, *scored.get(ROWS_BY_CLIENT, [])], len(ledger))
+        finish(row_of(last, traffic, failures) | scored)
 
     previous = ledger.read(len(ledger)) if len(ledger) else None
     for round in range(len(ledger) + 1, settings.rounds + 1):
@@ -72,11 +80,11 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         with clock("ledger"):
             previous = entry = ledger.append(inbox.entry(aggregate), method)
         del aggregate  # from here on the entry's tensors are read from its file
-        traffic.down([client.name for client in inbox.clients], round)
         with clock("apply"):
             fleet.advance(entry)
         with clock("evaluate"):
             scored = scores(round)
+        traffic.down([*(c.name for c in inbox.clients), *scored.get(ROWS_BY_CLIENT, [])], round)
 
         parts = {f"{part}_seconds": seconds for part, seconds in clock.seconds.items()}
         seconds = {"seconds": time.perf_counter() - began, **parts}

@@ -27,7 +27,7 @@ class Traffic:
         if not self._method.communicates:
             return
         sizes = [record.bytes for record in self._ledger.records[:round]]
-        for client in clients:
+        for client in dict.fromkeys(clients):
             missed = sizes[self._holds.get(client, 0) : round - 1]
             if not self._method.entries_accumulate:
                 missed = missed[-1:]

@@ -11,6 +11,7 @@ from hedgerow.methods.base import Method
 from hedgerow.methods.centralized import Centralized
 from hedgerow.methods.demo_sgd import DemoSGD
 from hedgerow.methods.diloco import DiLoCo
+from hedgerow.methods.ditto import Ditto
 from hedgerow.methods.fed_sb import FedSB
 from hedgerow.methods.fedadam import FedAdam
 from hedgerow.methods.fedavg import FedAvg
@@ -18,6 +19,7 @@ from hedgerow.methods.fedex_lora import FedExLoRA
 from hedgerow.methods.fedit import FedIT
 from hedgerow.methods.fedkseed import FedKSeed
 from hedgerow.methods.fedprox import FedProx
+from hedgerow.methods.fedsa_lora import FedSALoRA
 from hedgerow.methods.fedsvd import FedSVD
 from hedgerow.methods.fedzo import FedZO
 from hedgerow.methods.ferret import Ferret
@@ -42,6 +44,7 @@ __all__ = [
     "Centralized",
     "DemoSGD",
     "DiLoCo",
+    "Ditto",
     "FFALoRA",
     "FLoRA",
     "FLoRAAdaLoRA",
@@ -52,6 +55,7 @@ __all__ = [
     "FedIT",
     "FedKSeed",
     "FedProx",
+    "FedSALoRA",
     "FedSB",
     "FedSVD",
     "FedZO",

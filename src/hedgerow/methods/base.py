@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -158,7 +159,11 @@ class Method(Plugin, ABC):
     communicates: ClassVar[bool] = True
     """Whether updates and entries travel; where they don't, no bytes are counted."""
     has_global_model: ClassVar[bool] = True
-    """Whether clients end with one model; else there is one for each, and `--client` names it."""
+    """Whether there is one model for everybody; else there is one for each client, and `--client`
+    names it."""
+    personal: ClassVar[bool] = False
+    """Whether each client has a model of its own, of which it keeps in its memory what the global
+    model has not; see `personalized`."""
     averages: ClassVar[bool] = True
     """Whether the global model becomes the mean Σ p_k w_k of the clients' models, but for the
     `aggregation_error` that a round's metrics state; `hedgerow.testing.check_method` checks it."""
@@ -294,6 +299,20 @@ class Method(Plugin, ABC):
         Yields None for the global model. A method without one yields each of `clients` in turn.
         """
         yield None
+
+    def personalized(
+        self, model: Model, kept: Mapping[str, Tensor]
+    ) -> AbstractContextManager[None]:
+        """Make the global model in `model` a client's own, until the block ends (`personal`).
+
+        Within it, `models`, `merge` and `adapter`, given no client, are about that model.
+
+        Args:
+            model: the global model after a round.
+            kept: what the client saved in the last round that it took part in; nothing where there
+                is none.
+        """
+        raise NotImplementedError(f"method {self.name}: personal methods define `personalized`")
 
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]

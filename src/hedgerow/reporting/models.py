@@ -20,6 +20,7 @@ from hedgerow.experiment import Experiment
 from hedgerow.ledger import Ledger
 from hedgerow.model import Model
 from hedgerow.reporting.gather import Series
+from hedgerow.runs import RunModels
 from hedgerow.runs.lender import Lender
 from hedgerow.runs.preparation import test_rows
 from hedgerow.seeds import Seeds
@@ -122,10 +123,11 @@ class _Inspector:
             notes.append(str(error))
         ledger.replay(method, model)
         client = None if method.has_global_model else ledger.clients()[0]
+        own = RunModels(method, ledger, len(ledger))
         if questionnaire is not None:
-            for _ in method.models(model, [] if client is None else [client]):
+            for _ in own.models(model, [] if client is None else [client]):
                 questionnaire.ask(series.label, model)
-        method.merge(model, client)
+        own.merge(model, client)
         self.spectra[series.label] = dict(_spectra(model, self._lender.state))
         return notes
 

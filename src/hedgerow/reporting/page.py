@@ -16,7 +16,7 @@ from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import Score
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.files import replacing
-from hedgerow.reporting import charts, models, tables
+from hedgerow.reporting import by_client, charts, models, tables
 from hedgerow.reporting.gather import Series, gather, told
 from hedgerow.reporting.sections import drawn_scores, rounds_of, sections, standing_in
 from hedgerow.runs.changes import flat
@@ -110,6 +110,15 @@ def render(
             *(f"{o.cell.method}, seed {o.cell.seed}: {o.failure}" for o in outcomes if o.failure),
             *failed,
         ],
+        clients=[
+            {
+                "title": f"{each.score.label} of each client on its own test rows",
+                "about": each.about,
+                "header": list(each.shown.columns),
+                "rows": each.shown.values.tolist(),
+            }
+            for each in by_client.tables(outcomes)
+        ],
         sections=sections(series, inspection, rounds),
         numbers=_numbers(rounds, drawn),
         questions=inspection.questions,
@@ -147,7 +156,7 @@ def _title(series: Sequence[Series]) -> str:
 
 def _headline(series: Sequence[Series], table: Sequence[dict[str, Any]]) -> list[str]:
     """What the table says, in a sentence or two."""
-    keys = {*TextSettings.model_fields} - {"loss_on"}
+    keys = {*TextSettings.model_fields, "client_test"} - {"loss_on"}
     tests = {each.first.cell.experiment.data.model_dump_json(include=keys) for each in series}
     if len(tests) > 1:
         return ["Not all runs were scored on the same test data: their scores do not compare."]

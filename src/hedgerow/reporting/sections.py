@@ -177,6 +177,10 @@ def _by_client(series: Sequence[Series], names: list[str]) -> Section:
     drawn += _dots(
         tested, names, "loss", "loss on the test data of each client's own model", "lower"
     )
+    for score in measured_scores(series).values():
+        title = f"{score.label} on the client's own test rows"
+        found = _means(series, f"{score.key}_by_client")
+        drawn += _dots(found, names, score.title, title, score.direction)
     about = "In the last round; means over seeds."
     return Section("Scores by client", about, drawn)
 

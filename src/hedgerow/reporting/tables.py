@@ -67,17 +67,22 @@ def default_target(outcomes: Iterable[Outcome]) -> float | None:
 def compared(outcomes: Iterable[Outcome]) -> dict[str, Score]:
     """The scores that are compared where they were measured, after the last round, by their keys.
 
-    The outcomes' metrics' main scores, and the others of which one direction is better.
+    The outcomes' metrics' main scores, the others of which one direction is better, and the means
+    over clients of the main ones on their own test rows.
     """
     names = dict.fromkeys(
         name for each in outcomes for name in each.cell.experiment.evaluation.metrics
     )
     mains = main_scores_of(names)
+    own = {
+        f"{key}_over_clients": score._replace(key=f"{key}_over_clients", label=f"own {score.label}")
+        for key, score in mains.items()
+    }
     return {
         key: score
         for key, score in scores_of(names).items()
         if key in mains or (score.direction and not score.derived)
-    }
+    } | own
 
 
 def shown(

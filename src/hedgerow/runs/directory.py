@@ -17,6 +17,7 @@ from hedgerow.files import check_name, check_place, replacing
 from hedgerow.ledger import INDEX, Base, Ledger
 from hedgerow.runs.changes import another_run, changes
 from hedgerow.runs.memory import RoundMemory
+from hedgerow.runs.personal import CLIENTS
 from hedgerow.runs.rows import METRICS_FILE, read_rows, to_line
 from hedgerow.settings import ClientFile
 from hedgerow.wire import Update
@@ -186,7 +187,7 @@ class RunDirectory:
     def memory(self, client: str, round: int) -> RoundMemory:
         """The memory of a client of this engine in a round."""
         counts = partial(self.ledger.took_part, client)
-        return RoundMemory(self.path / "clients" / client, round, counts)
+        return RoundMemory(self.path / CLIENTS / client, round, counts)
 
     def _check_memories(
         self, experiment: Experiment, clients: Iterable[str], rows: Sequence[Mapping[str, Any]]

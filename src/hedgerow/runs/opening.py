@@ -14,6 +14,7 @@ from hedgerow.experiment.file import read
 from hedgerow.ledger import Base, Ledger, unpack
 from hedgerow.model import Model
 from hedgerow.runs.directory import EXPERIMENT
+from hedgerow.runs.personal import CLIENTS
 from hedgerow.settings import ModelSettings
 
 
@@ -103,16 +104,19 @@ def check_client(experiment: Experiment, ledger: Ledger, client: str | None) -> 
     """The clients whose models are meant: the one that is named, or all; none of a global model.
 
     Raises:
-        UserError: one is named where there is a global model, or it is not there.
+        UserError: one is named where there is one model for everybody, or it is not there.
     """
-    if experiment.method.has_global_model:
+    method = experiment.method
+    if method.has_global_model:
         if client is None:
             return []
-        raise UserError(f"client {client}: {experiment.method.name} has one model for everybody")
+        if not method.personal:
+            raise UserError(f"client {client}: {method.name} has one model for everybody")
     clients = ledger.clients()
     if client is None:
         return clients
-    if client not in clients:
+    at_site = method.personal and (ledger.folder.parent / CLIENTS / client).is_dir()
+    if client not in clients and not at_site:  # a site may lack the entries that name its client
         raise UserError(f"client {client}: only {', '.join(clients)} took part in the run")
     return [client]
 

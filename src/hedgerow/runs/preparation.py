@@ -10,9 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hedgerow.data import ClientData, Held, Records, Rows, Template, Tokenized, check, read
+from hedgerow.data import (
+    ClientData,
+    Held,
+    Records,
+    Rows,
+    Spool,
+    Template,
+    Tokenized,
+    check,
+    read,
+)
 from hedgerow.data.sources import share_of
-from hedgerow.errors import NothingToLearn, UserError
+from hedgerow.errors import NothingToLearn, NothingToScore, UserError
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.scores import TestSet
@@ -50,6 +60,8 @@ class Prepared:
     shards: dict[str, Tokenized]
     """Examples of each client, by name."""
     test: TestSet | None
+    tests: dict[str, TestSet]
+    """Test rows of each client that has some of its own, by name."""
     notes: list[str]
     """Sentences for people: what there is, then what is left out of it, each with its count."""
 
@@ -94,6 +106,8 @@ def prepare(
     ]
     notes = notes_on_model(model, data.encoder.template, experiment.method)
     notes += [*left_out, *data.remarks.sentences(), *notes_on_data(shards)]
+    tests, untested = client_tests(experiment, model, data, list(shards))
+    notes += untested
     if experiment.method.pools_data:
         shards = {"pooled": Tokenized.concatenate(list(shards.values()))}
         clients = [Client(0, name, len(shard)) for name, shard in shards.items()]
@@ -114,6 +128,7 @@ def prepare(
         clients=clients,
         shards=shards,
         test=test,
+        tests=tests,
         notes=[there_is, *notes],
     )
 
@@ -219,6 +234,50 @@ def load_test(
     check_positions(model, settings)
     test = TestSet.prepare(rows, text, settings, model.tokenizer, model.vocabulary_size)
     return replace(test, remarks=rows.remarks.sentences())
+
+
+def client_tests(
+    experiment: Experiment, model: Model, data: ClientData, names: Sequence[str]
+) -> tuple[dict[str, TestSet], list[str]]:
+    """Clients' own test rows (`data.client_test`), ready to be scored.
+
+    Args:
+        experiment: says what is scored, but for `evaluation.by`, which is of `data.test`.
+        model: whose tokenizer and positions count.
+        data: has the rows.
+        names: clients that are asked for.
+
+    Returns:
+        The test rows of each client that has some, and sentences on those that have none.
+
+    Raises:
+        UserError: they cannot be read, or not be scored as `evaluation` asks.
+    """
+    if experiment.data.client_test is None:
+        return {}, []
+    settings = experiment.evaluation.model_copy(update={"by": None})
+    if any(metric.needs == "likelihood" for metric in metrics_of(settings.metrics)):
+        check_max_length(model, experiment.data.max_length)
+    check_positions(model, settings)
+    spool, tests, without = Spool(), {}, []
+    for name in names:
+        rows = data.test_rows(name)
+        if not rows:
+            without.append(f"client {name} has no test rows of its own, and so no score")
+            continue
+        try:
+            tests[name] = TestSet.prepare(
+                rows,
+                experiment.data,
+                settings,
+                model.tokenizer,
+                model.vocabulary_size,
+                client=name,
+                spool=spool,
+            )
+        except NothingToScore as error:
+            without.append(f"client {name} has no score: {error}")
+    return tests, without
 
 
 def test_rows(

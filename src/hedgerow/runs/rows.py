@@ -10,6 +10,8 @@ from hedgerow.errors import UserError
 from hedgerow.files import to_json
 
 METRICS_FILE = "metrics.jsonl"
+ROWS_BY_CLIENT = "test_rows_by_client"
+"""Key of the numbers of test rows of clients that were scored on their own."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from hedgerow.data import Records
+from hedgerow.data import ClientData, Records
 from hedgerow.errors import UserError
 from hedgerow.evaluation.measuring import derived
-from hedgerow.evaluation.metrics import metrics_of
+from hedgerow.evaluation.metrics import main_scores_of, metrics_of
 from hedgerow.evaluation.scores import TestSet, evaluate
 from hedgerow.experiment import Experiment, apply_overrides, validate
-from hedgerow.methods.base import Client, Method
+from hedgerow.ledger import Ledger
+from hedgerow.methods.base import Client
 from hedgerow.model import Model, max_positions
 from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
-from hedgerow.runs.preparation import check_causal, load_test, notes_on_scoring
+from hedgerow.runs.personal import RunModels
+from hedgerow.runs.preparation import check_causal, client_tests, load_test, notes_on_scoring
+from hedgerow.runs.rows import ROWS_BY_CLIENT
+from hedgerow.seeds import Seeds
 from hedgerow.settings import DEFAULT_TEST, Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
 
@@ -29,8 +33,25 @@ Progress = Callable[[int, int], None]
 class Scorer:
     """The global model of a run, which entries advance, and its scores."""
 
-    def __init__(self, experiment: Experiment, model: Model, test: TestSet | None) -> None:
-        self._experiment, self._model, self._test = experiment, model, test
+    def __init__(
+        self,
+        experiment: Experiment,
+        model: Model,
+        ledger: Ledger,
+        test: TestSet | None,
+        tests: Mapping[str, TestSet] | None = None,
+    ) -> None:
+        """Score the model at the ledger's head.
+
+        Args:
+            experiment: says how.
+            model: at the head, too.
+            ledger: the run's.
+            test: test data for all; None for none.
+            tests: test rows of clients, by name, for the models that they have.
+        """
+        self._experiment, self._model, self._ledger = experiment, model, ledger
+        self._test, self._tests = test, tests or {}
 
     def advance(self, entry: Entry) -> None:
         """Advance the model by one entry."""
@@ -41,40 +62,76 @@ class Scorer:
     ) -> dict[str, Any]:
         """Scores of the model; of each client's and their mean where there is no global one.
 
-        They are empty without test data.
+        Those of clients' own test rows are beside them (`over_clients`). Without test data they are
+        empty.
 
         Args:
             gather: gives the run's clients, where they have models of their own.
         """
-        if self._test is None:
-            return {}
-        method = self._experiment.method
-        return score_method(
-            method,
-            self._model,
-            clients=[] if method.has_global_model else [client.name for client in gather()],
-            test=self._test,
-            settings=self._experiment.evaluation,
-            progress=progress,
-        )
+        method, settings = self._experiment.method, self._experiment.evaluation
+        models = RunModels(method, self._ledger, len(self._ledger))
+        found: dict[str, Any] = {}
+        if self._test is not None:
+            clients = [] if method.has_global_model else [client.name for client in gather()]
+            scored = {
+                name: evaluate(self._model, self._test, settings, progress)
+                for name in models.models(self._model, clients)
+            }
+            found = by_model(scored, settings.metrics)
+        own = score_clients(models, self._model, self._tests, settings, progress)
+        return found | over_clients(own, settings.metrics)
 
 
-def score_method(
-    method: Method,
+def score_clients(
+    models: RunModels,
     model: Model,
-    clients: Sequence[str],
-    test: TestSet,
+    tests: Mapping[str, TestSet],
     settings: EvaluationSettings,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Scores of a method's global model; or, where it has none, of each client's, and their mean.
+) -> dict[str, ClientScores]:
+    """Scores of clients' models on their own test rows, by name.
 
     Args:
-        clients: whose models count where there is no global one.
+        models: those of the run.
+        model: the global one, at their round.
+        tests: the rows.
+        settings: say what is scored.
     """
-    models = method.models(model, clients)
-    scores = {name: evaluate(model, test, settings, progress) for name in models}
-    return by_model(scores, settings.metrics)
+    keys = [score.key for score in main_scores_of(settings.metrics).values()]
+    whole = settings.model_copy(update={"by": None})
+    found = {}
+    for name, test in tests.items():
+        for _ in models.of_client(model, name):
+            scores = evaluate(model, test, whole, progress)
+            found[name] = ClientScores(len(test), {key: float(scores[key]) for key in keys})
+    return found
+
+
+class ClientScores(NamedTuple):
+    """Scores of the model that a client has, on test rows of its own."""
+
+    rows: int
+    """Number of these."""
+    values: Mapping[str, float]
+    """Main score of each metric, by its key."""
+
+
+def over_clients(found: Mapping[str, ClientScores], metrics: Sequence[str]) -> dict[str, Any]:
+    """Scores of clients' own test rows as a row of metrics has them; empty where there are none.
+
+    Returns:
+        `eval_loss_by_client` (of each client), `eval_loss_over_clients` (their mean, in which each
+        client counts once, however many rows it has), and the same of other metrics' main scores;
+        and `test_rows_by_client`, the number of its rows.
+    """
+    if not found:
+        return {}
+    scores: dict[str, Any] = {}
+    for key in main_scores_of(metrics):
+        values = {name: own.values[key] for name, own in found.items()}
+        scores[f"{key}_by_client"] = values
+        scores[f"{key}_over_clients"] = sum(values.values()) / len(values)
+    return scores | {ROWS_BY_CLIENT: {name: own.rows for name, own in found.items()}}
 
 
 def by_model(scores: dict[str | None, dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
@@ -104,16 +161,19 @@ class Subject:
     """The hash of the run's last entry that is in the model, or of its base; None of a folder."""
     seed: int
     """Seed of the run, for what is drawn at random."""
-    method: Method | None
+    experiment: Experiment | None
+    """The run's; None of a folder."""
+    own: RunModels | None
+    """The run's models after the round."""
     clients: Sequence[str]
-    """Clients whose models are meant, where a run has no global one."""
+    """Clients whose models are meant: all of them where a run has no global one, or one of them."""
 
     def models(self) -> Iterator[str | None]:
         """Put what is to be scored into `model`, as `Method.models` does."""
-        if self.method is None:
+        if self.own is None:
             yield None
         else:
-            yield from self.method.models(self.model, self.clients)
+            yield from self.own.models(self.model, self.clients)
 
 
 def asked_for(
@@ -180,7 +240,8 @@ def loaded(
             name=model.name,
             entry=None,
             seed=0,
-            method=None,
+            experiment=None,
+            own=None,
             clients=(),
         )
         return
@@ -195,7 +256,8 @@ def loaded(
             name=f"{path.absolute().name}-round-{round}",
             entry=ledger.parent(round + 1),
             seed=experiment.federation.seed,
-            method=experiment.method,
+            experiment=experiment,
+            own=RunModels(experiment.method, ledger, round),
             clients=clients,
         )
 
@@ -209,12 +271,14 @@ def score_path(
     *,
     load: Loader = Model.load,
     held: Records | None = None,
+    own_tests: bool = True,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Scores of a run's model after a round, or of a model folder; the arguments are `loaded`'s.
 
     Args:
         held: the test rows, where `data.test` is `(memory)`.
+        own_tests: score clients on test rows of their own too, where the run has those.
         say: told what a run says of its model, prompts and test data when it begins.
 
     Returns:
@@ -224,12 +288,43 @@ def score_path(
         UserError: naming what does not fit.
     """
     with loaded(path, overrides, round, client, load) as it:
-        test = load_test(it.data, it.evaluation, it.model, held)
-        for note in notes_on_scoring(it.model, test, it.evaluation):
-            say(note)
-        scored = {name: evaluate(it.model, test, it.evaluation, progress) for name in it.models()}
+        found: dict[str, Any] = {}
+        has_own = it.experiment is not None and it.experiment.data.client_test is not None
         metrics = it.evaluation.metrics
-        return by_model(scored, metrics) | counts(test), metrics
+        if it.data.test is not None or not (has_own and own_tests):
+            test = load_test(it.data, it.evaluation, it.model, held)
+            for note in notes_on_scoring(it.model, test, it.evaluation):
+                say(note)
+            scored = {n: evaluate(it.model, test, it.evaluation, progress) for n in it.models()}
+            found = by_model(scored, metrics) | counts(test)
+        if has_own and own_tests:
+            try:
+                found |= _of_own_tests(it, client, progress, say)
+            except UserError as error:
+                if not found:
+                    raise
+                say(f"clients are not scored on test rows of their own: {error}")
+        return found, metrics
+
+
+def _of_own_tests(
+    it: Subject, client: str | None, progress: Progress | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Scores of all clients, or of one, on their own test rows, as `over_clients` has them."""
+    assert it.experiment is not None
+    assert it.own is not None
+    data = ClientData(
+        it.experiment.data,
+        it.model.tokenizer,
+        Seeds(it.seed),
+        vocabulary_size=it.model.vocabulary_size,
+    )
+    names = data.names if client is None else [client]
+    tests, without = client_tests(it.experiment, it.model, data, names)
+    for note in without:
+        say(note)
+    own = score_clients(it.own, it.model, tests, it.evaluation, progress)
+    return over_clients(own, it.evaluation.metrics)
 
 
 def counts(test: TestSet) -> dict[str, int]:

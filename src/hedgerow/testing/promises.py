@@ -14,7 +14,7 @@ from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import UserError
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import ClientRound, Method, Trained
-from hedgerow.runs import check_client
+from hedgerow.runs import RunModels, check_client
 from hedgerow.testing.bench import ROUNDS, Bench, LastFirst
 from hedgerow.testing.case import TRAINING, Case
 from hedgerow.testing.models import effective_weights
@@ -77,7 +77,8 @@ def train(bench: Bench) -> Round:
     case.check_accepted_update(case.receive(case.updates[0]))
     entry = case.arrive(case.entry)
     bench.method.apply(model, entry)
-    after = {name: effective_weights(model) for name in bench.method.models(model, list(trained))}
+    clients = [] if bench.method.has_global_model else list(trained)
+    after = {name: effective_weights(model) for name in bench.method.models(model, clients)}
     case.restore()
     return Round(case, before, trained, after)
 
@@ -89,6 +90,8 @@ def check_mean(round: Round) -> None:
         AssertionError: it is another, or `aggregation_error` is.
     """
     method, entry = round.case.method, round.case.arrive(round.case.entry)
+    if not method.is_mean:
+        return
     if not method.has_global_model:
         for name, weights in round.trained.items():
             found = _distance(round.after[name], weights)
@@ -97,8 +100,6 @@ def check_mean(round: Round) -> None:
                 f"the model of {name} is not what it has trained: it is off by {found / size:.2g} "
                 "of its change"
             )
-        return
-    if not method.is_mean:
         return
     shares = {p.client: p.weight for p in entry.participants}
     mean = {name: before.clone() for name, before in round.before.items()}
@@ -177,31 +178,35 @@ def check_models(bench: Bench) -> None:
     """
     experiment, model, base = bench.experiment, bench.model, bench.model.state()
     ledger, method = Ledger.open(bench.folder / "whole" / "ledger"), bench.experiment.method
-    before = effective_weights(model)
-    client = next(iter(check_client(experiment, ledger, None)), None)
+    own, before = RunModels(method, ledger, len(ledger)), effective_weights(model)
+    clients: list[str | None] = [next(iter(check_client(experiment, ledger, None)), None)]
+    if method.personal and method.has_global_model:
+        clients.append(ledger.clients()[0])
 
     def replayed() -> None:
         model.reset(base)
         ledger.replay(method, model)
 
-    replayed()
-    evaluated = [effective_weights(model) for _ in method.models(model, [client] if client else [])]
-    assert len(evaluated) == 1, f"`models` yields {len(evaluated)} models for one"
-    try:
+    for client in clients:
         replayed()
-        method.merge(model, client)
-        _check_same(effective_weights(model), evaluated[0], "merged")
-    except UserError:
-        pass  # a sentence will do
-    try:
-        replayed()
-        pairs = dict(adapter_pairs(method.adapter(ledger.entries(), client, lambda: model)))
-        added = {module: pair.product().double().cpu() for module, pair in pairs.items()}
-        exported = {n: w + added[n] if n in added else w for n, w in before.items()}
-        _check_same(exported, evaluated[0], "adapter")
-    except UserError:
-        pass
-    model.reset(base)
+        named = [] if client is None else [client]
+        evaluated = [effective_weights(model) for _ in own.models(model, named)]
+        assert len(evaluated) == 1, f"`models` yields {len(evaluated)} models for one"
+        try:
+            replayed()
+            own.merge(model, client)
+            _check_same(effective_weights(model), evaluated[0], "merged")
+        except UserError:
+            pass  # a sentence will do
+        try:
+            replayed()
+            pairs = dict(adapter_pairs(own.adapter(client, lambda: model)))
+            added = {module: pair.product().double().cpu() for module, pair in pairs.items()}
+            exported = {n: w + added[n] if n in added else w for n, w in before.items()}
+            _check_same(exported, evaluated[0], "adapter")
+        except UserError:
+            pass
+        model.reset(base)
 
 
 def _check_same(exported: Weights, evaluated: Weights, what: str) -> None:

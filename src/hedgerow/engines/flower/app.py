@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from hedgerow.data import load_template
-from hedgerow.data.sources import client_files
+from hedgerow.data.sources import client_files, client_test_files
 from hedgerow.engines.flower import BASE
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
@@ -190,8 +190,13 @@ def _without_paths(experiment: Experiment, clients: list[str]) -> tuple[Experime
         settings = settings.model_copy(update={"path": f"./{Path(settings.path).name}"})
     is_name = data.test is None or not Path(data.test).is_absolute()
     template = Path(data.prompt) if Path(data.prompt).is_absolute() else None
+    tests = data.client_test
+    if tests is not None and not isinstance(tests, float):
+        names = client_test_files(tests, clients)
+        tests = [ClientFile(name=name, file=f"{name}-test.json") for name in names]
     changes = {
         "clients": [ClientFile(name=name, file=f"{name}.json") for name in clients],
+        "client_test": tests,
         "test": data.test if is_name else f"./{Path(str(data.test)).name}",
         "prompt": data.prompt if template is None else f"./{PROMPT}",
     }

@@ -18,11 +18,12 @@ from google.protobuf.message import DecodeError
 from hedgerow.clock import Clock
 from hedgerow.engines.flower.messages import Action, FileInfo, Held, Parcel, Reply, Request, pack
 from hedgerow.errors import InvalidMessage, RunFailed
+from hedgerow.evaluation.metrics import main_scores_of
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import ClientResult
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Client
-from hedgerow.runs.scoring import Scorer
+from hedgerow.runs.scoring import ClientScores, Scorer, over_clients
 from hedgerow.wire import MAX_HEADER_BYTES, Entry
 
 BATCH = 256 << 20
@@ -56,8 +57,8 @@ class Errand:
     member: Member | None = None
     batches: collections.deque[range] = field(default_factory=collections.deque)
     """The rounds whose entries are still to be sent."""
-    trains: bool = False
-    """The last message asks for training."""
+    asks: Action = Action.entries
+    """What the last message asks for."""
     restarts: int = 0
 
 
@@ -88,6 +89,8 @@ class FlowerFleet:
     ) -> None:
         self._grid, self._method, self._ledger = grid, experiment.method, ledger
         self._settings, self._names = experiment.federation, list(names)
+        self._metrics = experiment.evaluation.metrics
+        self._has_tests = experiment.data.client_test is not None
         self._date = experiment.data.template.date
         self._run, self._folder, self._scorer, self._say = run, folder, scorer, say
         # Of float32 numbers; an adapter of full rank has up to twice as many as its matrix.
@@ -203,7 +206,7 @@ class FlowerFleet:
                 why = "its SuperNode is not connected"
                 yield ClientResult(member.client, failure=why, absent=True)
         present = [member for member in members if member.node in online]
-        errands = [self._errand(member, round, trains=True) for member in present]
+        errands = [self._errand(member, round, asks=Action.train) for member in present]
         yield from self._run_errands(errands, clock)
 
     def advance(self, entry: Entry) -> None:
@@ -212,8 +215,32 @@ class FlowerFleet:
             self._scorer.advance(entry)
 
     def evaluate(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
-        """Scores of what the method has made, where the server has a model and test data."""
-        return self._scorer.evaluate(self.gather, progress) if self._scorer is not None else {}
+        """Scores of what the method has made, where the server has a model and test data.
+
+        And those of each client's model on its own test rows, which its site scores.
+        """
+        scorer = self._scorer
+        found = {} if scorer is None else scorer.evaluate(self.gather, progress)
+        return found | (over_clients(self._own_scores(), self._metrics) if self._has_tests else {})
+
+    def _own_scores(self) -> dict[str, ClientScores]:
+        """Scores of all clients that are connected and have test rows of their own, by name."""
+        clients = self.gather()
+        online = {node.node_id for node in self._grid.get_nodes()}
+        members = [self._members[client.name] for client in clients]
+        errands = [
+            self._errand(member, len(self._ledger) + 1, asks=Action.score)
+            for member in members
+            if member.node in online
+        ]
+        found: dict[str, ClientScores] = {}
+        for result in self._run_errands(errands, Clock()):
+            name = result.client.name
+            if result.failure is not None:
+                self._say(f"{name} has no score on its own test rows: {result.failure}")
+            elif result.scores is not None:
+                found[name] = result.scores
+        return {client.name: found[client.name] for client in clients if client.name in found}
 
     def finish(self) -> None:
         """Send everybody the entries that they still miss."""
@@ -222,7 +249,7 @@ class FlowerFleet:
                 self._wait_for_all(self._settings.deadline or PATIENCE)
         online = {node.node_id for node in self._grid.get_nodes()}
         errands = [
-            self._errand(member, len(self._ledger) + 1, trains=False)
+            self._errand(member, len(self._ledger) + 1, asks=Action.entries)
             for member in self._members.values()
             if member.node in online and member.held < len(self._ledger)
         ]
@@ -232,9 +259,9 @@ class FlowerFleet:
 
     # --- messages -------------------------------------------------------------------------------
 
-    def _errand(self, member: Member, round: int, *, trains: bool) -> Errand:
-        """Bring a member's ledger to the round before, in batches; then train, or not."""
-        errand = Errand(member.node, member, trains=trains)
+    def _errand(self, member: Member, round: int, *, asks: Action) -> Errand:
+        """Bring a member's ledger to the round before, in batches; then have it do something."""
+        errand = Errand(member.node, member, asks=asks)
         first, size = member.held + 1, 0
         if not self._method.entries_accumulate:
             errand.batches.append(range(first, round))  # of which only the last is sent
@@ -276,8 +303,7 @@ class FlowerFleet:
     def _next(self, errand: Errand) -> str:
         """Send an errand's next message; returns its id."""
         rounds = errand.batches.popleft()
-        last = errand.trains and not errand.batches
-        return self._send(errand, Action.train if last else Action.entries, rounds)
+        return self._send(errand, Action.entries if errand.batches else errand.asks, rounds)
 
     def _send(self, errand: Errand, action: Action, rounds: range) -> str:
         records = [
@@ -292,6 +318,7 @@ class FlowerFleet:
             files=needed,
             date=self._date,
             train=action is Action.train,
+            score=True if action is Action.score else None,
         )
         files = [
             self._ledger.folder / self._ledger.records[round - 1].file
@@ -334,16 +361,16 @@ class FlowerFleet:
                 return ClientResult(client, failure=reply.failure)
             if errand.batches:
                 return None
-            if errand.trains and reply.files:
+            if errand.asks is Action.train and reply.files:
                 return ClientResult(client, self._saved(parcel, client))
-            if not errand.trains and member.held == len(self._ledger):
-                return ClientResult(client)
+            if errand.asks is not Action.train and member.held == len(self._ledger):
+                return ClientResult(client, scores=self._scores(reply))
             if errand.restarts == RESTARTS:
                 raise InvalidMessage(
                     f"its copy of the ledger still differs after {RESTARTS} attempts"
                 )
             # It is not what it was thought to be.
-            again = self._errand(member, len(self._ledger) + 1, trains=errand.trains)
+            again = self._errand(member, len(self._ledger) + 1, asks=errand.asks)
             errand.batches, errand.restarts = again.batches, errand.restarts + 1
             return None
         except InvalidMessage as error:
@@ -365,6 +392,15 @@ class FlowerFleet:
         path = self._folder / f"{client.name}.safetensors"
         parcel.save(0, path)
         return path
+
+    def _scores(self, reply: Reply) -> ClientScores | None:
+        """What a client's model scores on its own test rows."""
+        if reply.scores is None:
+            return None
+        keys, values = main_scores_of(self._metrics), reply.scores.values
+        if strangers := values.keys() - keys:
+            raise InvalidMessage(f"it has a score {min(strangers)} that nobody asked for")
+        return ClientScores(reply.scores.rows, {key: values.get(key, math.nan) for key in keys})
 
     def _rounds_held(self, held: Held | None) -> int:
         """The rounds of the ledger that a site has; 0 where its copy is another."""

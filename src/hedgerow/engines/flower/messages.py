@@ -28,6 +28,9 @@ Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+MOST_SCORES = 100
+"""Largest number of scores in a reply."""
+
 Sentence = Annotated[str, Field(max_length=1000), AfterValidator(readable)]
 
 
@@ -36,6 +39,7 @@ class Action(StrEnum):
 
     invite = "query.invite"
     entries = "query.entries"
+    score = "query.score"
     train = "train.round"
 
     def register(self, app: ClientApp, handle: Callable[[Message, Context], Message]) -> None:
@@ -75,6 +79,8 @@ class Request(Words):
     """Day that the run's chat template writes; None where it writes none."""
     train: bool = False
     """Train the round after the last of `records`."""
+    score: bool | None = None
+    """Score the client's model after the last of `records` on its own test rows."""
 
 
 class Held(BaseModel):
@@ -86,6 +92,19 @@ class Held(BaseModel):
     head: Hash
 
 
+class OwnScores(BaseModel):
+    """Scores of the model that a client has, on test rows of its own, which stay at its site."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    rows: Annotated[int, Field(ge=1, lt=2**63)]
+    """Number of test rows."""
+    values: Annotated[
+        dict[Annotated[str, Field(max_length=200)], float], Field(max_length=MOST_SCORES)
+    ]
+    """Main score of each metric by its key, but for those that are no finite numbers."""
+
+
 class Reply(Words):
     """Words from a site to the server."""
 
@@ -94,6 +113,8 @@ class Reply(Words):
     held: Held | None = None
     refused: Sentence | None = None
     """The site does not take part, and why."""
+    scores: OwnScores | None = None
+    """What the client's model scores, where that was asked and it has test rows of its own."""
     failure: Sentence | None = None
     """The site takes part, but has no update in this round, and why."""
 

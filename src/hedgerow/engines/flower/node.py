@@ -22,6 +22,9 @@ class SiteSettings(BaseModel):
     """The client's name, as the experiment has it."""
     data: str
     """Its data: a JSON, JSONL, CSV or Parquet file."""
+    test: str | None = None
+    """Its own test rows, a file as `data`, which are scored there and never leave it; None where
+    the experiment asks for none, or for a share of `data`."""
     model: str | None = None
     """The base model's folder; None where the experiment's is a name on the Hub."""
     device: str | None = None

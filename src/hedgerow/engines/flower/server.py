@@ -56,6 +56,12 @@ def _main(grid: Grid, context: Context) -> None:
             _at_home(loaded.experiment, settings), Path(settings.out), is_set=not loaded.dated
         )
         model = test = None
+        method = experiment.method
+        if settings.test and method.personal and not method.has_global_model:
+            raise UserError(
+                f"the run config has test data, but {method.name} has no global model to score on "
+                "them: leave out test; data.client_test has each client's model scored at its site"
+            )
         if settings.model:
             model = Model.load(experiment.model)
             if difference := Base.of(model).difference(loaded.base):
@@ -115,7 +121,7 @@ def serve(
         scorer = None
         if model is not None:
             directory.ledger.replay(experiment.method, model)
-            scorer = Scorer(experiment, model, test)
+            scorer = Scorer(experiment, model, directory.ledger, test)
         arrived = out / "arrived"
         shutil.rmtree(arrived, ignore_errors=True)  # of a server that was killed
         arrived.mkdir()

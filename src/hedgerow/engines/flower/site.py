@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -21,9 +22,10 @@ from pathlib import Path
 from hedgerow.clock import Clock
 from hedgerow.data import ClientData, Tokenized
 from hedgerow.engines.flower.app import App, without_test
-from hedgerow.engines.flower.messages import Held, Reply, Request, info
+from hedgerow.engines.flower.messages import Held, OwnScores, Reply, Request, info
 from hedgerow.engines.flower.node import SiteSettings, place_of
 from hedgerow.errors import ClientFailed, InvalidMessage, NothingToLearn, UserError
+from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import validate
 from hedgerow.federation.participant import train_client
 from hedgerow.files import replacing
@@ -32,7 +34,15 @@ from hedgerow.methods.base import Client, ClientRound, check_entry
 from hedgerow.model import Model
 from hedgerow.runs.directory import EXPERIMENT
 from hedgerow.runs.memory import RoundMemory
-from hedgerow.runs.preparation import check_fits, notes_on_data, notes_on_model, with_date
+from hedgerow.runs.personal import CLIENTS, RunModels
+from hedgerow.runs.preparation import (
+    check_fits,
+    client_tests,
+    notes_on_data,
+    notes_on_model,
+    with_date,
+)
+from hedgerow.runs.scoring import score_clients
 from hedgerow.seeds import Seeds
 from hedgerow.settings import ClientFile
 from hedgerow.wire import Entry
@@ -56,9 +66,21 @@ def of_node(app: Path, node: Mapping[str, object]) -> tuple[SiteSettings, Site]:
     if settings.device is not None:
         model = model.model_copy(update={"device": settings.device})
     own = ClientFile(name=settings.name, file=str(Path(settings.data).absolute()))
-    data = loaded.experiment.data.model_copy(update={"clients": [own]})
+    tests = _own_test(loaded.experiment.data.client_test, settings)
+    changes = {"clients": [own], "client_test": tests}
+    data = loaded.experiment.data.model_copy(update=changes)
     experiment = without_test(loaded.experiment.model_copy(update={"model": model, "data": data}))
     return settings, Site(replace(loaded, experiment=experiment), place_of(node))
+
+
+def _own_test(asked: object, settings: SiteSettings) -> float | list[ClientFile] | None:
+    """Test rows of a site's own, where the experiment asks for some (`data.client_test`)."""
+    if asked is None or (settings.test is None and isinstance(asked, float)):
+        return asked
+    if settings.test is None:
+        _say(settings.name, 'the node config has no test="…": the client is not scored by itself')
+        return None
+    return [ClientFile(name=settings.name, file=str(Path(settings.test).absolute()))]
 
 
 class Refused(Exception):
@@ -89,6 +111,7 @@ class Site:
         self._applied: list[str] = []
         self._data: ClientData | None = None
         self._examples: dict[str, Tokenized] = {}
+        self._tests: dict[str, TestSet | None] = {}
         self._told: set[tuple[str, str]] = set()
         """What has been said already, and of whom."""
 
@@ -126,12 +149,14 @@ class Site:
         ledger = self._ledger()
         complete = True
         try:
-            if request.records or request.train:
+            if request.records or request.train or request.score:
                 complete = self._catch_up(ledger, request, files)
         except InvalidMessage as error:
             raise Refused(f"the server sent an entry that it does not accept: {error}") from None
         held = Held(round=len(ledger), head=ledger.head)
         reply = Reply(name=name, num_examples=len(examples), held=held)
+        if request.score and complete:
+            return reply.model_copy(update={"scores": self._own_scores(name, ledger)}), None
         if not request.train or not complete:
             return reply, None
         try:
@@ -152,7 +177,7 @@ class Site:
         if (run, experiment) == (self._run, self._experiment):
             return
         self._run, self._experiment = run, experiment
-        self._model, self._data, self._examples = None, None, {}
+        self._model, self._data, self._examples, self._tests = None, None, {}, {}
         self._place.mkdir(parents=True, exist_ok=True)
         with replacing(self._place / EXPERIMENT) as file:
             file.write(experiment.dump().encode())
@@ -276,8 +301,7 @@ class Site:
         _say(name, f"round {round}: training")
         model = self._advanced(ledger)
         client = Client(self._app.clients.index(name), name, len(examples))
-        kept = (self._memory or self._place / "clients") / name
-        memory = RoundMemory(kept, round, partial(ledger.took_part, name))
+        memory = RoundMemory(self._memories / name, round, partial(ledger.took_part, name))
         client_round = ClientRound(
             client, round, self._seeds, self._experiment.training, memory, ledger.read
         )
@@ -290,6 +314,28 @@ class Site:
         _say(name, f"round {round}: train loss {update.train_loss:.4g}")
         return path
 
+    def _own_scores(self, name: str, ledger: Ledger) -> OwnScores | None:
+        """Scores of the client's model on its own test rows; None where it has none."""
+        test = self._test_of(name)
+        if test is None:
+            return None
+        model, settings = self._advanced(ledger), self._experiment.evaluation
+        models = RunModels(self._experiment.method, ledger, len(ledger), self._memories)
+        found = score_clients(models, model, {name: test}, settings)[name]
+        finite = {key: value for key, value in found.values.items() if math.isfinite(value)}
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in finite.items())
+        _say(name, f"round {len(ledger)}: {found.rows} test rows: {shown or 'no finite score'}")
+        return OwnScores(rows=found.rows, values=finite)
+
+    def _test_of(self, name: str) -> TestSet | None:
+        if name not in self._tests:
+            assert self._model is not None
+            assert self._data is not None  # the client's examples have been read
+            tests, without = client_tests(self._experiment, self._model, self._data, [name])
+            self._tell(name, without)
+            self._tests[name] = tests.get(name)
+        return self._tests[name]
+
     def _advanced(self, ledger: Ledger) -> Model:
         """The model at the ledger's head."""
         hashes = [record.sha256 for record in ledger.records]
@@ -301,6 +347,11 @@ class Site:
         ledger.replay(self._experiment.method, model, after=len(self._applied))
         self._model, self._applied = model, hashes
         return model
+
+    @property
+    def _memories(self) -> Path:
+        """The folder of the clients' memories."""
+        return self._memory or self._place / CLIENTS
 
     @property
     def _place(self) -> Path:

@@ -35,7 +35,10 @@ _TAKEN = {
     "bytes_to_target",
 }
 """Keys of other numbers in a row of metrics.jsonl, of `hedgerow evaluate`, or in tables of runs."""
-_ENDINGS = ("_by", "_by_client", "_cut", "_error", "_seconds", "_spread", "_to_target", "_total")
+_ENDINGS = (
+    *("_by", "_by_client", "_over_clients", "_cut", "_error", "_seconds", "_spread"),
+    *("_to_target", "_total"),
+)
 """How further keys of these end."""
 
 
