@@ -29,7 +29,7 @@ import hedgerow as hr
 from hedgerow import console
 from hedgerow.experiment import load
 
-FULL, LORA, ZEROTH = (1e-3, 2e-3, 4e-3), (3e-3, 5e-3, 1e-2), (1e-4, 3e-4, 1e-3)
+FULL, LORA, ZEROTH = (2e-3, 3e-3, 4e-3), (3e-3, 5e-3, 1e-2), (1e-4, 3e-4, 1e-3)
 METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
     "FedAvg": ("fedavg training.keep_optimizer=false", FULL),
     "FedAvg, moments kept": ("fedavg training.keep_optimizer=true", FULL),
@@ -47,10 +47,12 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
         "down={name: top_k, k: 1, tile: 160, group: all, bits: 1}",
         FULL,
     ),
-    "Ferret 1-32": ("ferret compression=32.6", FULL),
-    "Ferret 1-128": ("ferret compression=137", FULL),
-    "Ferret 1-512": ("ferret compression=600", FULL),
-    "Ferret 1-2048": ("ferret compression=4000", FULL),
+    "Ferret 1-32": ("ferret compression=33", FULL),
+    "Ferret 1-128": ("ferret compression=141", FULL),
+    "Ferret 1-128, 1-64 down": ("ferret compression=141 broadcast_compression=66", FULL),
+    "Ferret 1-128, random": ("ferret coordinates=random compression=137", FULL),
+    "Ferret 1-512": ("ferret compression=850", FULL),
+    "Ferret 1-2048": ("ferret compression=8000", FULL),
     "Ferret over LoRA": ("ferret over=lora ranks=16 compression=40", LORA),
     "Ferret of the paper 1-32": ("ferret paper=true compression=33", FULL),
     "FedKSeed": ("fedkseed", ZEROTH),

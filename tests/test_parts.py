@@ -233,6 +233,7 @@ COMPOSED = {
     "fedavg, gathered bits": {"name": "fedavg", "up": {"name": "bits", "bits": 2}, "gather": True},
     "diloco": {"name": "diloco"},
     "demo_sgd": {"name": "demo_sgd"},
+    "scaffold": {"name": "scaffold"},
     "fedavg, rotated": {
         **{"name": "fedavg", "error_feedback": True, "broadcast_feedback": True},
         "up": {"name": "top_k", "k": 9, "tile": 256, "group": "all", "transform": "hadamard"},
@@ -305,6 +306,37 @@ def test_the_server_s_momentum_is_not_what_it_owes(run):
     again = load_file(directory / "server/0001.safetensors")
     for name, change in first.items():
         assert torch.equal(again[f"{name}/momentum"], change)
+
+
+def test_scaffolds_control_variates_are_the_papers(run):
+    """Option II of arXiv 1910.06378, with two of three clients: from outside, in float64."""
+    steps, rate = 3, 0.05
+    sgd = {"optimizer": "sgd", "max_grad_norm": None, "steps": steps, "learning_rate": rate}
+    federation = {"rounds": 3, "clients_per_round": 2, "keep_updates": True}
+    directory = run("run", {"name": "scaffold"}, training=sgd, federation=federation)
+    own, common = {}, {}
+    for round in (1, 2, 3):
+        folder = directory / f"updates/round-{round:04d}"
+        changes = {}
+        for file in folder.glob("*.safetensors"):
+            sent = {name: each.double() for name, each in load_file(file).items()}
+            before = own.get(file.stem, {})
+            for name in (name for name in sent if not name.startswith("control.")):
+                c, c_k = common.get(name, 0), before.get(name, 0)
+                after = c_k - c - sent[name] / (steps * rate)
+                changes.setdefault(name, []).append(after - c_k)
+                assert torch.allclose(sent[f"control.{name}"], after - c_k, atol=1e-4)
+                own.setdefault(file.stem, {})[name] = after
+        entry = load_file(directory / f"ledger/{round:04d}.safetensors")
+        for name, each in changes.items():
+            step = sum(each) / 2 * (2 / 3)
+            common[name] = common.get(name, 0) + step
+            assert torch.allclose(entry[f"control.{name}"].double(), step, atol=1e-4)
+    for client, variates in own.items():
+        last = sorted((directory / "clients" / client).glob("*.safetensors"))[-1]
+        kept = load_file(last)
+        for name, c_k in variates.items():
+            assert torch.allclose(kept[f"{name}/control"].double(), c_k, atol=1e-4)
 
 
 def test_what_is_gathered_is_what_was_sent(run):

@@ -46,6 +46,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "fedadam": {},
     "fedprox": {"mu": 0.1},
+    "scaffold": {},
     "diloco": {},
     "demo_sgd": {"up": {"name": "top_k", "k": 4, "tile": 64, "bits": 8, "transform": "dct"}},
     "sparseloco": {"up": {"name": "top_k", "k": 4, "tile": 64}},

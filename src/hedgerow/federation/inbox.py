@@ -28,6 +28,7 @@ class Inbox:
         experiment: Experiment,
         round: int,
         clients: Sequence[Client],
+        population: int,
         previous: Entry | None,
         directory: RunDirectory,
         watcher: Watcher,
@@ -39,7 +40,7 @@ class Inbox:
         seeds = Seeds(experiment.federation.seed)
         expected = Expected(seeds, self._ledger.trained, experiment.training)
         memory = directory.server_memory(round)
-        self.server_round = ServerRound(round, clients, previous, expected, memory)
+        self.server_round = ServerRound(round, clients, previous, expected, memory, population)
         self._directory, self._watcher = directory, watcher
         self._arrived: dict[str, tuple[ClientResult, Update]] = {}
         self._absent: set[str] = set()

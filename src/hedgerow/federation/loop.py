@@ -66,7 +66,9 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
 
     previous = ledger.read(len(ledger)) if len(ledger) else None
     for round in range(len(ledger) + 1, settings.rounds + 1):
-        inbox = Inbox(experiment, round, participants(round), previous, directory, watcher)
+        everybody = fleet.gather()
+        asked_now = draw(everybody, settings.clients_per_round, seeds, round)
+        inbox = Inbox(experiment, round, asked_now, len(everybody), previous, directory, watcher)
         began, clock = time.perf_counter(), Clock()
         watcher.round_begins(round, settings.rounds, len(inbox.clients))
 

@@ -29,6 +29,7 @@ from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.flora_adalora import FLoRAAdaLoRA
 from hedgerow.methods.florist import FLoRIST
 from hedgerow.methods.rolora import RoLoRA
+from hedgerow.methods.scaffold import Scaffold
 from hedgerow.methods.sparseloco import SparseLoCo
 from hedgerow.methods.standalone import Standalone
 from hedgerow.methods.stc import STC
@@ -63,6 +64,7 @@ __all__ = [
     "FlexLoRA",
     "Method",
     "RoLoRA",
+    "Scaffold",
     "SparseLoCo",
     "Standalone",
     "ZeroPadding",

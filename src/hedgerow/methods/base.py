@@ -111,6 +111,8 @@ class ServerRound:
     """The entry of the round before; None in the first."""
     expected: Expected
     memory: Memory
+    population: int | None = None
+    """Number of clients of the run, whether they were asked or not; None: all were."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,20 @@ class Method(Plugin, ABC):
             Diverged: the loss is no longer a number.
         """
         hook = self.after_backward(job, client_round)
+        return self.train_along(job, client_round, parameters, hook)
+
+    def train_along(
+        self,
+        job: Job,
+        client_round: ClientRound,
+        parameters: Mapping[str, nn.Parameter],
+        hook: AfterBackward | None,
+    ) -> Trained:
+        """Train by first-order steps along gradients that a hook changes, as `train` does.
+
+        Raises:
+            Diverged: the loss is no longer a number.
+        """
         if not client_round.training.keep_optimizer:
             return Trained(parameters, first_order.train(job, parameters, after_backward=hook))
         kept = client_round.memory.load()

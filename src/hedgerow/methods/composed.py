@@ -178,17 +178,25 @@ class Composed(Method):
             count += 1
         message = Message(server_round.expected.seeds, server_round.round)
         kept = _Kept(server_round.memory, self.server_remembers)
-        for index, (basis, values) in enumerate(self._means(mean, server_round.round)):
+        for index, (basis, values) in enumerate(self.means(mean, count, server_round)):
             own = self._broadcast(basis, self._stepped(values, kept), message, kept)
             entry |= _prefixed(parts.through.prefix(index), own)
         if self.server_remembers:
             server_round.memory.save(kept.new)
         return Aggregate(entry, {}, [1 / count] * count if uniform else None)
 
-    def _means(self, mean: Mean, round: int) -> Iterator[tuple[Basis, Values]]:
-        """Means by basis: cut where they are too long, times the server's learning rate."""
+    def means(
+        self, mean: Mean, count: int, server_round: ServerRound
+    ) -> Iterator[tuple[Basis, Values]]:
+        """Means by basis: cut where they are too long, times the server's learning rate.
+
+        Args:
+            mean: sums of the updates.
+            count: number of updates.
+            server_round: the round.
+        """
         parts = self.parts
-        rate = None if parts.rate is None else parts.rate(round)
+        rate = None if parts.rate is None else parts.rate(server_round.round)
         if parts.clip is None:
             yield from mean.means(rate)
             return
