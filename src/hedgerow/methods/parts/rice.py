@@ -50,9 +50,10 @@ def encode(places: NDArray[np.int64], total: int) -> Gaps:
     ends = np.cumsum((gaps >> b) + 1) - 1  # each unary part is zeros, and a one
     unary = np.zeros(ends[-1] + 1, dtype=np.uint8)
     unary[ends] = 1
-    binary = (gaps[:, None] >> np.arange(b) & 1).astype(np.uint8)
     # An empty tensor would be none: where there are no binary parts, there is a byte of zeros.
-    binary = binary.reshape(-1) if b else np.zeros(8, dtype=np.uint8)
+    binary = np.zeros((len(gaps), b) if b else (8, 1), dtype=np.uint8)
+    for bit in range(b):  # one by one, since there may be many millions of numbers
+        binary[:, bit] = gaps >> bit & 1
     packed = (np.packbits(bits, bitorder="little") for bits in (unary, binary))
     return Gaps(*(torch.from_numpy(each) for each in packed))
 
@@ -68,9 +69,10 @@ def decode(gaps: Gaps, count: int, total: int) -> NDArray[np.int64]:
     ends = np.flatnonzero(unary)
     if len(ends) != count or len(unary) - ends[-1] > 8 or binary[count * b :].any():
         raise InvalidMessage(f"gaps must be those of {count} places")
-    low = binary[: count * b].reshape(count, b).astype(np.int64) << np.arange(b)
-    quotients = np.diff(ends, prepend=-1) - 1
-    places: NDArray[np.int64] = np.cumsum((quotients << b) + low.sum(axis=1) + 1) - 1
+    parts = np.diff(ends, prepend=-1) - 1 << b
+    for bit, digits in enumerate(binary[: count * b].reshape(count, b).T):
+        parts += digits.astype(np.int64) << bit
+    places: NDArray[np.int64] = np.cumsum(parts + 1) - 1
     if places[-1] >= total:
         raise InvalidMessage(f"gaps must end below {total}")
     return places

@@ -290,7 +290,7 @@ def _quantized(
 
 
 def _pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    digits: NDArray[np.uint8] = (codes[:, None] >> np.arange(bits) & 1).astype(np.uint8)
+    digits = codes[:, None] >> np.arange(bits, dtype=np.uint8) & np.uint8(1)
     return np.packbits(digits, bitorder="little")
 
 
