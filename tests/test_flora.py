@@ -19,6 +19,7 @@ from hedgerow.lowrank import Factors, Projections, SumSketch
 from hedgerow.methods import flora
 from hedgerow.methods.base import Client, ClientRound, Expected, ServerRound, Trained
 from hedgerow.methods.flora import FLoRA
+from hedgerow.methods.parts.scaling import LOSSES_ALONG
 from hedgerow.methods.quantization import dequantize, quantize
 from hedgerow.methods.truncation import Compress, ranks_to_keep
 from hedgerow.methods.weighting import LENGTHS, LONGEST, SHORTEST, adaptive_step
@@ -117,10 +118,9 @@ def play(method, sizes, rounds, check, absent=lambda round, client: False, moves
                     parameter.add_(length * torch.randn(parameter.shape, generator=generator))
             changed = model.function_with(parameters, method.scale(rank))
             changes.append({m: changed[m] - start[m] for m in SHAPES})
-            along = (1.2, 1.0, 0.9) if method.scaling == "adaptive" and round > 1 else ()
-            tensors, about = method.update(
-                model, client_round, Trained(parameters, 1.0, along=along)
-            )
+            adaptive = method.scaling == "adaptive" and round > 1
+            said = LOSSES_ALONG.said((1.2, 1.0, 0.9)) if adaptive else {}
+            tensors, about = method.update(model, client_round, Trained(parameters, 1.0, said=said))
             update = Update(
                 method=method.name,
                 round=round,

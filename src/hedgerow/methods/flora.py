@@ -35,11 +35,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator
 
 from hedgerow import lowrank
-from hedgerow.adapters import adapter_pair, adapter_pairs, adapter_tensors
+from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods import weighting
 from hedgerow.methods.base import (
     Aggregate,
     Client,
@@ -58,6 +57,8 @@ from hedgerow.methods.factors import (
     init_factors,
 )
 from hedgerow.methods.lora import update_scale
+from hedgerow.methods.parts.scaling import Scaling
+from hedgerow.methods.parts.statements import Statement, check_stated
 from hedgerow.methods.quantization import (
     Bits,
     check_step_sizes,
@@ -66,12 +67,11 @@ from hedgerow.methods.quantization import (
     quantize,
     quantized_kinds,
 )
-from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
+from hedgerow.methods.residual import ResidualAdapter, last_step, split, with_residuals
 from hedgerow.methods.stacking import StackedFactors, finite
 from hedgerow.methods.sums import ExactSums, SketchedSums
 from hedgerow.methods.truncation import Compress, truncate_sums
 from hedgerow.methods.weighting import Weighting
-from hedgerow.training import line_search
 from hedgerow.wire import LARGEST_BROADCAST, LARGEST_SENT, check_kinds, kinds
 
 if TYPE_CHECKING:
@@ -90,14 +90,13 @@ MOST_SPOOLED = 8 << 30
 """Bytes of updates that wait on disk for an exact sum; of more, where the broadcast is cut anyway,
 sketches are added up."""
 
-_ROUNDING = "rounding_error"
-"""What an update in fewer bits says of itself: ‖ΔW sent - ΔW‖ / ‖ΔW‖."""
-_ALONG = "losses_along"
-"""The loss along the last round's step, at `weighting.LENGTHS`."""
-_LOSSES = re.compile(
-    " ".join([r"[0-9]{1,11}(\.[0-9]{1,12})?(e[+-][0-9]{2})?"] * len(weighting.LENGTHS))
+ROUNDING = Statement(
+    name="rounding_error",
+    form=re.compile(r"0|1|1\.0|0\.[0-9]{1,10}|[0-9](\.[0-9]{1,3})?e-[0-9]{2}"),
+    digits=3,
+    most=1.0,
 )
-_SHARE = re.compile(r"0|1|1\.0|0\.[0-9]{1,10}|[0-9](\.[0-9]{1,3})?e-[0-9]{2}")
+"""What an update in fewer bits says of itself: ‖ΔW sent - ΔW‖ / ‖ΔW‖."""
 
 
 def _as_compress(value: Any) -> Any:
@@ -145,11 +144,7 @@ class FLoRA(ResidualAdapter):
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
         """Check, as for every adapter; and that weights and the bound on ranks fit the clients."""
         super().check(model, num_clients, training)
-        if isinstance(self.scaling, list) and len(self.scaling) != num_clients:
-            raise UserError(
-                f"method.scaling has {len(self.scaling)} factors for {num_clients} clients: "
-                "give one for each, or one number for all"
-            )
+        self._weigh.check_clients(num_clients)
         bound = self.compress and self.compress.largest(self.largest_rank)
         if bound and self._is_shared(training) and bound <= self.largest_rank:
             raise UserError(
@@ -185,21 +180,17 @@ class FLoRA(ResidualAdapter):
         self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
     ) -> Trained:
         """Train locally; a warm start keeps the client's own A."""
-        along = self._along(job, client_round)
+        said = self._weigh.said(job, client_round, last_step)
         trained = super().train(job, client_round, parameters)
         if self.restart != "zero" and not self._is_shared(client_round.training):
             client_round.remember(
                 {n: p.detach().cpu() for n, p in parameters.items() if ".lora_A." in n}
             )
-        return dataclasses.replace(trained, along=along)
+        return dataclasses.replace(trained, said=said)
 
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """The client's factors, in so many bits, and what it knows of rounding and step sizes."""
         tensors, about = super().update(model, client_round, trained)
-        if trained.along:
-            about[_ALONG] = " ".join(
-                f"{loss if loss <= LARGEST_SENT else LARGEST_SENT:.9g}" for loss in trained.along
-            )
         if self.upload_bits == 32:
             return Payload(tensors, about)
         quantized = quantize(tensors, self.upload_bits)
@@ -207,23 +198,15 @@ class FLoRA(ResidualAdapter):
         error = lowrank.relative_error(
             zip(sent, dict(adapter_pairs(tensors)).values(), strict=True)
         )
-        return Payload(quantized, about | {_ROUNDING: f"{min(error, 1.0):.3g}"})
+        return Payload(quantized, about | ROUNDING.said([error]))
 
     # --- at the server --------------------------------------------------------------------------
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """Check rank and scale, and that there is a pair of the client's rank for each module."""
         rank = self.rank(client)
-        forms = {_ROUNDING: _SHARE} if self.upload_bits < 32 else {}
-        if self.scaling == "adaptive" and update.round > 1:
-            forms[_ALONG] = _LOSSES
-        own = {name: update.about.get(name, "") for name in forms}
-        update.check_about(self._about(rank) | own)
-        for name, form in forms.items():
-            if not form.fullmatch(own[name]):
-                raise InvalidMessage(f"{name} has an invalid value: {own[name]!r:.60}")
-        if any(float(loss) > LARGEST_SENT for loss in own.get(_ALONG, "").split()):
-            raise InvalidMessage(f"{_ALONG} contains values above {LARGEST_SENT:g}")
+        rounded = [ROUNDING] if self.upload_bits < 32 else []
+        check_stated(update, self._about(rank), rounded + self._weigh.statements(update.round))
         pair = factor_kinds(expected.shapes, rank)
         check_kinds(kinds(update.tensors), quantized_kinds(pair, self.upload_bits))
         check_step_sizes(update.tensors, self.upload_bits, LARGEST_SENT)
@@ -252,7 +235,7 @@ class FLoRA(ResidualAdapter):
             if self.compress.carry:
                 server_round.memory.save(left)
         if self.upload_bits < 32:
-            metrics["upload_error"] = sum(float(x[_ROUNDING]) for _, x in said) / len(said)
+            metrics["upload_error"] = sum(ROUNDING.read(x)[0] for _, x in said) / len(said)
         if isinstance(sums, SketchedSums):
             metrics["sketch_error"] = sums.relative_error
         return Aggregate(tensors, finite(metrics), weights)
@@ -274,7 +257,7 @@ class FLoRA(ResidualAdapter):
 
     def check_weights(self, participants: Sequence[Participant]) -> None:
         """Raise `InvalidMessage` unless the weights are those of `scaling`."""
-        weighting.check(self.scaling, participants)
+        self._weigh.check(participants)
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check for a pair for each module, and for a shared start another, of the largest rank."""
@@ -322,29 +305,6 @@ class FLoRA(ResidualAdapter):
         drawn = expected.seeds.torch("adapter")
         return dict(adapter_pairs(draw_adapter(expected.shapes, drawn, self.largest_rank)))
 
-    def _along(self, job: Job, client_round: ClientRound) -> tuple[float, ...]:
-        """The global model's loss along the last round's step, where that is asked for."""
-        if self.scaling != "adaptive" or client_round.round == 1:
-            return ()
-        start, residual = map(dequantize, split(client_round.past(client_round.round - 1).tensors))
-        earlier = (
-            client_round.past(client_round.round - 2).tensors
-            if start and client_round.round > 2
-            else {}
-        )
-        before = dequantize(split(earlier)[0])
-
-        def step() -> Iterator[tuple[str, Factors]]:
-            for module, pair in adapter_pairs(residual):
-                new, old = adapter_pair(start, module), adapter_pair(before, module)
-                gone = old and old._replace(B=-old.B)
-                yield module, lowrank.stack([p for p in (pair, new, gone) if p is not None])
-
-        order = client_round.seeds.numpy(
-            "line search", client_round.round, client_round.client.name
-        )
-        return line_search.losses_along(job, step(), weighting.LENGTHS, order)
-
     def _sums(
         self,
         updates: Iterable[Update],
@@ -357,41 +317,32 @@ class FLoRA(ResidualAdapter):
         Args:
             said: |D_k| of the updates that have been read, and what they say of themselves.
         """
-        places = {client.name: client.index for client in server_round.clients}
         bound = self.compress.largest(self.largest_rank) if self.compress else None
         arrived: StackedFactors | SketchedSums
         if bound and self._spooled(server_round) > MOST_SPOOLED:
             arrived = SketchedSums(
                 updates,
                 start=start,
-                weigh=lambda u: weighting.relative_weight(
-                    self.scaling, u.client, u.num_examples, places
-                ),
+                weigh=lambda update: self._weigh.relative(update, server_round),
                 rank=bound,
                 generator=server_round.expected.seeds.torch("sketch", server_round.round),
             )
         else:
             arrived = StackedFactors(updates)
-        counts, size = arrived.num_examples, self._step_size(said, server_round)
-        weights = [
-            size * p for p in weighting.fixed_weights(self.scaling, arrived.clients, counts, places)
-        ]
-        metrics = {"step_size": size} if self.scaling == "adaptive" else {}
+        counts, about = arrived.num_examples, [about for _, about in said]
+        weights = self._weigh.weights(arrived.clients, counts, about, server_round)
+        metrics = {}
+        if self._weigh.is_adaptive:
+            metrics["step_size"] = self._weigh.step_size(counts, about, server_round)
         if isinstance(arrived, SketchedSums):
-            arrived.normalise(size * weighting.normalisation(self.scaling, counts))
+            arrived.normalise(self._weigh.factor(counts, about, server_round))
             return arrived, weights, metrics
         as_sent = self.restart == "zero" and self.compress is None
         return ExactSums(arrived, start, weights, whole=as_sent), weights, metrics
 
-    def _step_size(
-        self, said: Sequence[tuple[int, Mapping[str, str]]], server_round: ServerRound
-    ) -> float:
-        """The factor of all weights: the global step size η."""
-        if self.scaling != "adaptive" or server_round.previous is None:
-            return 1.0
-        last = sum(participant.weight for participant in server_round.previous.participants)
-        losses = [[float(loss) for loss in about[_ALONG].split()] for _, about in said]
-        return weighting.adaptive_step(last, losses, [count for count, _ in said])
+    @property
+    def _weigh(self) -> Scaling:
+        return Scaling(self.scaling)
 
     def _spooled(self, server_round: ServerRound) -> int:
         """The bytes of all clients' factors."""

@@ -165,7 +165,7 @@ class LoraMethod(LoraOptions, Method):
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """Collect the client's factors, with PEFT's key names."""
         tensors = {name: factor.detach().cpu() for name, factor in trained.parameters.items()}
-        return Payload(tensors, self._about(self.rank(client_round.client)))
+        return Payload(tensors, {**self._about(self.rank(client_round.client)), **trained.said})
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """Check rank and scale, and that there is a pair of the client's rank for each module."""

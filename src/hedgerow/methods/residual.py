@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from hedgerow import lowrank
-from hedgerow.adapters import adapter_pairs, adapter_tensors
+from hedgerow.adapters import adapter_pair, adapter_pairs, adapter_tensors
 from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate
@@ -24,6 +24,7 @@ from hedgerow.methods.stacking import finite
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hedgerow.methods.base import ClientRound
     from hedgerow.model import Model
     from hedgerow.wire import Entry
 
@@ -90,6 +91,18 @@ def with_residuals(sums: Iterable[tuple[str, Factors | None, Factors]]) -> Aggre
     error = lowrank.relative_error(applied_and_exact())
     tensors = {START + key: factor for key, factor in adapter_tensors(starts).items()}
     return Aggregate(tensors | adapter_tensors(residuals), finite({"aggregation_error": error}))
+
+
+def last_step(client_round: ClientRound) -> Iterator[tuple[str, Factors]]:
+    """What the last round has changed, module by module: its residual, and the adapters' change."""
+    start, residual = map(dequantize, split(client_round.past(client_round.round - 1).tensors))
+    is_first = not start or client_round.round == 2
+    earlier = {} if is_first else client_round.past(client_round.round - 2).tensors
+    before = dequantize(split(earlier)[0])
+    for module, pair in adapter_pairs(residual):
+        new, old = adapter_pair(start, module), adapter_pair(before, module)
+        gone = old and old._replace(B=-old.B)
+        yield module, lowrank.stack([p for p in (pair, new, gone) if p is not None])
 
 
 _T = TypeVar("_T")
