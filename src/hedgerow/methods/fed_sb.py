@@ -31,6 +31,7 @@ from hedgerow.methods.base import Aggregate, Client, ClientRound, Expected, Serv
 from hedgerow.methods.continued import ContinuedAdapter, HeldAdapter
 from hedgerow.methods.factors import factor_kinds
 from hedgerow.methods.one_factor import average_factor
+from hedgerow.methods.parts.core import CoreLayers
 from hedgerow.methods.parts.values import Shapes
 from hedgerow.methods.stacking import finite
 from hedgerow.wire import Kind, check_kinds, kinds
@@ -66,7 +67,7 @@ class FedSB(HeldAdapter, ContinuedAdapter):
         """Attach the global core between the bases, which are frozen."""
         rank = self.rank(client_round.client)
         bases = adapter_tensors(self._bases(model))
-        parameters = model.attach(self.config(rank), core=True)
+        parameters = model.attach(self.config(rank), layers=CoreLayers())
         held = model.factors or {}
         with torch.no_grad():
             for name, parameter in parameters.items():

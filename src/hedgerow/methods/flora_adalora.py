@@ -31,6 +31,7 @@ from hedgerow.methods.base import (
     Trained,
 )
 from hedgerow.methods.factors import check_pairs
+from hedgerow.methods.parts.svd_layers import SvdLayers
 from hedgerow.methods.restarted import RestartedAdapter
 from hedgerow.methods.stacking import aggregate_adapters
 from hedgerow.training import adalora
@@ -73,7 +74,7 @@ class FLoRAAdaLoRA(RestartedAdapter):
             init_lora_weights=False,
             total_step=1,  # the layers don't ask; `training.adalora` has the schedule
         )
-        parameters = model.attach(config)
+        parameters = model.attach(config, layers=SvdLayers())
         generator = client_round.seeds.torch(
             "adapter", client_round.round, client_round.client.name
         )
