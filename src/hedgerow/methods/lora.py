@@ -200,6 +200,14 @@ class LoraMethod(LoraOptions, Method):
             )
         return sorted(self.ranks)
 
+    def possible_sums(self, participants: int) -> tuple[int, int]:
+        """The smallest and the largest sum of the ranks of so many participants, Σ r_k.
+
+        More is known only where all clients take part, or all have one rank.
+        """
+        ranks = self.possible_ranks(participants)
+        return sum(ranks[:participants]), sum(ranks[-participants:])
+
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
@@ -211,8 +219,13 @@ class LoraMethod(LoraOptions, Method):
 
     def _about(self, rank: int, alpha: float | None = None) -> dict[str, str]:
         """Metadata of an update, by peft's names."""
-        about = {"r": str(rank), "lora_alpha": _exact(alpha or self._alpha(rank))}
-        return about | ({"use_rslora": "true"} if self.rslora else {})
+        return adapter_metadata(rank, alpha or self._alpha(rank), self.rslora)
+
+
+def adapter_metadata(rank: int, alpha: float, rslora: bool) -> dict[str, str]:
+    """Rank and scale of an adapter, by peft's names."""
+    about = {"r": str(rank), "lora_alpha": _exact(alpha)}
+    return about | ({"use_rslora": "true"} if rslora else {})
 
 
 def _exact(number: float) -> str:

@@ -8,19 +8,20 @@ server:  p_k = η n_k / Σ n, 1 / N, or as given;  η is 1, but with `adaptive`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hedgerow.errors import UserError
 from hedgerow.methods import weighting
 from hedgerow.methods.parts.statements import Statement
+from hedgerow.methods.parts.weigh import LastStep, Weigh
 from hedgerow.methods.weighting import LENGTHS, Weighting
 from hedgerow.training import line_search
 from hedgerow.wire import LARGEST_SENT
 
 if TYPE_CHECKING:
-    from hedgerow.lowrank import Factors
     from hedgerow.methods.base import ClientRound, ServerRound
+    from hedgerow.methods.stacking import Arrived
     from hedgerow.training.job import Job
     from hedgerow.wire import Participant, Update
 
@@ -33,16 +34,11 @@ LOSSES_ALONG = Statement(
 """The global model's loss along the last round's step, at `weighting.LENGTHS`."""
 
 
-class Scaling:
-    """Weights of clients' updates, as `weighting` has them."""
+class Scaling(Weigh):
+    """Weights of clients' updates by the option `scaling`."""
 
     def __init__(self, weighting: Weighting) -> None:
         self._weighting = weighting
-
-    @property
-    def is_adaptive(self) -> bool:
-        """Whether clients' losses along the last step decide."""
-        return self._weighting == "adaptive"
 
     def check_clients(self, num_clients: int) -> None:
         """Raise a `UserError` unless there is a factor for each of so many clients."""
@@ -52,21 +48,12 @@ class Scaling:
                 "give one for each, or one number for all"
             )
 
-    # --- at a client ----------------------------------------------------------------------------
+    def statements(self, round: int) -> list[Statement]:
+        """Losses along the last step, with `adaptive`; in the first round there is none."""
+        return [LOSSES_ALONG] if self._weighting == "adaptive" and round > 1 else []
 
-    def said(
-        self,
-        job: Job,
-        client_round: ClientRound,
-        last_step: Callable[[ClientRound], Iterable[tuple[str, Factors]]],
-    ) -> dict[str, str]:
-        """Losses along the last round's step, where they are asked for: before training.
-
-        Args:
-            job: the client's.
-            client_round: with the number of the round.
-            last_step: reads what the last round changed, ΔW = B·A of each module.
-        """
+    def said(self, job: Job, client_round: ClientRound, last_step: LastStep) -> dict[str, str]:
+        """Losses along the last round's step, on as many examples as a training step has."""
         if not self.statements(client_round.round):
             return {}
         name = client_round.client.name
@@ -74,65 +61,42 @@ class Scaling:
         found = line_search.losses_along(job, last_step(client_round), LENGTHS, order)
         return LOSSES_ALONG.said(found)
 
-    def statements(self, round: int) -> list[Statement]:
-        """What updates of a round have to state; in the first one there is no last step."""
-        return [LOSSES_ALONG] if self.is_adaptive and round > 1 else []
-
-    # --- at the server --------------------------------------------------------------------------
-
     def relative(self, update: Update, server_round: ServerRound) -> float:
-        """Weight of an update relative to the others, before it is known who they are."""
+        """Weight of an update relative to the others."""
         return weighting.relative_weight(
             self._weighting, update.client, update.num_examples, _places(server_round)
         )
 
-    def factor(
-        self,
-        num_examples: Sequence[int],
-        said: Sequence[Mapping[str, str]],
-        server_round: ServerRound,
-    ) -> float:
-        """Factor that makes p_k of `relative`; for the arguments, see `weights`."""
-        size = self.step_size(num_examples, said, server_round)
-        return size * weighting.normalisation(self._weighting, num_examples)
+    def factor(self, arrived: Arrived, server_round: ServerRound) -> float:
+        """Factor that makes p_k of `relative`."""
+        size = self._step_size(arrived, server_round)
+        return size * weighting.normalisation(self._weighting, arrived.num_examples)
 
-    def weights(
-        self,
-        clients: Sequence[str],
-        num_examples: Sequence[int],
-        said: Sequence[Mapping[str, str]],
-        server_round: ServerRound,
-    ) -> list[float]:
-        """Weights p_k of the clients whose updates arrived.
-
-        Args:
-            clients: their names.
-            num_examples: n_k of each.
-            said: what each update says of itself.
-            server_round: with the last entry's weights.
-        """
-        size = self.step_size(num_examples, said, server_round)
+    def weights(self, arrived: Arrived, server_round: ServerRound) -> list[float]:
+        """Weights p_k of the clients whose updates have arrived."""
+        size = self._step_size(arrived, server_round)
         fixed = weighting.fixed_weights(
-            self._weighting, clients, num_examples, _places(server_round)
+            self._weighting, arrived.clients, arrived.num_examples, _places(server_round)
         )
         return [size * p for p in fixed]
 
-    def step_size(
-        self,
-        num_examples: Sequence[int],
-        said: Sequence[Mapping[str, str]],
-        server_round: ServerRound,
-    ) -> float:
-        """The factor of all weights: the global step size η."""
-        if not self.is_adaptive or server_round.previous is None:
-            return 1.0
-        last = sum(participant.weight for participant in server_round.previous.participants)
-        losses = [LOSSES_ALONG.read(about) for about in said]
-        return weighting.adaptive_step(last, losses, num_examples)
+    def metrics(self, arrived: Arrived, server_round: ServerRound) -> dict[str, float]:
+        """With `adaptive`, the global step size η."""
+        if self._weighting != "adaptive":
+            return {}
+        return {"step_size": self._step_size(arrived, server_round)}
 
     def check(self, participants: Sequence[Participant]) -> None:
         """Raise `InvalidMessage` unless an entry's weights may be these."""
         weighting.check(self._weighting, participants)
+
+    def _step_size(self, arrived: Arrived, server_round: ServerRound) -> float:
+        """The factor of all weights: the global step size η."""
+        if self._weighting != "adaptive" or server_round.previous is None:
+            return 1.0
+        last = sum(participant.weight for participant in server_round.previous.participants)
+        losses = [LOSSES_ALONG.read(about) for about in arrived.said]
+        return weighting.adaptive_step(last, losses, arrived.num_examples)
 
 
 def _places(server_round: ServerRound) -> dict[str, int]:
