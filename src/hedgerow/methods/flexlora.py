@@ -32,11 +32,7 @@ class FlexLoRA(StackedAdapters, AveragedAdapter):
     name: str = "flexlora"
     summary: ClassVar[str] = "LoRA of different ranks, summed exactly and cut by SVD to the largest"
     reference: ClassVar[str] = "FlexLoRA, arXiv 2402.11505"
-
-    @property
-    def keeps_optimizer(self) -> bool | None:
-        """Nothing: moments would belong to factors that are no more once these are made anew."""
-        return None
+    renews: ClassVar[bool] = True
 
     def starts(self, training: TrainingSettings) -> Starts:
         """The leading components of the global adapter."""

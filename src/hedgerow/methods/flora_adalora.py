@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from hedgerow.methods.base import Client, ClientRound, Expected, Payload, Trained
-from hedgerow.methods.parts.svd_factors import NewSvd, as_pairs, check_within_budget
+from hedgerow.methods.parts.svd_factors import NewSvd, as_pairs
 from hedgerow.methods.residual import ResidualAdapter
 from hedgerow.methods.stacked import StackedAdapters
 from hedgerow.training import adalora
-from hedgerow.wire import Kind, kinds
+from hedgerow.wire import kinds
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,16 +41,12 @@ class FLoRAAdaLoRA(StackedAdapters, ResidualAdapter):
     summary: ClassVar[str] = "FLoRA of AdaLoRA: a rank for each matrix by its importance, stacked"
     reference: ClassVar[str] = "FLoRA, arXiv 2409.05976, with AdaLoRA, 2303.10512"
     adapts_experts: ClassVar[bool] = False
+    renews: ClassVar[bool] = True
 
     initial: float = Field(1.5, ge=1)
     """Rank of each matrix before the first step, as a multiple of the client's rank r_k."""
     orthogonality: float = Field(0.5, ge=0)
     """Weight in the loss of the distance of P and Q from orthogonal ones; 0 leaves it out."""
-
-    @property
-    def keeps_optimizer(self) -> bool | None:
-        """Nothing: moments would belong to other factors."""
-        return None
 
     def starts(self, training: TrainingSettings) -> NewSvd:
         """P and Q anew, and Λ = 0."""
@@ -74,15 +70,10 @@ class FLoRAAdaLoRA(StackedAdapters, ResidualAdapter):
         """Check the client's scale, and for a pair for each module, within the budget."""
         rank = self.rank(client)
         update.check_about(self._about(rank))
-        self._check(kinds(update.tensors), expected.shapes, [rank])
+        NewSvd(self, self.initial).check(kinds(update.tensors), expected.shapes, [rank])
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check for a pair for each module, within the budgets of its participants."""
         count = len(entry.participants)
-        self._check(kinds(entry.tensors), shapes, self.possible_ranks(count)[-count:])
-
-    def _check(
-        self, given: Mapping[str, Kind], shapes: Mapping[str, Sequence[int]], ranks: Sequence[int]
-    ) -> None:
-        initial = NewSvd(self, self.initial).rank
-        check_within_budget(given, shapes, ranks, [initial(rank) for rank in ranks])
+        largest = self.possible_ranks(count)[-count:]
+        NewSvd(self, self.initial).check(kinds(entry.tensors), shapes, largest)

@@ -40,6 +40,7 @@ class FLoRIST(StackedAdapters, ResidualAdapter):
     name: str = "florist"
     summary: ClassVar[str] = "LoRA of different ranks, stacked and cut by a threshold on the energy"
     reference: ClassVar[str] = "FLoRIST, arXiv 2506.09199"
+    renews: ClassVar[bool] = True
 
     threshold: float = Field(0.9, gt=0, le=1)
     """Share of the squared singular values of each matrix that is kept."""
@@ -57,11 +58,6 @@ class FLoRIST(StackedAdapters, ResidualAdapter):
     def parts(self) -> StackedParts:
         """Sums cut to their leading components; `aggregation_error` is what was cut."""
         return StackedParts(broadcast=Whole(cut=self._cut))
-
-    @property
-    def keeps_optimizer(self) -> bool | None:
-        """Nothing: moments would belong to another A."""
-        return None
 
     def _cut(self, each: Sum) -> Factors:
         return lowrank.truncate(each.exact, energy=self.threshold)

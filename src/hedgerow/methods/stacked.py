@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.methods.base import (
     Aggregate,
@@ -61,6 +61,9 @@ class StackedParts:
 class StackedAdapters(LoraMethod):
     """Adapters whose updates are summed exactly, whatever their ranks."""
 
+    renews: ClassVar[bool] = False
+    """Whether each round begins with other factors, to which no moments of the last one belong."""
+
     @abstractmethod
     def starts(self, training: TrainingSettings) -> Starts:
         """Where clients' adapters start, by the method's options and those of local training."""
@@ -69,6 +72,11 @@ class StackedAdapters(LoraMethod):
     def parts(self) -> StackedParts:
         """Parts of the method, by its options; by default all is sent as it is."""
         return StackedParts()
+
+    @property
+    def keeps_optimizer(self) -> bool | None:
+        """No, where nobody asks for it; nothing, where factors are other ones in each round."""
+        return None if self.renews else False
 
     @property
     def server_remembers(self) -> bool:

@@ -73,6 +73,25 @@ class NewSvd(Starts):
                     parameter.copy_(torch.nn.init.orthogonal_(drawn, generator=generator))
         return parameters
 
+    def check(
+        self, given: Mapping[str, Kind], shapes: Mapping[str, Sequence[int]], ranks: Sequence[int]
+    ) -> None:
+        """Raise `InvalidMessage` unless clients of these ranks may have made these factors.
+
+        They have up to the initial rank in each matrix, and r_k on average. A matrix of which
+        nothing is left has a component of zeros beyond the budget.
+
+        Args:
+            given: what they are, by PEFT's key names.
+            shapes: (m, n) of the adapted matrices, by module.
+            ranks: r_k of each client.
+        """
+        most = sum(map(self.rank, ranks))
+        total = sum(check_pairs(given, shapes, dict.fromkeys(shapes, most)).values())
+        budget = sum(ranks) * len(shapes) + len(ranks) * (len(shapes) - 1)
+        if total > budget:
+            raise InvalidMessage(f"ranks must sum to at most {budget}, got {total}")
+
 
 def as_pairs(parameters: Mapping[str, nn.Parameter], initial: int) -> dict[str, Tensor]:
     """Make ordinary factors of the components that are left; one of zeros where none is.
@@ -96,26 +115,3 @@ def as_pairs(parameters: Mapping[str, nn.Parameter], initial: int) -> dict[str, 
             tensors[f"{module}.lora_A.weight"] = values * factors[f"{module}.lora_A"][left]
             tensors[f"{module}.lora_B.weight"] = factors[f"{module}.lora_B"][:, left]
     return tensors
-
-
-def check_within_budget(
-    given: Mapping[str, Kind],
-    shapes: Mapping[str, Sequence[int]],
-    ranks: Sequence[int],
-    initial: Sequence[int],
-) -> None:
-    """Raise `InvalidMessage` unless clients of these ranks may have made these factors.
-
-    They have up to the initial rank in each matrix, and r_k on average. A matrix of which nothing
-    is left has a component of zeros beyond the budget.
-
-    Args:
-        given: what they are, by PEFT's key names.
-        shapes: (m, n) of the adapted matrices, by module.
-        ranks: r_k of each client.
-        initial: rank of each client before training.
-    """
-    total = sum(check_pairs(given, shapes, dict.fromkeys(shapes, sum(initial))).values())
-    budget = sum(ranks) * len(shapes) + len(ranks) * (len(shapes) - 1)
-    if total > budget:
-        raise InvalidMessage(f"ranks must sum to at most {budget}, got {total}")
