@@ -298,7 +298,9 @@ def test_what_training_changes_beside_weights_is_given_back(memory, network, tmp
     assert torch.equal(weight.grad, torch.ones_like(weight))
 
 
-@pytest.mark.parametrize("place", ["hedgerow.model._wrapped", "hedgerow.training.loss.batch_loss"])
+@pytest.mark.parametrize(
+    "place", ["hedgerow.adapter_layers._wrapped", "hedgerow.training.loss.batch_loss"]
+)
 def test_an_interrupted_run_gives_the_model_back(memory, network, tmp_path, monkeypatch, place):
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
     hr.run(**memory, rounds=1, out=tmp_path / "a")

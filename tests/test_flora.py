@@ -16,11 +16,12 @@ from hedgerow.errors import InvalidMessage
 from hedgerow.experiment import load
 from hedgerow.ledger import Ledger
 from hedgerow.lowrank import Factors, Projections, SumSketch
-from hedgerow.methods import flora
+from hedgerow.methods import stacked
 from hedgerow.methods.base import Client, ClientRound, Expected, ServerRound, Trained
 from hedgerow.methods.flora import FLoRA
+from hedgerow.methods.parts.scaling import LOSSES_ALONG
+from hedgerow.methods.parts.truncation import Compress, ranks_to_keep
 from hedgerow.methods.quantization import dequantize, quantize
-from hedgerow.methods.truncation import Compress, ranks_to_keep
 from hedgerow.methods.weighting import LENGTHS, LONGEST, SHORTEST, adaptive_step
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
@@ -117,10 +118,9 @@ def play(method, sizes, rounds, check, absent=lambda round, client: False, moves
                     parameter.add_(length * torch.randn(parameter.shape, generator=generator))
             changed = model.function_with(parameters, method.scale(rank))
             changes.append({m: changed[m] - start[m] for m in SHAPES})
-            along = (1.2, 1.0, 0.9) if method.scaling == "adaptive" and round > 1 else ()
-            tensors, about = method.update(
-                model, client_round, Trained(parameters, 1.0, along=along)
-            )
+            adaptive = method.scaling == "adaptive" and round > 1
+            said = LOSSES_ALONG.said((1.2, 1.0, 0.9)) if adaptive else {}
+            tensors, about = method.update(model, client_round, Trained(parameters, 1.0, said=said))
             update = Update(
                 method=method.name,
                 round=round,
@@ -211,7 +211,7 @@ def test_what_was_cut_is_carried_and_not_lost(restart, bits):
 @pytest.mark.parametrize("restart", ["own", "shared"])
 @pytest.mark.parametrize("scaling", ["size", "uniform", 0.3, [0.1, 0.2, 0.3, 0.4]])
 def test_sums_of_sketches_are_the_sums_where_they_are_wide_enough(monkeypatch, restart, scaling):
-    monkeypatch.setattr(flora, "MOST_SPOOLED", 0)
+    monkeypatch.setattr(stacked, "MOST_SPOOLED", 0)
     compress = {"rank": 8, "bits": 32, "carry": False}
 
     def check(round, after, before, exact, aggregate, begun):
@@ -246,7 +246,7 @@ def test_a_sketch_knows_what_it_has_missed():
 @pytest.mark.parametrize("restart", ["own", "shared"])
 def test_sketches_that_are_too_narrow_say_so(monkeypatch, restart):
     """What they miss is in the errors, and they are better than nothing."""
-    monkeypatch.setattr(flora, "MOST_SPOOLED", 0)
+    monkeypatch.setattr(stacked, "MOST_SPOOLED", 0)
     method = FLoRA(ranks=2, restart=restart, compress={"rank": 3, "bits": 32, "carry": False})
     errors = []
 

@@ -11,8 +11,8 @@ from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Client, Expected, ServerRound
 from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.florist import FLoRIST
+from hedgerow.methods.parts.beside import START
 from hedgerow.methods.quantization import quantize
-from hedgerow.methods.residual import START
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
 from hedgerow.testing.doubles import Forgetful
@@ -91,7 +91,7 @@ def server_round(previous):
 def test_a_server_reads_of_the_entry_before_what_clients_start_from(bits):
     given, tensors = entry(bits)
     method = FLoRA(ranks=4, restart="shared")
-    method._start(server_round(given))
+    method.starts(TrainingSettings(steps=2)).before(server_round(given))
     begun = [name for name in tensors if name.startswith(START)]
     assert sorted(tensors.read) == sorted(begun)
     tensors.read.clear()

@@ -6,7 +6,6 @@ attached, or the weights are trained in place with one snapshot beside them) and
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import sys
@@ -17,7 +16,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hedgerow import targets
-from hedgerow.adapters import PREFIX, adapter_pairs
+from hedgerow.adapter_layers import FROZEN, LORA, TRAINED, AdapterLayers, nested
+from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import UserError
 from hedgerow.lazy import peft, torch
 from hedgerow.loading import Origin, load, name_of, tokenization
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hedgerow.settings import ModelSettings
-
-
-_TRAINED, _FROZEN = "default", "frozen"
-"""peft's names of the adapter that a client trains, and of one beside it."""
 
 
 class Model:
@@ -60,6 +56,7 @@ class Model:
         self.beside: dict[str, Tensor] = {}
         self.factors: Mapping[str, Tensor] | None = None
         self._attached: dict[str, Any] = {}
+        self._layers = LORA
         self._wrapped: dict[str, dict[str, Any]] = {}
         self._trained: dict[str, nn.Parameter] = {}
         self._snapshot: dict[str, Tensor] = {}
@@ -148,7 +145,7 @@ class Model:
         config: peft.LoraConfig,
         frozen: Mapping[str, Tensor] | None = None,
         *,
-        core: bool = False,
+        layers: AdapterLayers = LORA,
     ) -> dict[str, nn.Parameter]:
         """Attach an adapter; returns its live parameters, uninitialised, by PEFT's key names.
 
@@ -156,7 +153,7 @@ class Model:
             config: peft's configuration of the adapter.
             frozen: factors of a second adapter beside it, of one rank and with its scale in them,
                 which takes part in the model's function and is not trained.
-            core: put an r×r matrix R between the factors, ΔW = s·B·R·A, under `lora_R.weight`.
+            layers: the kind of layers that are put around the adapted ones.
 
         Raises:
             ValueError: peft finds no modules that the configuration names.
@@ -165,68 +162,43 @@ class Model:
         # round, so the wrapped layers of each configuration are made once and swapped in and out.
         beside = _plain_config(frozen) if frozen else None
         key = json.dumps(
-            [core, *(c and c.to_dict() for c in (config, beside))], sort_keys=True, default=sorted
+            [layers.name, *(c and c.to_dict() for c in (config, beside))],
+            sort_keys=True,
+            default=sorted,
         )
         if key not in self._wrapped:
-            self._wrapped[key] = self._wrap(config, beside, core)
-        self._attached = self._wrapped[key]
+            self._wrapped[key] = self._wrap(config, beside, layers)
+        self._attached, self._layers = self._wrapped[key], layers
         for name, layer in self._attached.items():
             self.network.set_submodule(name, layer)
-            for wrapper in _nested(layer) if frozen else ():
-                wrapper.set_adapter([_TRAINED, _FROZEN])
-        parameters = self._parameters(_TRAINED)
+            for wrapper in nested(layer) if frozen else ():
+                wrapper.set_adapter([TRAINED, FROZEN])
+        parameters = self._parameters(TRAINED)
         for parameter in parameters.values():
             parameter.requires_grad_(True)  # whoever had the layers before may have frozen some
         if frozen:
             with torch.no_grad():
-                for name, parameter in self._parameters(_FROZEN).items():
+                for name, parameter in self._parameters(FROZEN).items():
                     parameter.requires_grad_(False).copy_(frozen[name])
         self.network.eval()
         return parameters
 
     def _wrap(
-        self, config: peft.LoraConfig, beside: peft.LoraConfig | None, core: bool
+        self, config: peft.LoraConfig, beside: peft.LoraConfig | None, layers: AdapterLayers
     ) -> dict[str, Any]:
         """The layers with adapters around them, by name, in the network's order."""
-        is_adalora = isinstance(config, peft.AdaLoraConfig)
-        targets = self.targets(config.target_modules, experts=not (core or is_adalora))
+        targets = self.targets(config.target_modules, experts=layers.adapts_experts)
+        found: dict[str, Any] = {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is said in our own words, or is moot
-            if is_adalora:
-                return self._wrap_by_peft(config, targets)
             # Not by get_peft_model, which takes names of layers for those of experts of old.
-            layers: dict[str, Any] = {}
             for name in targets.modules:
-                layer = self.network.get_submodule(name)
-                layers[name] = _wrapped(layer, config, beside)
-                if core:
-                    _insert_core(layers[name])
+                found[name] = layers.around(self.network.get_submodule(name), config, beside)
             for name in targets.parameters:
                 owner, _, parameter = name.rpartition(".")
-                layer = layers.get(owner) or self.network.get_submodule(owner)
-                layers[owner] = _wrapped(layer, config, beside, parameter)
-        return {name: layers[name] for name, _ in self.network.named_modules() if name in layers}
-
-    def _wrap_by_peft(self, config: peft.LoraConfig, targets: Targets) -> dict[str, Any]:
-        config = copy.deepcopy(config)
-        config.target_modules = set(targets.modules)
-        try:
-            adapted = peft.get_peft_model(self.network, config, _TRAINED)
-        except BaseException:
-            # peft has wrapped some layers, and came to one that it cannot, or to Ctrl-C.
-            for name, layer in self._lora_layers().items():
-                self.network.set_submodule(name, layer.get_base_layer())
-            if hasattr(self.network, "peft_config"):
-                del self.network.peft_config
-            raise
-        layers = self._lora_layers()
-        adapted.unload()
-        return layers
-
-    def _lora_layers(self) -> dict[str, Any]:
-        """The layers that peft has wrapped, by name."""
-        kind = peft.tuners.lora.LoraLayer
-        return {n: m for n, m in self.network.named_modules() if isinstance(m, kind)}
+                layer = found.get(owner) or self.network.get_submodule(owner)
+                found[owner] = layers.around(layer, config, beside, parameter)
+        return {name: found[name] for name, _ in self.network.named_modules() if name in found}
 
     def targets(self, wanted: str | Collection[str], *, experts: bool = True) -> Targets:
         """What an adapter with these targets changes; see `targets.find`."""
@@ -239,23 +211,7 @@ class Model:
         """The parameters of an adapter that is attached, by PEFT's key names."""
         found: dict[str, nn.Parameter] = {}
         for name, layer in self._attached.items():
-            if isinstance(layer, peft.tuners.lora.ParamWrapper):
-                from hedgerow import experts
-
-                found |= {
-                    f"{PREFIX}{matrix}.{what}.weight": factor
-                    for matrix, what, factor in experts.factors_of(layer, adapter, name)
-                }
-                continue
-            parts = {what: getattr(layer, what)[adapter] for what in ("lora_A", "lora_B")}
-            if isinstance(parts["lora_B"], torch.nn.Sequential):
-                parts["lora_R"], parts["lora_B"] = parts["lora_B"]
-            if isinstance(layer, peft.tuners.adalora.AdaLoraLayer):
-                # Its factors are plain parameters, and the singular values stand beside them.
-                parts["lora_E"] = layer.lora_E[adapter]
-                found |= {f"{PREFIX}{name}.{what}": part for what, part in parts.items()}
-            else:
-                found |= {f"{PREFIX}{name}.{w}.weight": part.weight for w, part in parts.items()}
+            found |= self._layers.parameters(layer, adapter, name)
         return found
 
     def unfreeze(self) -> dict[str, nn.Parameter]:
@@ -400,34 +356,6 @@ class Model:
         return {name: shapes[name] for name in sorted(shapes, key=lambda n: f"{n}.lora_A.weight")}
 
 
-def _wrapped(
-    layer: Any,
-    config: peft.LoraConfig,
-    beside: peft.LoraConfig | None,
-    parameter: str | None = None,
-) -> Any:
-    """A layer with an adapter, and maybe a second one beside it, around it or its parameter."""
-    options = {"r": config.r, "lora_alpha": config.lora_alpha, "parameter_name": parameter}
-    wrapper = peft.LoraModel._create_new_module(config, _TRAINED, layer, **options)
-    if beside is not None:
-        wrapper.update_layer(_FROZEN, beside.r, lora_alpha=beside.lora_alpha, config=beside)
-    for adapter in wrapper.lora_A:
-        for part in (wrapper.lora_A[adapter], wrapper.lora_B[adapter]):
-            part.float()  # whatever the base has
-        if parameter is not None:
-            from hedgerow import experts
-
-            experts.split(wrapper, adapter)
-    return wrapper
-
-
-def _nested(layer: Any) -> Iterator[Any]:
-    """A wrapped layer, and the wrapped ones inside it."""
-    while isinstance(layer, peft.tuners.lora.LoraLayer):
-        yield layer
-        layer = layer.base_layer
-
-
 def _plain_config(factors: Mapping[str, Tensor]) -> peft.LoraConfig:
     """peft's configuration of an adapter of one rank, whose scale is in its factors."""
     pairs = dict(adapter_pairs(factors))
@@ -435,14 +363,6 @@ def _plain_config(factors: Mapping[str, Tensor]) -> peft.LoraConfig:
     return peft.LoraConfig(
         r=rank, lora_alpha=rank, target_modules=list(pairs), init_lora_weights=False
     )
-
-
-def _insert_core(layer: Any) -> None:
-    """Let an adapter's B follow an r×r matrix, as whose projection peft's forward pass calls it."""
-    B = layer.lora_B[_TRAINED]
-    options = {"device": B.weight.device, "dtype": B.weight.dtype}
-    core = torch.nn.Linear(B.in_features, B.in_features, bias=False, **options)
-    layer.lora_B[_TRAINED] = torch.nn.Sequential(core, B)
 
 
 def max_positions(network: Any) -> int:

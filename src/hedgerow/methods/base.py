@@ -124,8 +124,8 @@ class Trained:
     """The mean training loss."""
     steps: Mapping[int, float] = field(default_factory=dict)
     """Distance along each direction, by the direction's seed (zeroth-order)."""
-    along: Sequence[float] = ()
-    """The loss along the last round's step, before training, at `weighting.LENGTHS`."""
+    said: Mapping[str, str] = field(default_factory=dict)
+    """What the client states beside its update, in the update's metadata."""
 
 
 class Payload(NamedTuple):

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import model_validator
 
-from hedgerow.lazy import torch
-from hedgerow.lowrank import Factors
 from hedgerow.methods import weighting
 from hedgerow.methods.base import (
     Aggregate,
@@ -42,7 +40,7 @@ from hedgerow.methods.parts.server_optimizers import (
 )
 from hedgerow.methods.parts.uplink import Uplink
 from hedgerow.methods.parts.values import Shapes, Values
-from hedgerow.methods.stacking import Part, aggregate_adapters
+from hedgerow.methods.stacking import average_adapters
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,7 +60,7 @@ class AveragedAdapter(LoraMethod):
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Average A and B apart."""
-        return aggregate_adapters(updates, lambda stacked, parts, _: average(stacked, parts))
+        return average_adapters(updates)
 
     def apply(self, model: Model, entry: Entry) -> None:
         """Make the entry's adapter the global one."""
@@ -259,15 +257,3 @@ class ContinuedAdapter(AveragedAdapter):
             start = before[name][tuple(slice(size) for size in change.shape)]
             factors[name] = change + (start if ".lora_A." in name else start / s)
         return replace(update, tensors=factors)
-
-
-def average(stacked: Factors, parts: Sequence[Part]) -> Factors:
-    """A = Σ p_k A_k, B = Σ p_k s_k B_k, the smaller padded with zeros to the largest."""
-    rank = max(part.rows.stop - part.rows.start for part in parts)
-    A = torch.zeros(rank, stacked.A.shape[1])
-    B = torch.zeros(stacked.B.shape[0], rank)
-    for part in parts:
-        A_k, B_k = stacked.A[part.rows], stacked.B[:, part.rows]
-        A[: len(A_k)] += part.weight * A_k
-        B[:, : len(A_k)] += part.weight * part.scale * B_k
-    return Factors(A, B)

@@ -12,22 +12,23 @@ travels as low-rank factors, never as a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, ServerRound
-from hedgerow.methods.continued import average
 from hedgerow.methods.factors import check_factors, check_pairs
-from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
-from hedgerow.methods.stacking import StackedFactors, exact_sum
+from hedgerow.methods.parts.beside import split
+from hedgerow.methods.parts.starts import Global, Starts
+from hedgerow.methods.residual import ResidualAdapter
+from hedgerow.methods.stacked import StackedAdapters, StackedParts
+from hedgerow.methods.sums import FactorAverages
 from hedgerow.wire import kinds
 
 if TYPE_CHECKING:
-    from hedgerow.wire import Entry, Update
+    from hedgerow.settings import TrainingSettings
+    from hedgerow.wire import Entry
 
 
-class FedExLoRA(ResidualAdapter):
+class FedExLoRA(StackedAdapters, ResidualAdapter):
     """Adapters of one rank, averaged factor by factor, with the residual in the base."""
 
     name: str = "fedex_lora"
@@ -42,15 +43,11 @@ class FedExLoRA(ResidualAdapter):
         most = (len(entry.participants) + 1) * self.largest_rank
         check_pairs(residual, shapes, {m: min(*shape, most) for m, shape in shapes.items()})
 
-    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
+    def starts(self, training: TrainingSettings) -> Starts:
+        """The global adapter."""
+        return Global(self)
+
+    @property
+    def parts(self) -> StackedParts:
         """The averages of A and B apart, and what they lack of Σ p_k s_k B_k A_k."""
-        arrived = StackedFactors(updates)
-        shares = arrived.shares()
-
-        def sums() -> Iterator[tuple[str, Factors, Factors]]:
-            for module in arrived:
-                stacked, parts = arrived.read(module, shares)
-                exact = exact_sum(stacked, parts)
-                yield module, average(stacked, parts), exact
-
-        return with_residuals(sums())
+        return StackedParts(sums=FactorAverages)

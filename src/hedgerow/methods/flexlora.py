@@ -12,41 +12,42 @@ clients' ranks, and clients go on from what they have; what does not fit the lar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow import lowrank
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, ServerRound
 from hedgerow.methods.continued import AveragedAdapter
-from hedgerow.methods.stacking import Part, aggregate_adapters
+from hedgerow.methods.parts.broadcast import Whole
+from hedgerow.methods.parts.starts import Global, Starts
+from hedgerow.methods.stacked import StackedAdapters, StackedParts
 
 if TYPE_CHECKING:
-    from hedgerow.wire import Update
+    from hedgerow.methods.sums import Sum
+    from hedgerow.settings import TrainingSettings
 
 
-class FlexLoRA(AveragedAdapter):
+class FlexLoRA(StackedAdapters, AveragedAdapter):
     """Adapters of different ranks, stacked and cut to the largest."""
 
     name: str = "flexlora"
     summary: ClassVar[str] = "LoRA of different ranks, summed exactly and cut by SVD to the largest"
     reference: ClassVar[str] = "FlexLoRA, arXiv 2402.11505"
+    renews: ClassVar[bool] = True
+
+    def starts(self, training: TrainingSettings) -> Starts:
+        """The leading components of the global adapter."""
+        return Global(self)
 
     @property
-    def keeps_optimizer(self) -> bool | None:
-        """Nothing: moments would belong to factors that are no more once these are made anew."""
-        return None
-
-    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
-        """Approximate the exact sum by the largest rank, and report the error."""
-        return aggregate_adapters(updates, cut)
+    def parts(self) -> StackedParts:
+        """Sums cut to the largest rank; `aggregation_error` is what was cut."""
+        return StackedParts(broadcast=Whole(cut=cut))
 
 
-def cut(stacked: Factors, parts: Sequence[Part], exact: Factors) -> Factors:
+def cut(each: Sum) -> Factors:
     """Leading components of Σ p_k s_k B_k A_k, in descending order, of the largest rank.
 
     A matrix that has not so many is filled with zeros, which no training could make more of: its
     own rank is used up.
     """
-    rank = max(part.rows.stop - part.rows.start for part in parts)
-    return lowrank.truncate(exact, rank=rank).padded(rank).float()
+    return lowrank.truncate(each.exact, rank=each.largest).padded(each.largest)

@@ -27,84 +27,37 @@ merged as the stacked factors are:
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BeforeValidator
-
-from hedgerow import lowrank
-from hedgerow.adapters import adapter_pair, adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage, UserError
-from hedgerow.lazy import torch
-from hedgerow.lowrank import Factors
-from hedgerow.methods import weighting
-from hedgerow.methods.base import (
-    Aggregate,
-    Client,
-    ClientRound,
-    Expected,
-    Payload,
-    ServerRound,
-    Trained,
-)
-from hedgerow.methods.factors import (
-    check_factors,
-    check_pairs,
-    copy_factors,
-    draw_adapter,
-    factor_kinds,
-    init_factors,
-)
-from hedgerow.methods.lora import update_scale
-from hedgerow.methods.quantization import (
-    Bits,
-    check_step_sizes,
-    dequantize,
-    dequantize_update,
-    quantize,
-    quantized_kinds,
-)
-from hedgerow.methods.residual import ResidualAdapter, split, with_residuals
-from hedgerow.methods.stacking import StackedFactors, finite
-from hedgerow.methods.sums import ExactSums, SketchedSums
-from hedgerow.methods.truncation import Compress, truncate_sums
+from hedgerow.methods.factors import check_factors, check_pairs, factor_kinds
+from hedgerow.methods.parts.beside import split
+from hedgerow.methods.parts.broadcast import Truncated, Whole
+from hedgerow.methods.parts.factor_bits import FactorBits
+from hedgerow.methods.parts.scaling import Scaling
+from hedgerow.methods.parts.starts import New, Own, Shared, Starts
+from hedgerow.methods.parts.truncation import ChosenCompress
+from hedgerow.methods.quantization import Bits, check_step_sizes, quantized_kinds
+from hedgerow.methods.residual import ResidualAdapter
+from hedgerow.methods.stacked import StackedAdapters, StackedParts
+from hedgerow.methods.sums import ExactSums, StackedSums
 from hedgerow.methods.weighting import Weighting
-from hedgerow.training import line_search
-from hedgerow.wire import LARGEST_BROADCAST, LARGEST_SENT, check_kinds, kinds
+from hedgerow.wire import LARGEST_BROADCAST, check_kinds, kinds
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from hedgerow.model import Model
     from hedgerow.settings import TrainingSettings
-    from hedgerow.training.job import Job
-    from hedgerow.wire import Entry, Participant, Update
+    from hedgerow.wire import Entry, Kind
 
 FEW_STEPS = 8
 """With fewer local steps a round than that, `warm` is `shared`, else `own`; `bench/README.md` says
 what it was chosen by."""
 
-MOST_SPOOLED = 8 << 30
-"""Bytes of updates that wait on disk for an exact sum; of more, where the broadcast is cut anyway,
-sketches are added up."""
-
-_ROUNDING = "rounding_error"
-"""What an update in fewer bits says of itself: ‖ΔW sent - ΔW‖ / ‖ΔW‖."""
-_ALONG = "losses_along"
-"""The loss along the last round's step, at `weighting.LENGTHS`."""
-_LOSSES = re.compile(
-    " ".join([r"[0-9]{1,11}(\.[0-9]{1,12})?(e[+-][0-9]{2})?"] * len(weighting.LENGTHS))
-)
-_SHARE = re.compile(r"0|1|1\.0|0\.[0-9]{1,10}|[0-9](\.[0-9]{1,3})?e-[0-9]{2}")
+STARTS: dict[str, type[Starts]] = {"zero": New, "own": Own, "shared": Shared}
 
 
-def _as_compress(value: Any) -> Any:
-    return {True: {}, False: None}[value] if isinstance(value, bool) else value
-
-
-class FLoRA(ResidualAdapter):
+class FLoRA(StackedAdapters, ResidualAdapter):
     """Adapters of any ranks: the aggregate is exact, and clients go on from where they were."""
 
     name: str = "flora"
@@ -120,7 +73,7 @@ class FLoRA(ResidualAdapter):
     round's examples; `uniform`: 1/N for each of N clients; a number for each client, or a list with
     one for each; `adaptive`: by size, in steps as long as clients' losses along the last step
     advise (three more forward passes of one batch for each client in a round)."""
-    compress: Annotated[Compress | None, BeforeValidator(_as_compress)] = None
+    compress: ChosenCompress = None
     """Cut of the broadcast (`energy`, `rank`, `bits`, `carry`); with `true`, to the size of the
     largest client's update; with null or `false`, it is exact. Of updates of more than 8 GiB in a
     round sketches are added up, if `compress` bounds the broadcast."""
@@ -138,164 +91,42 @@ class FLoRA(ResidualAdapter):
         return True if self.restart != "zero" else None
 
     @property
-    def server_remembers(self) -> bool:
-        """Whether it carries what it owes."""
-        return self.compress is not None and self.compress.carry
+    def parts(self) -> StackedParts:
+        """Stacks, or averages and a residual; whole, or cut and carried."""
+        as_sent = self.restart == "zero" and self.compress is None
+        return StackedParts(
+            up=FactorBits(self.upload_bits),
+            weigh=Scaling(self.scaling),
+            sums=StackedSums if as_sent else ExactSums,
+            broadcast=Truncated(self.compress, self.largest_rank) if self.compress else Whole(),
+        )
+
+    def starts(self, training: TrainingSettings) -> Starts:
+        """B_k = 0 and a new or the client's own A_k, or its rows of the global adapter."""
+        warm = "shared" if training.epochs is None and training.most_steps(0) < FEW_STEPS else "own"
+        return STARTS[warm if self.restart == "warm" else self.restart](self)
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
-        """Check, as for every adapter; and that weights and the bound on ranks fit the clients."""
+        """Check, as for every adapter; and that a bounded broadcast has room for a shared start."""
         super().check(model, num_clients, training)
-        if isinstance(self.scaling, list) and len(self.scaling) != num_clients:
-            raise UserError(
-                f"method.scaling has {len(self.scaling)} factors for {num_clients} clients: "
-                "give one for each, or one number for all"
-            )
         bound = self.compress and self.compress.largest(self.largest_rank)
-        if bound and self._is_shared(training) and bound <= self.largest_rank:
+        if bound and isinstance(self.starts(training), Shared) and bound <= self.largest_rank:
             raise UserError(
                 f"method.compress: a broadcast of rank {bound} has no room beside the adapter of "
                 f"rank {self.largest_rank} that a shared start broadcasts: give a larger `rank`, "
                 "or method.restart: own"
             )
 
-    # --- at a client ----------------------------------------------------------------------------
-
-    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
-        """Attach the first r_k rows of the global adapter; or B_k = 0 and its own or a new A_k."""
-        rank = self.rank(client_round.client)
-        if self._is_shared(client_round.training):
-            parameters = model.attach(self.config(rank), _beyond(model.factors or {}, rank))
-            init_factors(parameters, client_round.seeds.torch("adapter"), self.largest_rank)
-            if model.factors is not None:
-                copy_factors(parameters, model.factors, self.scale(rank))
-            return parameters
-        parameters = model.attach(self.config(rank))
-        init_factors(
-            parameters,
-            client_round.seeds.torch("adapter", client_round.round, client_round.client.name),
-            rank,
-        )
-        kept = client_round.memory.load() if self.restart != "zero" else {}
-        with torch.no_grad():
-            for name in parameters.keys() & kept.keys():
-                parameters[name].copy_(kept[name])
-        return parameters
-
-    def train(
-        self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
-    ) -> Trained:
-        """Train locally; a warm start keeps the client's own A."""
-        along = self._along(job, client_round)
-        trained = super().train(job, client_round, parameters)
-        if self.restart != "zero" and not self._is_shared(client_round.training):
-            client_round.remember(
-                {n: p.detach().cpu() for n, p in parameters.items() if ".lora_A." in n}
-            )
-        return dataclasses.replace(trained, along=along)
-
-    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
-        """The client's factors, in so many bits, and what it knows of rounding and step sizes."""
-        tensors, about = super().update(model, client_round, trained)
-        if trained.along:
-            about[_ALONG] = " ".join(
-                f"{loss if loss <= LARGEST_SENT else LARGEST_SENT:.9g}" for loss in trained.along
-            )
-        if self.upload_bits == 32:
-            return Payload(tensors, about)
-        quantized = quantize(tensors, self.upload_bits)
-        sent = (pair for _, pair in adapter_pairs(dequantize(quantized)))
-        error = lowrank.relative_error(
-            zip(sent, dict(adapter_pairs(tensors)).values(), strict=True)
-        )
-        return Payload(quantized, about | {_ROUNDING: f"{min(error, 1.0):.3g}"})
-
-    # --- at the server --------------------------------------------------------------------------
-
-    def check_update(self, client: Client, update: Update, expected: Expected) -> None:
-        """Check rank and scale, and that there is a pair of the client's rank for each module."""
-        rank = self.rank(client)
-        forms = {_ROUNDING: _SHARE} if self.upload_bits < 32 else {}
-        if self.scaling == "adaptive" and update.round > 1:
-            forms[_ALONG] = _LOSSES
-        own = {name: update.about.get(name, "") for name in forms}
-        update.check_about(self._about(rank) | own)
-        for name, form in forms.items():
-            if not form.fullmatch(own[name]):
-                raise InvalidMessage(f"{name} has an invalid value: {own[name]!r:.60}")
-        if any(float(loss) > LARGEST_SENT for loss in own.get(_ALONG, "").split()):
-            raise InvalidMessage(f"{_ALONG} contains values above {LARGEST_SENT:g}")
-        pair = factor_kinds(expected.shapes, rank)
-        check_kinds(kinds(update.tensors), quantized_kinds(pair, self.upload_bits))
-        check_step_sizes(update.tensors, self.upload_bits, LARGEST_SENT)
-
-    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
-        """Stack the factors; or average them, and re-factorise and maybe cut what averages lack."""
-        start = self._start(server_round)
-        said: list[tuple[int, Mapping[str, str]]] = []
-
-        def arriving() -> Iterator[Update]:
-            for update in updates:
-                said.append((update.num_examples, update.about))
-                yield dequantize_update(update)
-
-        sums, weights, metrics = self._sums(arriving(), said, start, server_round)
-        if self.compress is None:
-            whole = with_residuals((m, each.average(), each.exact()) for m, each in sums)
-            tensors = whole.tensors
-            metrics |= whole.metrics
-        else:
-            owed, shapes = server_round.memory.load(), server_round.expected.shapes
-            tensors, left, errors = truncate_sums(
-                self.compress, sums, owed, shapes, self.largest_rank
-            )
-            metrics |= errors
-            if self.compress.carry:
-                server_round.memory.save(left)
-        if self.upload_bits < 32:
-            metrics["upload_error"] = sum(float(x[_ROUNDING]) for _, x in said) / len(said)
-        if isinstance(sums, SketchedSums):
-            metrics["sketch_error"] = sums.relative_error
-        return Aggregate(tensors, finite(metrics), weights)
-
-    def shown(self, update: Update, server_round: ServerRound) -> Update:
-        """Client's change as one adapter, ΔW_k = s_k·(B_k·A_k - B_0·A_0), in float32."""
-        if server_round.previous is None or not self._is_shared(server_round.expected.training):
-            return dequantize_update(update)  # B_0 = 0
-        s, rank = update_scale(update), int(update.about["r"])
-        start = dequantize(split(server_round.previous.tensors)[0])
-        pairs = zip(adapter_pairs(dequantize(update.tensors)), adapter_pairs(start), strict=True)
-        change = {}
-        for (module, pair), (_, whole) in pairs:
-            before = whole.leading(rank)
-            change[module] = lowrank.stack([pair, before._replace(B=-before.B / s)])
-        alpha = s * ((2 * rank) ** 0.5 if self.rslora else 2 * rank)
-        about = self._about(2 * rank, alpha)
-        return dataclasses.replace(update, tensors=adapter_tensors(change), about=about)
-
-    def check_weights(self, participants: Sequence[Participant]) -> None:
-        """Raise `InvalidMessage` unless the weights are those of `scaling`."""
-        weighting.check(self.scaling, participants)
-
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check for a pair for each module, and for a shared start another, of the largest rank."""
         start, residual = split(kinds(entry.tensors))
-        count, bits = len(entry.participants), self.compress.bits if self.compress else 32
-        if not start and self.restart == "shared":
-            raise InvalidMessage("the adapter that clients start from is missing")
-        if start:
-            if self.restart in ("zero", "own"):
-                raise InvalidMessage(
-                    f"unexpected adapter to start from, with restart: {self.restart}"
-                )
-            check_kinds(start, quantized_kinds(factor_kinds(shapes, self.largest_rank), bits))
-        ranks = self.possible_ranks(count)
-        # More is known only where all clients take part, or all have one rank.
-        fewest, most = sum(ranks[:count]), sum(ranks[-count:])
-        if self.restart == "zero" and self.compress is None:
-            check_factors(residual, shapes, range(fewest, most + 1))
-            return
+        bits: Bits = self.compress.bits if self.compress else 32
+        self._check_start(start, shapes, bits)
+        fewest, most = self.possible_sums(len(entry.participants))
         if start or self.compress:
             check_pairs(residual, shapes, {m: min(shape) for m, shape in shapes.items()}, bits)
+        elif self.restart == "zero":
+            check_factors(residual, shapes, range(fewest, most + 1))
         else:
             least, largest = (
                 {module: min(rank, *shape) for module, shape in shapes.items()}
@@ -304,102 +135,14 @@ class FLoRA(ResidualAdapter):
             check_pairs(residual, shapes, largest, least=least)
         check_step_sizes(entry.tensors, bits, LARGEST_BROADCAST)
 
-    # --- details --------------------------------------------------------------------------------
-
-    def _is_shared(self, training: TrainingSettings) -> bool:
-        """Whether clients go on from the average of their adapters."""
-        if self.restart == "warm":
-            return training.epochs is None and training.most_steps(0) < FEW_STEPS
-        return self.restart == "shared"
-
-    def _start(self, server_round: ServerRound) -> dict[str, Factors]:
-        """The global adapter that this round's clients went on from; nothing where they did not."""
-        expected = server_round.expected
-        if not self._is_shared(expected.training):
-            return {}
-        if server_round.previous is not None:
-            return dict(adapter_pairs(dequantize(split(server_round.previous.tensors)[0])))
-        drawn = expected.seeds.torch("adapter")
-        return dict(adapter_pairs(draw_adapter(expected.shapes, drawn, self.largest_rank)))
-
-    def _along(self, job: Job, client_round: ClientRound) -> tuple[float, ...]:
-        """The global model's loss along the last round's step, where that is asked for."""
-        if self.scaling != "adaptive" or client_round.round == 1:
-            return ()
-        start, residual = map(dequantize, split(client_round.past(client_round.round - 1).tensors))
-        earlier = (
-            client_round.past(client_round.round - 2).tensors
-            if start and client_round.round > 2
-            else {}
-        )
-        before = dequantize(split(earlier)[0])
-
-        def step() -> Iterator[tuple[str, Factors]]:
-            for module, pair in adapter_pairs(residual):
-                new, old = adapter_pair(start, module), adapter_pair(before, module)
-                gone = old and old._replace(B=-old.B)
-                yield module, lowrank.stack([p for p in (pair, new, gone) if p is not None])
-
-        order = client_round.seeds.numpy(
-            "line search", client_round.round, client_round.client.name
-        )
-        return line_search.losses_along(job, step(), weighting.LENGTHS, order)
-
-    def _sums(
-        self,
-        updates: Iterable[Update],
-        said: Sequence[tuple[int, Mapping[str, str]]],
-        start: Mapping[str, Factors],
-        server_round: ServerRound,
-    ) -> tuple[ExactSums | SketchedSums, list[float], dict[str, float]]:
-        """The round's sums, p_k of each update, and the adaptive step's size.
-
-        Args:
-            said: |D_k| of the updates that have been read, and what they say of themselves.
-        """
-        places = {client.name: client.index for client in server_round.clients}
-        bound = self.compress.largest(self.largest_rank) if self.compress else None
-        arrived: StackedFactors | SketchedSums
-        if bound and self._spooled(server_round) > MOST_SPOOLED:
-            arrived = SketchedSums(
-                updates,
-                start=start,
-                weigh=lambda u: weighting.relative_weight(
-                    self.scaling, u.client, u.num_examples, places
-                ),
-                rank=bound,
-                generator=server_round.expected.seeds.torch("sketch", server_round.round),
-            )
-        else:
-            arrived = StackedFactors(updates)
-        counts, size = arrived.num_examples, self._step_size(said, server_round)
-        weights = [
-            size * p for p in weighting.fixed_weights(self.scaling, arrived.clients, counts, places)
-        ]
-        metrics = {"step_size": size} if self.scaling == "adaptive" else {}
-        if isinstance(arrived, SketchedSums):
-            arrived.normalise(size * weighting.normalisation(self.scaling, counts))
-            return arrived, weights, metrics
-        as_sent = self.restart == "zero" and self.compress is None
-        return ExactSums(arrived, start, weights, whole=as_sent), weights, metrics
-
-    def _step_size(
-        self, said: Sequence[tuple[int, Mapping[str, str]]], server_round: ServerRound
-    ) -> float:
-        """The factor of all weights: the global step size η."""
-        if self.scaling != "adaptive" or server_round.previous is None:
-            return 1.0
-        last = sum(participant.weight for participant in server_round.previous.participants)
-        losses = [[float(loss) for loss in about[_ALONG].split()] for _, about in said]
-        return weighting.adaptive_step(last, losses, [count for count, _ in said])
-
-    def _spooled(self, server_round: ServerRound) -> int:
-        """The bytes of all clients' factors."""
-        rows = sum(self.rank(client) for client in server_round.clients)
-        return 4 * rows * sum(sum(shape) for shape in server_round.expected.shapes.values())
-
-
-def _beyond(factors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """The rows of A and columns of B from `rank` on; nothing where there are none."""
-    pairs = {m: Factors(A[rank:], B[:, rank:]) for m, (A, B) in adapter_pairs(factors)}
-    return adapter_tensors({m: pair for m, pair in pairs.items() if pair.rank})
+    def _check_start(
+        self, start: Mapping[str, Kind], shapes: Mapping[str, Sequence[int]], bits: Bits
+    ) -> None:
+        """Raise `InvalidMessage` unless the adapter that clients go on from may be this one."""
+        if not start and self.restart == "shared":
+            raise InvalidMessage("the adapter that clients start from is missing")
+        if not start:
+            return
+        if self.restart in ("zero", "own"):
+            raise InvalidMessage(f"unexpected adapter to start from, with restart: {self.restart}")
+        check_kinds(start, quantized_kinds(factor_kinds(shapes, self.largest_rank), bits))

@@ -14,43 +14,50 @@ number of clients, but with the energy that is to be kept: each matrix has its o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from hedgerow import lowrank
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate, ServerRound
 from hedgerow.methods.factors import check_pairs
-from hedgerow.methods.restarted import RestartedAdapter
-from hedgerow.methods.stacking import Part, aggregate_adapters
+from hedgerow.methods.parts.broadcast import Whole
+from hedgerow.methods.parts.starts import New, Starts
+from hedgerow.methods.residual import ResidualAdapter
+from hedgerow.methods.stacked import StackedAdapters, StackedParts
 from hedgerow.wire import kinds
 
 if TYPE_CHECKING:
-    from hedgerow.wire import Entry, Update
+    from hedgerow.methods.sums import Sum
+    from hedgerow.settings import TrainingSettings
+    from hedgerow.wire import Entry
 
 
-class FLoRIST(RestartedAdapter):
+class FLoRIST(StackedAdapters, ResidualAdapter):
     """Adapters of any ranks, stacked and cut at a share of the energy."""
 
     name: str = "florist"
     summary: ClassVar[str] = "LoRA of different ranks, stacked and cut by a threshold on the energy"
     reference: ClassVar[str] = "FLoRIST, arXiv 2506.09199"
+    renews: ClassVar[bool] = True
 
     threshold: float = Field(0.9, gt=0, le=1)
     """Share of the squared singular values of each matrix that is kept."""
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check for a pair for each module, of a rank that the stacked factors may have had."""
-        count = len(entry.participants)
-        most = sum(self.possible_ranks(count)[-count:])
+        _, most = self.possible_sums(len(entry.participants))
         check_pairs(kinds(entry.tensors), shapes, {m: min(*mn, most) for m, mn in shapes.items()})
 
-    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
-        """Cut the sum to its leading components; `aggregation_error` is what was cut."""
+    def starts(self, training: TrainingSettings) -> Starts:
+        """A new adapter in every round."""
+        return New(self)
 
-        def cut(stacked: Factors, parts: Sequence[Part], exact: Factors) -> Factors:
-            return lowrank.truncate(exact, energy=self.threshold).float()
+    @property
+    def parts(self) -> StackedParts:
+        """Sums cut to their leading components; `aggregation_error` is what was cut."""
+        return StackedParts(broadcast=Whole(cut=self._cut))
 
-        return aggregate_adapters(updates, cut)
+    def _cut(self, each: Sum) -> Factors:
+        return lowrank.truncate(each.exact, energy=self.threshold)

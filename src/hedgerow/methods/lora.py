@@ -165,7 +165,7 @@ class LoraMethod(LoraOptions, Method):
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """Collect the client's factors, with PEFT's key names."""
         tensors = {name: factor.detach().cpu() for name, factor in trained.parameters.items()}
-        return Payload(tensors, self._about(self.rank(client_round.client)))
+        return Payload(tensors, {**self._about(self.rank(client_round.client)), **trained.said})
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """Check rank and scale, and that there is a pair of the client's rank for each module."""
@@ -200,6 +200,14 @@ class LoraMethod(LoraOptions, Method):
             )
         return sorted(self.ranks)
 
+    def possible_sums(self, participants: int) -> tuple[int, int]:
+        """The smallest and the largest sum of the ranks of so many participants, Σ r_k.
+
+        More is known only where all clients take part, or all have one rank.
+        """
+        ranks = self.possible_ranks(participants)
+        return sum(ranks[:participants]), sum(ranks[-participants:])
+
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
@@ -211,8 +219,13 @@ class LoraMethod(LoraOptions, Method):
 
     def _about(self, rank: int, alpha: float | None = None) -> dict[str, str]:
         """Metadata of an update, by peft's names."""
-        about = {"r": str(rank), "lora_alpha": _exact(alpha or self._alpha(rank))}
-        return about | ({"use_rslora": "true"} if self.rslora else {})
+        return adapter_metadata(rank, alpha or self._alpha(rank), self.rslora)
+
+
+def adapter_metadata(rank: int, alpha: float, rslora: bool) -> dict[str, str]:
+    """Rank and scale of an adapter, by peft's names."""
+    about = {"r": str(rank), "lora_alpha": _exact(alpha)}
+    return about | ({"use_rslora": "true"} if rslora else {})
 
 
 def _exact(number: float) -> str:

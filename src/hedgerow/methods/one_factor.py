@@ -30,7 +30,17 @@ if TYPE_CHECKING:
 Factor = Literal["lora_A", "lora_B"]
 
 
-class OneFactor(ContinuedAdapter):
+class OnePart(ContinuedAdapter):
+    """One global adapter, of which clients train a part, and send it alone."""
+
+    def check_factors(self, client: Client, update: Update, expected: Expected) -> None:
+        """Check the client's rank and scale, and for the trained part of each module."""
+        rank = self.rank(client)
+        update.check_about(self._about(rank))
+        check_kinds(kinds(update.tensors), self.sent(expected.shapes, rank, update.round))
+
+
+class OneFactor(OnePart):
     """One global adapter; in each round clients train one of its factors."""
 
     def trained_factor(self, round: int) -> Factor:
@@ -49,12 +59,6 @@ class OneFactor(ContinuedAdapter):
     def sent(self, shapes: Shapes, rank: int, round: int) -> dict[str, Kind]:
         """Kinds of the trained factor of each module."""
         return only(self.trained_factor(round), shapes, rank)
-
-    def check_factors(self, client: Client, update: Update, expected: Expected) -> None:
-        """Check the client's rank and scale, and for the trained factor of each module."""
-        rank = self.rank(client)
-        update.check_about(self._about(rank))
-        check_kinds(kinds(update.tensors), self.sent(expected.shapes, rank, update.round))
 
     def fold(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Average the trained factor beside the shared one."""

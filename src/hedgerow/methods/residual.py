@@ -9,25 +9,22 @@ global model is the base with all residuals merged, and the last start adapter b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow import lowrank
-from hedgerow.adapters import adapter_pairs, adapter_tensors
+from hedgerow.adapters import adapter_pair, adapter_pairs, adapter_tensors
 from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Aggregate
 from hedgerow.methods.continued import AveragedAdapter
-from hedgerow.methods.parts.renamed import Renamed, below
+from hedgerow.methods.parts.beside import split
 from hedgerow.methods.quantization import dequantize
-from hedgerow.methods.stacking import finite
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hedgerow.methods.base import ClientRound
     from hedgerow.model import Model
     from hedgerow.wire import Entry
-
-START = "start."
 
 
 class ResidualAdapter(AveragedAdapter):
@@ -62,40 +59,13 @@ class ResidualAdapter(AveragedAdapter):
         return adapter_tensors(whole)
 
 
-def with_residuals(sums: Iterable[tuple[str, Factors | None, Factors]]) -> Aggregate:
-    """Make the broadcast in which nothing is lost, module by module.
-
-    Args:
-        sums: of each module the adapter that clients go on from, if any, and the exact sum.
-
-    Returns:
-        The former, and what it lacks of the exact sum (by SVD, at its numeric rank), or the sum as
-        it is; and `aggregation_error`, as `aggregate_adapters` has it.
-    """
-    starts: dict[str, Factors] = {}
-    residuals: dict[str, Factors] = {}
-
-    def applied_and_exact() -> Iterator[tuple[Factors, Factors]]:
-        for module, start, exact in sums:
-            if start is None:
-                residuals[module] = exact.float()
-                yield residuals[module], exact
-                continue
-            starts[module] = start.float()
-            lacking = lowrank.svd(lowrank.difference(exact, starts[module]))
-            rank = lacking.rank(beside=lowrank.norm(exact))
-            residuals[module] = lacking.factors(max(rank, 1)).float()
-            yield lowrank.stack([starts[module], residuals[module]]), exact
-
-    error = lowrank.relative_error(applied_and_exact())
-    tensors = {START + key: factor for key, factor in adapter_tensors(starts).items()}
-    return Aggregate(tensors | adapter_tensors(residuals), finite({"aggregation_error": error}))
-
-
-_T = TypeVar("_T")
-
-
-def split(tensors: Mapping[str, _T]) -> tuple[Mapping[str, _T], Mapping[str, _T]]:
-    """The start adapter, by PEFT's keys, and the residual, neither of which is read for it."""
-    residual = {key: key for key in tensors if not key.startswith(START)}
-    return below(tensors, START), Renamed(tensors, residual)
+def last_step(client_round: ClientRound) -> Iterator[tuple[str, Factors]]:
+    """What the last round has changed, module by module: its residual, and the adapters' change."""
+    start, residual = map(dequantize, split(client_round.past(client_round.round - 1).tensors))
+    is_first = not start or client_round.round == 2
+    earlier = {} if is_first else client_round.past(client_round.round - 2).tensors
+    before = dequantize(split(earlier)[0])
+    for module, pair in adapter_pairs(residual):
+        new, old = adapter_pair(start, module), adapter_pair(before, module)
+        gone = old and old._replace(B=-old.B)
+        yield module, lowrank.stack([p for p in (pair, new, gone) if p is not None])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,28 +31,42 @@ class Part(NamedTuple):
     """Scale of its factors, s_k."""
 
 
-class StackedFactors:
-    """Factors of all clients, stacked module by module; they wait on disk until they are read.
+class Arrived:
+    """Who has sent updates of a round.
 
     Attributes:
-        clients: who sent them, in their order.
+        clients: their names, in the order in which they came.
         num_examples: |D_k| of each.
+        said: metadata of each update.
     """
+
+    def __init__(self) -> None:
+        self.clients: list[str] = []
+        self.num_examples: list[int] = []
+        self.said: list[Mapping[str, str]] = []
+
+    def count(self, update: Update) -> None:
+        """Count a client in."""
+        self.clients.append(update.client)
+        self.num_examples.append(update.num_examples)
+        self.said.append(update.about)
+
+
+class StackedFactors(Arrived):
+    """Factors of all clients, stacked module by module; they wait on disk until they are read."""
 
     def __init__(self, updates: Iterable[Update]) -> None:
         """Take updates with PEFT's keys, `r` and `lora_alpha`, as they arrive."""
+        super().__init__()
         spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (gone with the last factors)
         self._spooled: dict[str, SpooledFactors] = defaultdict(lambda: SpooledFactors(spool))
-        self.clients: list[str] = []
-        self.num_examples: list[int] = []
         self._ranks: dict[str, list[int]] = defaultdict(list)
         self._scales: list[float] = []
         for update in updates:
             for module, pair in adapter_pairs(update.tensors):
                 self._spooled[module].add(pair)
                 self._ranks[module].append(pair.rank)
-            self.clients.append(update.client)
-            self.num_examples.append(update.num_examples)
+            self.count(update)
             self._scales.append(update_scale(update))
 
     def __iter__(self) -> Iterator[str]:
@@ -114,15 +128,23 @@ def exact_sum(stacked: Factors, parts: Sequence[Part]) -> Factors:
     return Factors(A, stacked.B.double())
 
 
-def aggregate_adapters(
-    updates: Iterable[Update], combine: Callable[[Factors, Sequence[Part], Factors], Factors]
-) -> Aggregate:
-    """Combine the clients' factors module by module, and measure the noise that this makes.
+def average(stacked: Factors, parts: Sequence[Part]) -> Factors:
+    """A = Σ p_k A_k, B = Σ p_k s_k B_k, the smaller padded with zeros to the largest."""
+    rank = max(part.rows.stop - part.rows.start for part in parts)
+    A = torch.zeros(rank, stacked.A.shape[1])
+    B = torch.zeros(stacked.B.shape[0], rank)
+    for part in parts:
+        A_k, B_k = stacked.A[part.rows], stacked.B[:, part.rows]
+        A[: len(A_k)] += part.weight * A_k
+        B[:, : len(A_k)] += part.weight * part.scale * B_k
+    return Factors(A, B)
+
+
+def average_adapters(updates: Iterable[Update]) -> Aggregate:
+    """Average the clients' factors, A and B apart, and measure the noise that this makes.
 
     Args:
         updates: each with PEFT's keys, `r` and `lora_alpha`.
-        combine: from the stacked factors of one module, whose rows are whose, and their exact
-            sum, to the factors that are broadcast.
 
     Returns:
         The factors, and `aggregation_error`: how far their products are from Σ p_k s_k B_k A_k,
@@ -130,17 +152,16 @@ def aggregate_adapters(
     """
     arrived = StackedFactors(updates)
     shares = arrived.shares()
-    combined: dict[str, Factors] = {}
+    averages: dict[str, Factors] = {}
 
     def applied_and_exact() -> Iterator[tuple[Factors, Factors]]:
         for module in arrived:
             stacked, parts = arrived.read(module, shares)
-            exact = exact_sum(stacked, parts)
-            combined[module] = combine(stacked, parts, exact)
-            yield combined[module], exact
+            averages[module] = average(stacked, parts)
+            yield averages[module], exact_sum(stacked, parts)
 
     error = lowrank.relative_error(applied_and_exact())
-    return Aggregate(adapter_tensors(combined), finite({"aggregation_error": error}))
+    return Aggregate(adapter_tensors(averages), finite({"aggregation_error": error}))
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:

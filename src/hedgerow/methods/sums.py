@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from hedgerow import lowrank
 from hedgerow.adapters import adapter_pairs
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors, Projections, SumSketch
 from hedgerow.methods.lora import update_scale
-from hedgerow.methods.stacking import Part, StackedFactors, exact_sum
+from hedgerow.methods.stacking import Arrived, Part, StackedFactors, average, exact_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hedgerow.wire import Update
+
+
+class Sum(NamedTuple):
+    """What a round makes of one matrix, in float64."""
+
+    exact: Factors
+    """Next function of what clients trained, B·A: Σ p_k s_k B_k A_k, where all began at zero."""
+    average: Factors | None = None
+    """Adapter that clients go on from, which stands for a part of `exact`; None: there is none."""
+    start: Factors | None = None
+    """Adapter that they went on from, (A_0, B_0); None: each began at zero."""
+    largest: int = 0
+    """Largest rank of a client whose factors are in it; 0 where that is not kept."""
+
+    def step(self) -> Factors:
+        """Change of the global function by the round: `exact` - B_0 A_0."""
+        return self.exact if self.start is None else lowrank.difference(self.exact, self.start)
+
+
+class Sums(Protocol):
+    """The sum of each module, by its name, in a fixed order."""
+
+    def __iter__(self) -> Iterator[tuple[str, Sum]]:
+        """Read what has arrived, module by module."""
+
+    @property
+    def missed(self) -> float:
+        """An estimate of ‖Σ p_k s_k B_k A_k - what was given for it‖_F² over all modules so far."""
 
 
 class Continued(NamedTuple):
@@ -41,54 +68,28 @@ class Continued(NamedTuple):
             self.averages.B[:, :rank] += part.weight * part.scale * stacked.B[:, part.rows]
             self.shares[:rank] += part.weight
 
+    def sum(self, trained: Factors) -> Sum:
+        """The round's sum, B_0 A_0 + Σ p_k (s_k B_k A_k - B_0 A_0), and the averages.
 
-class Sum(NamedTuple):
-    """A round's sum for one matrix, in float64, and the averages that may stand for part of it."""
-
-    trained: Factors
-    """Σ p_k s_k B_k A_k."""
-    continued: Continued | None = None
-    """Adapter that clients went on from, unless each began at zero."""
-
-    def exact(self) -> Factors:
-        """Next function of the global adapter: B_0 A_0 + Σ p_k (s_k B_k A_k - B_0 A_0)."""
-        if self.continued is None:
-            return self.trained
-        start, _, shares = self.continued
-        untouched = start.A * (1 - shares)[:, None]
-        return lowrank.stack([self.trained, Factors(untouched, start.B)])
-
-    def average(self) -> Factors | None:
-        """The averages of A and of B that stand for `exact`, of the start's rank."""
-        if self.continued is None:
-            return None
-        start, (A, B), shares = self.continued
-        untouched = 1 - shares
-        return Factors(A + start.A * untouched[:, None], B + start.B * untouched)
-
-    def step(self) -> Factors:
-        """Change of the global function by the round: `exact` - B_0 A_0."""
-        exact = self.exact()
-        if self.continued is None:
-            return exact
-        return lowrank.difference(exact, self.continued.start)
+        Args:
+            trained: Σ p_k s_k B_k A_k.
+        """
+        start, (A, B) = self.start, self.averages
+        untouched = 1 - self.shares
+        exact = lowrank.stack([trained, Factors(start.A * untouched[:, None], start.B)])
+        average = Factors(A + start.A * untouched[:, None], B + start.B * untouched)
+        return Sum(exact, average, start)
 
 
-class ExactSums:
-    """Exact sums of stacked factors that wait on disk and are read a piece at a time.
+class StackedSums:
+    """Sums as the stacked factors that were sent, of rank Σ r_k."""
 
-    Iterating gives each module and its sum, in a fixed order.
-    """
-
+    continues: ClassVar[bool] = False
+    """Whether the adapter that clients went on from is a part of the sums."""
     missed = 0.0
 
     def __init__(
-        self,
-        arrived: StackedFactors,
-        start: Mapping[str, Factors],
-        weights: Sequence[float],
-        *,
-        whole: bool = False,
+        self, arrived: StackedFactors, start: Mapping[str, Factors], weights: Sequence[float]
     ) -> None:
         """Read what has arrived as it is asked for.
 
@@ -96,11 +97,44 @@ class ExactSums:
             arrived: the clients' factors.
             start: the global adapter that they went on from, by module; maybe nothing.
             weights: p_k.
-            whole: give the sums as stacked factors even where these are larger than a pair of the
-                matrix's own rank.
         """
         self._arrived, self._start, self._weights = arrived, start, weights
-        self._whole = whole
+
+    def __iter__(self) -> Iterator[tuple[str, Sum]]:
+        for module in self._arrived:
+            stacked, parts = self._arrived.read(module, self._weights)
+            start = self._start.get(module)
+            largest = max(part.rows.stop - part.rows.start for part in parts)
+            average = self.average(stacked, parts)
+            yield module, Sum(exact_sum(stacked, parts), average, start, largest)
+
+    def average(self, stacked: Factors, parts: Sequence[Part]) -> Factors | None:
+        """Adapter that clients go on from; here none that is not the sum itself."""
+        return None
+
+
+class FactorAverages(StackedSums):
+    """Exact sums of adapters of one rank, and the averages of A and B apart (FedIT's)."""
+
+    def average(self, stacked: Factors, parts: Sequence[Part]) -> Factors | None:
+        """A = Σ p_k A_k, B = Σ p_k s_k B_k."""
+        return average(stacked, parts)
+
+
+class ExactSums:
+    """Exact sums of stacked factors that wait on disk and are read a piece at a time.
+
+    A sum is a pair of the matrix's own rank where the stacked factors were larger.
+    """
+
+    continues: ClassVar[bool] = True
+    missed = 0.0
+
+    def __init__(
+        self, arrived: StackedFactors, start: Mapping[str, Factors], weights: Sequence[float]
+    ) -> None:
+        """Read what has arrived as it is asked for; for the arguments, see `StackedSums`."""
+        self._arrived, self._start, self._weights = arrived, start, weights
 
     def __iter__(self) -> Iterator[tuple[str, Sum]]:
         for module in self._arrived:
@@ -115,25 +149,21 @@ class ExactSums:
             continued = Continued(start, averages, torch.zeros_like(start.A[:, 0]))
 
         def pieces() -> Iterator[Factors]:
-            most = math.inf if self._whole else min(self._arrived.shape(module))
+            most = min(self._arrived.shape(module))
             for stacked, parts in self._arrived.pieces(module, self._weights, most):
                 piece = stacked.double()
                 if continued is not None:
                     continued.add(piece, parts)
                 yield exact_sum(piece, parts)
 
-        trained = next(pieces()) if self._whole else lowrank.total(pieces())
-        return Sum(trained, continued)
+        trained = lowrank.total(pieces())
+        return Sum(trained) if continued is None else continued.sum(trained)
 
 
-class SketchedSums:
+class SketchedSums(Arrived):
     """Sums in the memory of a few clients, however many there are; their products are sketches.
 
-    Iterating gives each module and its sum, in a fixed order, once.
-
-    Attributes:
-        clients: who sent updates, in their order.
-        num_examples: |D_k| of each.
+    Iterating gives each module and its sum once.
     """
 
     def __init__(
@@ -153,9 +183,8 @@ class SketchedSums:
             rank: how many components of a sum the sketches are made for.
             generator: draws what they multiply with.
         """
+        super().__init__()
         self._start = start
-        self.clients: list[str] = []
-        self.num_examples: list[int] = []
         self._sketches: dict[str, SumSketch] = {}
         self._averages: dict[str, Factors] = {
             m: Factors(torch.zeros_like(pair.A), torch.zeros_like(pair.B))
@@ -166,8 +195,7 @@ class SketchedSums:
         }
         tests: dict[tuple[int, int], Projections] = {}
         for update in updates:
-            self.clients.append(update.client)
-            self.num_examples.append(update.num_examples)
+            self.count(update)
             weight, scale = weigh(update), update_scale(update)
             for module, pair in adapter_pairs(update.tensors):
                 shape = pair.B.shape[0], pair.A.shape[1]
@@ -211,4 +239,4 @@ class SketchedSums:
             averages = Factors(A * self._factor, B * self._factor)
             shares = self._shares.pop(module) * self._factor
             start = self._start[module].double()
-            yield module, Sum(trained, Continued(start, averages, shares))
+            yield module, Continued(start, averages, shares).sum(trained)

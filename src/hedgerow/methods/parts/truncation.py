@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from hedgerow import lowrank
 from hedgerow.adapters import adapter_pair, adapter_tensors
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
+from hedgerow.methods.parts.beside import START
 from hedgerow.methods.quantization import Bits, dequantize, quantize
-from hedgerow.methods.residual import START
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hedgerow.methods.sums import ExactSums, SketchedSums
+    from hedgerow.methods.sums import Sums
 
 UNEVEN = 2
 """Largest rank of a matrix of a bounded broadcast, in units of the average rank."""
@@ -62,9 +62,17 @@ class Compress(BaseModel):
         return self.rank
 
 
+def _as_compress(value: Any) -> Any:
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+ChosenCompress = Annotated[Compress | None, BeforeValidator(_as_compress)]
+"""Option that is a cut of the broadcast: `true` is one by default, `false` and null are none."""
+
+
 def truncate_sums(
     compress: Compress,
-    sums: ExactSums | SketchedSums,
+    sums: Sums,
     owed: Mapping[str, Tensor],
     shapes: Mapping[str, Sequence[int]],
     largest_rank: int,
@@ -95,7 +103,7 @@ def truncate_sums(
     leading: dict[str, Factors] = {}
     size = step = beyond = room = 0.0
     for module, each in sums:
-        exact, average = each.exact(), each.average()
+        exact, average = each.exact, each.average
         past = adapter_pair(owed, module)
         due = exact if past is None else lowrank.stack([exact, past.double()])
         if average is not None:
@@ -107,7 +115,7 @@ def truncate_sums(
         decomposed = lowrank.svd(due)
         norm = float(decomposed.values.norm()) if due is exact else lowrank.norm(exact)
         size += norm**2
-        step += norm**2 if each.continued is None else lowrank.norm(each.step()) ** 2
+        step += norm**2 if each.start is None else lowrank.norm(each.step()) ** 2
         numeric = max(decomposed.rank(beside=norm), 1)
         most = min(numeric, UNEVEN * bound) if bound else numeric
         spectra[module] = decomposed.values[:most].clone()

@@ -1,0 +1,169 @@
+"""Stacked methods: exact sums of adapters of any ranks, written once over their parts.
+
+    client:    start -> train -> up                                                  = update
+    server:    Σ p_k s_k B_k A_k, stacked (update, with up undone) -> broadcast      = entry
+
+A method says where adapters start, how updates are coded, what they weigh, how they are summed and
+what of the sums is broadcast (`parts`); what everybody makes of an entry is its base class's.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from hedgerow.methods.base import (
+    Aggregate,
+    Client,
+    ClientRound,
+    Expected,
+    Payload,
+    ServerRound,
+    Trained,
+)
+from hedgerow.methods.lora import LoraMethod
+from hedgerow.methods.parts.broadcast import Broadcast, Whole
+from hedgerow.methods.parts.factor_bits import FactorBits
+from hedgerow.methods.parts.starts import Starts
+from hedgerow.methods.parts.statements import check_stated
+from hedgerow.methods.parts.weigh import Weigh
+from hedgerow.methods.quantization import dequantize_update
+from hedgerow.methods.residual import last_step
+from hedgerow.methods.stacking import Arrived, StackedFactors, finite
+from hedgerow.methods.sums import ExactSums, SketchedSums, StackedSums, Sums
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hedgerow.lowrank import Factors
+    from hedgerow.model import Model
+    from hedgerow.settings import TrainingSettings
+    from hedgerow.training.job import Job
+    from hedgerow.wire import Participant, Update
+
+MOST_SPOOLED = 8 << 30
+"""Bytes of updates that wait on disk for an exact sum; of more, where the broadcast is cut anyway,
+sketches are added up."""
+
+
+@dataclass(frozen=True)
+class StackedParts:
+    """What a method that stacks is composed of."""
+
+    up: FactorBits = field(default_factory=FactorBits)
+    weigh: Weigh = field(default_factory=Weigh)
+    sums: type[StackedSums | ExactSums] = StackedSums
+    broadcast: Broadcast = field(default_factory=Whole)
+
+
+class StackedAdapters(LoraMethod):
+    """Adapters whose updates are summed exactly, whatever their ranks."""
+
+    renews: ClassVar[bool] = False
+    """Whether each round begins with other factors, to which no moments of the last one belong."""
+
+    @abstractmethod
+    def starts(self, training: TrainingSettings) -> Starts:
+        """Where clients' adapters start, by the method's options and those of local training."""
+
+    @property
+    def parts(self) -> StackedParts:
+        """Parts of the method, by its options; by default all is sent as it is."""
+        return StackedParts()
+
+    @property
+    def keeps_optimizer(self) -> bool | None:
+        """No, where nobody asks for it; nothing, where factors are other ones in each round."""
+        return None if self.renews else False
+
+    @property
+    def server_remembers(self) -> bool:
+        """Whether it owes what it has left out."""
+        return self.parts.broadcast.owes
+
+    def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
+        """Check, as for every adapter; and that there are weights for the clients."""
+        super().check(model, num_clients, training)
+        self.parts.weigh.check_clients(num_clients)
+
+    # --- at a client ----------------------------------------------------------------------------
+
+    def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
+        """Attach the adapter that the client starts from."""
+        return self.starts(client_round.training).start(model, client_round)
+
+    def train(
+        self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
+    ) -> Trained:
+        """Train locally; measure before what weights ask for, and keep what the next start does."""
+        said = self.parts.weigh.said(job, client_round, last_step)
+        trained = super().train(job, client_round, parameters)
+        client_round.remember(self.starts(client_round.training).kept(parameters))
+        return replace(trained, said=said)
+
+    def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
+        """The client's factors, coded, and what it knows of rounding and of step sizes."""
+        tensors, about = super().update(model, client_round, trained)
+        coded, said = self.parts.up.encode(tensors)
+        return Payload(coded, about | said)
+
+    # --- at the server --------------------------------------------------------------------------
+
+    def check_update(self, client: Client, update: Update, expected: Expected) -> None:
+        """Check rank and scale, what it states, and that there is a pair for each module."""
+        parts, rank = self.parts, self.rank(client)
+        statements = [*parts.up.statements, *parts.weigh.statements(update.round)]
+        check_stated(update, self._about(rank), statements)
+        parts.up.check(update.tensors, expected.shapes, rank)
+
+    def check_weights(self, participants: Sequence[Participant]) -> None:
+        """Raise `InvalidMessage` unless the weights are the method's."""
+        self.parts.weigh.check(participants)
+
+    def shown(self, update: Update, server_round: ServerRound) -> Update:
+        """Client's change as one adapter, in float32."""
+        return self.starts(server_round.expected.training).change(update, server_round)
+
+    def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
+        """Sum what clients have made of their adapters, and make the broadcast of the sums."""
+        parts, memory = self.parts, server_round.memory
+        arrived, sums = self._summed(map(dequantize_update, updates), server_round)
+        weights = parts.weigh.weights(arrived, server_round)
+        metrics = parts.weigh.metrics(arrived, server_round)
+        owed = memory.load() if self.server_remembers else {}
+        sent = parts.broadcast.make(sums, owed, server_round.expected.shapes)
+        if self.server_remembers:
+            memory.save(sent.owed)
+        metrics |= sent.metrics | parts.up.metrics(arrived.said)
+        if isinstance(arrived, SketchedSums):
+            metrics["sketch_error"] = arrived.relative_error
+        return Aggregate(sent.tensors, finite(metrics), weights)
+
+    # --- details --------------------------------------------------------------------------------
+
+    def _summed(self, updates: Iterable[Update], server_round: ServerRound) -> tuple[Arrived, Sums]:
+        """Who has sent updates, and their sums: exact, or of sketches where these are too large."""
+        parts, expected = self.parts, server_round.expected
+        start: Mapping[str, Factors] = {}
+        if parts.sums.continues:
+            start = self.starts(expected.training).before(server_round)
+        rank = parts.broadcast.sketched_rank
+        if rank is None or self._spooled(server_round) <= MOST_SPOOLED:
+            stacked = StackedFactors(updates)
+            return stacked, parts.sums(stacked, start, parts.weigh.weights(stacked, server_round))
+        sketched = SketchedSums(
+            updates,
+            start=start,
+            weigh=lambda update: parts.weigh.relative(update, server_round),
+            rank=rank,
+            generator=expected.seeds.torch("sketch", server_round.round),
+        )
+        sketched.normalise(parts.weigh.factor(sketched, server_round))
+        return sketched, sketched
+
+    def _spooled(self, server_round: ServerRound) -> int:
+        """The bytes of all clients' factors."""
+        rows = sum(self.rank(client) for client in server_round.clients)
+        return 4 * rows * sum(sum(shape) for shape in server_round.expected.shapes.values())
