@@ -41,7 +41,7 @@ from hedgerow.methods.stacking import Arrived, StackedFactors, finite
 from hedgerow.methods.sums import ExactSums, SketchedSums, StackedSums, Sums
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from hedgerow.lowrank import Factors
     from hedgerow.model import Model
@@ -157,11 +157,12 @@ class StackedAdapters(LoraMethod):
         weights = parts.weigh.weights(arrived, server_round)
         metrics = parts.weigh.metrics(arrived, server_round)
         kept = memory.load() if self.server_remembers else {}
-        steps = self._steps(sums, kept)
-        sent = parts.broadcast.make(steps or sums, kept, server_round.expected.shapes)
+        linear = self.server.linear if self.server is not None else None
+        steps = SteppedSums(sums, linear, parts.broadcast.bound, kept)
+        sent = parts.broadcast.make(steps, kept, server_round.expected.shapes)
         if self.server_remembers:
-            memory.save(sent.owed | (steps.kept if steps else {}))
-        metrics |= sent.metrics | parts.up.metrics(arrived.said) | (steps.metrics if steps else {})
+            memory.save(sent.owed | steps.kept)
+        metrics |= sent.metrics | parts.up.metrics(arrived.said) | steps.metrics
         if isinstance(arrived, SketchedSums):
             metrics["sketch_error"] = arrived.relative_error
         return Aggregate(sent.tensors, finite(metrics), weights)
@@ -187,12 +188,6 @@ class StackedAdapters(LoraMethod):
         )
         sketched.normalise(parts.weigh.factor(sketched, server_round))
         return sketched, sketched
-
-    def _steps(self, sums: Sums, kept: Mapping[str, Tensor]) -> SteppedSums | None:
-        """Where the server's steps lead; None where there is no optimiser."""
-        if self.server is None or self.server.linear is None:
-            return None
-        return SteppedSums(sums, self.server.linear, self.parts.broadcast.bound, kept)
 
     def _spooled(self, server_round: ServerRound) -> int:
         """The bytes of all clients' factors."""

@@ -66,13 +66,13 @@ class SteppedSums:
     """
 
     def __init__(
-        self, sums: Sums, step: Linear, bound: int | None, kept: Mapping[str, Tensor]
+        self, sums: Sums, step: Linear | None, bound: int | None, kept: Mapping[str, Tensor]
     ) -> None:
         """Step when a sum is asked for.
 
         Args:
             sums: a round's.
-            step: of the optimiser.
+            step: of the optimiser; None leaves the sums as they are.
             bound: largest rank of a broadcast, on average; None where there is no momentum.
             kept: what the round before has kept.
         """
@@ -84,7 +84,8 @@ class SteppedSums:
     @property
     def missed(self) -> float:
         """As the sums have it, times the step's length."""
-        return self._sums.missed * self._step.of_change**2
+        length = 1.0 if self._step is None else self._step.of_change
+        return self._sums.missed * length**2
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -93,28 +94,28 @@ class SteppedSums:
 
     def __iter__(self) -> Iterator[tuple[str, Sum]]:
         for module, each in self._sums:
-            yield module, self._stepped(module, each)
+            yield module, each if self._step is None else self._stepped(module, each, self._step)
 
-    def _stepped(self, module: str, each: Sum) -> Sum:
+    def _stepped(self, module: str, each: Sum, step: Linear) -> Sum:
         change, past = each.step(), adapter_pair(self._before, module)
-        steps = [_times(change, self._step.of_change)]
+        steps = [_times(change, step.of_change)]
         if past is not None:
-            steps.append(_times(past.double(), self._step.of_momentum))
-        if self._step.decay:
-            self._keep(module, change, past)
+            steps.append(_times(past.double(), step.of_momentum))
+        if step.decay:
+            self._keep(module, change, past, step.decay)
         if each.start is None:
             return each._replace(exact=lowrank.stack(steps))
         start, average = each.start.double(), each.average
         if average is not None:
             # Its factors step as far as the change does, so that little is left beside them.
             average = Factors(
-                *(a + self._step.of_change * (b - a) for a, b in zip(start, average, strict=True))
+                *(a + step.of_change * (b - a) for a, b in zip(start, average, strict=True))
             )
         return each._replace(exact=lowrank.stack([start, *steps]), average=average)
 
-    def _keep(self, module: str, change: Factors, past: Factors | None) -> None:
+    def _keep(self, module: str, change: Factors, past: Factors | None, decay: float) -> None:
         """Keep the leading components of β m + Δ."""
-        decayed = [] if past is None else [_times(past.double(), self._step.decay)]
+        decayed = [] if past is None else [_times(past.double(), decay)]
         whole = lowrank.svd(lowrank.stack([change, *decayed]))
         most = UNEVEN * self._bound if self._bound else len(whole.values)
         pair = whole.factors(min(most, max(whole.rank(beside=float(whole.values.norm())), 1)))
