@@ -497,3 +497,75 @@ def test_options_that_do_not_fit_are_one_sentence(
     assert result.code == 2
     assert sentence in result.err
     assert not (tmp_path / "run").exists()
+
+
+# --- server steps ---------------------------------------------------------------------------------
+
+
+def stepped(changes, server):
+    """Global changes that plain matrices make, one round after another, in float64."""
+    eta, beta = server.get("learning_rate", 1.0), server.get("momentum", 0.9)
+    momentum = {m: torch.zeros(shape, dtype=torch.float64) for m, shape in SHAPES.items()}
+    for change in changes:
+        if server["name"] == "sgd":
+            yield {m: eta * change[m] for m in SHAPES}
+            continue
+        momentum = {m: beta * momentum[m] + change[m] for m in SHAPES}
+        ahead = server["name"] == "nesterov"
+        yield {m: eta * (change[m] + beta * momentum[m] if ahead else momentum[m]) for m in SHAPES}
+
+
+STEPS = {
+    "sgd": {"name": "sgd", "learning_rate": 0.6},
+    "momentum": {"name": "momentum", "learning_rate": 0.5, "momentum": 0.8},
+    "nesterov": {"name": "nesterov", "learning_rate": 0.7, "momentum": 0.5},
+}
+
+
+@pytest.mark.parametrize("restart", ["own", "shared", "zero"])
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("compress", [None, {"rank": 20, "bits": 32}], ids=["whole", "wide"])
+def test_the_server_steps_along_stacks_as_along_matrices(restart, name, compress):
+    """With room for all components, what everybody holds is the optimiser's sum."""
+    if compress is None and name != "sgd":
+        pytest.skip("momentum needs a bound")
+    method = FLoRA(ranks=[3, 2, 1], restart=restart, compress=compress, server=STEPS[name])
+    means, moved = [], []
+
+    def check(round, after, before, exact, aggregate, begun):
+        means.append(exact)
+        moved.append({m: after[m] - before[m] for m in SHAPES})
+        assert aggregate.metrics["aggregation_error"] < 1e-5
+
+    play(method, [5, 6, 7], 6, check, lambda round, client: (round + client) % 4 == 0)
+    for is_, should in zip(moved, stepped(means, STEPS[name]), strict=True):
+        assert relative({m: is_[m] - should[m] for m in SHAPES}, should) < 1e-5
+
+
+@pytest.mark.parametrize("restart", ["own", "shared"])
+def test_steps_of_sketches_are_those_of_the_sums(monkeypatch, restart):
+    monkeypatch.setattr(stacked, "MOST_SPOOLED", 0)
+    server = STEPS["momentum"]
+    compress = {"rank": 12, "bits": 32, "carry": False}
+    method = FLoRA(ranks=2, restart=restart, compress=compress, server=server)
+    means, moved = [], []
+
+    def check(round, after, before, exact, aggregate, begun):
+        means.append(exact)
+        moved.append({m: after[m] - before[m] for m in SHAPES})
+
+    play(method, [5, 6, 7], 4, check)
+    for is_, should in zip(moved, stepped(means, server), strict=True):
+        assert relative({m: is_[m] - should[m] for m in SHAPES}, should) < 1e-4
+
+
+def test_a_cut_momentum_says_what_it_has_lost():
+    """It is bounded by twice the broadcast's rank, and the loss is in the metrics."""
+    compress = {"rank": 2, "bits": 32, "carry": False}
+    method = FLoRA(ranks=2, restart="own", compress=compress, server=STEPS["momentum"])
+    lost = []
+    play(method, [5] * 6, 4, lambda *seen: lost.append(seen[4].metrics["momentum_error"]))
+    assert all(0 < each < 1 for each in lost)
+    wide = FLoRA(ranks=2, restart="own", compress={"rank": 20}, server=STEPS["momentum"])
+    play(wide, [5] * 6, 4, lambda *seen: lost.append(seen[4].metrics["momentum_error"]))
+    assert max(lost[4:]) < 1e-6

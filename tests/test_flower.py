@@ -29,6 +29,11 @@ def network(tmp_path_factory, shared):
     "method",
     [
         pytest.param({"name": "flora", "ranks": RANKS}, id="flora"),
+        pytest.param(
+            {"name": "flora", "ranks": RANKS, "upload_bits": 8, "compress": {"rank": 24}},
+            id="flora, 8 bits and a carried cut",
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"name": "ferret", "server": "nesterov"}, id="ferret", marks=pytest.mark.slow),
         pytest.param(
             {

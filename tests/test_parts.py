@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.runs import rows_of
 
+from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.experiment import load
+from hedgerow.methods import METHODS, FLoRA
 from hedgerow.methods.parts import rice
 from hedgerow.methods.parts.bits import FewBits
 from hedgerow.methods.parts.server_optimizers import SERVER_OPTIMIZERS
 from hedgerow.methods.parts.top_k import TopK
 from hedgerow.methods.parts.transforms import TRANSFORMS
 from hedgerow.methods.parts.values import Values
+from hedgerow.testing import check_method
 from hedgerow.wire import kinds
 
 
@@ -213,8 +216,24 @@ def test_a_server_optimiser_is_the_papers(name):
     assert sorted(state) == sorted(optimizer.slots)
 
 
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "yogi", "adagrad"])
+def test_a_linear_step_is_the_optimisers(name):
+    """What stacks step by, and what numbers step by; the adaptive ones have none."""
+    optimizer, state = SERVER_OPTIMIZERS[name](learning_rate=0.5), {}
+    linear = optimizer.linear
+    if name in ("adam", "yogi", "adagrad"):
+        assert linear is None
+        return
+    before = torch.zeros(3)
+    for change in normal((5, 3), seed=4)["0"]:
+        step = linear.of_change * change + linear.of_momentum * before
+        torch.testing.assert_close(optimizer.step(change.clone(), state), step)
+        before = linear.decay * before + change
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
+HALF = {"name": "sgd", "learning_rate": 0.5}
 COMPOSED = {
     "fedavg, adam": {"name": "fedavg", "server": {"name": "adam", "learning_rate": 0.001}},
     "ferret, nesterov": {"name": "ferret", "compression": 32, "server": "nesterov"},
@@ -239,6 +258,28 @@ COMPOSED = {
         "up": {"name": "top_k", "k": 9, "tile": 256, "group": "all", "transform": "hadamard"},
         "down": {"name": "top_k", "k": 9, "tile": 256, "transform": "hadamard"},
     },
+    "flora, 8 bits and a carried cut": {
+        **{"name": "flora", "ranks": [4, 2, 1], "upload_bits": 8},
+        **{"compress": {"rank": 6, "bits": 8, "carry": True}},
+    },
+    "flora, nesterov": {
+        **{"name": "flora", "ranks": [4, 2, 1], "compress": True, "server": "nesterov"},
+    },
+    "flora own, momentum": {
+        **{"name": "flora", "ranks": 2, "restart": "own", "compress": {"rank": 3, "carry": False}},
+        **{"server": {"name": "momentum", "momentum": 0.5}},
+    },
+    "flexlora, momentum": {"name": "flexlora", "ranks": [4, 2, 1], "server": "momentum"},
+    "fedex_lora, sgd": {"name": "fedex_lora", "ranks": 2, "server": HALF},
+}
+STACKED = {
+    "flora": {"name": "flora", "ranks": [4, 2, 1]},
+    "flora zero": {"name": "flora", "ranks": [4, 2, 1], "restart": "zero"},
+    "flora own": {"name": "flora", "ranks": [4, 2, 1], "restart": "own"},
+    "flexlora": {"name": "flexlora", "ranks": [4, 2, 1]},
+    "florist": {"name": "florist", "ranks": [4, 2, 1]},
+    "fedex_lora": {"name": "fedex_lora", "ranks": 2},
+    "flora_adalora": {"name": "flora_adalora", "ranks": [4, 2, 1]},
 }
 
 
@@ -265,10 +306,11 @@ def entries(directory):
 def test_a_run_goes_on_with_the_same_bytes(name, run):
     """Server's state, what is owed, and moments: all are there after a stop."""
     method = COMPOSED[name]
-    keep = "training.keep_optimizer=true"
-    whole = run("whole", method, keep, federation={"rounds": 3})
-    run("part", method, keep, federation={"rounds": 2})
-    part = run("part", method, keep, "--resume", federation={"rounds": 3})
+    has_moments = METHODS[method["name"]].model_validate(method).keeps_optimizer is not None
+    keep = ["training.keep_optimizer=true"] if has_moments else []
+    whole = run("whole", method, *keep, federation={"rounds": 3})
+    run("part", method, *keep, federation={"rounds": 2})
+    part = run("part", method, *keep, "--resume", federation={"rounds": 3})
     assert entries(part) == entries(whole)
 
 
@@ -292,6 +334,40 @@ def test_a_run_s_ledger_rebuilds_its_model(name, run, hedgerow):
     assert done.code == 0, done.err
     expected = rows_of(directory)[-1]["eval_loss"]
     assert json.loads(done.out)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def product_of(directory, hedgerow, out):
+    """The change of each matrix by a run, from its exported adapter."""
+    done = hedgerow("export", directory, out, "--to", "adapter")
+    assert done.code == 0, done.err
+    settings = json.loads((out / "adapter_config.json").read_text())
+    pairs = adapter_pairs(load_file(out / "adapter_model.safetensors"))
+    scale = settings["lora_alpha"] / settings["r"]
+    return {module: scale * pair.double().product() for module, pair in pairs}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_half_a_step_is_half_of_the_change(name, run, hedgerow, tmp_path):
+    """Whether the sum is merged, or an adapter that clients go on from."""
+    changes = {}
+    for rate in (None, 1.0, 0.5):
+        server = {} if rate is None else {"server": {"name": "sgd", "learning_rate": rate}}
+        directory = run(f"{rate}", STACKED[name] | server, federation={"rounds": 1})
+        changes[rate] = product_of(directory, hedgerow, tmp_path / f"adapter-{rate}")
+    for module, whole in changes[None].items():
+        assert float(whole.norm()) > 0
+        torch.testing.assert_close(changes[1.0][module], whole, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(changes[0.5][module], whole / 2, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_a_stacked_method_with_a_server_step_keeps_its_promises(name):
+    options = STACKED[name] | {"server": HALF}
+    check_method(METHODS[options["name"]].model_validate(options))
+
+
+def test_momentum_of_a_cut_stack_keeps_its_promises():
+    check_method(FLoRA(ranks=[4, 2, 1], compress=True, server="momentum"))
 
 
 def test_the_server_s_momentum_is_not_what_it_owes(run):
@@ -501,6 +577,17 @@ def test_fedprox_draws_clients_back(run):
         ({"name": "fedsvd", "ranks": 2, "server": "sgd"}, [], "makes new factors in each round"),
         ({"name": "zero_padding", "ranks": [4, 2, 1], "server": "sgd"}, [], "of one rank"),
         ({"name": "fedavg", "gather": True}, [], "give `up`, and no `down`"),
+        ({"name": "flora", "server": "momentum"}, [], "bound the broadcast, with `compress: true`"),
+        ({"name": "flora", "server": "adam"}, [], "give sgd, or bound the broadcast"),
+        ({"name": "flora", "compress": True, "server": "adam"}, [], "sgd, momentum or nesterov"),
+        (
+            {"name": "flora", "compress": {"energy": 0.9}, "server": "nesterov"},
+            [],
+            "whose rank nothing bounds",
+        ),
+        ({"name": "flexlora", "server": "yogi"}, [], "give sgd, momentum or nesterov"),
+        ({"name": "florist", "server": "nesterov"}, [], "take flora with `compress`, or give sgd"),
+        ({"name": "fedex_lora", "server": "adagrad"}, [], "never multiplied out: give sgd"),
     ],
 )
 def test_parts_that_do_not_fit_are_one_sentence(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from hedgerow.methods.base import Client, ClientRound, Expected
-from hedgerow.methods.zeroth_order import ZerothOrderMethod, check_local_steps
+from hedgerow.methods.parts.along_seeds import check_steps
+from hedgerow.methods.zeroth_order import ZerothOrderMethod
 
 if TYPE_CHECKING:
     from hedgerow.wire import Entry
@@ -44,4 +45,4 @@ class FedKSeed(ZerothOrderMethod):
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check that it has at most K seeds of directions."""
-        check_local_steps(entry.tensors, self.candidates)
+        check_steps(entry.tensors, self.candidates)

@@ -41,7 +41,7 @@ class FlexLoRA(StackedAdapters, AveragedAdapter):
     @property
     def parts(self) -> StackedParts:
         """Sums cut to the largest rank; `aggregation_error` is what was cut."""
-        return StackedParts(broadcast=Whole(cut=cut))
+        return StackedParts(broadcast=Whole(cut=cut, bound=self.largest_rank))
 
 
 def cut(each: Sum) -> Factors:

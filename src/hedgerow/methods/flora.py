@@ -63,6 +63,9 @@ class FLoRA(StackedAdapters, ResidualAdapter):
     name: str = "flora"
     summary: ClassVar[str] = "LoRA of different ranks; the aggregate is exact"
     reference: ClassVar[str] = "FLoRA, arXiv 2409.05976"
+    bounded_by: ClassVar[str] = (
+        "bound the broadcast, with `compress: true` or `compress: {rank: 24}`"
+    )
 
     restart: Literal["warm", "own", "shared", "zero"] = "warm"
     """Start of the adapters in a round. `zero`: anew, as in the paper; `own`: the client's own A

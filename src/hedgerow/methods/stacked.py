@@ -1,7 +1,8 @@
 """Stacked methods: exact sums of adapters of any ranks, written once over their parts.
 
     client:    start -> train -> up                                                  = update
-    server:    Σ p_k s_k B_k A_k, stacked (update, with up undone) -> broadcast      = entry
+    server:    Σ p_k s_k B_k A_k, stacked (update, with up undone)
+               -> server optimiser -> broadcast                                      = entry
 
 A method says where adapters start, how updates are coded, what they weigh, how they are summed and
 what of the sums is broadcast (`parts`); what everybody makes of an entry is its base class's.
@@ -12,7 +13,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from pydantic import model_validator
 
 from hedgerow.methods.base import (
     Aggregate,
@@ -24,8 +27,11 @@ from hedgerow.methods.base import (
     Trained,
 )
 from hedgerow.methods.lora import LoraMethod
+from hedgerow.methods.parts import low_rank_steps
 from hedgerow.methods.parts.broadcast import Broadcast, Whole
 from hedgerow.methods.parts.factor_bits import FactorBits
+from hedgerow.methods.parts.low_rank_steps import SteppedSums
+from hedgerow.methods.parts.server_optimizers import ChosenServerOptimizer
 from hedgerow.methods.parts.starts import Starts
 from hedgerow.methods.parts.statements import check_stated
 from hedgerow.methods.parts.weigh import Weigh
@@ -63,6 +69,19 @@ class StackedAdapters(LoraMethod):
 
     renews: ClassVar[bool] = False
     """Whether each round begins with other factors, to which no moments of the last one belong."""
+    bounded_by: ClassVar[str] = "take flora with `compress`"
+    """How the rank of a broadcast is bounded, which momentum needs: an instruction to the user."""
+
+    server: ChosenServerOptimizer = None
+    """Optimiser of the global steps along stacked factors, by name or as {name: sgd,
+    learning_rate: 0.7}: `sgd`, or, where the rank of the broadcast is bounded, `momentum` or
+    `nesterov`; with null, the global model takes the sum as it is."""
+
+    @model_validator(mode="after")
+    def _server_fits(self) -> Self:
+        if self.server is not None:
+            low_rank_steps.check(self.server, self.parts.broadcast.bound, self.bounded_by)
+        return self
 
     @abstractmethod
     def starts(self, training: TrainingSettings) -> Starts:
@@ -79,9 +98,14 @@ class StackedAdapters(LoraMethod):
         return None if self.renews else False
 
     @property
+    def is_mean(self) -> bool:
+        """Whether the server takes no other step."""
+        return super().is_mean and self.server is None
+
+    @property
     def server_remembers(self) -> bool:
-        """Whether it owes what it has left out."""
-        return self.parts.broadcast.owes
+        """Whether it owes what it has left out, or has a momentum."""
+        return self.parts.broadcast.owes or (self.server is not None and bool(self.server.slots))
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
         """Check, as for every adapter; and that there are weights for the clients."""
@@ -127,16 +151,18 @@ class StackedAdapters(LoraMethod):
         return self.starts(server_round.expected.training).change(update, server_round)
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
-        """Sum what clients have made of their adapters, and make the broadcast of the sums."""
+        """Sum what clients have made of their adapters, step, and make the broadcast of it."""
         parts, memory = self.parts, server_round.memory
         arrived, sums = self._summed(map(dequantize_update, updates), server_round)
         weights = parts.weigh.weights(arrived, server_round)
         metrics = parts.weigh.metrics(arrived, server_round)
-        owed = memory.load() if self.server_remembers else {}
-        sent = parts.broadcast.make(sums, owed, server_round.expected.shapes)
+        kept = memory.load() if self.server_remembers else {}
+        linear = self.server.linear if self.server is not None else None
+        steps = SteppedSums(sums, linear, parts.broadcast.bound, kept)
+        sent = parts.broadcast.make(steps, kept, server_round.expected.shapes)
         if self.server_remembers:
-            memory.save(sent.owed)
-        metrics |= sent.metrics | parts.up.metrics(arrived.said)
+            memory.save(sent.owed | steps.kept)
+        metrics |= sent.metrics | parts.up.metrics(arrived.said) | steps.metrics
         if isinstance(arrived, SketchedSums):
             metrics["sketch_error"] = arrived.relative_error
         return Aggregate(sent.tensors, finite(metrics), weights)
@@ -147,9 +173,9 @@ class StackedAdapters(LoraMethod):
         """Who has sent updates, and their sums: exact, or of sketches where these are too large."""
         parts, expected = self.parts, server_round.expected
         start: Mapping[str, Factors] = {}
-        if parts.sums.continues:
+        if parts.sums.continues or self.server is not None:
             start = self.starts(expected.training).before(server_round)
-        rank = parts.broadcast.sketched_rank
+        rank = parts.broadcast.bound if parts.broadcast.sketches else None
         if rank is None or self._spooled(server_round) <= MOST_SPOOLED:
             stacked = StackedFactors(updates)
             return stacked, parts.sums(stacked, start, parts.weigh.weights(stacked, server_round))

@@ -20,6 +20,7 @@ NOISE = (
     console.AGGREGATION,
     Score("compression_error", label="compression error", direction="lower"),
     Score("dropped_error", label="dropped error", direction="lower"),
+    Score("momentum_error", label="momentum error", direction="lower"),
     Score("sketch_error", label="sketch error", direction="lower"),
     Score("upload_error", label="upload error", direction="lower"),
 )

@@ -40,11 +40,11 @@ class Broadcast(ABC):
 
     owes: bool = False
     """Whether what is left out is owed, and sent later."""
-
-    @property
-    def sketched_rank(self) -> int | None:
-        """Number of components that suffice of sums which are too large; None: all are needed."""
-        return None
+    bound: int | None = None
+    """Largest rank of a matrix of the broadcast, on average over matrices; None: nothing bounds
+    it."""
+    sketches: bool = False
+    """Whether of sums that are too large as many components as `bound` suffice."""
 
     @abstractmethod
     def make(
@@ -62,8 +62,16 @@ class Broadcast(ABC):
 class Whole(Broadcast):
     """Nothing is lost; or what is cut of each matrix is, and `aggregation_error` tells it."""
 
-    def __init__(self, cut: Callable[[Sum], Factors] = lambda each: each.exact) -> None:
-        self._cut = cut
+    def __init__(
+        self, cut: Callable[[Sum], Factors] = lambda each: each.exact, bound: int | None = None
+    ) -> None:
+        """Cut each matrix by itself.
+
+        Args:
+            cut: makes the broadcast of a sum that has no averages.
+            bound: largest rank that it leaves, if there is one.
+        """
+        self._cut, self.bound = cut, bound
 
     def make(
         self, sums: Sums, owed: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
@@ -101,12 +109,8 @@ class Truncated(Broadcast):
             largest_rank: that of the largest client.
         """
         self._compress, self._largest_rank = compress, largest_rank
-        self.owes = compress.carry
-
-    @property
-    def sketched_rank(self) -> int | None:
-        """The rank that bounds the broadcast, if one does."""
-        return self._compress.largest(self._largest_rank)
+        self.owes, self.bound = compress.carry, compress.largest(largest_rank)
+        self.sketches = self.bound is not None
 
     def make(
         self, sums: Sums, owed: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]

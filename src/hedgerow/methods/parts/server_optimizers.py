@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
@@ -24,6 +24,17 @@ State = dict[str, "Tensor"]
 """State of all tensors' steps, by the parameter's name and the slot: `{name}/momentum` …"""
 
 
+class Linear(NamedTuple):
+    """A step that is linear in the changes so far: m <- decay·m + Δ, along Δ and the m before."""
+
+    of_change: float
+    """Factor of Δ in the step."""
+    of_momentum: float = 0.0
+    """Factor in the step of m as it was before it."""
+    decay: float = 0.0
+    """Share of m that remains, β; 0: there is none."""
+
+
 class ServerOptimizer(Plugin, ABC):
     """A step of the global model, tensor by tensor: its fields are options."""
 
@@ -34,6 +45,11 @@ class ServerOptimizer(Plugin, ABC):
 
     learning_rate: float = Field(1.0, gt=0)
     """Learning rate of the server, η: the factor of each step."""
+
+    @property
+    def linear(self) -> Linear | None:
+        """The step, where it is linear in the changes; None where it is not."""
+        return None
 
     @abstractmethod
     def step(self, change: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -49,6 +65,11 @@ class Sgd(ServerOptimizer):
     """Plain steps: w <- w + η Δ."""
 
     name: str = "sgd"
+
+    @property
+    def linear(self) -> Linear:
+        """η Δ."""
+        return Linear(of_change=self.learning_rate)
 
     def step(self, change: Tensor, state: dict[str, Tensor]) -> Tensor:
         """η Δ."""
@@ -77,6 +98,15 @@ class Momentum(ServerOptimizer):
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum β: the share of its last step that each repeats."""
 
+    @property
+    def linear(self) -> Linear:
+        """η (Δ + β m), with the m before."""
+        return Linear(
+            of_change=self.learning_rate,
+            of_momentum=self.learning_rate * self.momentum,
+            decay=self.momentum,
+        )
+
     def step(self, change: Tensor, state: dict[str, Tensor]) -> Tensor:
         """η m."""
         return _scaled(_decayed(change, state, self.momentum), self.learning_rate)
@@ -92,6 +122,15 @@ class Nesterov(ServerOptimizer):
     """Learning rate of the server, η: the factor of each step; DiLoCo's by default."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum β: the share of its last step that each repeats."""
+
+    @property
+    def linear(self) -> Linear:
+        """η ((1 + β) Δ + β² m), with the m before."""
+        return Linear(
+            of_change=self.learning_rate * (1 + self.momentum),
+            of_momentum=self.learning_rate * self.momentum**2,
+            decay=self.momentum,
+        )
 
     def step(self, change: Tensor, state: dict[str, Tensor]) -> Tensor:
         """η (Δ + β m)."""
