@@ -8,13 +8,14 @@ adapter under its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.adapters import adapter_pairs
-from hedgerow.errors import InvalidMessage, UserError
+from hedgerow.errors import InvalidMessage
 from hedgerow.methods.base import Aggregate, ClientRound, ServerRound
 from hedgerow.methods.factors import check_factors, copy_factors, init_factors
 from hedgerow.methods.lora import LoraMethod, update_scale
+from hedgerow.methods.parts.apart import chosen, client_names, of_client, under
 from hedgerow.wire import kinds
 
 if TYPE_CHECKING:
@@ -54,11 +55,11 @@ class Standalone(LoraMethod):
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Collect each client's factors under its name; nothing is combined."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for update in updates:
             s = update_scale(update)
-            for key, factor in update.tensors.items():
-                tensors[f"{update.client}/{key}"] = factor * s if ".lora_B." in key else factor
+            scaled = {n: f * s if ".lora_B." in n else f for n, f in update.tensors.items()}
+            tensors |= under(update.client, scaled)
         return Aggregate(tensors, {"aggregation_error": 0.0})  # each client's update is its own
 
     def apply(self, model: Model, entry: Entry) -> None:
@@ -81,32 +82,9 @@ class Standalone(LoraMethod):
         latest: dict[str, Tensor] = {}
         for entry in entries:
             latest |= entry.tensors
-        return self._chosen(latest, client)
+        return chosen(latest, client, self.name)
 
     def merge(self, model: Model, client: str | None) -> None:
         """Add the adapter of one client to the weights, W + B·A."""
-        for module, factors in adapter_pairs(self._chosen(model.factors or {}, client)):
+        for module, factors in adapter_pairs(chosen(model.factors or {}, client, self.name)):
             model.merge(module, factors)
-
-    def _chosen(self, factors: Mapping[str, Tensor], client: str | None) -> dict[str, Tensor]:
-        names = client_names(factors)
-        if client not in names:
-            known = ", ".join(names) or "none before round 1"
-            raise UserError(
-                f"a standalone run has a model for each client: name one with --client ({known})"
-            )
-        return of_client(factors, client)
-
-
-_T = TypeVar("_T")
-
-
-def client_names(factors: Mapping[str, object]) -> list[str]:
-    """Names of the clients whose factors are there."""
-    return sorted({key.partition("/")[0] for key in factors})
-
-
-def of_client(factors: Mapping[str, _T], name: str | None) -> dict[str, _T]:
-    """Factors of one client, with PEFT's key names."""
-    prefix = f"{name}/"
-    return {key.removeprefix(prefix): factors[key] for key in factors if key.startswith(prefix)}
