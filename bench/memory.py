@@ -24,7 +24,8 @@ from hedgerow import console, demo
 from hedgerow.data import ClientData
 from hedgerow.experiment import load
 from hedgerow.methods.base import Client, ClientRound, Expected, ServerRound
-from hedgerow.methods.ferret import DEFAULT_COMPRESSION, Ferret
+from hedgerow.methods.ferret import Ferret
+from hedgerow.methods.parts.coordinates import DEFAULT_COMPRESSION
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
 from hedgerow.sketch.blocks import group

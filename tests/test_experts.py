@@ -105,7 +105,7 @@ def test_experts_are_trained_and_exported(tmp_path, base, kind):
     "method",
     [
         {"name": "fedit", "ranks": 2},
-        {"name": "ferret", "over": "lora", "ranks": 2, "compression": 20},
+        {"name": "ferret", "over": "lora", "ranks": 2, "compression": 24},
         {"name": "flora", "ranks": 2, "restart": "zero", "scaling": "adaptive"},
         {"name": "ffa_lora", "ranks": 2},
         {"name": "flexlora", "ranks": 2},
