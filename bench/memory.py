@@ -120,7 +120,7 @@ def stages(network: Any, tokens: int) -> dict[str, int]:
         data = ClientData(experiment.data, tokenizer, Seeds(0))
         shard = data.tokenize(data.names[0])
     model = Model(network, tokenizer, "random")
-    method, seeds = Ferret(), Seeds(0)
+    method, seeds = Ferret(coordinates="random"), Seeds(0)
     client = Client(0, "client-000", len(shard))
     client_round = ClientRound(client, 1, seeds, experiment.training, Forgetful(), no_past)
     order = seeds.numpy("batches")
