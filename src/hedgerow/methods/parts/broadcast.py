@@ -32,7 +32,7 @@ class Sent(NamedTuple):
     owed: dict[str, Tensor]
     """What is to be sent in later rounds, by PEFT's keys; maybe nothing."""
     metrics: dict[str, float]
-    """Errors relative to the exact sums, `aggregation_error` first."""
+    """Errors relative to the exact sums, or to where the server steps instead of them."""
 
 
 class Broadcast(ABC):
