@@ -35,8 +35,9 @@ def test_every_method_runs_and_learns(hedgerow, experiment, tmp_path, method):
     changes = ["method.ranks=4"] if "ranks" in content else []
     if method == "ferret":
         changes = ["method.compression=40"]
-    if method == "demo_sgd":  # signs of the paper's size are for many thousands of steps
-        changes = ["method.server.name=sign", "method.server.learning_rate=0.01"]
+    if method == "demo_sgd":  # a round is a step of SGD
+        changes = ["training.optimizer=sgd", "training.steps=1"]
+        changes += ["method.server.name=sign", "method.server.learning_rate=0.01"]
     if "epsilon" in content:  # zeroth-order steps are many and small
         changes = ["training.learning_rate=1e-3", "training.steps=80"]
     result = hedgerow("run", path, f"method.name={method}", *changes, "--out", tmp_path / "run")
