@@ -339,8 +339,9 @@ def test_an_update_that_is_not_finite_is_the_client_s_failure(experiment, hedger
         ),
         ("coordinates: random, compression: 2", "give a larger compression"),
         ("compression: 1.0e9", "`compression`: 1e+09 does not fit the largest coordinates"),
-        ("compression: 2", "give another, other `bits`, or `coordinates: random`"),
+        ("compression: 2", "each: give another, other `bits`, or `coordinates: random`"),
         ("bits: 32", "`bits`: the largest coordinates travel in 1, 2, 4 or 8 bits, not 32"),
+        ("broadcast_compression: 64, broadcast_bits: 8", "or `broadcast_bits`, not both"),
         ("broadcast_compression: 1", "`broadcast_compression`: 1 does not fit the largest"),
         (
             "budget: 500, broadcast_compression: 64",

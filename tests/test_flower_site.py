@@ -825,6 +825,7 @@ WRONG_SCORES = {
     "not a number": {"rows": 2, "values": {"eval_loss": "1.0"}},
     "NaN": {"rows": 2, "values": {"eval_loss": float("nan")}},
     "infinity": {"rows": 2, "values": {"eval_loss": float("inf")}},
+    "absurd": {"rows": 2, "values": {"eval_loss": 1e308}},
     "no rows": {"rows": 0, "values": {"eval_loss": 1.0}},
     "a fraction of a row": {"rows": 1.5, "values": {"eval_loss": 1.0}},
     "too many rows": {"rows": 2**63, "values": {"eval_loss": 1.0}},

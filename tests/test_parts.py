@@ -412,7 +412,7 @@ def test_scaffolds_control_variates_are_the_papers(run):
         last = sorted((directory / "clients" / client).glob("*.safetensors"))[-1]
         kept = load_file(last)
         for name, c_k in variates.items():
-            assert torch.allclose(kept[f"{name}/control"].double(), c_k, atol=1e-4)
+            assert torch.allclose(kept[f"control/{name}"].double(), c_k, atol=1e-4)
 
 
 def test_what_is_gathered_is_what_was_sent(run):
@@ -567,6 +567,7 @@ def test_fedprox_draws_clients_back(run):
             "`down` loses nothing",
         ),
         ({"name": "diloco", "server": {"momentum": 0.5}}, [], "needs a name"),
+        ({"name": "scaffold", "server": "sgd"}, [], "scaffold steps by the mean change itself"),
         ({"name": "sparseloco", "up": {"k": 32}}, [], "needs a name"),
         ({"name": "ferret", "error_feedback": True, "shrink": False}, [], "leave `shrink: false`"),
         (

@@ -35,7 +35,11 @@ def upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
 def _ferret(options: Mapping[str, Any]) -> dict[str, Any]:
     """Ferret's options, of which LoRA's were idle, and `clip` was of steps of the server's rate."""
     idle = LoraOptions.model_fields if options.get("over", "full") == "full" else ()
-    options = {"weights": "size", **{k: v for k, v in options.items() if k not in idle}}
+    options = {
+        "weights": "size",
+        "coordinates": "random",
+        **{k: v for k, v in options.items() if k not in idle},
+    }
     if options.get("clip") and options.get("anneal", 1) == 1:
         options["clip"] /= options.get("server_learning_rate", 1)
     return options

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hedgerow.errors import InvalidMessage
+from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.methods import weighting
 from hedgerow.methods.base import (
     Aggregate,
@@ -46,7 +46,8 @@ from hedgerow.methods.parts.server_optimizers import (
 from hedgerow.methods.parts.through import Basis, Piece, Through
 from hedgerow.methods.parts.trains import AllWeights, Trains
 from hedgerow.methods.parts.uplink import Uplink
-from hedgerow.methods.parts.values import Shapes, Values
+from hedgerow.methods.parts.values import Shapes, Values, sizes_of
+from hedgerow.sketch.layout import MAX_SIZE
 from hedgerow.wire import check_kinds, kinds, seed_kind
 
 if TYPE_CHECKING:
@@ -91,9 +92,9 @@ class Composed(Method):
     """A method that is made of parts."""
 
     server: ChosenServerOptimizer = None
-    """Optimiser of the global steps, by name (`sgd`, `momentum`, `nesterov`, `adam`, `yogi`,
-    `adagrad`) or as {name: nesterov, learning_rate: 0.7, momentum: 0.9}; with null, the global
-    model takes the mean update as it is."""
+    """Optimiser of the global steps, by name (`sgd`, `sign`, `momentum`, `nesterov`, `adam`,
+    `yogi`, `adagrad`) or as {name: nesterov, learning_rate: 0.7, momentum: 0.9}; with null, the
+    global model takes the mean update as it is."""
 
     weights: weighting.ByShare = "size"
     """Weights p_k of the clients' updates: `size`, each client's share of the round's examples, or
@@ -105,7 +106,11 @@ class Composed(Method):
         """Parts of the method, by its options."""
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
-        """Check nothing more than the options."""
+        """Check that what is rotated is not larger than a rotation."""
+        codecs = (self.parts.up.codec, self.parts.down)
+        sizes = sizes_of(self.trained_shapes(model))
+        if any(codec.rotates for codec in codecs) and max(sizes) > MAX_SIZE:
+            raise UserError(f"{model.name} has a weight of more than {MAX_SIZE} entries")
 
     @property
     def is_mean(self) -> bool:

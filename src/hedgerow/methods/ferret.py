@@ -77,7 +77,8 @@ class Ferret(CoordinateOptions, LoraOptions, Composed):
     1 keeps it."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Momentum of the global steps: the share of its last step that each repeats; 0 is none, else
-    every participant keeps a vector of the model's size in float32."""
+    the server, or with random coordinates everybody, keeps a vector of the model's size in
+    float32."""
     error_feedback: bool = False
     """Whether a client adds to its update what its last sketch has lost, and shrinks what it sends
     to 1/(1 + ω) of its length; it keeps a vector of the model's size in float32 on disk."""
@@ -156,6 +157,7 @@ class Ferret(CoordinateOptions, LoraOptions, Composed):
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
         """Check that the budget fits the blocks (and the adapter the model)."""
+        super().check(model, num_clients, training)
         if self.over == "lora":
             self.check_adapter(model, num_clients, same_rank_for=self.name)
         if self.sketch is not None:

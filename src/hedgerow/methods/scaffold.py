@@ -9,9 +9,10 @@ arXiv 1910.06378, algorithm 1.
       server:    Δ = Σ Δ_k / |S|,  Δc = |S|/N Σ Δc_k / |S|, of the clients S of N
       everybody: w <- w + Δ,  c <- c + Δc
 
-For plain SGD the mean gradient is the paper's option II, c_k - c + (w - w_k)/(Kη); it is the same
-with other optimisers, whose steps are no gradients. A client keeps c_k on its disk, everybody keeps
-c, each a vector of the model's size in float32, and updates are twice as large as FedAvg's.
+For plain SGD with `max_grad_norm: null` the mean gradient is the paper's option II,
+c_k - c + (w - w_k)/(Kη); it is a mean gradient with other optimisers, too, whose steps are none. A
+client keeps c_k on its disk, everybody keeps c, each a vector of the model's size in float32, and
+updates are twice as large as FedAvg's. N are the clients that have joined so far.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hedgerow.lazy import torch
 from hedgerow.methods.base import ClientRound, ServerRound, Trained
@@ -47,10 +48,16 @@ class Scaffold(Composed):
     """Weights p_k of the clients' updates: `uniform`, 1/N for each of N clients, as in the paper,
     or `size`, each client's share of the round's examples."""
 
+    @model_validator(mode="after")
+    def _plain_steps(self) -> Scaffold:
+        if self.server is not None:
+            raise ValueError("`server`: scaffold steps by the mean change itself: leave it out")
+        return self
+
     @property
     def parts(self) -> Parts:
         """All weights, and their control variates."""
-        return Parts(trains=WithControlVariates(), server=self.server)
+        return Parts(trains=WithControlVariates())
 
     @property
     def clients_remember(self) -> bool:

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from hedgerow.errors import InvalidMessage, readable
 from hedgerow.files import replacing
 from hedgerow.names import NAME
+from hedgerow.wire import LARGEST_SENT
 
 PIECE = 4 << 20
 """Bytes; below Flower's own limit, so that a piece is not cut again."""
@@ -100,7 +101,11 @@ class OwnScores(BaseModel):
     rows: Annotated[int, Field(ge=1, lt=2**63)]
     """Number of test rows."""
     values: Annotated[
-        dict[Annotated[str, Field(max_length=200)], float], Field(max_length=MOST_SCORES)
+        dict[
+            Annotated[str, Field(max_length=200)],
+            Annotated[float, Field(ge=-LARGEST_SENT, le=LARGEST_SENT)],
+        ],
+        Field(max_length=MOST_SCORES),
     ]
     """Main score of each metric by its key, but for those that are no finite numbers."""
 

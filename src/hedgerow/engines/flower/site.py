@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -45,7 +44,7 @@ from hedgerow.runs.preparation import (
 from hedgerow.runs.scoring import score_clients
 from hedgerow.seeds import Seeds
 from hedgerow.settings import ClientFile
-from hedgerow.wire import Entry
+from hedgerow.wire import LARGEST_SENT, Entry
 
 
 def of_node(app: Path, node: Mapping[str, object]) -> tuple[SiteSettings, Site]:
@@ -322,7 +321,7 @@ class Site:
         model, settings = self._advanced(ledger), self._experiment.evaluation
         models = RunModels(self._experiment.method, ledger, len(ledger), self._memories)
         found = score_clients(models, model, {name: test}, settings)[name]
-        finite = {key: value for key, value in found.values.items() if math.isfinite(value)}
+        finite = {key: value for key, value in found.values.items() if abs(value) <= LARGEST_SENT}
         shown = ", ".join(f"{key} {value:.4g}" for key, value in finite.items())
         _say(name, f"round {len(ledger)}: {found.rows} test rows: {shown or 'no finite score'}")
         return OwnScores(rows=found.rows, values=finite)

@@ -72,7 +72,7 @@ class Correction:
             common: c, by `kept_as` of the parameter's name; nothing is 0.
             own: c_k of the client's last round, likewise.
         """
-        self._common, self._own = common, {key: own[key] for key in own if key.endswith(_KEPT)}
+        self._common, self._own = common, {key: own[key] for key in own if key.startswith(_KEPT)}
         self._total: dict[str, Tensor] = {}
         self._steps = 0
 
@@ -106,13 +106,14 @@ class Correction:
         found = {}
         for key, mean in new.items():
             change = mean - self._own[key] if key in self._own else mean
-            found[f"{CONTROL}{key.removesuffix(_KEPT)}"] = change
+            found[f"{CONTROL}{key.removeprefix(_KEPT)}"] = change
         return found
 
 
-_KEPT = "/control"
+_KEPT = "control/"
+"""Before the name, since what follows a parameter's name is its optimiser's."""
 
 
 def kept_as(name: str) -> str:
     """Name under which a parameter's control variate is kept."""
-    return f"{name}{_KEPT}"
+    return f"{_KEPT}{name}"

@@ -35,8 +35,8 @@ class CoordinateOptions(BaseModel):
 
     coordinates: Literal["largest", "random"] = "largest"
     """Coordinates of an update that travel: the `largest` on all bases, with their places, or those
-    on K `random` bases, as in the paper; these by default where one of their own options is given
-    (`basis`, `budget`, `allocation`, `seeds`, `clip`)."""
+    on K `random` bases, as in the paper; these by default where one of their own options is other
+    than by default (`basis`, `budget`, `allocation`, `seeds`, `clip`)."""
     basis: Basis = "hadamard"
     """Distribution of the random bases; `hadamard` is the fastest, `uniform` the paper's."""
     budget: Annotated[int, Field(ge=1)] | None = None
@@ -78,8 +78,12 @@ class CoordinateOptions(BaseModel):
     @classmethod
     def with_choice(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options as they are given, and which coordinates they are of."""
-        chosen = {"coordinates": "random"} if cls.OF_RANDOM & options.keys() else {}
-        return {**chosen, **options}
+        given = {
+            key
+            for key in cls.OF_RANDOM & options.keys()
+            if options[key] not in (None, cls.model_fields[key].default)
+        }
+        return {**({"coordinates": "random"} if given else {}), **options}
 
     @model_validator(mode="after")
     def _coordinates_fit(self) -> CoordinateOptions:
@@ -87,6 +91,9 @@ class CoordinateOptions(BaseModel):
             raise ValueError("give `budget` or `compression`, not both")
         if self.coordinates == "largest" and self.bits == 32:
             raise ValueError("`bits`: the largest coordinates travel in 1, 2, 4 or 8 bits, not 32")
+        default = type(self).model_fields["broadcast_bits"].default
+        if self.broadcast_compression is not None and self.broadcast_bits != default:
+            raise ValueError("give `broadcast_compression` or `broadcast_bits`, not both")
         _ = self.codec, self.broadcast  # which raise where a compression does not fit
         return self
 
@@ -109,14 +116,16 @@ class CoordinateOptions(BaseModel):
         """What coordinates are written with on their way up."""
         if self.bits == 32 or self.coordinates == "random":
             return FewBits(bits=self.bits)
-        return _largest("compression", self._compression, self.bits)
+        advice = "other `bits`, or `coordinates: random`"
+        return _largest("compression", self._compression, self.bits, advice)
 
     @property
     def broadcast(self) -> Codec:
         """What coordinates are written with on their way down."""
         if self.broadcast_compression is None:
             return FewBits(bits=self.broadcast_bits)
-        return _largest("broadcast_compression", self.broadcast_compression, 1)
+        advice = "or `broadcast_bits` instead"
+        return _largest("broadcast_compression", self.broadcast_compression, 1, advice)
 
     @property
     def sketch(self) -> Sketch | None:
@@ -136,7 +145,7 @@ class CoordinateOptions(BaseModel):
         return self.compression or DEFAULT_COMPRESSION
 
 
-def _largest(key: str, compression: float, bits: Literal[1, 2, 4, 8]) -> TopK:
+def _largest(key: str, compression: float, bits: Literal[1, 2, 4, 8], advice: str) -> TopK:
     """As many of the largest coordinates as an option leaves.
 
     Raises:
@@ -146,6 +155,6 @@ def _largest(key: str, compression: float, bits: Literal[1, 2, 4, 8]) -> TopK:
         return TopK.within(32 / compression, bits)
     except ValueError:
         raise ValueError(
-            f"`{key}`: {compression:g} does not fit the largest coordinates in {bits} bits: give "
-            "another, other `bits`, or `coordinates: random`"
+            f"`{key}`: {compression:g} does not fit the largest coordinates of {bits} bit"
+            f"{'s' if bits > 1 else ''} each: give another, {advice}"
         ) from None

@@ -11,6 +11,7 @@ so unbiased over rotations, as EDEN's codes are (arXiv 2108.08842, section 3).
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator, Mapping
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -263,11 +264,13 @@ class _Chosen(NamedTuple):
     places: NDArray[np.int64]
     values: NDArray[np.float32]
     energy: float
-    """Sum of the squares of all its values."""
+    """Sum of the squares of all its values; what is sent is scaled by it after a rotation."""
 
 
 def _chosen(flat: Tensor, places: Tensor) -> _Chosen:
-    energy = float(flat.double().square().sum())
+    # In pieces, since in float64 all of it would take as much again as it has twice over.
+    pieces = torch.split(flat, 1 << 22)
+    energy = math.fsum(float(piece.double().square().sum()) for piece in pieces)
     return _Chosen(len(flat), places.numpy(), flat[places].numpy(), energy)
 
 
