@@ -266,8 +266,10 @@ class Ledger:
 
         The entry's header alone is read, unchecked: `read` has checked the file before.
         """
-        path = self.folder / self.records[round - 1].file
-        return not path.exists() or any(p.client == client for p in Entry.read(path).participants)
+        if not self.has(round):
+            return True
+        participants = Entry.read(self.folder / self.records[round - 1].file).participants
+        return any(participant.client == client for participant in participants)
 
     def replay(
         self, method: Method, model: Model, until: int | None = None, *, after: int = 0

@@ -41,7 +41,6 @@ class RunModels:
         """
         self._method, self._ledger, self._round = method, ledger, round
         self._clients = clients or ledger.folder.parent / CLIENTS
-        self._participants: dict[int, frozenset[str] | None] = {}
 
     def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:
         """Put one model after another into `model`, which is at the round, for the caller to use.
@@ -122,8 +121,9 @@ class RunModels:
         folder = self._clients / client
         for round in range(self._round, 0, -1):
             is_here = (folder / f"{round:04d}.safetensors").is_file()
-            present = self._present(round)
-            if client not in present if present is not None else not is_here:
+            # At some sites the entries that say who took part are not kept.
+            has_entry = self._ledger.has(round)
+            if not (self._ledger.took_part(client, round) if has_entry else is_here):
                 continue
             if not is_here:
                 raise UserError(
@@ -133,12 +133,3 @@ class RunModels:
                 )
             return RoundMemory(folder, round + 1).load()
         return {}
-
-    def _present(self, round: int) -> frozenset[str] | None:
-        """Who took part in a round; None where its entry is not here, as at some sites."""
-        if round not in self._participants:
-            names = None
-            if self._ledger.has(round):
-                names = frozenset(p.client for p in self._ledger.read(round).participants)
-            self._participants[round] = names
-        return self._participants[round]
