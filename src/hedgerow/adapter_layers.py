@@ -42,7 +42,18 @@ class AdapterLayers:
             beside: that of a second, frozen adapter beside it.
             parameter: name of the layer's parameter that holds experts; None of a linear layer.
         """
-        return _wrapped(layer, config, beside, parameter)
+        options = {"r": config.r, "lora_alpha": config.lora_alpha, "parameter_name": parameter}
+        wrapper = peft.LoraModel._create_new_module(config, TRAINED, layer, **options)
+        if beside is not None:
+            wrapper.update_layer(FROZEN, beside.r, lora_alpha=beside.lora_alpha, config=beside)
+        for adapter in wrapper.lora_A:
+            for part in (wrapper.lora_A[adapter], wrapper.lora_B[adapter]):
+                part.float()  # whatever the base has
+            if parameter is not None:
+                from hedgerow import experts
+
+                experts.split(wrapper, adapter)
+        return wrapper
 
     def parameters(self, layer: Any, adapter: str, module: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter in a layer that is wrapped, by PEFT's key names.
@@ -75,24 +86,3 @@ def nested(layer: Any) -> Iterator[Any]:
     while isinstance(layer, peft.tuners.lora.LoraLayer):
         yield layer
         layer = layer.base_layer
-
-
-def _wrapped(
-    layer: Any,
-    config: peft.LoraConfig,
-    beside: peft.LoraConfig | None,
-    parameter: str | None,
-) -> Any:
-    """A layer with an adapter, and maybe a second one beside it, around it or its parameter."""
-    options = {"r": config.r, "lora_alpha": config.lora_alpha, "parameter_name": parameter}
-    wrapper = peft.LoraModel._create_new_module(config, TRAINED, layer, **options)
-    if beside is not None:
-        wrapper.update_layer(FROZEN, beside.r, lora_alpha=beside.lora_alpha, config=beside)
-    for adapter in wrapper.lora_A:
-        for part in (wrapper.lora_A[adapter], wrapper.lora_B[adapter]):
-            part.float()  # whatever the base has
-        if parameter is not None:
-            from hedgerow import experts
-
-            experts.split(wrapper, adapter)
-    return wrapper
