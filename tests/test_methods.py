@@ -17,7 +17,7 @@ from hedgerow.methods.base import Client, Expected
 from hedgerow.methods.fedavg import FedAvg
 from hedgerow.methods.fedit import FedIT
 from hedgerow.methods.flora import FLoRA
-from hedgerow.methods.stacking import Part, exact_sum
+from hedgerow.methods.parts.stacking import Part, exact_sum
 from hedgerow.methods.zero_padding import ZeroPadding
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings

@@ -348,3 +348,10 @@ def test_a_score_of_which_more_is_better_is_marked_so():
     score = Score("right", label="right", direction="higher")
     table = Table(score, {"alone": {"a": 1.0}, "together": {"a": 2.0}}, "alone")
     assert table.shown["together"].tolist() == ["2 + *", "2 + *", "1"]
+
+
+def test_means_are_of_the_clients_that_every_method_scored():
+    values = {"alone": {"a": 1.0, "b": 2.0, "c": 9.0}, "together": {"a": 1.0, "b": 4.0}}
+    table = Table(Score("right", label="right", direction="higher"), values, "alone")
+    mean = table.shown[table.shown["client"] == "mean of 2 with all scores"]
+    assert mean[["alone", "together"]].values.tolist() == [["1.5", "2.5 + *"]]

@@ -11,7 +11,7 @@ from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Client, Expected, ServerRound
 from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.florist import FLoRIST
-from hedgerow.methods.parts.beside import START
+from hedgerow.methods.parts.start_and_residual import START
 from hedgerow.methods.quantization import quantize
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings

@@ -64,6 +64,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f", did you mean `{close[0]}`?" if close else ""
 
 
+def which_client(what: str, clients: Iterable[str]) -> UserError:
+    """The mistake of asking for the model of a run that has one for each client.
+
+    Args:
+        what: name of the run or its method.
+        clients: names of those that have a model.
+    """
+    known = ", ".join(clients) or "none before round 1"
+    return UserError(f"{what} has a model for each client: name one with --client ({known})")
+
+
 def check_installed(module: str, name: str, extra: str) -> None:
     """Raise a `UserError` where an optional part is not installed."""
     if importlib.util.find_spec(module) is None:

@@ -37,7 +37,8 @@ class Model:
         network: the transformers model; outside `attach` it holds no adapter.
         tokenizer: its tokenizer.
         origin: what it came from.
-        beside: tensors of the weights' shapes that global steps keep, as an optimiser's moments.
+        shared_state: tensors that global steps keep from one to the next, by name, as the server
+            optimiser's moments: the same at everybody, since a replay of the ledger rebuilds them.
         factors: the adapter that belongs to the global model, for methods that do not merge theirs
             into the weights (PEFT's key names); None where the weights are the whole model.
     """
@@ -53,7 +54,7 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
         self.origin = origin
-        self.beside: dict[str, Tensor] = {}
+        self.shared_state: dict[str, Tensor] = {}
         self.factors: Mapping[str, Tensor] | None = None
         self._attached: dict[str, Any] = {}
         self._layers = LORA
@@ -134,7 +135,7 @@ class Model:
     def reset(self, state: Mapping[str, Tensor]) -> None:
         """Make the model what it was when `state` was taken, before any entry."""
         self.network.load_state_dict(state)
-        self.beside, self.factors, self._remainders = {}, None, {}
+        self.shared_state, self.factors, self._remainders = {}, None, {}
         self._singular.clear()
         self._wrapped.clear()  # another run may attach other adapters
 

@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, Field
 
 from hedgerow.data import Encoder, Template, in_turns, load_template
-from hedgerow.errors import UserError
+from hedgerow.errors import UserError, which_client
 from hedgerow.evaluation.answers import Draw, generate
 from hedgerow.evaluation.likelihood import Tick
 from hedgerow.files import appending_json_lines, read_json_lines
@@ -138,10 +138,7 @@ def answer(
     asked = read_questions(questions)
     with loaded(path, overrides, round, client) as it:
         if len(it.clients) > 1:
-            known = ", ".join(it.clients)
-            raise UserError(
-                f"{it.name} has a model for each client: name one with --client ({known})"
-            )
+            raise which_client(it.name, it.clients)
         tokenizer = it.model.tokenizer
         is_chosen = any(override.startswith("data.prompt=") for override in overrides)
         prompt = "chat" if tokenizer.chat_template and not is_chosen else it.data.prompt

@@ -51,7 +51,7 @@ def train_client(
         with clock("start"):
             parameters = method.start(model, client_round)
         with clock("train"):
-            job = replace(job, start=model.snapshot, beside=model.beside)
+            job = replace(job, start=model.snapshot, shared_state=model.shared_state)
             trained = method.train(job, client_round, parameters)
         with clock("update"):
             tensors, about = method.update(model, client_round, trained)

@@ -156,23 +156,23 @@ class Composed(Method):
         parts = self.parts
         change = parts.trains.change(model, trained.parameters)
         coded = parts.up.encode(change, client_round, model.device)
-        return Payload(coded | parts.trains.beside(client_round.seeds), {})
+        return Payload(coded | parts.trains.derived(client_round.seeds), {})
 
     # --- at the server --------------------------------------------------------------------------
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """Check for the header of this client's message, and what the codec makes with it."""
         update.check_about({})
-        beside = self.parts.trains.beside(expected.seeds)
+        derived = self.parts.trains.derived(expected.seeds)
         message = Message(expected.seeds, update.round, client.name)
-        self.parts.up.check(update.tensors, expected.shapes, message, kinds(beside))
-        check_derived(update.tensors, beside)
+        self.parts.up.check(update.tensors, expected.shapes, message, kinds(derived))
+        check_derived(update.tensors, derived)
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Sum updates by basis as they arrive, step, and encode the broadcast."""
         parts, shapes = self.parts, server_round.expected.shapes
         mean, count, uniform = Mean(), 0, self.weights == "uniform"
-        entry = parts.trains.beside(server_round.expected.seeds)
+        entry = parts.trains.derived(server_round.expected.seeds)
         for update in updates:
             if parts.through.adds:
                 piece = parts.up.decode(update.tensors, shapes)
@@ -244,8 +244,8 @@ class Composed(Method):
         parts, given = self.parts, kinds(entry.tensors)
         clients = len(entry.participants)
         headers = parts.through.check_entry(entry.tensors, shapes, clients, parts.down)
-        beside = parts.trains.beside_kinds()
-        expected = dict(beside)
+        derived = parts.trains.derived_kinds()
+        expected = dict(derived)
         pieces = []
         for prefix, header in headers.items():
             tensors = below(entry.tensors, prefix)
@@ -254,7 +254,7 @@ class Composed(Method):
             expected |= {f"{prefix}{name}": kind for name, kind in (own | header).items()}
             pieces.append((tensors, mapped))
         check_kinds(given, expected)
-        seeds = [*beside, *(f"{p}{n}" for p, header in headers.items() for n in header)]
+        seeds = [*derived, *(f"{p}{n}" for p, header in headers.items() for n in header)]
         for name in seeds:
             if expected[name] == seed_kind() and int(entry.tensors[name]) < 0:
                 raise InvalidMessage(f"{name} must be non-negative")
@@ -270,7 +270,7 @@ class Composed(Method):
             pieces = [piece.times(participant.weight) for piece, participant in pairs]
         steps = parts.through.decode(pieces, shapes, model.device)
         if parts.server is not None and parts.everybody_steps:
-            steps = steps_of(parts.server, steps, model.beside, model.beside)
+            steps = steps_of(parts.server, steps, model.shared_state, model.shared_state)
         parts.trains.add(model, steps, entry)
 
     def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:

@@ -38,9 +38,9 @@ from hedgerow.methods.parts.server_optimizers import (
     ChosenServerOptimizer,
     steps_of,
 )
+from hedgerow.methods.parts.stacking import average_adapters
 from hedgerow.methods.parts.uplink import Uplink
 from hedgerow.methods.parts.values import Shapes, Values
-from hedgerow.methods.stacking import average_adapters
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

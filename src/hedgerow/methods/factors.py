@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+def with_scale(factors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """An adapter's factors with its scale s in them, as entries have them: A and s·B."""
+    return {name: f * scale if ".lora_B." in name else f for name, f in factors.items()}
+
+
 def check_factors(
     given: Mapping[str, Kind], shapes: Mapping[str, Sequence[int]], ranks: Sequence[int]
 ) -> None:

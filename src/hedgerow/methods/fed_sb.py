@@ -25,8 +25,8 @@ from hedgerow.methods.base import Aggregate, ClientRound, ServerRound
 from hedgerow.methods.continued import HeldAdapter
 from hedgerow.methods.one_factor import OnePart, average_factor
 from hedgerow.methods.parts import core
+from hedgerow.methods.parts.stacking import finite
 from hedgerow.methods.parts.values import Shapes
-from hedgerow.methods.stacking import finite
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:

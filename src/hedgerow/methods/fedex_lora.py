@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.methods.factors import check_factors, check_pairs
-from hedgerow.methods.parts.beside import split
+from hedgerow.methods.parts.start_and_residual import split
 from hedgerow.methods.parts.starts import Global, Starts
+from hedgerow.methods.parts.sums import FactorAverages
 from hedgerow.methods.residual import ResidualAdapter
 from hedgerow.methods.stacked import StackedAdapters, StackedParts
-from hedgerow.methods.sums import FactorAverages
 from hedgerow.wire import kinds
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from hedgerow.methods.parts.starts import Global, Starts
 from hedgerow.methods.stacked import StackedAdapters, StackedParts
 
 if TYPE_CHECKING:
-    from hedgerow.methods.sums import Sum
+    from hedgerow.methods.parts.sums import Sum
     from hedgerow.settings import TrainingSettings
 
 

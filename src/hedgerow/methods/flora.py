@@ -32,16 +32,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.methods.factors import check_factors, check_pairs, factor_kinds
-from hedgerow.methods.parts.beside import split
 from hedgerow.methods.parts.broadcast import Truncated, Whole
 from hedgerow.methods.parts.factor_bits import FactorBits
 from hedgerow.methods.parts.scaling import Scaling
+from hedgerow.methods.parts.start_and_residual import split
 from hedgerow.methods.parts.starts import New, Own, Shared, Starts
+from hedgerow.methods.parts.sums import ExactSums, StackedSums
 from hedgerow.methods.parts.truncation import ChosenCompress
 from hedgerow.methods.quantization import Bits, check_step_sizes, quantized_kinds
 from hedgerow.methods.residual import ResidualAdapter
 from hedgerow.methods.stacked import StackedAdapters, StackedParts
-from hedgerow.methods.sums import ExactSums, StackedSums
 from hedgerow.methods.weighting import Weighting
 from hedgerow.wire import LARGEST_BROADCAST, check_kinds, kinds
 

@@ -29,7 +29,7 @@ from hedgerow.methods.stacked import StackedAdapters, StackedParts
 from hedgerow.wire import kinds
 
 if TYPE_CHECKING:
-    from hedgerow.methods.sums import Sum
+    from hedgerow.methods.parts.sums import Sum
     from hedgerow.settings import TrainingSettings
     from hedgerow.wire import Entry
 

@@ -17,8 +17,8 @@ from hedgerow.methods.base import Aggregate, Client, ClientRound, Expected, Serv
 from hedgerow.methods.continued import ContinuedAdapter
 from hedgerow.methods.factors import factor_kinds
 from hedgerow.methods.lora import update_scale
+from hedgerow.methods.parts.stacking import finite
 from hedgerow.methods.parts.values import Shapes
-from hedgerow.methods.stacking import finite
 from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:

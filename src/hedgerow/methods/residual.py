@@ -16,7 +16,7 @@ from hedgerow.adapters import adapter_pair, adapter_pairs, adapter_tensors
 from hedgerow.errors import UserError
 from hedgerow.lowrank import Factors
 from hedgerow.methods.continued import AveragedAdapter
-from hedgerow.methods.parts.beside import split
+from hedgerow.methods.parts.start_and_residual import split
 from hedgerow.methods.quantization import dequantize
 
 if TYPE_CHECKING:

@@ -9,23 +9,22 @@ arXiv 1910.06378, algorithm 1.
       server:    Δ = Σ Δ_k / |S|,  Δc = |S|/N Σ Δc_k / |S|, of the clients S of N
       everybody: w <- w + Δ,  c <- c + Δc
 
-For plain SGD with `max_grad_norm: null` the mean gradient is the paper's option II,
-c_k - c + (w - w_k)/(Kη); it is a mean gradient with other optimisers, too, whose steps are none. A
-client keeps c_k on its disk, everybody keeps c, each a vector of the model's size in float32, and
-updates are twice as large as FedAvg's. N are the clients that have joined so far.
+For plain SGD with `max_grad_norm: null` the mean gradient is the paper's option II, as it is with
+no other optimiser: c_k - c + (w - w_k)/(Kη). A client keeps c_k on its disk, everybody keeps c, in
+float32, and updates are twice as large as FedAvg's. N are the clients that have joined so far.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
-from hedgerow.lazy import torch
 from hedgerow.methods.base import ClientRound, ServerRound, Trained
 from hedgerow.methods.composed import Composed, Parts
-from hedgerow.methods.parts.control_variates import CONTROL, Correction, WithControlVariates
+from hedgerow.methods.parts.control_variates import Correction, WithControlVariates, shared_out
 from hedgerow.methods.parts.mean import Mean
 from hedgerow.methods.parts.through import Basis
 from hedgerow.methods.parts.values import Values
@@ -68,12 +67,10 @@ class Scaffold(Composed):
         self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
     ) -> Trained:
         """Train along corrected gradients, and learn the new control variate."""
-        correction = Correction(job.beside, client_round.memory.load())
+        correction = Correction(job.shared_state, client_round.memory.load())
         trained = self.train_along(job, client_round, parameters, correction)
-        new = correction.new(parameters)
-        client_round.remember(new)
-        learnt = {n: torch.nn.Parameter(c) for n, c in correction.changes(new).items()}
-        return Trained({**parameters, **learnt}, trained.loss)
+        client_round.remember(correction.new(parameters))
+        return replace(trained, parameters={**parameters, **correction.changes(parameters)})
 
     def means(
         self, mean: Mean, count: int, server_round: ServerRound
@@ -81,7 +78,4 @@ class Scaffold(Composed):
         """The means; that of Δc_k times the share of the clients that took part."""
         share = count / (server_round.population or len(server_round.clients))
         for basis, values in super().means(mean, count, server_round):
-            yield (
-                basis,
-                values.mapped(lambda n, each: each * share if n.startswith(CONTROL) else each),
-            )
+            yield basis, shared_out(values, share)

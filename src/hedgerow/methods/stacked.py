@@ -32,13 +32,13 @@ from hedgerow.methods.parts.broadcast import Broadcast, Whole
 from hedgerow.methods.parts.factor_bits import FactorBits
 from hedgerow.methods.parts.low_rank_steps import SteppedSums
 from hedgerow.methods.parts.server_optimizers import ChosenServerOptimizer
+from hedgerow.methods.parts.stacking import Arrived, StackedFactors, finite
 from hedgerow.methods.parts.starts import Starts
 from hedgerow.methods.parts.statements import check_stated
+from hedgerow.methods.parts.sums import ExactSums, SketchedSums, StackedSums, Sums
 from hedgerow.methods.parts.weigh import Weigh
 from hedgerow.methods.quantization import dequantize_update
 from hedgerow.methods.residual import last_step
-from hedgerow.methods.stacking import Arrived, StackedFactors, finite
-from hedgerow.methods.sums import ExactSums, SketchedSums, StackedSums, Sums
 
 if TYPE_CHECKING:
     from torch import nn

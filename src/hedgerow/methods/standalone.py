@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import InvalidMessage
 from hedgerow.methods.base import Aggregate, ClientRound, ServerRound
-from hedgerow.methods.factors import check_factors, copy_factors, init_factors
+from hedgerow.methods.factors import check_factors, copy_factors, init_factors, with_scale
 from hedgerow.methods.lora import LoraMethod, update_scale
-from hedgerow.methods.parts.apart import chosen, client_names, of_client, under
+from hedgerow.methods.parts import apart
 from hedgerow.wire import kinds
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ class Standalone(LoraMethod):
     """One adapter for each client, never aggregated."""
 
     name: str = "standalone"
-    summary: ClassVar[str] = (
-        "every client by itself; each is evaluated, and the mean (lower baseline)"
-    )
+    summary: ClassVar[str] = "every client by itself, and their mean score (lower baseline)"
     reference: ClassVar[str] = "the baseline in FLoRA, arXiv 2409.05976"
     communicates: ClassVar[bool] = False
     has_global_model: ClassVar[bool] = False
@@ -41,25 +39,23 @@ class Standalone(LoraMethod):
         client, rank = client_round.client, self.rank(client_round.client)
         parameters = model.attach(self.config(rank))
         init_factors(parameters, client_round.seeds.torch("adapter", client.name), rank)
-        if own := of_client(model.factors or {}, client.name):
+        if own := apart.of_client(model.factors or {}, client.name):
             copy_factors(parameters, own, self.scale(rank))
         return parameters
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check for an adapter of each participant, and of nobody else."""
         given, names = kinds(entry.tensors), sorted(p.client for p in entry.participants)
-        if client_names(given) != names:
+        if apart.client_names(given) != names:
             raise InvalidMessage("expected one adapter for each participant, and no other")
         for name in names:
-            check_factors(of_client(given, name), shapes, self.possible_ranks(len(names)))
+            check_factors(apart.of_client(given, name), shapes, self.possible_ranks(len(names)))
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Collect each client's factors under its name; nothing is combined."""
         tensors: dict[str, Tensor] = {}
         for update in updates:
-            s = update_scale(update)
-            scaled = {n: f * s if ".lora_B." in n else f for n, f in update.tensors.items()}
-            tensors |= under(update.client, scaled)
+            tensors |= apart.under(update.client, with_scale(update.tensors, update_scale(update)))
         return Aggregate(tensors, {"aggregation_error": 0.0})  # each client's update is its own
 
     def apply(self, model: Model, entry: Entry) -> None:
@@ -68,23 +64,16 @@ class Standalone(LoraMethod):
 
     def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:
         """Attach each client's adapter; one that has not trained yet still has the base."""
-        for name in clients:
-            if own := of_client(model.factors or {}, name):
-                with model.with_factors(own):
-                    yield name
-            else:
-                yield name
+        yield from apart.models(model, clients)
 
     def adapter(
         self, entries: Iterable[Entry], client: str | None, load_model: Callable[[], Model]
     ) -> dict[str, Tensor]:
         """Adapter of one client."""
-        latest: dict[str, Tensor] = {}
-        for entry in entries:
-            latest |= entry.tensors
-        return chosen(latest, client, self.name)
+        latest: dict[str, Tensor] = {n: t for entry in entries for n, t in entry.tensors.items()}
+        return apart.chosen(latest, client, self.name)
 
     def merge(self, model: Model, client: str | None) -> None:
         """Add the adapter of one client to the weights, W + B·A."""
-        for module, factors in adapter_pairs(chosen(model.factors or {}, client, self.name)):
+        for module, factors in adapter_pairs(apart.chosen(model.factors or {}, client, self.name)):
             model.merge(module, factors)

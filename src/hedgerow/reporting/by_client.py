@@ -46,8 +46,11 @@ class Table(NamedTuple):
         for client in clients:
             row = {m: own[client] for m, own in self.values.items() if client in own}
             lines.append({"client": client, **self._marked(row)})
-        means = {m: fmean(own.values()) for m, own in self.values.items() if len(own)}
-        lines.append({"client": "mean of clients", **self._marked(means)})
+        shared = [name for name in clients if all(name in own for own in self.values.values())]
+        if shared:
+            means = {m: fmean(own[c] for c in shared) for m, own in self.values.items()}
+            mean_of = "clients" if shared == clients else f"{len(shared)} with all scores"
+            lines.append({"client": f"mean of {mean_of}", **self._marked(means)})
         if self.alone is not None:
             gains = {m: str(self._gains(m)) for m in self.values if m != self.alone}
             lines.append({"client": "clients that gain", **gains})

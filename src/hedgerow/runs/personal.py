@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hedgerow.errors import UserError
+from hedgerow.errors import UserError, which_client
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Method
 from hedgerow.model import Model
@@ -99,11 +99,7 @@ class RunModels:
         if not self._method.personal:
             return False
         if client is None and not self._method.has_global_model:
-            known = ", ".join(self._ledger.clients(self._round)) or "none before round 1"
-            raise UserError(
-                f"a {self._method.name} run has a model for each client: name one with --client "
-                f"({known})"
-            )
+            raise which_client(f"a {self._method.name} run", self._ledger.clients(self._round))
         return client is not None
 
     @contextmanager

@@ -205,7 +205,7 @@ class Case:
 
     def restore(self) -> None:
         """The model is the base again."""
-        self.model.factors, self.model.beside = None, {}
+        self.model.factors, self.model.shared_state = None, {}
         with torch.no_grad():
             for name, weight in self.model.network.named_parameters():
                 weight.copy_(self.weights[name])

@@ -34,8 +34,8 @@ class Job:
     start: Mapping[str, Tensor] = field(default_factory=dict)
     """What the parameters were before training, by name, in host memory; empty where the method has
     taken no snapshot."""
-    beside: Mapping[str, Tensor] = field(default_factory=dict)
-    """What everybody keeps beside the global model, as `Model.beside`."""
+    shared_state: Mapping[str, Tensor] = field(default_factory=dict)
+    """What everybody keeps beside the global model, as `Model.shared_state`."""
 
     def steps(self) -> Iterator[tuple[list[dict[str, Tensor]], int]]:
         """The batches of each optimiser step, and how many tokens they have labels for."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from hedgerow.errors import UserError
+from hedgerow.errors import which_client
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from hedgerow.model import Model
 
 _T = TypeVar("_T")
 
@@ -29,6 +31,21 @@ def under(name: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{name}/{key}": factor for key, factor in factors.items()}
 
 
+def models(model: Model, clients: Sequence[str]) -> Iterator[str]:
+    """Attach each client's adapter to the model; one that has not trained yet has the base.
+
+    Args:
+        model: whose `factors` are those of several clients.
+        clients: names of those whose models are meant.
+    """
+    for name in clients:
+        if own := of_client(model.factors or {}, name):
+            with model.with_factors(own):
+                yield name
+        else:
+            yield name
+
+
 def chosen(factors: Mapping[str, Tensor], client: str | None, method: str) -> dict[str, Tensor]:
     """Factors of the client that was asked for.
 
@@ -37,8 +54,5 @@ def chosen(factors: Mapping[str, Tensor], client: str | None, method: str) -> di
     """
     names = client_names(factors)
     if client not in names:
-        known = ", ".join(names) or "none before round 1"
-        raise UserError(
-            f"a {method} run has a model for each client: name one with --client ({known})"
-        )
+        raise which_client(f"a {method} run", names)
     return of_client(factors, client)

@@ -10,29 +10,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hedgerow import lowrank
 from hedgerow.adapters import adapter_tensors
-from hedgerow.methods.parts.beside import START
-from hedgerow.methods.parts.truncation import Compress, truncate_sums
+from hedgerow.methods.parts.start_and_residual import START
+from hedgerow.methods.parts.truncation import Compress, Sent, truncate_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hedgerow.lowrank import Factors
-    from hedgerow.methods.sums import Sum, Sums
-
-
-class Sent(NamedTuple):
-    """What was made of a round's sums."""
-
-    tensors: dict[str, Tensor]
-    """Of the entry: PEFT's keys, and those of the adapter that clients go on from."""
-    owed: dict[str, Tensor]
-    """What is to be sent in later rounds, by PEFT's keys; maybe nothing."""
-    metrics: dict[str, float]
-    """Errors relative to the exact sums, or to where the server steps instead of them."""
+    from hedgerow.methods.parts.sums import Sum, Sums
 
 
 class Broadcast(ABC):
@@ -116,4 +105,4 @@ class Truncated(Broadcast):
         self, sums: Sums, owed: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
     ) -> Sent:
         """Truncate the sums, and what is owed."""
-        return Sent(*truncate_sums(self._compress, sums, owed, shapes, self._largest_rank))
+        return truncate_sums(self._compress, sums, owed, shapes, self._largest_rank)

@@ -56,8 +56,8 @@ class WithControlVariates(AllWeights):
                     yield name, step
                     continue
                 key = kept_as(name.removeprefix(CONTROL))
-                c = model.beside.get(key)
-                model.beside[key] = step.clone() if c is None else c.add_(step)
+                c = model.shared_state.get(key)
+                model.shared_state[key] = step.clone() if c is None else c.add_(step)
 
         super().add(model, of_weights(), entry)
 
@@ -73,11 +73,14 @@ class Correction:
             own: c_k of the client's last round, likewise.
         """
         self._common, self._own = common, {key: own[key] for key in own if key.startswith(_KEPT)}
+        self._difference: dict[str, Tensor] = {}
         self._total: dict[str, Tensor] = {}
         self._steps = 0
 
     def __call__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Correct the gradients of a step: g + c - c_k."""
+        """Correct the gradients of a step: g + (c - c_k)."""
+        if not self._steps:  # once, since variates would have to come from the CPU for each step
+            self._difference = self._differences(parameters)
         self._steps += 1
         for name, parameter in parameters.items():
             gradient = parameter.grad
@@ -87,27 +90,40 @@ class Correction:
                 self._total[name] += gradient
             else:
                 self._total[name] = gradient.float().clone()
-            key = kept_as(name)
-            for variates, sign in ((self._common, 1), (self._own, -1)):
-                if key in variates:
-                    gradient.add_(variates[key].to(gradient.device), alpha=sign)
+            if name in self._difference:
+                gradient.add_(self._difference[name])
 
     def new(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """c_k from now on, the mean of the gradients as they were, by `kept_as`, on the CPU."""
-        means = {}
-        for name, parameter in parameters.items():
-            total = self._total.get(name)
-            mean = torch.zeros(parameter.shape) if total is None else (total / self._steps).cpu()
-            means[kept_as(name)] = mean
-        return means
+        return {kept_as(name): self._mean(name, p).cpu() for name, p in parameters.items()}
 
-    def changes(self, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Δc_k of each parameter, by the name under which it travels; `new` is c_k from now on."""
+    def changes(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Δc_k of each parameter, by the name under which it travels."""
+        new = self.new(parameters)
+        return {
+            f"{CONTROL}{name}": torch.nn.Parameter(new[key] - self._own.get(key, 0))
+            for name, key in ((name, kept_as(name)) for name in parameters)
+        }
+
+    def _differences(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """c - c_k, by the parameter's name, where it is; nothing where both are 0."""
         found = {}
-        for key, mean in new.items():
-            change = mean - self._own[key] if key in self._own else mean
-            found[f"{CONTROL}{key.removeprefix(_KEPT)}"] = change
+        for name, parameter in parameters.items():
+            key, zero = kept_as(name), torch.zeros(())
+            if key in self._common or key in self._own:
+                c, own = self._common.get(key, zero), self._own.get(key, zero)
+                found[name] = c.to(parameter.device) - own.to(parameter.device)
         return found
+
+    def _mean(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """Mean of a parameter's gradients; 0 of one that had none."""
+        total = self._total.get(name)
+        return torch.zeros(parameter.shape) if total is None else total / self._steps
+
+
+def shared_out(values: Values, share: float) -> Values:
+    """Means of what clients sent, with those of Δc_k times the share of clients that took part."""
+    return values.mapped(lambda n, each: each * share if n.startswith(CONTROL) else each)
 
 
 _KEPT = "control/"

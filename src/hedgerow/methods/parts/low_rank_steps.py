@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hedgerow.methods.parts.server_optimizers import Linear, ServerOptimizer
-    from hedgerow.methods.sums import Sum, Sums
+    from hedgerow.methods.parts.sums import Sum, Sums
 
 MOMENTUM = "momentum."
 """What the keys of the momentum's factors begin with, beside PEFT's."""

@@ -49,11 +49,11 @@ class OneAdapter(Trains):
         for name, step in steps:
             factors[name].add_(step.cpu(), alpha=scale if ".lora_B." in name else 1.0)
 
-    def beside(self, seeds: Seeds) -> dict[str, Tensor]:
+    def derived(self, seeds: Seeds) -> dict[str, Tensor]:
         """The seed of the adapter that all began with."""
         return {"adapter_seed": torch.tensor([seeds.derive("adapter")])}
 
-    def beside_kinds(self) -> dict[str, Kind]:
+    def derived_kinds(self) -> dict[str, Kind]:
         """Kind of a seed."""
         return {"adapter_seed": seed_kind()}
 

@@ -21,7 +21,7 @@ from hedgerow.wire import LARGEST_SENT
 
 if TYPE_CHECKING:
     from hedgerow.methods.base import ClientRound, ServerRound
-    from hedgerow.methods.stacking import Arrived
+    from hedgerow.methods.parts.stacking import Arrived
     from hedgerow.training.job import Job
     from hedgerow.wire import Participant, Update
 

@@ -19,8 +19,8 @@ from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
 from hedgerow.methods.factors import copy_factors, draw_adapter, init_factors
 from hedgerow.methods.lora import LoraOptions, adapter_metadata, update_scale
-from hedgerow.methods.parts.beside import split
 from hedgerow.methods.parts.one_adapter import attach_global
+from hedgerow.methods.parts.start_and_residual import split
 from hedgerow.methods.quantization import dequantize, dequantize_update
 
 if TYPE_CHECKING:

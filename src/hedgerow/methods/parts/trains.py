@@ -37,12 +37,12 @@ class Trains(ABC):
     def add(self, model: Model, steps: Iterable[tuple[str, Tensor]], entry: Entry) -> None:
         """Add a step to the global model, tensor by tensor."""
 
-    def beside(self, seeds: Seeds) -> dict[str, Tensor]:
-        """Tensors that travel beside an update, and in the entry as they are: seeds."""
+    def derived(self, seeds: Seeds) -> dict[str, Tensor]:
+        """Tensors beside an update and in the entry that anybody can derive: seeds."""
         return {}
 
-    def beside_kinds(self) -> dict[str, Kind]:
-        """Kinds of `beside`."""
+    def derived_kinds(self) -> dict[str, Kind]:
+        """Kinds of `derived`."""
         return {}
 
     def models(self, model: Model, clients: Sequence[str]) -> Iterator[str | None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -19,13 +19,13 @@ from hedgerow import lowrank
 from hedgerow.adapters import adapter_pair, adapter_tensors
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods.parts.beside import START
+from hedgerow.methods.parts.start_and_residual import START
 from hedgerow.methods.quantization import Bits, dequantize, quantize
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hedgerow.methods.sums import Sums
+    from hedgerow.methods.parts.sums import Sums
 
 UNEVEN = 2
 """Largest rank of a matrix of a bounded broadcast, in units of the average rank."""
@@ -70,13 +70,24 @@ ChosenCompress = Annotated[Compress | None, BeforeValidator(_as_compress)]
 """Option that is a cut of the broadcast: `true` is one by default, `false` and null are none."""
 
 
+class Sent(NamedTuple):
+    """What was made of a round's sums."""
+
+    tensors: dict[str, Tensor]
+    """Of the entry: PEFT's keys, and those of the adapter that clients go on from."""
+    owed: dict[str, Tensor]
+    """What is to be sent in later rounds, by PEFT's keys; maybe nothing."""
+    metrics: dict[str, float]
+    """Errors relative to the exact sums, or to where the server steps instead of them."""
+
+
 def truncate_sums(
     compress: Compress,
     sums: Sums,
     owed: Mapping[str, Tensor],
     shapes: Mapping[str, Sequence[int]],
     largest_rank: int,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+) -> Sent:
     """Truncate a round's sums, and what is owed, to what `compress` allows.
 
     A few clients' factors are in memory at a time: of each module those components that may be
@@ -142,7 +153,7 @@ def truncate_sums(
     if compress.carry:
         errors["dropped_error"] = dropped, step
     metrics = {name: (x / of) ** 0.5 if of else math.inf for name, (x, of) in errors.items()}
-    return tensors, adapter_tensors(left), metrics
+    return Sent(tensors, adapter_tensors(left), metrics)
 
 
 def _quantized(module: str, pair: Factors, bits: Bits) -> dict[str, Tensor]:

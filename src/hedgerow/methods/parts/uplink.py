@@ -77,7 +77,7 @@ class Uplink:
         tensors: Mapping[str, Tensor],
         shapes: Shapes,
         message: Message,
-        beside: Mapping[str, Kind],
+        derived: Mapping[str, Kind],
     ) -> None:
         """Raise `InvalidMessage` unless these are an update's tensors.
 
@@ -85,12 +85,12 @@ class Uplink:
             tensors: as they arrived.
             shapes: of the change.
             message: which one it is.
-            beside: kinds of what stands beside it.
+            derived: kinds of what stands beside it, which the server can make itself.
         """
         given = kinds(tensors)
         header = self.through.check_update(tensors, shapes, message, self.codec)
         mapped = self.through.mapped_shapes(tensors, shapes)
-        check_kinds(given, {**self.codec.kinds(mapped, given), **header, **beside})
+        check_kinds(given, {**self.codec.kinds(mapped, given), **header, **derived})
         self.codec.check(tensors, mapped)
 
     def _seed(self, header: Mapping[str, Tensor]) -> int:

@@ -10,8 +10,8 @@ from hedgerow.methods import weighting
 if TYPE_CHECKING:
     from hedgerow.lowrank import Factors
     from hedgerow.methods.base import ClientRound, ServerRound
+    from hedgerow.methods.parts.stacking import Arrived
     from hedgerow.methods.parts.statements import Statement
-    from hedgerow.methods.stacking import Arrived
     from hedgerow.training.job import Job
     from hedgerow.wire import Participant, Update
 

@@ -10,7 +10,7 @@ from hedgerow.adapters import adapter_pairs
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors, Projections, SumSketch
 from hedgerow.methods.lora import update_scale
-from hedgerow.methods.stacking import Arrived, Part, StackedFactors, average, exact_sum
+from hedgerow.methods.parts.stacking import Arrived, Part, StackedFactors, average, exact_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
