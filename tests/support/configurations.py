@@ -34,6 +34,9 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "ferret": {"coordinates": "random", "compression": 64},
     "ferret of the largest": {"compression": 64},
     "ferret of the largest, both ways": {"compression": 32, "broadcast_compression": 32},
+    "ferret of the largest, both ways, owed": {
+        **{"compression": 32, "broadcast_compression": 32, "broadcast_feedback": 0.9},
+    },
     "ferret over lora": {"over": "lora", "ranks": 2, "targets": TARGETS, "budget": 100},
     "ferret of the paper": {"paper": True},
     "ferret by norm": {"compression": 64, "allocation": "norm"},

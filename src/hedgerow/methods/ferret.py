@@ -141,6 +141,7 @@ class Ferret(CoordinateOptions, LoraOptions, Composed):
             trains=AllWeights() if self.over == "full" else OneAdapter(self),
             up=self.uplink(feedback=1.0 if self.error_feedback else None),
             down=self.broadcast,
+            feedback_down=float(self.broadcast_feedback) or None,
             rate=lambda round: self.server_learning_rate * self.anneal ** (round - 1),
             clip=self.clipped if self.clip else None,
             server=self.server or momentum,
@@ -150,7 +151,9 @@ class Ferret(CoordinateOptions, LoraOptions, Composed):
         """Options that rebuilding a step takes beside its coordinates."""
         names = ["over", "broadcast_bits"]
         of_random = ["basis", "momentum"]
-        names += of_random if self.coordinates == "random" else ["coordinates", *self.OF_LARGEST]
+        names += (
+            of_random if self.coordinates == "random" else ["coordinates", "broadcast_compression"]
+        )
         if self.over == "lora":
             names += ["ranks", "alpha", "rslora", "targets"]
         return self.model_dump(mode="json", include=set(names)) | super().entry_options()

@@ -15,6 +15,7 @@ from hedgerow.methods.parts import shrink
 from hedgerow.methods.parts.bits import FewBits
 from hedgerow.methods.parts.codec import Codec
 from hedgerow.methods.parts.dense import Dense
+from hedgerow.methods.parts.feedback import Feedback
 from hedgerow.methods.parts.sketch import Budget, Sketch
 from hedgerow.methods.parts.top_k import TopK
 from hedgerow.methods.parts.uplink import Uplink
@@ -53,6 +54,10 @@ class CoordinateOptions(BaseModel):
     broadcast_compression: Annotated[float, Field(ge=1)] | None = None
     """Number of times that the broadcast is smaller, in bytes, than what is trained in float32: the
     largest coordinates of the mean travel. With null, all do, in `broadcast_bits`."""
+    broadcast_feedback: Feedback = False
+    """Whether the server adds to its broadcast what its codec has lost of earlier ones: `true`, or a
+    factor for what is owed, above 0, with which it is forgotten. The server keeps a vector of the
+    model's size in float32 on disk."""
     allocation: Literal["size", "norm"] = "size"
     """Allocation of random coordinates K_l to blocks of parameters: in proportion to the block's
     `size`, or to the `norm` of its update, as in the paper."""
@@ -72,7 +77,9 @@ class CoordinateOptions(BaseModel):
         {"basis", "budget", "allocation", "seeds", "clip"}
     )
     """Options that count with random coordinates alone."""
-    OF_LARGEST: ClassVar[frozenset[str]] = frozenset({"broadcast_compression"})
+    OF_LARGEST: ClassVar[frozenset[str]] = frozenset(
+        {"broadcast_compression", "broadcast_feedback"}
+    )
     """Options that count with the largest coordinates alone."""
 
     @classmethod
@@ -94,6 +101,8 @@ class CoordinateOptions(BaseModel):
         default = type(self).model_fields["broadcast_bits"].default
         if self.broadcast_compression is not None and self.broadcast_bits != default:
             raise ValueError("give `broadcast_compression` or `broadcast_bits`, not both")
+        if self.broadcast_feedback and not self.broadcast.error:
+            raise ValueError("`broadcast_feedback`: a broadcast in 32 bits loses nothing")
         _ = self.codec, self.broadcast  # which raise where a compression does not fit
         return self
 
