@@ -18,7 +18,7 @@ from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.experiment import load
 from hedgerow.methods import METHODS, FLoRA
-from hedgerow.methods.parts import rice
+from hedgerow.methods.parts import rice, transforms
 from hedgerow.methods.parts.bits import FewBits
 from hedgerow.methods.parts.server_optimizers import SERVER_OPTIMIZERS
 from hedgerow.methods.parts.top_k import TopK
@@ -140,6 +140,22 @@ def test_a_cosine_transform_is_scipys():
     pieces = tensor.numpy().reshape(2, 43, 2, 64).transpose(0, 2, 1, 3)
     expected = scipy.fft.dctn(pieces, axes=(2, 3), norm="ortho")
     assert np.allclose(TRANSFORMS["dct"].forward(tensor, 0), expected.reshape(-1), atol=1e-5)
+
+
+def test_an_inverse_cosine_transform_adds_in_one_order_everywhere(monkeypatch):
+    """One wave after another, in plain float32 arithmetic, however much is done at once."""
+    values = normal((96 * 64,))["0"]
+    rebuilt = TRANSFORMS["dct"].backward(values, (96, 64), 0)
+    total = values.view(2, 48, 64).numpy()
+    for size, axis in ((48, 1), (64, 2)):
+        waves = transforms._cosines(size).numpy()
+        parts = np.split(total, size, axis)
+        total = np.zeros_like(total)
+        for part, wave in zip(parts, waves, strict=True):
+            total += part * (wave[:, None] if axis == 1 else wave)
+    assert np.array_equal(rebuilt.view(2, 48, 64), total)
+    monkeypatch.setattr("hedgerow.methods.parts.transforms.AT_ONCE", 1)
+    assert torch.equal(TRANSFORMS["dct"].backward(values, (96, 64), 0), rebuilt)
 
 
 @pytest.mark.parametrize("group", ["tile", "all"])

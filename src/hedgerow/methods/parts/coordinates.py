@@ -55,8 +55,8 @@ class CoordinateOptions(BaseModel):
     """Number of times that the broadcast is smaller, in bytes, than what is trained in float32: the
     largest coordinates of the mean travel. With null, all do, in `broadcast_bits`."""
     broadcast_feedback: Feedback = False
-    """Whether the server adds to its broadcast what its codec has lost of earlier ones: `true`, or a
-    factor for what is owed, above 0, with which it is forgotten. The server keeps a vector of the
+    """Whether the server adds to its broadcast what its codec has lost of earlier ones: `true`, or
+    a factor for what is owed, above 0, with which it is forgotten. The server keeps a vector of the
     model's size in float32 on disk."""
     allocation: Literal["size", "norm"] = "size"
     """Allocation of random coordinates K_l to blocks of parameters: in proportion to the block's

@@ -23,6 +23,10 @@ LONGEST_SIDE = 64
 """Longest side of the pieces that a cosine transform is made of, as in DeMo's code."""
 
 
+AT_ONCE = 1 << 16
+"""Values that are rebuilt at once, about as many as a cache holds."""
+
+
 class Transform(NamedTuple):
     """An orthonormal map of one tensor, and its inverse."""
 
@@ -51,8 +55,25 @@ def _dct(tensor: Tensor, seed: int) -> Tensor:
 
 def _dct_back(values: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
     rows, a, columns, b = _pieces(shape)
-    pieces = values.view(rows, columns, a, b)
-    return (_cosines(a).T @ pieces @ _cosines(b)).transpose(1, 2).reshape(shape)
+    rebuilt = torch.empty(rows, a, columns, b)
+    height = max(1, AT_ONCE // (a * columns * b))
+    for own, out in zip(
+        values.view(rows, columns, a, b).split(height), rebuilt.split(height), strict=True
+    ):
+        out.copy_(_sum_of_waves(_sum_of_waves(own, _cosines(a), 2), _cosines(b), 3).transpose(1, 2))
+    return rebuilt.view(shape)
+
+
+def _sum_of_waves(pieces: Tensor, waves: Tensor, axis: int) -> Tensor:
+    """Σ_j c_j·(wave j) along an axis of pieces, whose values are the c_j.
+
+    One wave after another, since a product of matrices adds in another order on another machine,
+    and everybody has to rebuild the same bits.
+    """
+    total = torch.zeros_like(pieces)
+    for j, wave in enumerate(waves):
+        total += pieces.narrow(axis, j, 1) * wave.view(-1, *[1] * (3 - axis))
+    return total
 
 
 def _pieces(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
