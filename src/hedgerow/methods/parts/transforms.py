@@ -57,10 +57,10 @@ def _dct_back(values: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
     rows, a, columns, b = _pieces(shape)
     rebuilt = torch.empty(rows, a, columns, b)
     height = max(1, AT_ONCE // (a * columns * b))
-    for own, out in zip(
-        values.view(rows, columns, a, b).split(height), rebuilt.split(height), strict=True
-    ):
-        out.copy_(_sum_of_waves(_sum_of_waves(own, _cosines(a), 2), _cosines(b), 3).transpose(1, 2))
+    blocks = torch.split(values.view(rows, columns, a, b), height)
+    for block, out in zip(blocks, torch.split(rebuilt, height), strict=True):
+        along_columns = _sum_of_waves(block, _cosines(a), axis=2)
+        out.copy_(_sum_of_waves(along_columns, _cosines(b), axis=3).transpose(1, 2))
     return rebuilt.view(shape)
 
 
