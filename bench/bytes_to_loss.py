@@ -50,6 +50,7 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
     "Ferret 1-32": ("ferret compression=33", FULL),
     "Ferret 1-128": ("ferret compression=141", FULL),
     "Ferret 1-128, 1-64 down": ("ferret compression=141 broadcast_compression=66", FULL),
+    "Ferret 1-128, 1-8 down": ("ferret compression=141 broadcast_bits=4", FULL),
     "Ferret 1-128, random": ("ferret coordinates=random compression=137", FULL),
     "Ferret 1-512": ("ferret compression=850", FULL),
     "Ferret 1-2048": ("ferret compression=8000", FULL),

@@ -355,3 +355,17 @@ def test_means_are_of_the_clients_that_every_method_scored():
     table = Table(Score("right", label="right", direction="higher"), values, "alone")
     mean = table.shown[table.shown["client"] == "mean of 2 with all scores"]
     assert mean[["alone", "together"]].values.tolist() == [["1.5", "2.5 + *"]]
+
+
+def test_a_run_that_goes_on_says_that_clients_own_test_rows_are_others(run, hedgerow, tmp_path):
+    path = run("fedit")
+    goes_on = [tmp_path / "experiment.yaml", "--out", path, "--resume"]
+    (tmp_path / "own_1.json").write_text('[{"instruction": "Say", "output": "another"}]')
+    said = hedgerow("run", *goes_on, "federation.rounds=3")
+    assert said.code == 0, said.err
+    said = " ".join(said.out.split())
+    assert "the clients' own test rows are others than before: scores of rounds from 3" in said
+    again = hedgerow("run", *goes_on, "federation.rounds=4")
+    assert "test rows" not in again.out
+    without = hedgerow("run", *goes_on, "federation.rounds=5", "data.client_test=null")
+    assert "clients are not scored on rows of their own" in " ".join(without.out.split())

@@ -36,16 +36,19 @@ def changes(
     *,
     same_examples: bool | None,
     same_test: bool | None,
+    same_client_tests: bool | None,
 ) -> list[str]:
     """Sentences on what a run does otherwise from a round on, whose base is the same.
 
     Args:
         same_examples: whether the clients' examples are as before; None where that is not known.
         same_test: the same of the test data.
+        same_client_tests: the same of the clients' own test rows.
     """
     return [
         *_of_model(before, now, round),
         *_of_data(before, now, round, same_examples=same_examples, same_test=same_test),
+        *_of_client_tests(before, now, round, same_client_tests),
         *_of_settings(before, now, round),
     ]
 
@@ -68,6 +71,7 @@ def _of_data(
 ) -> Iterator[str]:
     old_data, new_data = (each.data.model_dump(mode="json") for each in (before, now))
     differing = {key for key in new_data if old_data[key] != new_data[key]}
+    differing.discard("client_test")  # said below
     of_test = {key for key in differing if key.startswith("test")}
     if differing - of_test:
         keys = [key for key in new_data if key in differing - of_test]
@@ -92,6 +96,25 @@ def _of_data(
                 f"data.max_length was {before.data.max_length}, now {now.data.max_length}: test "
                 f"rows are scored up to so many tokens in rounds from {round} on"
             )
+
+
+def _of_client_tests(
+    before: Experiment, now: Experiment, round: int, same: bool | None
+) -> Iterator[str]:
+    was, is_now = before.data.client_test, now.data.client_test
+    if (was is None) != (is_now is None):
+        since = "not scored" if is_now is None else "scored"
+        yield (
+            f"data.client_test was {_shown(was)}, now {_shown(is_now)}: clients are {since} on "
+            f"rows of their own from round {round} on"
+        )
+    elif same is False:
+        yield (
+            "the clients' own test rows are others than before: scores of rounds from "
+            f"{round} on are not comparable with earlier ones"
+        )
+    elif was != is_now:
+        yield _compared(["client_test"], "the clients' own test rows", same)
 
 
 def _compared(keys: Sequence[str], what: str, same: bool | None) -> str:

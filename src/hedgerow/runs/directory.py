@@ -28,7 +28,10 @@ DATA = "data.json"
 """Digests of the clients' tokens, so that a run is only resumed on the data that it began with."""
 
 TEST_DATA = "(test data)"
-"""What the digest of the test data stands under, which no client may be called."""
+CLIENT_TESTS = "(clients' test data)"
+OF_TESTS = {TEST_DATA, CLIENT_TESTS}
+"""What the digests of the test data, and of all clients' own together, stand under, which no client
+may be called."""
 
 Digests = dict[str, str | None]
 """Digest of each client's data, in the clients' order, or None where it is not known here; and
@@ -151,7 +154,7 @@ class RunDirectory:
         if ledger.trained != {name: list(shape) for name, shape in trained.items()}:
             raise UserError(f"{path / 'ledger' / INDEX} was altered: restore it from a copy")
         rows = [row for row in read_rows(path) if row["round"] <= len(ledger)]
-        clients = [name for name in data if name != TEST_DATA]
+        clients = [name for name in data if name not in OF_TESTS]
         compared = all(named[name] and data[name] for name in clients)  # and found the same
         said = changes(
             before,
@@ -159,6 +162,7 @@ class RunDirectory:
             len(ledger) + 1,
             same_examples=True if compared else None,
             same_test=same_data(began_with.get(TEST_DATA), data.get(TEST_DATA)),
+            same_client_tests=same_data(began_with.get(CLIENT_TESTS), data.get(CLIENT_TESTS)),
         )
         directory = RunDirectory(path, ledger, lock, said)
         directory._check_memories(experiment, [n for n in clients if data[n]], rows)
@@ -241,7 +245,7 @@ def _digests(path: Path) -> Digests:
 def _with_names(began_with: Digests, experiment: Experiment) -> Digests:
     """Digests by client; of servers of version 0.1, which named no client, the names alone."""
     listed = experiment.data.clients
-    if began_with.keys() - {TEST_DATA} or not isinstance(listed, list):
+    if began_with.keys() - OF_TESTS or not isinstance(listed, list):
         return began_with
     return {c.name: None for c in listed if isinstance(c, ClientFile)} | began_with
 
@@ -260,7 +264,7 @@ def _check_data(path: Path, before: Digests, now: Digests, other_date: str | Non
         other_date: another day in the prompts, if any, which alone makes other examples of the same
             data.
     """
-    old, new = ([name for name in each if name != TEST_DATA] for each in (before, now))
+    old, new = ([name for name in each if name not in OF_TESTS] for each in (before, now))
     if gone := [name for name in old if name not in new]:
         raise UserError(
             f"--resume: {path} began with {_listed(gone)}, which now has no examples or is not "

@@ -6,6 +6,8 @@ There is one for all: local runs, comparisons, Flower's server, apps and sites, 
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +35,7 @@ from hedgerow.loading import check_adds
 from hedgerow.methods.base import Client, Method
 from hedgerow.model import Model, max_positions
 from hedgerow.names import MEMORY
-from hedgerow.runs.directory import EXPERIMENT, TEST_DATA, Digests
+from hedgerow.runs.directory import CLIENT_TESTS, EXPERIMENT, TEST_DATA, Digests
 from hedgerow.seeds import Seeds
 from hedgerow.settings import EvaluationSettings, TextSettings
 
@@ -66,10 +68,13 @@ class Prepared:
     """Sentences for people: what there is, then what is left out of it, each with its count."""
 
     def digests(self) -> Digests:
-        """Digest of each client's examples, and of the test data."""
+        """Digest of each client's examples, of the test data, and of all clients' own together."""
         found: Digests = {name: shard.digest() for name, shard in self.shards.items()}
         if self.test is not None:
             found[TEST_DATA] = self.test.digest()
+        if self.tests:
+            own = {name: test.digest() for name, test in sorted(self.tests.items())}
+            found[CLIENT_TESTS] = hashlib.sha256(json.dumps(own).encode()).hexdigest()
         return found
 
 
