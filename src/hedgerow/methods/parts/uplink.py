@@ -51,9 +51,11 @@ class Uplink:
         header, mapped = self.through.encode(change, message, self.codec)
         errors = self.through.errors(mapped.shapes, change.shapes, self.codec)
         length = self.shrink or (shrink.whole if self.feedback is None else shrink.contracting)
-        shrunk = mapped.mapped(lambda name, each: each * length(errors[name]))
+        lengths = {name: length(error) for name, error in errors.items()}
+        if set(lengths.values()) != {1.0}:
+            mapped = mapped.mapped(lambda name, each: each * lengths[name])
         try:
-            tensors = {**self.codec.encode(shrunk, self._seed(header)), **header}
+            tensors = {**self.codec.encode(mapped, self._seed(header)), **header}
         except ValueError:
             raise Diverged(
                 "the update contains NaN or infinity: a lower training.learning_rate may help"
