@@ -1,6 +1,7 @@
 """The memory of a client that trains all parameters: what each stage of its round has at its peak.
 
     python bench/memory.py [--hidden 2048 --layers 22 --intermediate 5632 --heads 32 --kv-heads 4]
+        [--coordinates largest|random]
 
 A Llama of these dimensions (by default TinyLlama-1.1B's) with random bfloat16 weights takes two
 plain SGD steps on the demo's data and is sketched and rebuilt, stage by stage; the kernel's
@@ -45,12 +46,13 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--coordinates", choices=("largest", "random"), default="largest")
     options = vars(parser.parse_args())
-    tokens = options.pop("tokens")
+    tokens, method = options.pop("tokens"), Ferret(coordinates=options.pop("coordinates"))
     network = random_llama(**options)
     size = sum(p.numel() for p in network.parameters())
     weights = 2 * size
-    measured = stages(network, tokens)
+    measured = stages(method, network, tokens)
     console.table(
         f"{size / 1e9:.2f}B parameters in bfloat16 ({gigabytes(weights)}), 1 × {tokens} tokens",
         ["stage", "peak", "beside the weights", "in copies of the weights"],
@@ -63,17 +65,22 @@ def main() -> None:
     scale = SEVEN_B["layers"] * SEVEN_B["hidden"] / (options["layers"] * options["hidden"])
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in llama(**SEVEN_B).named_parameters()}
-    print_seven_b(shapes, activations * scale, tokens)
+    print_seven_b(method, shapes, activations * scale, tokens)
 
 
-def print_seven_b(shapes: dict[str, tuple[int, ...]], activations: float, tokens: int) -> None:
+def print_seven_b(
+    method: Ferret, shapes: dict[str, tuple[int, ...]], activations: float, tokens: int
+) -> None:
     """What the stages come to for a 7B Llama whose weights are on a GPU."""
     weights = 2 * sum(math.prod(shape) for shape in shapes.values())
     gradient = 2 * max(math.prod(shape) for shape in shapes.values())
-    blocks = group(shapes)
-    block = max(block.size for block in blocks)
-    # Codes and scales of a 1-bit update, unpacked one block at a time, and summed in float32.
-    coordinates = int(weights / 2 * 32 / DEFAULT_COMPRESSION)
+    if method.coordinates == "random":
+        block = max(block.size for block in group(shapes))
+        # Codes and scales of a 1-bit update, unpacked one block at a time, and summed in float32.
+        coordinates, copies = int(weights / 2 * 32 / DEFAULT_COMPRESSION), 2
+    else:
+        block = max(math.prod(shape) for shape in shapes.values())
+        coordinates, copies = weights // 2, 4  # the sum of updates is dense
     rows = [
         ("weights", "2 bytes each", gigabytes(weights), ""),
         ("snapshot", "2 bytes each", "", gigabytes(weights)),
@@ -86,9 +93,14 @@ def print_seven_b(shapes: dict[str, tuple[int, ...]], activations: float, tokens
             gigabytes(weights + gradient + activations),
             gigabytes(2 * weights),
         ),
-        ("a block's update and estimate", "4 bytes, twice", gigabytes(8 * block), ""),
-        ("peak in sketching", "", gigabytes(weights + 8 * block), gigabytes(2 * weights)),
-        ("sums at the server, default budget", "4 bytes each", "", gigabytes(4 * coordinates)),
+        (
+            "update and estimate of a tensor, or block",
+            f"4 bytes, {copies} times",
+            gigabytes(4 * copies * block),
+            "",
+        ),
+        ("peak in sketching", "", gigabytes(weights + 4 * copies * block), gigabytes(2 * weights)),
+        ("sums at the server", "4 bytes each", "", gigabytes(4 * coordinates)),
         ("AdamW instead of SGD", "gradient and moments", gigabytes(3 * weights), ""),
     ]
     size = weights / 2e9
@@ -97,7 +109,7 @@ def print_seven_b(shapes: dict[str, tuple[int, ...]], activations: float, tokens
     )
 
 
-def stages(network: Any, tokens: int) -> dict[str, int]:
+def stages(method: Ferret, network: Any, tokens: int) -> dict[str, int]:
     """The peak of each stage of a client's round, in bytes beside what the process had before."""
     floor = resident() - sum(p.nbytes for p in network.parameters())
     peaks: dict[str, int] = {}
@@ -120,7 +132,7 @@ def stages(network: Any, tokens: int) -> dict[str, int]:
         data = ClientData(experiment.data, tokenizer, Seeds(0))
         shard = data.tokenize(data.names[0])
     model = Model(network, tokenizer, "random")
-    method, seeds = Ferret(coordinates="random"), Seeds(0)
+    seeds, shapes = Seeds(0), method.trained_shapes(model)
     client = Client(0, "client-000", len(shard))
     client_round = ClientRound(client, 1, seeds, experiment.training, Forgetful(), no_past)
     order = seeds.numpy("batches")
@@ -154,9 +166,9 @@ def stages(network: Any, tokens: int) -> dict[str, int]:
     )
     aggregate = method.aggregate(
         [update],
-        ServerRound(1, [client], None, Expected(seeds, {}, experiment.training), Forgetful()),
+        ServerRound(1, [client], None, Expected(seeds, shapes, experiment.training), Forgetful()),
     )
-    stage("server, without the model")
+    stage("server, which needs no model")
     entry = Entry(
         method="ferret", round=1, parent="", participants=[], metrics={}, tensors=aggregate.tensors
     )

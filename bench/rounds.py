@@ -1,7 +1,7 @@
 """What a round costs beside local training, by part and method, from the run's own metrics.
 
-    python bench/rounds.py [EXPERIMENT.yaml] [key.path=value …] [--only METHOD …] [--before CHECKOUT]
-        [--times N]
+    python bench/rounds.py [EXPERIMENT.yaml] [key.path=value …] [--only METHOD …]
+        [--before CHECKOUT] [--times N]
 
 Without arguments it takes the built-in demo's experiment. Methods do the same local work, each in
 a process of its own; the first round, which warms caches, is left out. With `--before`, each also
