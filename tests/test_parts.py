@@ -376,7 +376,10 @@ def test_half_a_step_is_half_of_the_change(name, run, hedgerow, tmp_path):
         torch.testing.assert_close(changes[0.5][module], whole / 2, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("flora", "flexlora") else pytest.param(n, marks=pytest.mark.slow) for n in STACKED],
+)
 def test_a_stacked_method_with_a_server_step_keeps_its_promises(name):
     options = STACKED[name] | {"server": HALF}
     check_method(METHODS[options["name"]].model_validate(options))
