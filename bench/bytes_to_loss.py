@@ -30,6 +30,7 @@ from hedgerow import console
 from hedgerow.experiment import load
 
 FULL, LORA, ZEROTH = (2e-3, 3e-3, 4e-3), (3e-3, 5e-3, 1e-2), (1e-4, 3e-4, 1e-3)
+NESTEROV = "server={name: nesterov, learning_rate: 0.8, momentum: 0.5}"
 METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
     "FedAvg": ("fedavg training.keep_optimizer=false", FULL),
     "FedAvg, moments kept": ("fedavg training.keep_optimizer=true", FULL),
@@ -52,6 +53,8 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
     "Ferret 1-128, 1-64 down": ("ferret compression=141 broadcast_compression=66", FULL),
     "Ferret 1-128, 1-8 down": ("ferret compression=141 broadcast_bits=4", FULL),
     "Ferret 1-128, random": ("ferret coordinates=random compression=137", FULL),
+    "Ferret 1-128, Nesterov": (f"ferret compression=141 {NESTEROV}", FULL),
+    "Ferret 1-512, Nesterov": (f"ferret compression=850 {NESTEROV}", FULL),
     "Ferret 1-512": ("ferret compression=850", FULL),
     "Ferret 1-2048": ("ferret compression=8000", FULL),
     "Ferret over LoRA": ("ferret over=lora ranks=16 compression=40", LORA),
