@@ -8,7 +8,7 @@ from support.runs import rows_of
 
 from hedgerow import federation
 from hedgerow.engines import local
-from hedgerow.errors import RunFailed
+from hedgerow.errors import RunFailed, UserError
 from hedgerow.experiment import load
 from hedgerow.federation.fleet import ClientResult, Unwatched
 from hedgerow.runs.directory import RunDirectory
@@ -55,6 +55,16 @@ def test_a_ledger_does_not_depend_on_who_is_faster(experiment, tmp_path, method)
     run(Shuffled, loaded, tmp_path / "other")
     for path in (tmp_path / "one/ledger").iterdir():
         assert path.read_bytes() == (tmp_path / "other/ledger" / path.name).read_bytes()
+
+
+def test_a_run_that_has_begun_meanwhile_is_not_written_over(experiment, tmp_path):
+    """Between the check that a folder is free and its lock, another process may come first."""
+    path, out = experiment(), tmp_path / "run"
+    run(local.LocalFleet, load(path), out)
+    files = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match="exists already"):
+        run(local.LocalFleet, load(path, ["federation.seed=1"]), out)
+    assert files == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
 def test_who_answers_at_the_second_try_is_in_the_round(experiment, tmp_path):

@@ -1,5 +1,6 @@
 """The ledger: append, verify, crash, pack."""
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -157,6 +158,20 @@ def test_an_archive_with_anything_else_is_refused(tmp_path, name):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(name, "x")
     with pytest.raises(UserError, match="no packed ledger"):
+        ledgers.unpack(path)
+
+
+def test_an_archive_whose_members_overlap_is_refused(ledger, tmp_path):
+    """Many names of one stored member would unpack to many times the file's size."""
+    path = tmp_path / "bad.hedgerow"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("ledger/0001.safetensors", bytes(100_000))
+        member = archive.infolist()[0]
+        for round in range(2, 9):
+            again = copy.copy(member)
+            again.filename = f"ledger/{round:04d}.safetensors"
+            archive.filelist.append(again)
+    with pytest.raises(UserError, match="no packed ledger: it says that it holds more than it is"):
         ledgers.unpack(path)
 
 

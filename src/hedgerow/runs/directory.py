@@ -125,9 +125,18 @@ class RunDirectory:
         data: Digests,
         trained: Mapping[str, Sequence[int]],
     ) -> RunDirectory:
-        """A new run, on data with these digests by client; for `trained`, see `Ledger`."""
+        """A new run, on data with these digests by client; for `trained`, see `Ledger`.
+
+        Raises:
+            UserError: another process has begun a run here, since `check_free` found none.
+        """
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
+        try:
+            RunDirectory.check_free(path)
+        except UserError:
+            lock.close()
+            raise
         _write_settings(path, experiment, data)
         return RunDirectory(path, Ledger.create(path / "ledger", base, trained), lock)
 
