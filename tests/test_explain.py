@@ -13,7 +13,7 @@ import typer.main
 import yaml
 from pydantic import Field
 
-from hedgerow.cli.frame import app
+from hedgerow.cli.entry import app
 from hedgerow.errors import UserError
 from hedgerow.experiment import reference
 from hedgerow.methods import METHODS

@@ -13,7 +13,7 @@ from playwright.sync_api import Page, sync_playwright
 from support.experiments import write_experiment
 from support.runs import rows_of
 
-from hedgerow.cli.frame import app
+from hedgerow.cli.entry import app
 from hedgerow.experiment import load
 from hedgerow.model import Model
 from hedgerow.reporting import charts
@@ -23,6 +23,8 @@ from hedgerow.reporting.sections import _dots, over_seeds, rounds_of
 METHODS = "flora,flora restart=zero,fedavg,standalone"
 LABELS = ["flora, restart=warm", "flora, restart=zero", "fedavg", "standalone"]
 NASTY = "<script>alert(1)</script> & \"quotes\" 'and' </pre>"
+NOT_OF_XML = "\x01\0\x1b\ufffe\ud800"
+"""Characters that a category's name may have, and no drawing."""
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -36,7 +38,8 @@ def comparison(tmp_path_factory, tiny_model) -> Path:
     experiment = write_experiment(folder, tiny_model, evaluation=metrics)
     rows = json.loads((folder / "test.json").read_text())
     rows[0] |= {"instruction": NASTY, "output": NASTY}
-    rows = [row | {"kind": f"<b>{index % 2}</b>"} for index, row in enumerate(rows)]
+    kinds = ["<b>0</b>", f"<b>1</b>{NOT_OF_XML}"]
+    rows = [row | {"kind": kinds[index % 2]} for index, row in enumerate(rows)]
     (folder / "test.json").write_text(json.dumps(rows))
     arguments = ["--methods", METHODS, "--seeds", "2", "--out", str(folder / "out")]
     app(["compare", str(experiment), *arguments], standalone_mode=False)
@@ -63,6 +66,7 @@ def test_the_page_says_what_the_runs_came_to(comparison, html):
     assert "<script>alert(1)" not in page
     for label in LABELS:
         assert label in page
+    assert "1&lt;/b&gt;" + "\N{REPLACEMENT CHARACTER}" * 5 in page
     for title in ("Loss", "Scores by category", "Noise of the aggregate", "Singular values"):
         assert f">{title}</h2>" in page
     table = json.loads((comparison / "comparison.json").read_text())

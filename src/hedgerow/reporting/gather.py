@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,13 +162,26 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _outcome(label: str, run: Path, experiment: Experiment) -> Outcome:
-    rows = read_rows(run)
+    rows = [_drawable(row) for row in read_rows(run)]
     if not rows:
         raise UserError(f"{run} has measured nothing yet: wait for its first round")
     last, planned = rows[-1]["round"], experiment.federation.rounds
     failure = None if last == planned else f"stopped after round {last} of {planned}"
     cell = Cell(label, {}, experiment.federation.seed, experiment, run)
     return Outcome(cell, rows, failure)
+
+
+def _drawable(value: Any) -> Any:
+    """A row of metrics, with � for characters that no drawing can have, as a name may."""
+    if isinstance(value, dict):
+        return {_drawable(key): _drawable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_drawable(each) for each in value]
+    return _NOT_OF_XML.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
+
+
+_NOT_OF_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that XML 1.0 has not, section 2.2."""
 
 
 def _last_loss(series: Series) -> float:
