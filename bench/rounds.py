@@ -47,6 +47,10 @@ def main() -> None:
     parser.add_argument("--before", type=Path)
     parser.add_argument("--times", type=int, default=1)
     arguments = parser.parse_args()
+    if arguments.before is not None and not (arguments.before / "src/hedgerow").is_dir():
+        parser.error(f"--before {arguments.before} is no checkout of hedgerow")
+    if arguments.times < 1:
+        parser.error("--times must be at least 1")
     given = list(arguments.experiment)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
@@ -54,19 +58,20 @@ def main() -> None:
         path = Path(given.pop(0)) if has_file else demo.prepare(out / "demo")
         overrides = ["federation.rounds=4", *given]
 
-        def seconds(checkout: Path, method: str, options: list[str], time: int) -> dict[str, float]:
-            run = out / f"{checkout.resolve().name}-{method}-{len(options)}-{time}"
+        def seconds(what: str, method: str, time: int, *options: str) -> dict[str, float]:
+            checkout = arguments.before if what == "before" else HERE
+            run = out / f"{what}-{method}-{time}"
             return run_from(checkout, path, [*overrides, *METHODS[method], *options], run)
 
         shares, ratios = [], []
         for method in arguments.only:
             now, like, before = [], [], []
             for time in range(arguments.times):
-                now.append(seconds(HERE, method, [], time))
+                now.append(seconds("now", method, time))
                 if arguments.before is not None:
-                    before.append(seconds(arguments.before, method, [], time))
+                    before.append(seconds("before", method, time))
                     options = AS_BEFORE.get(method, [])
-                    like.append(seconds(HERE, method, options, time) if options else now[-1])
+                    like.append(seconds("like", method, time, *options) if options else now[-1])
             own = middle(now)
             shares.append(
                 (method, *(f"{own[part] / own['round']:.2%}" for part in (*PARTS, "all")))

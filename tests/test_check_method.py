@@ -28,7 +28,7 @@ def test_every_configuration_keeps_its_promises(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE_OPTIONS)
 def test_more_configurations_keep_their_promises(name):
-    """Whose parts others have, too: their bytes are pinned, which a plain `make test` compares."""
+    """More of the same parts; where their bytes are pinned, a plain `make test` compares those."""
     keeps_its_promises(name)
 
 

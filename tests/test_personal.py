@@ -353,7 +353,7 @@ def test_a_score_of_which_more_is_better_is_marked_so():
 def test_means_are_of_the_clients_that_every_method_scored():
     values = {"alone": {"a": 1.0, "b": 2.0, "c": 9.0}, "together": {"a": 1.0, "b": 4.0}}
     table = Table(Score("right", label="right", direction="higher"), values, "alone")
-    mean = table.shown[table.shown["client"] == "mean of 2 with all scores"]
+    mean = table.shown[table.shown["client"] == "mean of the 2 clients that all methods scored"]
     assert mean[["alone", "together"]].values.tolist() == [["1.5", "2.5 + *"]]
 
 
@@ -369,3 +369,13 @@ def test_a_run_that_goes_on_says_that_clients_own_test_rows_are_others(run, hedg
     assert "test rows" not in again.out
     without = hedgerow("run", *goes_on, "federation.rounds=5", "data.client_test=null")
     assert "clients are not scored on rows of their own" in " ".join(without.out.split())
+
+
+def test_a_comparison_is_scored_on_one_set_of_clients_own_rows(tested, hedgerow, tmp_path):
+    compare = ["compare", tested("fedit"), "--out", tmp_path / "compared", "federation.rounds=1"]
+    assert hedgerow(*compare, "--methods", "fedit").code == 0
+    (tmp_path / "own_1.json").write_text('[{"instruction": "Say", "output": "another"}]')
+    result = hedgerow(*compare, "--methods", "fedit,ditto")
+    assert result.code == 1
+    said = " ".join((result.out + result.err).split())
+    assert "data.client_test: the runs of this comparison were scored on other test data" in said

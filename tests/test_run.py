@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -177,6 +178,16 @@ def test_resume_after_a_kill_at_the_very_first_step(hedgerow, experiment, tmp_pa
     (tmp_path / "run" / left).write_text("half")
     assert hedgerow("run", experiment(), "--out", tmp_path / "run", "--resume").code == 0
     assert len(rows_of(tmp_path / "run")) == 3
+
+
+def test_resume_after_a_kill_before_the_ledger_was_begun(hedgerow, experiment, tmp_path):
+    path, run = experiment(), tmp_path / "run"
+    assert hedgerow("run", path, "--out", run).code == 0
+    for child in run.iterdir():
+        if child.name not in ("experiment.yaml", "data.json"):
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+    assert hedgerow("run", path, "--out", run, "--resume").code == 0
+    assert len(rows_of(run)) == 3
 
 
 def test_the_order_of_training_does_not_matter_to_a_client(hedgerow, experiment, tmp_path):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hedgerow.errors import RunFailed, UserError
 from hedgerow.experiment import Experiment, load, method_changes, split_at
-from hedgerow.runs.directory import EXPERIMENT, RunDirectory, test_digest
+from hedgerow.runs.directory import EXPERIMENT, RunDirectory, test_digests
 from hedgerow.runs.lender import Lender
 from hedgerow.runs.rows import read_rows
 
@@ -166,7 +166,7 @@ def run(
     for count, cell in enumerate(missing, start=1):
         with watch(f"[{count}/{len(missing)}] {title(cell)}:") as watcher:
             try:
-                scored_on = next(filter(None, (test_digest(each.folder) for each in cells)), None)
+                scored_on = next(filter(None, (test_digests(each.folder) for each in cells)), {})
                 model = lender.lend(cell.experiment.model)
                 local.run(
                     _with_date(cell, cells),

@@ -345,10 +345,6 @@ def unpack(file: Path) -> tempfile.TemporaryDirectory[str]:
     folder = tempfile.TemporaryDirectory(prefix="hedgerow-")
     try:
         with zipfile.ZipFile(file) as archive:
-            if sum(info.file_size for info in archive.infolist()) > file.stat().st_size:
-                raise UserError(
-                    f"{file} is no packed ledger: it says that it holds more than it is"
-                )
             for info in archive.infolist():
                 parts = info.filename.split("/")
                 known = parts == ["experiment.yaml"] or (
@@ -357,10 +353,14 @@ def unpack(file: Path) -> tempfile.TemporaryDirectory[str]:
                     and (parts[1] == INDEX or _ENTRY_FILE.fullmatch(parts[1]))
                 )
                 # Stored, not compressed: a small file can then not unpack to a huge one, unless
-                # its members overlap, and then they are larger than it.
+                # its members overlap.
                 if not known or info.compress_type != zipfile.ZIP_STORED:
                     raise UserError(f"{file} is no packed ledger: it holds {info.filename!r}")
-                archive.extract(info, folder.name)
+            if sum(info.file_size for info in archive.infolist()) > file.stat().st_size:
+                raise UserError(
+                    f"{file} is no packed ledger: it says that it holds more than it is"
+                )
+            archive.extractall(folder.name)
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise UserError(f"{file} is no packed ledger: {error}") from None
     return folder

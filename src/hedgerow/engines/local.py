@@ -6,7 +6,7 @@ their files. A client costs its trainables while it trains, and a few bytes an e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def run(
     model: Model | None = None,
     held: Held | None = None,
     say: Callable[[str], None] | None = None,
-    scored_on: str | None = None,
+    scored_on: Mapping[str, str] | None = None,
     fleet: type[LocalFleet] = LocalFleet,
 ) -> None:
     """Run an experiment in this process; the run directory is written as it goes.
@@ -93,7 +93,7 @@ def run(
         held: the rows that the experiment calls `(memory)`.
         say: told, before training, what there is, what is left out of it, and what is other than
             before the run was resumed; None tells `watcher`.
-        scored_on: digest that the test data must have, if any.
+        scored_on: digests that the test data must have, as `test_digests` has them, if any.
         fleet: who has the clients train.
 
     Raises:
@@ -113,11 +113,13 @@ def run(
         say(note)
     opener = RunDirectory.resume if resume else RunDirectory.create
     data = prepared.digests()
-    if scored_on is not None and not same_data(scored_on, data.get(TEST_DATA)):
-        raise UserError(
-            "data.test: the runs of this comparison were scored on other test data: give the same, "
-            "or another --out"
-        )
+    for what, digest in (scored_on or {}).items():
+        if not same_data(digest, data.get(what)):
+            key = "data.test" if what == TEST_DATA else "data.client_test"
+            raise UserError(
+                f"{key}: the runs of this comparison were scored on other test data: give the "
+                "same, or another --out"
+            )
     with opener(out, experiment, prepared.base, data, prepared.trained) as directory:
         for change in directory.changes:
             say(change)

@@ -9,9 +9,9 @@ arXiv 1910.06378, algorithm 1.
       server:    Δ = Σ Δ_k / |S|,  Δc = |S|/N Σ Δc_k / |S|, of the clients S of N
       everybody: w <- w + Δ,  c <- c + Δc
 
-For plain SGD with `max_grad_norm: null` the mean gradient is the paper's option II, as it is with
-no other optimiser: c_k - c + (w - w_k)/(Kη). A client keeps c_k on its disk, everybody keeps c, in
-float32, and updates are twice as large as FedAvg's. N are the clients that have joined so far.
+With plain SGD and `max_grad_norm: null` the mean gradient is the paper's option II, c_k - c +
+(w - w_k)/(Kη). A client keeps c_k on its disk, c - c_k and the sum of gradients on the device while
+it trains, everybody c, all in float32; updates are twice FedAvg's. N are those who have joined.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 
 from hedgerow.methods.base import ClientRound, ServerRound, Trained
 from hedgerow.methods.composed import Composed, Parts
-from hedgerow.methods.parts.control_variates import Correction, WithControlVariates, shared_out
+from hedgerow.methods.parts.control_variates import Correction, WithControlVariates, times_share
 from hedgerow.methods.parts.mean import Mean
 from hedgerow.methods.parts.through import Basis
 from hedgerow.methods.parts.values import Values
@@ -69,8 +69,9 @@ class Scaffold(Composed):
         """Train along corrected gradients, and learn the new control variate."""
         correction = Correction(job.shared_state, client_round.memory.load())
         trained = self.train_along(job, client_round, parameters, correction)
-        client_round.remember(correction.new(parameters))
-        return replace(trained, parameters={**parameters, **correction.changes(parameters)})
+        learnt = correction.learnt(parameters)
+        client_round.remember(learnt)
+        return replace(trained, parameters={**parameters, **correction.changes(learnt)})
 
     def means(
         self, mean: Mean, count: int, server_round: ServerRound
@@ -78,4 +79,4 @@ class Scaffold(Composed):
         """The means; that of Δc_k times the share of the clients that took part."""
         share = count / (server_round.population or len(server_round.clients))
         for basis, values in super().means(mean, count, server_round):
-            yield basis, shared_out(values, share)
+            yield basis, times_share(values, share)

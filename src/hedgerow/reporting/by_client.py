@@ -40,7 +40,8 @@ class Table(NamedTuple):
 
     @property
     def shown(self) -> pd.DataFrame:
-        """The table for people: a row for each client, their mean, and how many of them gain."""
+        """The table for people: a row for each client, the mean of those that all methods scored,
+        if there are any, and how many clients gain."""
         clients = list(dict.fromkeys(name for own in self.values.values() for name in own))
         lines: list[dict[str, str]] = []
         for client in clients:
@@ -49,7 +50,8 @@ class Table(NamedTuple):
         shared = [name for name in clients if all(name in own for own in self.values.values())]
         if shared:
             means = {m: fmean(own[c] for c in shared) for m, own in self.values.items()}
-            mean_of = "clients" if shared == clients else f"{len(shared)} with all scores"
+            some = f"the {len(shared)} clients that all methods scored"
+            mean_of = "clients" if shared == clients else some
             lines.append({"client": f"mean of {mean_of}", **self._marked(means)})
         if self.alone is not None:
             gains = {m: str(self._gains(m)) for m in self.values if m != self.alone}

@@ -25,13 +25,15 @@ from hedgerow.wire import Update
 EXPERIMENT = "experiment.yaml"
 
 DATA = "data.json"
-"""Digests of the clients' tokens, so that a run is only resumed on the data that it began with."""
+"""File of digests: of the clients' tokens, so that a run is only resumed on the data that it began
+with, and of test rows, so that it is said where scores are of others."""
 
 TEST_DATA = "(test data)"
+"""Key of the digest of the test data, which no client may be called."""
 CLIENT_TESTS = "(clients' test data)"
+"""Key of the digest of all clients' own test rows together."""
 OF_TESTS = {TEST_DATA, CLIENT_TESTS}
-"""What the digests of the test data, and of all clients' own together, stand under, which no client
-may be called."""
+"""Keys of what is scored on, beside the clients' names."""
 
 Digests = dict[str, str | None]
 """Digest of each client's data, in the clients' order, or None where it is not known here; and
@@ -132,11 +134,12 @@ class RunDirectory:
         """
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
-        try:
-            RunDirectory.check_free(path)
-        except UserError:
+        if (path / "ledger" / INDEX).exists() or (path / METRICS_FILE).exists():
             lock.close()
-            raise
+            raise UserError(
+                f"--out {path} exists already, as another process has begun a run there: name "
+                "another directory"
+            )
         _write_settings(path, experiment, data)
         return RunDirectory(path, Ledger.create(path / "ledger", base, trained), lock)
 
@@ -177,6 +180,8 @@ class RunDirectory:
         directory._check_memories(experiment, [n for n in clients if data[n]], rows)
         # A network's server does not know its clients' digests, and must not forget them.
         kept = {name: began_with.get(name) for name, digest in data.items() if digest is None}
+        if experiment.data.client_test is None:
+            began_with.pop(CLIENT_TESTS, None)
         _write_settings(path, experiment, began_with | data | kept)
         with replacing(path / METRICS_FILE) as file:
             file.writelines(to_line(row) for row in rows)
@@ -228,9 +233,10 @@ class RunDirectory:
             update.write(file)
 
 
-def test_digest(path: Path) -> str | None:
-    """Digest of the test data that a run was last scored on; None where there is none."""
-    return _digests(path).get(TEST_DATA) if (path / DATA).exists() else None
+def test_digests(path: Path) -> dict[str, str]:
+    """Digests of what a run was last scored on, by `OF_TESTS`; none where there is no run."""
+    digests = _digests(path) if (path / DATA).exists() else {}
+    return {name: digest for name in sorted(OF_TESTS) if (digest := digests.get(name)) is not None}
 
 
 def same_data(before: str | None, now: str | None) -> bool | None:

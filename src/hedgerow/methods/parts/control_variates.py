@@ -93,20 +93,19 @@ class Correction:
             if name in self._difference:
                 gradient.add_(self._difference[name])
 
-    def new(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    def learnt(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """c_k from now on, the mean of the gradients as they were, by `kept_as`, on the CPU."""
         return {kept_as(name): self._mean(name, p).cpu() for name, p in parameters.items()}
 
-    def changes(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Δc_k of each parameter, by the name under which it travels."""
-        new = self.new(parameters)
+    def changes(self, learnt: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+        """Δc_k of each parameter, by the name under which it travels; `learnt` is the new c_k."""
         return {
-            f"{CONTROL}{name}": torch.nn.Parameter(new[key] - self._own.get(key, 0))
-            for name, key in ((name, kept_as(name)) for name in parameters)
+            f"{CONTROL}{key.removeprefix(_KEPT)}": torch.nn.Parameter(c - self._own.get(key, 0))
+            for key, c in learnt.items()
         }
 
     def _differences(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """c - c_k, by the parameter's name, where it is; nothing where both are 0."""
+        """c - c_k on the parameters' device, by their names; nothing where both are 0."""
         found = {}
         for name, parameter in parameters.items():
             key, zero = kept_as(name), torch.zeros(())
@@ -121,7 +120,7 @@ class Correction:
         return torch.zeros(parameter.shape) if total is None else total / self._steps
 
 
-def shared_out(values: Values, share: float) -> Values:
+def times_share(values: Values, share: float) -> Values:
     """Means of what clients sent, with those of Δc_k times the share of clients that took part."""
     return values.mapped(lambda n, each: each * share if n.startswith(CONTROL) else each)
 

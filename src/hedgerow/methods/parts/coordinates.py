@@ -57,7 +57,7 @@ class CoordinateOptions(BaseModel):
     broadcast_feedback: Feedback = False
     """Whether the server adds to its broadcast what its codec has lost of earlier ones: `true`, or
     a factor for what is owed, above 0, with which it is forgotten. The server keeps a vector of the
-    model's size in float32 on disk."""
+    size of what is trained in float32 on disk."""
     allocation: Literal["size", "norm"] = "size"
     """Allocation of random coordinates K_l to blocks of parameters: in proportion to the block's
     `size`, or to the `norm` of its update, as in the paper."""
@@ -101,8 +101,12 @@ class CoordinateOptions(BaseModel):
         default = type(self).model_fields["broadcast_bits"].default
         if self.broadcast_compression is not None and self.broadcast_bits != default:
             raise ValueError("give `broadcast_compression` or `broadcast_bits`, not both")
-        if self.broadcast_feedback and not self.broadcast.error:
-            raise ValueError("`broadcast_feedback`: a broadcast in 32 bits loses nothing")
+        loses = self.coordinates == "random" or self.broadcast.error
+        if self.broadcast_feedback and not loses:
+            raise ValueError(
+                "`broadcast_feedback`: a broadcast in 32 bits loses nothing: give fewer "
+                "`broadcast_bits`, or `broadcast_feedback: false`"
+            )
         _ = self.codec, self.broadcast  # which raise where a compression does not fit
         return self
 

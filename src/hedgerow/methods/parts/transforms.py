@@ -24,7 +24,7 @@ LONGEST_SIDE = 64
 
 
 AT_ONCE = 1 << 16
-"""Values that are rebuilt at once, about as many as a cache holds."""
+"""Number of values that are rebuilt at once, about as many as a cache holds."""
 
 
 class Transform(NamedTuple):
@@ -33,7 +33,7 @@ class Transform(NamedTuple):
     forward: Callable[[Tensor, int], Tensor]
     """Values, shape (size,), of a tensor of any shape in float32, and a seed."""
     backward: Callable[[Tensor, tuple[int, ...], int], Tensor]
-    """The tensor of a shape, of its values, shape (size,), on the CPU, and the seed."""
+    """Tensor of a given shape, rebuilt from its values, shape (size,), on the CPU, and the seed."""
     is_random: bool
     """Whether it depends on the seed."""
 
@@ -55,24 +55,21 @@ def _dct(tensor: Tensor, seed: int) -> Tensor:
 
 def _dct_back(values: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
     rows, a, columns, b = _pieces(shape)
-    rebuilt = torch.empty(rows, a, columns, b)
-    height = max(1, AT_ONCE // (a * columns * b))
-    blocks = torch.split(values.view(rows, columns, a, b), height)
-    for block, out in zip(blocks, torch.split(rebuilt, height), strict=True):
-        along_columns = _sum_of_waves(block, _cosines(a), axis=2)
-        out.copy_(_sum_of_waves(along_columns, _cosines(b), axis=3).transpose(1, 2))
-    return rebuilt.view(shape)
+    down, across = _cosines(a), _cosines(b)
+    # A product of matrices adds in another order on another machine, and everybody has to rebuild
+    # the same bits.
+    blocks = [
+        _sum_of_waves(_sum_of_waves(block, down, axis=1), across, axis=2)
+        for block in torch.split(values.view(-1, a, b), max(1, AT_ONCE // (a * b)))
+    ]
+    return torch.cat(blocks).view(rows, columns, a, b).transpose(1, 2).reshape(shape)
 
 
 def _sum_of_waves(pieces: Tensor, waves: Tensor, axis: int) -> Tensor:
-    """Σ_j c_j·(wave j) along an axis of pieces, whose values are the c_j.
-
-    One wave after another, since a product of matrices adds in another order on another machine,
-    and everybody has to rebuild the same bits.
-    """
+    """Σ_j c_j·(wave j) along an axis of pieces, whose values are c_j: one wave after another."""
     total = torch.zeros_like(pieces)
     for j, wave in enumerate(waves):
-        total += pieces.narrow(axis, j, 1) * wave.view(-1, *[1] * (3 - axis))
+        total += pieces.narrow(axis, j, 1) * wave.view(-1, *[1] * (2 - axis))
     return total
 
 
