@@ -18,7 +18,6 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from hedgerow import console, demo
 from hedgerow.runs.rows import read_rows
@@ -96,7 +95,7 @@ def run_from(checkout: Path, path: Path, overrides: list[str], out: Path) -> dic
         check=True,
     )
     metrics = read_rows(out)[2:]
-    found: dict[str, Any] = {p: sum(row[f"{p}_seconds"] for row in metrics) for p in PARTS}
+    found = {p: sum(row[f"{p}_seconds"] for row in metrics) for p in PARTS}
     evaluation = sum(row.get("evaluate_seconds", 0) for row in metrics)
     whole = sum(row["seconds"] for row in metrics) - evaluation
     return {**found, "all": sum(found.values()), "round": whole}

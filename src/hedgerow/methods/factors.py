@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage
@@ -14,6 +14,15 @@ from hedgerow.wire import Kind, check_kinds, kinds
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+Factor = Literal["lora_A", "lora_B"]
+
+_T = TypeVar("_T")
+
+
+def of_factor(factor: Factor, tensors: Mapping[str, _T]) -> dict[str, _T]:
+    """One factor of each module, of all that there are by PEFT's key names."""
+    return {name: each for name, each in tensors.items() if f".{factor}." in name}
 
 
 def with_scale(factors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.lazy import torch
 from hedgerow.methods.base import Aggregate, ClientRound, Payload, ServerRound, Trained
-from hedgerow.methods.factors import factor_kinds
-from hedgerow.methods.one_factor import Factor, OneFactor, only
+from hedgerow.methods.factors import Factor, factor_kinds, of_factor
+from hedgerow.methods.one_factor import OneFactor, only
 from hedgerow.methods.own_factors import OwnFactors
 from hedgerow.methods.parts.one_adapter import attach_global
 from hedgerow.wire import check_kinds, kinds
@@ -53,20 +53,19 @@ class FedSALoRA(OwnFactors, OneFactor):
         with torch.no_grad():
             for name, B in self.kept(client_round.memory.load()).items():
                 parameters[name].copy_(B)
-        self.with_snapshot(model, {n: p for n, p in parameters.items() if ".lora_A." in n})
+        self.with_snapshot(model, of_factor("lora_A", parameters))
         return parameters
 
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """Keep B, send A."""
-        factors = trained.parameters
-        self.keep(client_round, {n: p for n, p in factors.items() if ".lora_B." in n})
-        sent = {name: p for name, p in factors.items() if ".lora_A." in name}
+        self.keep(client_round, of_factor("lora_B", trained.parameters))
+        sent = of_factor("lora_A", trained.parameters)
         return super().update(model, client_round, replace(trained, parameters=sent))
 
     def fold(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Average A."""
         whole = super().fold(updates, server_round)
-        return whole._replace(tensors={n: A for n, A in whole.tensors.items() if ".lora_A." in n})
+        return whole._replace(tensors=of_factor("lora_A", whole.tensors))
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check for A of each module."""

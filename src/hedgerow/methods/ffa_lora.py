@@ -22,7 +22,7 @@ from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
 from hedgerow.methods.base import Aggregate, ServerRound
 from hedgerow.methods.continued import HeldAdapter
-from hedgerow.methods.factors import draw_adapter
+from hedgerow.methods.factors import draw_adapter, of_factor
 from hedgerow.methods.one_factor import OneFactor, only
 from hedgerow.wire import check_kinds, kinds, seed_kind
 
@@ -60,7 +60,7 @@ class FFALoRA(HeldAdapter, OneFactor):
     def fold(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Average B; A is for everybody to draw."""
         whole = super().fold(updates, server_round)
-        tensors = {name: B for name, B in whole.tensors.items() if ".lora_B." in name}
+        tensors = of_factor("lora_B", whole.tensors)
         seed = torch.tensor([server_round.expected.seeds.derive("adapter")])
         return whole._replace(tensors=tensors | {"adapter_seed": seed})
 

@@ -7,7 +7,7 @@ alone travels up.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from hedgerow import lowrank
 from hedgerow.adapters import adapter_pairs, adapter_tensors
@@ -15,7 +15,7 @@ from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Aggregate, Client, ClientRound, Expected, ServerRound
 from hedgerow.methods.continued import ContinuedAdapter
-from hedgerow.methods.factors import factor_kinds
+from hedgerow.methods.factors import Factor, factor_kinds, of_factor
 from hedgerow.methods.lora import update_scale
 from hedgerow.methods.parts.stacking import finite
 from hedgerow.methods.parts.values import Shapes
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from hedgerow.model import Model
     from hedgerow.wire import Update
-
-Factor = Literal["lora_A", "lora_B"]
 
 
 class OnePart(ContinuedAdapter):
@@ -77,8 +75,7 @@ class OneFactor(OnePart):
 
 def only(factor: Factor, shapes: Mapping[str, Sequence[int]], rank: int) -> dict[str, Kind]:
     """Kinds of this factor of an adapter, in each module."""
-    every = factor_kinds(shapes, rank)
-    return {name: kind for name, kind in every.items() if f".{factor}." in name}
+    return of_factor(factor, factor_kinds(shapes, rank))
 
 
 def average_factor(updates: Iterable[Update]) -> dict[str, Tensor]:

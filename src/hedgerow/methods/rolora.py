@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hedgerow.methods.one_factor import Factor, OneFactor
+from hedgerow.methods.factors import Factor
+from hedgerow.methods.one_factor import OneFactor
 
 
 class RoLoRA(OneFactor):

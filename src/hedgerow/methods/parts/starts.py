@@ -17,7 +17,7 @@ from hedgerow import lowrank
 from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
-from hedgerow.methods.factors import copy_factors, draw_adapter, init_factors
+from hedgerow.methods.factors import copy_factors, draw_adapter, init_factors, of_factor
 from hedgerow.methods.lora import LoraOptions, adapter_metadata, update_scale
 from hedgerow.methods.parts.one_adapter import attach_global
 from hedgerow.methods.parts.start_and_residual import split
@@ -82,7 +82,7 @@ class Own(New):
 
     def kept(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """A_k, on the CPU."""
-        return {name: p.detach().cpu() for name, p in parameters.items() if ".lora_A." in name}
+        return {n: p.detach().cpu() for n, p in of_factor("lora_A", parameters).items()}
 
 
 class Global(Starts):

@@ -220,7 +220,7 @@ class TopK(Codec):
         found = whole.abs().topk(count, sorted=False).indices.sort().values
         ends = np.searchsorted(found.numpy(), np.cumsum(sizes)[:-1])
         return [
-            _chosen(each, own - first)
+            self._chosen(each, own - first)
             for each, own, (first, _) in zip(
                 flat, torch.tensor_split(found, ends.tolist()), _spans(sizes), strict=True
             )
@@ -234,7 +234,12 @@ class TopK(Codec):
         found = [(rows + torch.arange(whole)[:, None] * self.tile).reshape(-1)]
         if rest := len(flat) - end:
             found.append(sizes[end:].topk(self._share(rest), sorted=False).indices + end)
-        return _chosen(flat, torch.cat(found).sort().values)
+        return self._chosen(flat, torch.cat(found).sort().values)
+
+    def _chosen(self, flat: Tensor, places: Tensor) -> _Chosen:
+        """The values of a tensor at places, shape (number of places,), ascending."""
+        energy = _energy(flat) if self.rotates else 0.0
+        return _Chosen(len(flat), places.numpy(), flat[places].numpy(), energy)
 
     def _share(self, size: int) -> int:
         """Number of values that a tile of this size sends."""
@@ -264,14 +269,14 @@ class _Chosen(NamedTuple):
     places: NDArray[np.int64]
     values: NDArray[np.float32]
     energy: float
-    """Sum of the squares of all its values; what is sent is scaled by it after a rotation."""
+    """Sum of the squares of all its values, which what is sent is scaled by after a rotation; 0
+    where there was none, and nobody asks for it."""
 
 
-def _chosen(flat: Tensor, places: Tensor) -> _Chosen:
+def _energy(flat: Tensor) -> float:
     # In pieces, since in float64 all of it would take as much again as it has twice over.
     pieces = torch.split(flat, 1 << 22)
-    energy = math.fsum(float(piece.double().square().sum()) for piece in pieces)
-    return _Chosen(len(flat), places.numpy(), flat[places].numpy(), energy)
+    return math.fsum(float(piece.double().square().sum()) for piece in pieces)
 
 
 def _quantized(
