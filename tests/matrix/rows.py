@@ -29,7 +29,7 @@ TEST = [
         "answer": 1,
     },
     {"instruction": "z", "output": "z", "choices": ["z", "zz"], "answer": 0},
-    {"instruction": "Say d, e", "output": "d, e", "choices": ["d", "d, e", "e"], "answer": 1},
+    {"instruction": "Say d, f", "output": "d, f", "choices": ["d", "d, f", "f"], "answer": 1},
 ]
 """Test rows, each with options; two pairs of prompts of equal length, the others differ."""
 PROMPT = "{instruction}\n\n"
