@@ -345,6 +345,40 @@ class FederationSettings(Section):
         return self
 
 
+class PrivacySettings(Section):
+    """Differential privacy: whose presence nobody can tell from what leaves, and by how much."""
+
+    level: Literal["example", "client"]
+    """Level of the promise. `example`: one row of a client's data, hidden by noise that its own
+    site adds to its gradients (DP-SGD). `client`: all that one client has, hidden by noise that the
+    server adds to the sum of updates."""
+    clip: float = Field(gt=0)
+    """Largest 2-norm of what one of them contributes, of an example's gradient or of a client's
+    update, by `level`; longer ones are scaled down to it."""
+    noise_multiplier: float | None = Field(None, gt=0)
+    """Standard deviation of the noise, in units of `clip`; with null, the least with which all
+    rounds together keep to `epsilon`."""
+    epsilon: float | None = Field(None, gt=0)
+    """Budget ε of the whole run. Where `noise_multiplier` is given too, a client whose budget is
+    spent (level `example`) or the whole run (level `client`) stops there; with null, nothing
+    stops."""
+    delta: float = Field(gt=0, lt=1)
+    """Probability δ with which the promise may fail, to be well below one over the number of
+    examples or clients."""
+    accountant: Literal["rdp", "pld"] = "rdp"
+    """Accountant of what is spent: `rdp`, Rényi differential privacy, or `pld`, privacy loss
+    distributions, which find a smaller ε for the same noise and take longer."""
+    seed: int | None = Field(None, ge=0)
+    """Seed of the noise, for experiments that have to be repeated: whoever knows it can take the
+    noise away, so that nothing is promised. With null, the noise has a secret key."""
+
+    @model_validator(mode="after")
+    def _some_noise(self) -> PrivacySettings:
+        if self.noise_multiplier is None and self.epsilon is None:
+            raise ValueError("give `epsilon`, the budget, or `noise_multiplier`, or both")
+        return self
+
+
 class EvaluationSettings(Section):
     """Evaluation: what is measured on the test data, and how often."""
 

@@ -26,6 +26,7 @@ from hedgerow.settings import (
     EvaluationSettings,
     FederationSettings,
     ModelSettings,
+    PrivacySettings,
     Section,
     TrackingSettings,
     TrainingSettings,
@@ -45,6 +46,9 @@ class Experiment(Section):
     """Method, by its name or as {name: flora, ranks: 16} with its options."""
     training: TrainingSettings = Field(TrainingSettings(), validate_default=True)
     federation: FederationSettings = FederationSettings()
+    privacy: PrivacySettings | None = None
+    """Differential privacy, as {level: client, clip: 0.5, epsilon: 8, delta: 1e-5}; null is
+    none."""
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
 

@@ -1,0 +1,5 @@
+"""Differential privacy: accounts of what was spent, and noise that nobody else can take away.
+
+accounting    ε of Gaussian mechanisms, and the least noise for a budget
+noise         Gaussian noise from a secret key
+"""

@@ -1,0 +1,109 @@
+"""Gaussian noise from a secret key, so that nobody who sees the sum can take it away again.
+
+A run's seed is known to everybody, so noise never derives from it. Whoever adds noise, the server
+or a site, keeps a key of its own, and draws by use (round, step, tensor), as all of hedgerow's
+randomness is drawn: a run that goes on after a kill makes the same noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import importlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hedgerow.errors import UserError, check_installed
+from hedgerow.files import replacing
+from hedgerow.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEY_BYTES = 32
+"""Length of a key."""
+
+PIECE = 1 << 18
+"""Number of values that are drawn at a time; even."""
+
+
+class NoiseKey:
+    """Source of all noise that one participant adds.
+
+    Args:
+        key: secret, of `KEY_BYTES` bytes.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
+        self._key = key
+
+    @staticmethod
+    def of_seed(seed: int) -> NoiseKey:
+        """Key that derives from a number: noise for experiments, which protects nobody."""
+        return NoiseKey(hashlib.sha256(f"hedgerow noise {seed}".encode()).digest())
+
+    @staticmethod
+    def kept_in(file: Path) -> NoiseKey:
+        """Key in a file, which only its owner may read; it is made where there is none.
+
+        Raises:
+            UserError: the file holds something else.
+        """
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as content:
+                os.fchmod(content.fileno(), 0o600)
+                content.write(secrets.token_bytes(KEY_BYTES))
+        key = file.read_bytes()
+        if len(key) != KEY_BYTES:
+            raise UserError(f"{file} is damaged: restore it from a copy")
+        return NoiseKey(key)
+
+    def normal(self, shape: tuple[int, ...], *use: str | int) -> Tensor:
+        """Independent standard normal numbers, other ones for each use.
+
+        Returns:
+            A float64 tensor on the CPU.
+        """
+        drawn = torch.empty(shape, dtype=torch.float64)
+        flat, start = drawn.view(-1), 0
+        for piece in self._pieces(drawn.numel(), use):
+            flat[start : start + len(piece)] = torch.from_numpy(piece)
+            start += len(piece)
+        return drawn
+
+    def generator(self, *use: str | int) -> np.random.Generator:
+        """Generator for samples that have to be secret, another one for each use."""
+        seed = hmac.digest(self._key, _text(use), "sha256")
+        return np.random.default_rng(int.from_bytes(seed))
+
+    def _pieces(self, count: int, use: tuple[str | int, ...]) -> Iterator[np.ndarray]:
+        """Box and Muller's transform of ChaCha20's stream, in pieces."""
+        stream = _stream(hmac.digest(self._key, _text(use), "sha256"))
+        for start in range(0, count, PIECE):
+            pairs = (min(PIECE, count - start) + 1) // 2
+            bits = np.frombuffer(stream.update(bytes(16 * pairs)), dtype="<u8")
+            # 53 bits each, and never 0, whose logarithm is none.
+            uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+            radius = np.sqrt(-2 * np.log(uniform[:pairs]))
+            angle = 2 * np.pi * uniform[pairs:]
+            both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+            yield both[: min(PIECE, count - start)]
+
+
+def _text(use: tuple[str | int, ...]) -> bytes:
+    return "\x1f".join(map(str, use)).encode()
+
+
+def _stream(key: bytes) -> Any:
+    """ChaCha20 with a key that is used once."""
+    check_installed("cryptography", "privacy: cryptography", "privacy")
+    ciphers = importlib.import_module("cryptography.hazmat.primitives.ciphers")
+    return ciphers.Cipher(ciphers.algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
