@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hedgerow.cli.frame import (
     RunPath,
     ledger_app,
 )
+
+if TYPE_CHECKING:
+    from hedgerow.wire import Entry
 
 
 @ledger_app.command("show")
@@ -31,12 +36,20 @@ def ledger_show(run: RunPath) -> None:
                 entry.parent[:12],
                 str(len(entry.participants)),
                 console.size(record.bytes),
-                console.score(entry.metrics["train_loss"]),
+                _loss(entry),
             )
             for entry, record in zip(ledger.entries(), ledger.records, strict=True)
         ]
         header = ["round", "method", "hash", "parent", "clients", "size", "train loss"]
         console.table("", header, rows)
+
+
+def _loss(entry: Entry) -> str:
+    """Training loss in an entry, which a private run's does not say."""
+    from hedgerow import console
+
+    loss = entry.metrics.get("train_loss")
+    return "" if loss is None else console.score(loss)
 
 
 @ledger_app.command("verify")

@@ -17,7 +17,7 @@ from pydantic import (
 from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.experiment import yaml
-from hedgerow.experiment.mistakes import method_of, with_kept, with_optimizer
+from hedgerow.experiment.mistakes import method_of, with_kept, with_optimizer, with_privacy
 from hedgerow.methods.base import Method
 from hedgerow.sentences import sentence
 from hedgerow.settings import (
@@ -42,13 +42,13 @@ class Experiment(Section):
     none."""
     model: ModelSettings
     data: DataSettings
+    privacy: PrivacySettings | None = None
+    """Differential privacy, as {level: client, clip: 0.5, epsilon: 8, delta: 1e-5}; null is
+    none."""
     method: SerializeAsAny[Method]
     """Method, by its name or as {name: flora, ranks: 16} with its options."""
     training: TrainingSettings = Field(TrainingSettings(), validate_default=True)
     federation: FederationSettings = FederationSettings()
-    privacy: PrivacySettings | None = None
-    """Differential privacy, as {level: client, clip: 0.5, epsilon: 8, delta: 1e-5}; null is
-    none."""
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -67,6 +67,12 @@ class Experiment(Section):
     @classmethod
     def _by_name(cls, method: Any) -> Method:
         return method if isinstance(method, Method) else method_of(method)
+
+    @field_validator("method")
+    @classmethod
+    def _with_privacy(cls, method: Method, info: ValidationInfo) -> Method:
+        privacy = info.data.get("privacy")
+        return method if privacy is None else with_privacy(method, privacy)
 
     @field_validator("training")
     @classmethod
@@ -96,7 +102,13 @@ class Experiment(Section):
         training["optimizer"] = optimizer_of(self.training).model_dump(mode="json")
         if self.training.epochs is None:
             training["steps"] = self.training.most_steps(1)
+        privacy = None
+        if self.privacy is not None:
+            privacy = self.privacy.model_dump(mode="json")
+            if self.privacy.noise_multiplier is None:
+                privacy["rounds"] = self.federation.rounds  # which the noise is chosen for
         return {
+            "privacy": privacy,
             "method": self.method.model_dump(mode="json"),
             "training": training,
             "federation": self.federation.model_dump(include=set(FederationSettings.decide)),

@@ -12,7 +12,7 @@ from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import Method
 from hedgerow.sentences import sentence
-from hedgerow.settings import EvaluationSettings, TrainingSettings
+from hedgerow.settings import EvaluationSettings, PrivacySettings, TrainingSettings
 from hedgerow.training.optimizers import SHORTHANDS, chosen, optimizer_of
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
@@ -93,3 +93,30 @@ def with_kept(training: TrainingSettings, method: Method) -> TrainingSettings:
         kept = False
     kept = bool(kept) if asked is None else asked
     return training.model_copy(update={"keep_optimizer": kept})
+
+
+def with_privacy(method: Method, privacy: PrivacySettings) -> Method:
+    """The method with the privacy that is asked for.
+
+    Raises:
+        UserError: it cannot promise that.
+    """
+    if privacy.level == "example":
+        raise UserError("privacy.level: example is not there yet: take client")
+    if not method.linear or method.pools_data:
+        able = ", ".join(name for name, kind in METHODS.items() if _is_linear(kind))
+        raise UserError(
+            f"privacy.level client: an entry of {method.name} with these options is made from more "
+            f"than the sum of its clients' updates, on which noise could hide one of them: take "
+            f"one of {able}"
+        )
+    return method.made_private()
+
+
+def _is_linear(kind: type[Method]) -> bool:
+    """Whether a method with its defaults makes entries from sums alone."""
+    try:
+        method = kind.model_validate({})
+    except (UserError, ValidationError):  # a plug-in with an option that has no default
+        return False
+    return method.linear and not method.pools_data

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hedgerow.clock import Clock
 from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import ClientResult, Fleet, Watcher
 from hedgerow.methods.base import Aggregate, Client, Expected, ServerRound
+from hedgerow.privacy.client_level import ClientLevel
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry, Participant, Update
@@ -32,6 +34,7 @@ class Inbox:
         previous: Entry | None,
         directory: RunDirectory,
         watcher: Watcher,
+        privacy: ClientLevel | None = None,
     ) -> None:
         self.clients = clients
         self.failures: dict[str, str] = {}
@@ -40,7 +43,11 @@ class Inbox:
         seeds = Seeds(experiment.federation.seed)
         expected = Expected(seeds, self._ledger.trained, experiment.training)
         memory = directory.server_memory(round)
-        self.server_round = ServerRound(round, clients, previous, expected, memory, population)
+        self._privacy = privacy
+        self._private = None if privacy is None else privacy.mean(round, len(clients))
+        self.server_round = ServerRound(
+            round, clients, previous, expected, memory, population, self._private
+        )
         self._directory, self._watcher = directory, watcher
         self._arrived: dict[str, tuple[ClientResult, Update]] = {}
         self._absent: set[str] = set()
@@ -83,8 +90,17 @@ class Inbox:
         names = (client.name for client in self.clients)
         return {name: self._losses[name] for name in names if name in self._losses}
 
+    @property
+    def seen(self) -> dict[str, Any]:
+        """What the server has seen of the round, and the entry does not say."""
+        if self._private is None:
+            return {"train_loss_by_client": self.losses}
+        return {"bytes_up": self._bytes, "clipped": self._private.clipped_share}
+
     def entry(self, aggregate: Aggregate) -> Entry:
         """The round's entry; who answered weighs p_k = n_k / Σ n, or what the aggregate says.
+
+        With client-level privacy it says nothing that depends on clients' data but through noise.
 
         Raises:
             RunFailed: it says that of more or fewer than there are.
@@ -99,12 +115,17 @@ class Inbox:
                 f"method {self._method.name} gave {len(weights)} weights for the "
                 f"{len(present)} updates of round {self._round}: give one for each"
             )
+        sizes = [1 if self._privacy else client.num_examples for client in present]
         participants = [
-            Participant(client.name, client.num_examples, float(weight))
-            for client, weight in zip(present, weights, strict=True)
+            Participant(client.name, size, float(weight))
+            for client, size, weight in zip(present, sizes, weights, strict=True)
         ]
-        train_loss = sum(p * loss for p, loss in zip(shares, losses.values(), strict=True))
-        metrics = {"train_loss": train_loss, "bytes_up": self._bytes, **aggregate.metrics}
+        if self._privacy is not None:
+            self._privacy.entries.update(client.name for client in present)
+            metrics = {"epsilon": self._privacy.epsilon()}
+        else:
+            train_loss = sum(p * loss for p, loss in zip(shares, losses.values(), strict=True))
+            metrics = {"train_loss": train_loss, "bytes_up": self._bytes, **aggregate.metrics}
         return Entry(
             method=self._method.name,
             round=self._round,

@@ -16,7 +16,8 @@ from hedgerow.federation.fleet import Fleet, Watcher
 from hedgerow.federation.inbox import Inbox
 from hedgerow.federation.traffic import Traffic, row_of
 from hedgerow.methods.base import Client
-from hedgerow.runs.directory import RunDirectory
+from hedgerow.privacy.client_level import ClientLevel
+from hedgerow.runs.directory import PRIVACY_KEY, RunDirectory
 from hedgerow.runs.rows import ROWS_BY_CLIENT
 from hedgerow.seeds import Seeds
 
@@ -31,6 +32,7 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
     method, ledger = experiment.method, directory.ledger
     settings, seeds = experiment.federation, Seeds(experiment.federation.seed)
     traffic = Traffic(method, ledger)
+    privacy = client_level(experiment, fleet, directory)
 
     def participants(round: int) -> list[Client]:
         return draw(fleet.gather(), settings.clients_per_round, seeds, round)
@@ -68,7 +70,9 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
     for round in range(len(ledger) + 1, settings.rounds + 1):
         everybody = fleet.gather()
         asked_now = draw(everybody, settings.clients_per_round, seeds, round)
-        inbox = Inbox(experiment, round, asked_now, len(everybody), previous, directory, watcher)
+        inbox = Inbox(
+            experiment, round, asked_now, len(everybody), previous, directory, watcher, privacy
+        )
         began, clock = time.perf_counter(), Clock()
         watcher.round_begins(round, settings.rounds, len(inbox.clients))
 
@@ -91,7 +95,26 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         parts = {f"{part}_seconds": seconds for part, seconds in clock.seconds.items()}
         seconds = {"seconds": time.perf_counter() - began, **parts}
         row = row_of(entry, traffic, inbox.failures)
-        finish(row | scored | {"train_loss_by_client": inbox.losses} | seconds)
+        finish(row | scored | inbox.seen | seconds)
+
+
+def client_level(
+    experiment: Experiment, fleet: Fleet, directory: RunDirectory
+) -> ClientLevel | None:
+    """Client-level privacy of a run that has rounds to go; None where it has none.
+
+    Raises:
+        UserError: what is promised cannot be kept.
+    """
+    settings, rounds = experiment.privacy, experiment.federation.rounds
+    if settings is None or settings.level != "client" or len(directory.ledger) >= rounds:
+        return None
+    privacy = ClientLevel.of(
+        settings, rounds=rounds, clients=len(fleet.gather()), key_file=directory.path / PRIVACY_KEY
+    )
+    for round in range(1, len(directory.ledger) + 1):
+        privacy.entries.update(p.client for p in directory.ledger.read(round).participants)
+    return privacy
 
 
 def draw(clients: Sequence[Client], count: int | None, seeds: Seeds, round: int) -> list[Client]:

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
+from pydantic import PrivateAttr
+
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.plugins import Plugin, dotted_name
 from hedgerow.training import first_order
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hedgerow.model import Model
+    from hedgerow.privacy.client_level import GaussianMean
     from hedgerow.seeds import Seeds
     from hedgerow.settings import TrainingSettings
     from hedgerow.training.first_order import AfterBackward
@@ -113,6 +116,19 @@ class ServerRound:
     memory: Memory
     population: int | None = None
     """Number of clients of the run, whether they were asked or not; None: all were."""
+    private: GaussianMean | None = None
+    """Bounds updates and adds noise to their sum, for client-level privacy; None: nothing does."""
+
+    def weights(self, count: int, *, uniform: bool) -> list[float] | None:
+        """Weight of each of so many updates; None: p_k = n_k / Σ n.
+
+        Args:
+            count: number of updates.
+            uniform: whether all weigh the same, 1/N.
+        """
+        if self.private is not None:
+            return [1 / self.private.denominator] * count
+        return [1 / count] * count if uniform else None
 
 
 @dataclass(frozen=True)
@@ -151,6 +167,8 @@ class Method(Plugin, ABC):
     the ledger is all that a participant needs.
     """
 
+    _private: bool = PrivateAttr(False)
+
     section = ("method",)
     summary: ClassVar[str]
     """One line for `hedgerow methods`."""
@@ -171,6 +189,28 @@ class Method(Plugin, ABC):
     `aggregation_error` that a round's metrics state; `hedgerow.testing.check_method` checks it."""
     entries_accumulate: ClassVar[bool] = True
     """Whether a client that was away needs every entry that it missed, or only the last."""
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the run has client-level privacy: all clients that are asked weigh 1/D."""
+        return self._private
+
+    def made_private(self) -> Method:
+        """The method with client-level privacy.
+
+        Raises:
+            UserError: its weights are said to be others.
+        """
+        weights = getattr(self, "weights", "uniform")
+        if "weights" in self.model_fields_set and weights != "uniform":
+            raise UserError(
+                f"method.weights {weights}: under privacy.level client all clients weigh the same: "
+                "leave it out"
+            )
+        uniform = {"weights": "uniform"} if hasattr(self, "weights") else {}
+        method = self.model_copy(update=uniform)
+        method._private = True
+        return method
 
     @classmethod
     def see(cls) -> str:
@@ -194,6 +234,15 @@ class Method(Plugin, ABC):
     def is_mean(self) -> bool:
         """Whether it `averages` with these options, too: a codec, say, may prevent it."""
         return self.averages
+
+    @property
+    def linear(self) -> bool:
+        """Whether an entry is made from nothing of the updates but their sum.
+
+        Then `aggregate` bounds them and adds noise where `ServerRound.private` says so, which
+        client-level privacy needs.
+        """
+        return False
 
     @property
     def keeps_optimizer(self) -> bool | None:
@@ -398,5 +447,18 @@ def check_fits(
         )
     check_equal({"round": entry.round, "parent": entry.parent}, {"round": round, "parent": parent})
     check_participants(entry.participants)
-    method.check_weights(entry.participants)
+    if method.is_private:
+        check_fixed_weights(entry.participants)
+    else:
+        method.check_weights(entry.participants)
     method.check_entry(entry, shapes)
+
+
+def check_fixed_weights(participants: Sequence[Participant]) -> None:
+    """Raise `InvalidMessage` unless all weigh 1/D, of the D clients that were asked."""
+    first = participants[0].weight
+    if not 0 < first <= (1 + 1e-9) / len(participants):
+        raise InvalidMessage(f"weights must be above 0, and sum to at most 1, got {first} each")
+    for p in participants:
+        if p.weight != first:
+            raise InvalidMessage(f"weight of {p.client} must be {first}, got {p.weight}")

@@ -122,6 +122,11 @@ class Composed(Method):
         return self.averages and not coded and parts.server is None
 
     @property
+    def linear(self) -> bool:
+        """Whether the server makes one sum of the updates."""
+        return self.parts.through.is_one_sum
+
+    @property
     def clients_remember(self) -> bool:
         """Whether there is error feedback: clients remember what their codecs have lost."""
         return self.parts.up.feedback is not None
@@ -171,16 +176,21 @@ class Composed(Method):
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Sum updates by basis as they arrive, step, and encode the broadcast."""
         parts, shapes = self.parts, server_round.expected.shapes
-        mean, count, uniform = Mean(), 0, self.weights == "uniform"
+        private, mean, count = server_round.private, Mean(), 0
+        uniform = self.weights == "uniform"
         entry = parts.trains.derived(server_round.expected.seeds)
         for update in updates:
             if parts.through.adds:
                 piece = parts.up.decode(update.tensors, shapes)
-                weight = 1 if uniform else update.num_examples
+                weight: float = 1 if uniform else update.num_examples
+                if private is not None:
+                    weight = private.weight(each for _, each in piece.values)
                 mean.add(parts.through.basis(piece.header), piece.values, weight)
             else:
                 entry |= _prefixed(parts.through.prefix(count), update.tensors)
             count += 1
+        if private is not None:
+            mean.make_private(private)
         message = Message(server_round.expected.seeds, server_round.round)
         kept = _Kept(server_round.memory, self.server_remembers)
         for index, (basis, values) in enumerate(self.means(mean, count, server_round)):
@@ -188,7 +198,7 @@ class Composed(Method):
             entry |= _prefixed(parts.through.prefix(index), own)
         if self.server_remembers:
             server_round.memory.save(kept.new)
-        return Aggregate(entry, {}, [1 / count] * count if uniform else None)
+        return Aggregate(entry, {}, server_round.weights(count, uniform=uniform))
 
     def means(
         self, mean: Mean, count: int, server_round: ServerRound

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import model_validator
 
+from hedgerow.lazy import torch
 from hedgerow.methods import weighting
 from hedgerow.methods.base import (
     Aggregate,
@@ -24,7 +25,7 @@ from hedgerow.methods.base import (
     Trained,
 )
 from hedgerow.methods.factors import draw_adapter, factor_kinds
-from hedgerow.methods.lora import LoraMethod, update_scale
+from hedgerow.methods.lora import LoraMethod, scale, update_scale
 from hedgerow.methods.parts.codec import ChosenCodec, Codec
 from hedgerow.methods.parts.feedback import Feedback
 from hedgerow.methods.parts.message import Message
@@ -41,12 +42,14 @@ from hedgerow.methods.parts.server_optimizers import (
 from hedgerow.methods.parts.stacking import average_adapters
 from hedgerow.methods.parts.uplink import Uplink
 from hedgerow.methods.parts.values import Shapes, Values
+from hedgerow.wire import Update
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hedgerow.model import Model
-    from hedgerow.wire import Entry, Kind, Participant, Update
+    from hedgerow.privacy.client_level import GaussianMean
+    from hedgerow.wire import Entry, Kind, Participant
 
 
 class AveragedAdapter(LoraMethod):
@@ -118,6 +121,11 @@ class ContinuedAdapter(AveragedAdapter):
         if self.server is not None and not isinstance(self.ranks, int):
             raise ValueError("`server` steps adapters of one rank: give one number for `ranks`")
         return self
+
+    @property
+    def linear(self) -> bool:
+        """Yes: the server averages what clients have changed of the factors."""
+        return True
 
     @property
     def is_mean(self) -> bool:
@@ -212,7 +220,8 @@ class ContinuedAdapter(AveragedAdapter):
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Undo the codec, fold, and step from the last adapter."""
         count, uniform = 0, self.weights == "uniform"
-        before = self.before(server_round) if self.up or self.server else {}
+        private = server_round.private
+        before = self.before(server_round) if self.up or self.server or private else {}
 
         def arriving() -> Iterator[Update]:
             nonlocal count
@@ -222,7 +231,10 @@ class ContinuedAdapter(AveragedAdapter):
                     update = self._decoded(self.up, update, before, server_round)
                 yield replace(update, num_examples=1) if uniform else update
 
-        whole = self.fold(arriving(), server_round)
+        arrived: Iterable[Update] = arriving()
+        if private is not None:
+            arrived = [self._private_mean(arrived, before, private, server_round)]
+        whole = self.fold(arrived, server_round)
         if self.server is not None:
             trained = self.sent(server_round.expected.shapes, self.largest_rank, server_round.round)
             changes = [(name, whole.tensors[name] - before[name]) for name in trained]
@@ -233,9 +245,48 @@ class ContinuedAdapter(AveragedAdapter):
             whole = whole._replace(tensors=whole.tensors | stepped)
             if self.server_remembers:
                 server_round.memory.save(state)
-        return whole._replace(weights=[1 / count] * count) if uniform else whole
+        return whole._replace(weights=server_round.weights(count, uniform=uniform))
 
     # --- details --------------------------------------------------------------------------------
+
+    def _private_mean(
+        self,
+        updates: Iterable[Update],
+        before: Mapping[str, Tensor],
+        private: GaussianMean,
+        server_round: ServerRound,
+    ) -> Update:
+        """The mean of clients' changes, each bounded, with noise: as if one client had made it.
+
+        Where a client's rank is lower than the largest, the rest of its factors is zeros.
+        """
+        rank = self.largest_rank
+        trained = self.sent(server_round.expected.shapes, rank, server_round.round)
+        sums = {name: torch.zeros(kind.shape) for name, kind in trained.items()}
+        for update in updates:
+            s = update_scale(update)
+            changes = {}
+            for name, factor in update.tensors.items():
+                whole = torch.zeros_like(sums[name])
+                whole[tuple(slice(size) for size in factor.shape)] = factor
+                changes[name] = (whole if ".lora_A." in name else whole * s) - before[name]
+            weight = private.weight(changes.values())
+            for name, change in changes.items():
+                sums[name].add_(change, alpha=weight)
+        private.add_noise(sums)
+        about = self._about(rank)
+        mean = {name: before[name] + each / private.denominator for name, each in sums.items()}
+        s = scale(rank, float(about["lora_alpha"]), self.rslora)
+        return Update(
+            method=self.name,
+            round=server_round.round,
+            client="",
+            parent="",
+            num_examples=1,
+            train_loss=0.0,
+            tensors={n: each if ".lora_A." in n else each / s for n, each in mean.items()},
+            about=about,
+        )
 
     def _shapes(self, shapes: Shapes, rank: int, round: int) -> Shapes:
         """Shapes of what a client of this rank sends in a round, by name, in its order."""

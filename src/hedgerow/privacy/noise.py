@@ -1,8 +1,9 @@
 """Gaussian noise from a secret key, so that nobody who sees the sum can take it away again.
 
 A run's seed is known to everybody, so noise never derives from it. Whoever adds noise, the server
-or a site, keeps a key of its own, and draws by use (round, step, tensor), as all of hedgerow's
-randomness is drawn: a run that goes on after a kill makes the same noise.
+or a site, keeps a key of its own, and draws by use (round, step) and by what the noise is added to:
+a run that goes on after a kill makes the same noise, and a round that is made again with other
+sums, as after a rollback, makes another, so that no difference of two releases is without.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hmac
 import importlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,19 @@ class NoiseKey:
             flat[start : start + len(piece)] = torch.from_numpy(piece)
             start += len(piece)
         return drawn
+
+    def beside(self, sums: Mapping[str, Tensor], *use: str | int) -> Iterator[tuple[str, Tensor]]:
+        """Standard normal numbers for sums by name, other ones for other sums.
+
+        Yields:
+            Name and a float64 tensor on the CPU of the shape of each.
+        """
+        digest = hashlib.sha256()
+        for name, each in sums.items():
+            digest.update(f"{name}{tuple(each.shape)}".encode())
+            digest.update(each.detach().contiguous().cpu().numpy().data)
+        for name, each in sums.items():
+            yield name, self.normal(tuple(each.shape), *use, digest.hexdigest(), name)
 
     def generator(self, *use: str | int) -> np.random.Generator:
         """Generator for samples that have to be secret, another one for each use."""

@@ -39,6 +39,9 @@ Digests = dict[str, str | None]
 """Digest of each client's data, in the clients' order, or None where it is not known here; and
 that of the test data, where there are some."""
 
+PRIVACY_KEY = "privacy.key"
+"""File of the key that the run's noise derives from, which never leaves this directory."""
+
 LOCK = ".lock"
 
 

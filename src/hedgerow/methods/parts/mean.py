@@ -13,6 +13,8 @@ from hedgerow.methods.parts.values import Values
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hedgerow.privacy.client_level import GaussianMean
+
 
 class Mean:
     """Sums of values, those on each basis apart."""
@@ -35,6 +37,12 @@ class Mean:
                 sums[name] = torch.nn.functional.pad(sums[name], (0, more))
             whole = sums[name] if more >= 0 else sums[name][: len(each)]
             whole.add_(each, alpha=weight)
+
+    def make_private(self, private: GaussianMean) -> None:
+        """Add noise to the sums of bounded values, whose weights then sum to a fixed number."""
+        for basis, sums in sorted(self._sums.items()):
+            private.add_noise(sums, *basis)
+        self._total = private.denominator
 
     def means(self, rate: float | None) -> Iterator[tuple[Basis, Values]]:
         """The means on each basis, in ascending order, times a learning rate if there is one.

@@ -86,6 +86,11 @@ class Sketch(Through):
     shared: bool
     """Whether all clients of a round have the same seed."""
 
+    @property
+    def is_one_sum(self) -> bool:
+        """Whether all have one seed, and as many coordinates of each block whatever they learnt."""
+        return self.shared and self.allocation == "size"
+
     def encode(self, change: Values, message: Message, codec: Codec) -> Piece:
         """Project each block."""
         blocks = group(change.shapes)

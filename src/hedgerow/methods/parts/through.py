@@ -39,6 +39,11 @@ class Through(ABC):
     is_dense: ClassVar[bool] = False
     """Whether the server has the sum of the changes themselves at hand, and can step along it."""
 
+    @property
+    def is_one_sum(self) -> bool:
+        """Whether a broadcast is made from nothing of a round's updates but one sum."""
+        return self.adds
+
     @abstractmethod
     def encode(self, change: Values, message: Message, codec: Codec) -> Piece:
         """Map a client's change; `codec` is what the mapped values are written with."""

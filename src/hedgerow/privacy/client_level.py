@@ -1,0 +1,120 @@
+"""Client-level differential privacy: means of bounded updates with Gaussian noise.
+
+McMahan et al., "Learning Differentially Private Recurrent Language Models", arXiv 1710.06963,
+algorithm 1 (DP-FedAvg), with a fixed denominator:
+
+    server:  x = (Σ_k min(1, C/‖x_k‖)·x_k + N(0, (z·C)²)) / D      of the D clients that were asked
+
+Of two neighbours, one has all of a client's updates and the other has zeros in their place, so one
+client changes a round's sum by at most C. What is made of x afterwards costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hedgerow.errors import UserError
+from hedgerow.lazy import torch
+from hedgerow.privacy.accounting import Release, affordable, least_noise, spent
+from hedgerow.privacy.noise import NoiseKey
+from hedgerow.settings import PrivacySettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class GaussianMean:
+    """Mean of a round's bounded updates, with noise."""
+
+    clip: float
+    """Largest 2-norm C of an update."""
+    noise_multiplier: float
+    """Standard deviation z of the noise on the sum, in units of `clip`."""
+    denominator: int
+    """Number D of clients that were asked, whether they answer or not."""
+    round: int
+    key: NoiseKey = field(repr=False)
+    count: int = 0
+    """Number of updates so far."""
+    clipped: int = 0
+    """Number of those that were longer than `clip`."""
+
+    def weight(self, change: Iterable[Tensor]) -> float:
+        """Factor min(1, C/‖x‖) that bounds an update, of the tensors of which it is made."""
+        norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in change]
+        length = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        self.count += 1
+        self.clipped += length > self.clip
+        return min(1.0, self.clip / length) if length else 1.0
+
+    def add_noise(self, sums: Mapping[str, Tensor], *use: str | int) -> None:
+        """Add noise to the sum of bounded updates, in place.
+
+        Args:
+            sums: tensors by name.
+            use: tells several sums of one round apart.
+        """
+        for name, noise in self.key.beside(sums, "round", self.round, *use):
+            sums[name].add_(noise.mul_(self.noise_multiplier * self.clip).to(sums[name].device))
+
+    @property
+    def clipped_share(self) -> float:
+        """Share of the updates that were longer than `clip`."""
+        return self.clipped / max(self.count, 1)
+
+
+@dataclass(frozen=True)
+class ClientLevel:
+    """Client-level privacy of a run, as its server keeps it."""
+
+    settings: PrivacySettings
+    noise_multiplier: float
+    key: NoiseKey = field(repr=False)
+    entries: Counter[str] = field(default_factory=Counter)
+    """Number of entries that have a client's update, by its name."""
+
+    @staticmethod
+    def of(settings: PrivacySettings, rounds: int, clients: int, key_file: Path) -> ClientLevel:
+        """Privacy of a run of so many rounds and clients; its key is made where there is none.
+
+        Raises:
+            UserError: the rounds spend more than the budget; δ is too large for so many clients; or
+                the key is damaged.
+        """
+        if settings.delta >= 1 / clients:
+            raise UserError(
+                f"privacy.delta {settings.delta:g} is not below 1/{clients}, one over the number "
+                "of clients, so that it would promise little: give a smaller one"
+            )
+        noise = settings.noise_multiplier
+        if noise is None:
+            assert settings.epsilon is not None
+            noise = least_noise(
+                settings.epsilon, settings.delta, rounds, accountant=settings.accountant
+            )
+        elif settings.epsilon is not None:
+            release = Release(noise, count=rounds)
+            most = affordable(release, settings.epsilon, settings.delta, settings.accountant)
+            if most < rounds:
+                raise UserError(
+                    f"privacy.epsilon {settings.epsilon:g} is spent after {most} of the {rounds} "
+                    f"rounds with noise_multiplier {noise:g}: give fewer rounds, more noise, or "
+                    "leave noise_multiplier out"
+                )
+        seed = settings.seed
+        key = NoiseKey.kept_in(key_file) if seed is None else NoiseKey.of_seed(seed)
+        return ClientLevel(settings, noise, key)
+
+    def mean(self, round: int, asked: int) -> GaussianMean:
+        """Mean of a round for which so many clients were asked."""
+        return GaussianMean(self.settings.clip, self.noise_multiplier, asked, round, self.key)
+
+    def epsilon(self) -> float:
+        """Privacy loss ε so far, of the client that is in most entries."""
+        releases = [Release(self.noise_multiplier, count=max(self.entries.values(), default=0))]
+        return spent(releases, self.settings.delta, self.settings.accountant)
