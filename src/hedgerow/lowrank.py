@@ -178,6 +178,28 @@ def distance(first: Factors, second: Factors) -> float:
     return norm(difference(first, second))
 
 
+def inner_products(pairs: Sequence[Factors], rows: int = 4096) -> Tensor:
+    """Inner products ⟨B_i A_i, B_j A_j⟩ = tr(A_iᵀ B_iᵀ B_j A_j) of pairs of any ranks.
+
+    Args:
+        pairs: N pairs of one module, each of rank r_i.
+        rows: number of rows of A that are multiplied with all at a time, at least; more where one
+            pair has more.
+
+    Returns:
+        An N×N matrix in float64, in O((m + n)·(Σ r)²) operations.
+    """
+    A, B = (torch.cat([pair[i].float() for pair in pairs], dim=i) for i in (0, 1))
+    owner = torch.repeat_interleave(torch.tensor([pair.rank for pair in pairs]))
+    found = torch.zeros(len(pairs), len(pairs), dtype=torch.float64)
+    for start in range(0, len(A), rows):
+        own = slice(start, start + rows)
+        products = ((A[own] @ A.T) * (B[:, own].T @ B)).double()
+        by_pair = torch.zeros(len(products), len(pairs), dtype=torch.float64)
+        found.index_add_(0, owner[own], by_pair.index_add_(1, owner, products))
+    return found
+
+
 def _product64(pair: Factors) -> Tensor:
     return pair.B.double() @ pair.A.double()
 

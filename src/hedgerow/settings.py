@@ -313,7 +313,7 @@ class TrainingSettings(Section):
 class FederationSettings(Section):
     """Rounds: how many there are, and who takes part."""
 
-    decide: ClassVar = ("clients_per_round", "seed")
+    decide: ClassVar = ("clients_per_round", "seed", "weights", "largest_share")
     """Keys that the entries of a run depend on; a run that goes on may change all others."""
 
     rounds: int = Field(10, ge=1)
@@ -332,6 +332,18 @@ class FederationSettings(Section):
     """Seconds before a round is tried again; twice as many before each further try."""
     seed: int = Field(0, ge=0)
     """Seed that all randomness of the run derives from."""
+    weights: (
+        Literal["size", "uniform", "krum", "multi_krum", "geometric_median", "norm_bound"] | None
+    ) = None
+    """Weights of clients' updates. `size` and `uniform`: by number of examples, or all the same.
+    The others bear hostile clients, by how updates agree: `krum` takes the one that is nearest to
+    most others, `multi_krum` those that are, `geometric_median` weighs by the distance from the
+    others, and `norm_bound` shortens updates to the median length. The Krums bear (N - 3)/2 of N
+    clients, so none of four, the others less than half. By all of these, clients weigh the same to
+    begin with, or by `largest_share`. With null, as the method has it."""
+    largest_share: float | None = Field(None, gt=0, le=1)
+    """Largest share of a round that one client may claim by its number of examples; what is above
+    goes to the others. With null, claims are believed where weights are by size."""
     keep_updates: bool = False
     """Whether what each client sent is kept, under `updates/` in the run's directory."""
 

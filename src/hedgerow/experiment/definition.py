@@ -17,7 +17,13 @@ from pydantic import (
 from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.experiment import yaml
-from hedgerow.experiment.mistakes import method_of, with_kept, with_optimizer, with_privacy
+from hedgerow.experiment.mistakes import (
+    method_of,
+    with_kept,
+    with_optimizer,
+    with_privacy,
+    with_weights,
+)
 from hedgerow.methods.base import Method
 from hedgerow.sentences import sentence
 from hedgerow.settings import (
@@ -42,13 +48,13 @@ class Experiment(Section):
     none."""
     model: ModelSettings
     data: DataSettings
+    federation: FederationSettings = FederationSettings()
     privacy: PrivacySettings | None = None
     """Differential privacy, as {level: client, clip: 0.5, epsilon: 8, delta: 1e-5}; null is
     none."""
     method: SerializeAsAny[Method]
     """Method, by its name or as {name: flora, ranks: 16} with its options."""
     training: TrainingSettings = Field(TrainingSettings(), validate_default=True)
-    federation: FederationSettings = FederationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -70,9 +76,13 @@ class Experiment(Section):
 
     @field_validator("method")
     @classmethod
-    def _with_privacy(cls, method: Method, info: ValidationInfo) -> Method:
-        privacy = info.data.get("privacy")
-        return method if privacy is None else with_privacy(method, privacy)
+    def _with_others(cls, method: Method, info: ValidationInfo) -> Method:
+        privacy, federation = info.data.get("privacy"), info.data.get("federation")
+        if privacy is not None:
+            method = with_privacy(method, privacy)
+        if federation is not None:
+            method = with_weights(method, federation.weights, federation.largest_share)
+        return method
 
     @field_validator("training")
     @classmethod

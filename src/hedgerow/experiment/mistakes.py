@@ -104,7 +104,7 @@ def with_privacy(method: Method, privacy: PrivacySettings) -> Method:
     if privacy.level == "example":
         raise UserError("privacy.level: example is not there yet: take client")
     if not method.linear or method.pools_data:
-        able = ", ".join(name for name, kind in METHODS.items() if _is_linear(kind))
+        able = ", ".join(name for name, kind in METHODS.items() if _has(kind, "linear"))
         raise UserError(
             f"privacy.level client: an entry of {method.name} with these options is made from more "
             f"than the sum of its clients' updates, on which noise could hide one of them: take "
@@ -113,10 +113,41 @@ def with_privacy(method: Method, privacy: PrivacySettings) -> Method:
     return method.made_private()
 
 
-def _is_linear(kind: type[Method]) -> bool:
-    """Whether a method with its defaults makes entries from sums alone."""
+def with_weights(method: Method, weights: str | None, largest_share: float | None) -> Method:
+    """The method with weights that `federation.weights` and `largest_share` give.
+
+    Raises:
+        UserError: it cannot be weighed so.
+    """
+    if weights is None and largest_share is None:
+        return method
+    own = weights in (None, "size", "uniform")
+    option = next((key for key in ("weights", "scaling") if hasattr(method, key)), None)
+    if own and largest_share is None:
+        if option is None and weights == "uniform":
+            raise UserError(
+                f"federation.weights: {method.name} weighs by size: leave it out, or take size"
+            )
+        return method if option is None else method.model_copy(update={option: weights})
+    if method.is_private:
+        key = "federation.largest_share" if own else f"federation.weights {weights}"
+        raise UserError(
+            f"{key}: under privacy.level client all clients weigh the same, and the server sees "
+            "no more than it needs for that: leave it out"
+        )
+    if not method.weighable or method.pools_data:
+        able = ", ".join(name for name, kind in METHODS.items() if _has(kind, "weighable"))
+        raise UserError(
+            f"federation.weights: updates of {method.name} with these options cannot be compared "
+            f"or weighed: leave it out, or take one of {able}"
+        )
+    return method.made_weighed()
+
+
+def _has(kind: type[Method], promise: str) -> bool:
+    """Whether a method with its defaults has a property, and clients of its own."""
     try:
         method = kind.model_validate({})
     except (UserError, ValidationError):  # a plug-in with an option that has no default
         return False
-    return method.linear and not method.pools_data
+    return bool(getattr(method, promise)) and not method.pools_data

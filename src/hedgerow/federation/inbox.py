@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hedgerow.clock import Clock
 from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
+from hedgerow.federation import robust
 from hedgerow.federation.fleet import ClientResult, Fleet, Watcher
 from hedgerow.methods.base import Aggregate, Client, Expected, ServerRound
 from hedgerow.privacy.client_level import ClientLevel
@@ -52,6 +54,7 @@ class Inbox:
         self._arrived: dict[str, tuple[ClientResult, Update]] = {}
         self._absent: set[str] = set()
         self._losses: dict[str, float] = {}
+        self._notes: dict[str, str] = {}
         self._bytes = 0
 
     def usable(self, fleet: Fleet, clock: Clock) -> Iterator[Update]:
@@ -84,6 +87,24 @@ class Inbox:
         for client in waiting:
             yield from self._hand_on(client.name)
 
+    def aggregate(self, fleet: Fleet, clock: Clock) -> Aggregate:
+        """What the method makes of the usable updates, weighed by the experiment's rule if any.
+
+        Raises:
+            RunFailed: as in `usable`.
+            InvalidMessage: the method could not make anything of them.
+        """
+        updates = self.usable(fleet, clock)
+        if not self._method.is_weighed:
+            return self._method.aggregate(updates, self.server_round)
+        with robust.on_disk(updates, self._directory.path / "weighed") as kept:
+            names = [update.client for update in kept]
+            found = robust.weigh(self._method, kept, self.server_round, self._settings)
+            self._notes = {names[place]: note for place, note in sorted(found.notes.items())}
+            given = dict(zip(names, found.weights, strict=True))
+            weighed = replace(self.server_round, given_weights=given)
+            return self._method.aggregate(kept, weighed)
+
     @property
     def losses(self) -> dict[str, float]:
         """Training loss that each client reports, in the clients' order."""
@@ -94,7 +115,8 @@ class Inbox:
     def seen(self) -> dict[str, Any]:
         """What the server has seen of the round, and the entry does not say."""
         if self._private is None:
-            return {"train_loss_by_client": self.losses}
+            notes = {"weighed_otherwise": self._notes} if self._notes else {}
+            return {"train_loss_by_client": self.losses, **notes}
         return {"bytes_up": self._bytes, "clipped": self._private.clipped_share}
 
     def entry(self, aggregate: Aggregate) -> Entry:

@@ -78,7 +78,7 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
 
         with clock("aggregate"):
             try:
-                aggregate = method.aggregate(inbox.usable(fleet, clock), inbox.server_round)
+                aggregate = inbox.aggregate(fleet, clock)
             except InvalidMessage as error:
                 raise RunFailed(
                     f"method {method.name} could not aggregate round {round}: {error}"

@@ -26,6 +26,7 @@ from hedgerow.wire import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from hedgerow.lowrank import Factors
     from hedgerow.model import Model
     from hedgerow.privacy.client_level import GaussianMean
     from hedgerow.seeds import Seeds
@@ -119,16 +120,21 @@ class ServerRound:
     private: GaussianMean | None = None
     """Bounds updates and adds noise to their sum, for client-level privacy; None: nothing does."""
 
-    def weights(self, count: int, *, uniform: bool) -> list[float] | None:
-        """Weight of each of so many updates; None: p_k = n_k / Σ n.
+    given_weights: Mapping[str, float] | None = None
+    """Weights w_k of the updates by client, where a rule of the experiment's has given them."""
+
+    def weights(self, clients: Sequence[str], *, uniform: bool) -> list[float] | None:
+        """Weights of these clients' updates; None: p_k = n_k / Σ n.
 
         Args:
-            count: number of updates.
+            clients: their names.
             uniform: whether all weigh the same, 1/N.
         """
         if self.private is not None:
-            return [1 / self.private.denominator] * count
-        return [1 / count] * count if uniform else None
+            return [1 / self.private.denominator] * len(clients)
+        if self.given_weights is not None:
+            return [self.given_weights[client] for client in clients]
+        return [1 / len(clients)] * len(clients) if uniform else None
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,7 @@ class Method(Plugin, ABC):
     """
 
     _private: bool = PrivateAttr(False)
+    _weighed: bool = PrivateAttr(False)
 
     section = ("method",)
     summary: ClassVar[str]
@@ -194,6 +201,17 @@ class Method(Plugin, ABC):
     def is_private(self) -> bool:
         """Whether the run has client-level privacy: all clients that are asked weigh 1/D."""
         return self._private
+
+    @property
+    def is_weighed(self) -> bool:
+        """Whether a rule of the experiment's gives updates their weights."""
+        return self._weighed
+
+    def made_weighed(self) -> Method:
+        """The method with weights that a rule of the experiment's gives."""
+        method = self.model_copy()
+        method._weighed = True
+        return method
 
     def made_private(self) -> Method:
         """The method with client-level privacy.
@@ -243,6 +261,20 @@ class Method(Plugin, ABC):
         client-level privacy needs.
         """
         return False
+
+    @property
+    def weighable(self) -> bool:
+        """Whether updates can be compared, and `aggregate` takes `ServerRound.given_weights`."""
+        return self.linear
+
+    def changes(
+        self, update: Update, server_round: ServerRound
+    ) -> Iterable[tuple[str, Tensor | Factors]]:
+        """What an update changes, tensor by tensor in one order for all (`weighable`).
+
+        Low-rank changes of matrices are pairs, ΔW = B·A with its scale in it.
+        """
+        raise NotImplementedError(f"method {self.name}: weighable methods define `changes`")
 
     @property
     def keeps_optimizer(self) -> bool | None:
@@ -449,6 +481,8 @@ def check_fits(
     check_participants(entry.participants)
     if method.is_private:
         check_fixed_weights(entry.participants)
+    elif method.is_weighed:
+        check_given_weights(entry.participants)
     else:
         method.check_weights(entry.participants)
     method.check_entry(entry, shapes)
@@ -462,3 +496,10 @@ def check_fixed_weights(participants: Sequence[Participant]) -> None:
     for p in participants:
         if p.weight != first:
             raise InvalidMessage(f"weight of {p.client} must be {first}, got {p.weight}")
+
+
+def check_given_weights(participants: Sequence[Participant]) -> None:
+    """Raise `InvalidMessage` unless none is negative, and all sum to at most 1, and above 0."""
+    total = sum(p.weight for p in participants)
+    if not (min(p.weight for p in participants) >= 0 and 0 < total <= 1 + 1e-9):
+        raise InvalidMessage(f"weights must sum to more than 0 and at most 1, got {total}")

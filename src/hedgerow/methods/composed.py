@@ -176,8 +176,8 @@ class Composed(Method):
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Sum updates by basis as they arrive, step, and encode the broadcast."""
         parts, shapes = self.parts, server_round.expected.shapes
-        private, mean, count = server_round.private, Mean(), 0
-        uniform = self.weights == "uniform"
+        private, given = server_round.private, server_round.given_weights
+        mean, clients, uniform = Mean(), list[str](), self.weights == "uniform"
         entry = parts.trains.derived(server_round.expected.seeds)
         for update in updates:
             if parts.through.adds:
@@ -185,20 +185,28 @@ class Composed(Method):
                 weight: float = 1 if uniform else update.num_examples
                 if private is not None:
                     weight = private.weight(each for _, each in piece.values)
+                elif given is not None:
+                    weight = given[update.client]
                 mean.add(parts.through.basis(piece.header), piece.values, weight)
             else:
-                entry |= _prefixed(parts.through.prefix(count), update.tensors)
-            count += 1
+                entry |= _prefixed(parts.through.prefix(len(clients)), update.tensors)
+            clients.append(update.client)
         if private is not None:
             mean.make_private(private)
+        elif given is not None:
+            mean.divide_by(1)
         message = Message(server_round.expected.seeds, server_round.round)
         kept = _Kept(server_round.memory, self.server_remembers)
-        for index, (basis, values) in enumerate(self.means(mean, count, server_round)):
+        for index, (basis, values) in enumerate(self.means(mean, len(clients), server_round)):
             own = self._broadcast(basis, self._stepped(values, kept), message, kept)
             entry |= _prefixed(parts.through.prefix(index), own)
         if self.server_remembers:
             server_round.memory.save(kept.new)
-        return Aggregate(entry, {}, server_round.weights(count, uniform=uniform))
+        return Aggregate(entry, {}, server_round.weights(clients, uniform=uniform))
+
+    def changes(self, update: Update, server_round: ServerRound) -> Values:
+        """What an update is summed as, with its codec undone."""
+        return self.parts.up.decode(update.tensors, server_round.expected.shapes).values
 
     def means(
         self, mean: Mean, count: int, server_round: ServerRound

@@ -47,8 +47,8 @@ from hedgerow.wire import Update
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from hedgerow.lowrank import Factors
     from hedgerow.model import Model
-    from hedgerow.privacy.client_level import GaussianMean
     from hedgerow.wire import Entry, Kind, Participant
 
 
@@ -219,21 +219,21 @@ class ContinuedAdapter(AveragedAdapter):
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Undo the codec, fold, and step from the last adapter."""
-        count, uniform = 0, self.weights == "uniform"
-        private = server_round.private
-        before = self.before(server_round) if self.up or self.server or private else {}
+        clients, uniform = list[str](), self.weights == "uniform"
+        private, given = server_round.private, server_round.given_weights
+        bounded = private is not None or given is not None
+        before = self.before(server_round) if self.up or self.server or bounded else {}
 
         def arriving() -> Iterator[Update]:
-            nonlocal count
             for update in updates:
-                count += 1
+                clients.append(update.client)
                 if self.up is not None:
                     update = self._decoded(self.up, update, before, server_round)
                 yield replace(update, num_examples=1) if uniform else update
 
         arrived: Iterable[Update] = arriving()
-        if private is not None:
-            arrived = [self._private_mean(arrived, before, private, server_round)]
+        if bounded:
+            arrived = [self._bounded_mean(arrived, before, server_round)]
         whole = self.fold(arrived, server_round)
         if self.server is not None:
             trained = self.sent(server_round.expected.shapes, self.largest_rank, server_round.round)
@@ -245,37 +245,32 @@ class ContinuedAdapter(AveragedAdapter):
             whole = whole._replace(tensors=whole.tensors | stepped)
             if self.server_remembers:
                 server_round.memory.save(state)
-        return whole._replace(weights=server_round.weights(count, uniform=uniform))
+        return whole._replace(weights=server_round.weights(clients, uniform=uniform))
 
     # --- details --------------------------------------------------------------------------------
 
-    def _private_mean(
-        self,
-        updates: Iterable[Update],
-        before: Mapping[str, Tensor],
-        private: GaussianMean,
-        server_round: ServerRound,
+    def _bounded_mean(
+        self, updates: Iterable[Update], before: Mapping[str, Tensor], server_round: ServerRound
     ) -> Update:
-        """The mean of clients' changes, each bounded, with noise: as if one client had made it.
+        """The weighted mean of clients' changes, each bounded: as if one client had made it.
 
-        Where a client's rank is lower than the largest, the rest of its factors is zeros.
+        With client-level privacy there is noise on it.
         """
-        rank = self.largest_rank
-        trained = self.sent(server_round.expected.shapes, rank, server_round.round)
-        sums = {name: torch.zeros(kind.shape) for name, kind in trained.items()}
+        private, given, rank = server_round.private, server_round.given_weights, self.largest_rank
+        sums: dict[str, Tensor] = {}
         for update in updates:
-            s = update_scale(update)
-            changes = {}
-            for name, factor in update.tensors.items():
-                whole = torch.zeros_like(sums[name])
-                whole[tuple(slice(size) for size in factor.shape)] = factor
-                changes[name] = (whole if ".lora_A." in name else whole * s) - before[name]
-            weight = private.weight(changes.values())
+            changes = dict(self._changes(update, before, server_round))
+            if private is not None:
+                weight = private.weight(changes.values())
+            else:
+                weight = (given or {})[update.client]
             for name, change in changes.items():
-                sums[name].add_(change, alpha=weight)
-        private.add_noise(sums)
+                sums.setdefault(name, torch.zeros_like(change)).add_(change, alpha=weight)
+        if private is not None:
+            private.add_noise(sums)
+        total = 1 if private is None else private.denominator
+        mean = {name: before[name] + each / total for name, each in sums.items()}
         about = self._about(rank)
-        mean = {name: before[name] + each / private.denominator for name, each in sums.items()}
         s = scale(rank, float(about["lora_alpha"]), self.rslora)
         return Update(
             method=self.name,
@@ -287,6 +282,29 @@ class ContinuedAdapter(AveragedAdapter):
             tensors={n: each if ".lora_A." in n else each / s for n, each in mean.items()},
             about=about,
         )
+
+    def changes(
+        self, update: Update, server_round: ServerRound
+    ) -> Iterable[tuple[str, Tensor | Factors]]:
+        """Changes of the factors."""
+        before = self.before(server_round)
+        if self.up is not None:
+            update = self._decoded(self.up, update, before, server_round)
+        return self._changes(update, before, server_round)
+
+    def _changes(
+        self, update: Update, before: Mapping[str, Tensor], server_round: ServerRound
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Changes of the factors, with their scale in B.
+
+        Where a client's rank is lower than the largest, the rest of its factors is zeros.
+        """
+        trained = self.sent(server_round.expected.shapes, self.largest_rank, server_round.round)
+        s = update_scale(update)
+        for name, kind in sorted(trained.items()):
+            whole, own = torch.zeros(kind.shape), update.tensors[name]
+            whole[tuple(slice(size) for size in own.shape)] = own
+            yield name, (whole if ".lora_A." in name else whole * s) - before[name]
 
     def _shapes(self, shapes: Shapes, rank: int, round: int) -> Shapes:
         """Shapes of what a client of this rank sends in a round, by name, in its order."""

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import model_validator
 
+from hedgerow.adapters import adapter_pairs
+from hedgerow.lowrank import Factors
 from hedgerow.methods.base import (
     Aggregate,
     Client,
@@ -26,7 +28,7 @@ from hedgerow.methods.base import (
     ServerRound,
     Trained,
 )
-from hedgerow.methods.lora import LoraMethod
+from hedgerow.methods.lora import LoraMethod, update_scale
 from hedgerow.methods.parts import low_rank_steps
 from hedgerow.methods.parts.broadcast import Broadcast, Whole
 from hedgerow.methods.parts.factor_bits import FactorBits
@@ -36,14 +38,13 @@ from hedgerow.methods.parts.stacking import Arrived, StackedFactors, finite
 from hedgerow.methods.parts.starts import Starts
 from hedgerow.methods.parts.statements import check_stated
 from hedgerow.methods.parts.sums import ExactSums, SketchedSums, StackedSums, Sums
-from hedgerow.methods.parts.weigh import Weigh
+from hedgerow.methods.parts.weigh import GivenWeights, Weigh
 from hedgerow.methods.quantization import dequantize_update
 from hedgerow.methods.residual import last_step
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from hedgerow.lowrank import Factors
     from hedgerow.model import Model
     from hedgerow.settings import TrainingSettings
     from hedgerow.training.job import Job
@@ -152,7 +153,7 @@ class StackedAdapters(LoraMethod):
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Sum what clients have made of their adapters, step, and make the broadcast of it."""
-        parts, memory = self.parts, server_round.memory
+        parts, memory = self._parts_of(server_round), server_round.memory
         arrived, sums = self._summed(map(dequantize_update, updates), server_round)
         weights = parts.weigh.weights(arrived, server_round)
         metrics = parts.weigh.metrics(arrived, server_round)
@@ -167,11 +168,30 @@ class StackedAdapters(LoraMethod):
             metrics["sketch_error"] = arrived.relative_error
         return Aggregate(sent.tensors, finite(metrics), weights)
 
+    @property
+    def weighable(self) -> bool:
+        """Yes: changes of any ranks have inner products."""
+        return True
+
+    def changes(
+        self, update: Update, server_round: ServerRound
+    ) -> Iterable[tuple[str, Tensor | Factors]]:
+        """Change of each module, ΔW_k = s_k·B_k·A_k."""
+        change = self.shown(dequantize_update(update), server_round)
+        s = update_scale(change)
+        for module, (A, B) in sorted(adapter_pairs(change.tensors)):
+            yield module, Factors(A, B * s)
+
     # --- details --------------------------------------------------------------------------------
+
+    def _parts_of(self, server_round: ServerRound) -> StackedParts:
+        """Parts of the method, with the weights that it is given for a round."""
+        given = server_round.given_weights
+        return self.parts if given is None else replace(self.parts, weigh=GivenWeights(given))
 
     def _summed(self, updates: Iterable[Update], server_round: ServerRound) -> tuple[Arrived, Sums]:
         """Who has sent updates, and their sums: exact, or of sketches where these are too large."""
-        parts, expected = self.parts, server_round.expected
+        parts, expected = self._parts_of(server_round), server_round.expected
         start: Mapping[str, Factors] = {}
         if parts.sums.continues or self.server is not None:
             start = self.starts(expected.training).before(server_round)

@@ -42,7 +42,11 @@ class Mean:
         """Add noise to the sums of bounded values, whose weights then sum to a fixed number."""
         for basis, sums in sorted(self._sums.items()):
             private.add_noise(sums, *basis)
-        self._total = private.denominator
+        self.divide_by(private.denominator)
+
+    def divide_by(self, total: float) -> None:
+        """Take this for the sum of the weights, whatever they sum to."""
+        self._total = total
 
     def means(self, rate: float | None) -> Iterator[tuple[Basis, Values]]:
         """The means on each basis, in ascending order, times a learning rate if there is one.

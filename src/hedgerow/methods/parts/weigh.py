@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hedgerow.methods import weighting
@@ -57,3 +57,22 @@ class Weigh:
     def check(self, participants: Sequence[Participant]) -> None:
         """Raise `InvalidMessage` unless an entry's weights may be these."""
         weighting.check("size", participants)
+
+
+class GivenWeights(Weigh):
+    """Weights that a rule of the experiment's has given."""
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        self._weights = weights
+
+    def relative(self, update: Update, server_round: ServerRound) -> float:
+        """The weight itself."""
+        return self._weights[update.client]
+
+    def factor(self, arrived: Arrived, server_round: ServerRound) -> float:
+        """1."""
+        return 1.0
+
+    def weights(self, arrived: Arrived, server_round: ServerRound) -> list[float]:
+        """The weights of the clients whose updates have arrived."""
+        return [self._weights[client] for client in arrived.clients]
