@@ -14,6 +14,7 @@ from scipy import stats
 from support.configurations import METHOD_OPTIONS, method_of
 from support.runs import ledger_bytes, rows_of
 
+import hedgerow as hr
 from hedgerow.ledger import Ledger
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import ServerRound, check_fixed_weights
@@ -275,3 +276,18 @@ def test_a_budget_chooses_the_noise_and_holds_for_the_rounds_it_was_made_for(
     more = hedgerow("run", *arguments, "federation.rounds=3", "--resume")
     assert more.code == 2
     assert "privacy.rounds=2, not 3" in more.err
+
+
+def test_the_keys_are_given_one_by_one_or_from_python(hedgerow, experiment, tmp_path):
+    path, one, other = experiment(federation={"rounds": 1}), tmp_path / "one", tmp_path / "other"
+    keys = [f"privacy.{key}={value}" for key, value in json.loads(PRIVACY).items()]
+    result = hedgerow("run", path, "method=fedavg", *keys, "--out", one)
+    assert result.code == 0, result.err
+    # A resolved experiment says `privacy: null`, which keys may be put below, too.
+    plain = tmp_path / "plain"
+    assert hedgerow("run", path, "method=fedavg", "--out", plain).code == 0
+    keys = ["method.weights=uniform", *keys]
+    again = hedgerow("run", plain / "experiment.yaml", *keys, "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    hr.run(path, method="fedavg", privacy=json.loads(PRIVACY), out=other, progress=False)
+    assert ledger_bytes(one) == ledger_bytes(other) == ledger_bytes(tmp_path / "again")

@@ -65,6 +65,7 @@ def compare(
     data: SectionLike | None = None,
     training: SectionLike | None = None,
     federation: SectionLike | None = None,
+    privacy: SectionLike | None = None,
     evaluation: SectionLike | None = None,
     tracking: SectionLike | None = None,
     rounds: int | None = None,
@@ -93,6 +94,7 @@ def compare(
         "data": data,
         "training": training,
         "federation": federation,
+        "privacy": privacy,
         "evaluation": evaluation,
         "tracking": tracking,
     }

@@ -39,6 +39,7 @@ def run(
     data: SectionLike | None = None,
     training: SectionLike | None = None,
     federation: SectionLike | None = None,
+    privacy: SectionLike | None = None,
     evaluation: SectionLike | None = None,
     tracking: SectionLike | None = None,
     rounds: int | None = None,
@@ -69,6 +70,8 @@ def run(
         data: further keys of the section `data`.
         training: keys of the section `training`, as `{"steps": 5}`.
         federation: keys of the section `federation`.
+        privacy: keys of the section `privacy`, as `{"level": "client", "clip": 0.5, …}`; by
+            default nothing is promised.
         evaluation: keys of the section `evaluation`.
         tracking: keys of the section `tracking`.
         rounds: number of rounds, `federation.rounds`.
@@ -89,6 +92,7 @@ def run(
         "data": data,
         "training": training,
         "federation": federation,
+        "privacy": privacy,
         "evaluation": evaluation,
         "tracking": tracking,
     }

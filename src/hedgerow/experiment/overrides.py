@@ -79,7 +79,9 @@ def changed(
             choice = _CHOICES.get(tuple(keys[:depth]))
             if choice is not None:
                 _open(section, key, choice, keys[depth:], value)
-            section = section.setdefault(key, {})
+            if section.get(key) is None:  # a section that is not there, as `privacy: null`
+                section[key] = {}
+            section = section[key]
             if not isinstance(section, dict):
                 raise UserError(f"{'.'.join(keys)}: `{key}` is a value, it has no keys of its own")
         if keys == ["training", "optimizer"]:
