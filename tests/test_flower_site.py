@@ -209,6 +209,29 @@ def test_the_ledger_is_the_local_one_s(make, hedgerow, tmp_path, kind):
         assert ledger(Path(node.config["folder"])) == ledger(local)
 
 
+def test_a_site_hides_its_examples_by_itself(make, hedgerow, tmp_path, capsys):
+    """Its key and its account stay there; with a seed the ledger is the local one's."""
+    privacy = {"level": "example", "clip": 0.5, "noise_multiplier": 1.0, "delta": 1e-3}
+    for seed in (None, 5):
+        changes = [f"privacy={json.dumps(privacy | {'seed': seed})}", "federation.rounds=2"]
+        made = make(*changes)
+        local = tmp_path / "local" / str(seed)
+        assert hedgerow("run", made.path, "data.test=null", *changes, "--out", local).code == 0
+        rows = made.run()
+        assert (ledger(made.out) == ledger(local)) == (seed is not None)
+        assert [row["epsilon"] for row in rows[1:]] == [r["epsilon"] for r in rows_of(local)[1:]]
+        assert {row["train_loss"] for row in rows} == {None}
+        assert not list(made.out.rglob("privacy.*"))
+        for node in made.nodes:
+            kept = sorted(path.name for path in Path(node.config["folder"]).rglob("privacy.*"))
+            assert kept == ["privacy.json"] + (["privacy.key"] if seed is None else [])
+        said = capsys.readouterr().err
+        assert "round 2: epsilon " in said
+        assert "train loss" not in said
+        for folder in ("app", "sites", "inbox", "run"):
+            shutil.rmtree(tmp_path / folder)
+
+
 def test_a_server_with_the_model_scores_it(make, hedgerow, tmp_path, tiny_model):
     made = make()
     assert hedgerow("run", made.path, "--out", tmp_path / "local").code == 0

@@ -303,6 +303,19 @@ class TrainingSettings(Section):
         batches = self.epochs * math.ceil(num_examples / self.batch_size)
         return math.ceil(batches / self.gradient_accumulation)
 
+    def sample_size(self, num_examples: int) -> int:
+        """Number of examples of an optimiser step, on average where they are sampled (privacy)."""
+        return min(self.batch_size * self.gradient_accumulation, num_examples)
+
+    def sampled_steps(self, num_examples: int) -> int:
+        """Number of optimiser steps of a client in a round where their examples are sampled.
+
+        In as many, `epochs` examples are drawn for each that there is, on average.
+        """
+        if self.epochs is None:
+            return self.steps or 10
+        return math.ceil(self.epochs * num_examples / self.sample_size(num_examples))
+
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> TrainingSettings:
         if self.steps is not None and self.epochs is not None:
@@ -367,9 +380,10 @@ class PrivacySettings(Section):
     clip: float = Field(gt=0)
     """Largest 2-norm of what one of them contributes, of an example's gradient or of a client's
     update, by `level`; longer ones are scaled down to it."""
-    noise_multiplier: float | None = Field(None, gt=0)
+    noise_multiplier: float | None = Field(None, ge=0.01)
     """Standard deviation of the noise, in units of `clip`; with null, the least with which all
-    rounds together keep to `epsilon`."""
+    rounds together keep to `epsilon`, which each client finds for its own number of examples
+    (level `example`)."""
     epsilon: float | None = Field(None, gt=0)
     """Budget ε of the whole run. Where `noise_multiplier` is given too, a client whose budget is
     spent (level `example`) or the whole run (level `client`) stops there; with null, nothing

@@ -16,10 +16,11 @@ from hedgerow.data import Held, Tokenized
 from hedgerow.errors import ClientFailed, UserError
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import ClientResult, Watcher
-from hedgerow.federation.participant import train_client
+from hedgerow.federation.participant import example_level, train_client
 from hedgerow.methods.base import Client, ClientRound
 from hedgerow.model import Model
-from hedgerow.runs.directory import TEST_DATA, RunDirectory, same_data
+from hedgerow.privacy.example_level import ExampleLevel
+from hedgerow.runs.directory import PRIVACY_KEY, TEST_DATA, RunDirectory, same_data
 from hedgerow.runs.preparation import Prepared, prepare, with_date_of
 from hedgerow.runs.scoring import Progress, Scorer
 from hedgerow.seeds import Seeds
@@ -33,6 +34,7 @@ class LocalFleet:
         self._experiment, self._prepared, self._directory = experiment, prepared, directory
         self._model = prepared.model
         self._seeds = Seeds(experiment.federation.seed)
+        self._privacy: dict[str, ExampleLevel | None] = {}
         self._scorer = Scorer(
             experiment, prepared.model, directory.ledger, prepared.test, prepared.tests
         )
@@ -60,9 +62,22 @@ class LocalFleet:
     def _trained(
         self, client_round: ClientRound, examples: Tokenized, parent: str, clock: Clock
     ) -> ClientResult:
-        update = train_client(self._experiment, self._model, examples, client_round, parent, clock)
+        privacy = self._privacy_of(client_round.client)
+        update = train_client(
+            self._experiment, self._model, examples, client_round, parent, clock, privacy
+        )
         with clock("wire"):
             return ClientResult(client_round.client, update.to_bytes())
+
+    def _privacy_of(self, client: Client) -> ExampleLevel | None:
+        """Example-level privacy of a client, whose record is read once."""
+        if client.name not in self._privacy:
+            directory = self._directory
+            key_file, folder = directory.path / PRIVACY_KEY, directory.client_folder(client.name)
+            self._privacy[client.name] = example_level(
+                self._experiment, client, directory.ledger, key_file, folder
+            )
+        return self._privacy[client.name]
 
     def advance(self, entry: Entry) -> None:
         """Advance the one model that all clients share."""

@@ -102,6 +102,15 @@ class Experiment(Section):
             raise ValueError("`evaluation.by` needs `data.test`")
         return self
 
+    @model_validator(mode="after")
+    def _privacy_holds_for_all_rows(self) -> Experiment:
+        if self.privacy is not None and self.data.client_test is not None:
+            raise ValueError(
+                "`data.client_test`: clients' scores on rows of their own would leave them without "
+                "noise, whatever `privacy` promises: leave it out, and give `data.test`"
+            )
+        return self
+
     def deciding(self) -> dict[str, Any]:
         """What the entries of a run depend on as it is said, by section, in one form each.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -102,13 +103,18 @@ def with_privacy(method: Method, privacy: PrivacySettings) -> Method:
         UserError: it cannot promise that.
     """
     if privacy.level == "example":
-        raise UserError("privacy.level: example is not there yet: take client")
-    if not method.linear or method.pools_data:
-        able = ", ".join(name for name, kind in METHODS.items() if _has(kind, "linear"))
+        if not _hides_examples(method):
+            raise UserError(
+                f"privacy.level example: clients of {method.name} with these options tell of their "
+                "examples otherwise than by first-order steps, whose gradients noise could hide "
+                f"them in: with its defaults, take one of {_able(_hides_examples)}"
+            )
+        return method
+    if not _hides_clients(method):
         raise UserError(
             f"privacy.level client: an entry of {method.name} with these options is made from more "
             f"than the sum of its clients' updates, on which noise could hide one of them: take "
-            f"one of {able}"
+            f"one of {_able(_hides_clients)}"
         )
     return method.made_private()
 
@@ -135,19 +141,32 @@ def with_weights(method: Method, weights: str | None, largest_share: float | Non
             f"{key}: under privacy.level client all clients weigh the same, and the server sees "
             "no more than it needs for that: leave it out"
         )
-    if not method.weighable or method.pools_data:
-        able = ", ".join(name for name, kind in METHODS.items() if _has(kind, "weighable"))
+    if not _can_be_weighed(method):
         raise UserError(
             f"federation.weights: updates of {method.name} with these options cannot be compared "
-            f"or weighed: leave it out, or take one of {able}"
+            f"or weighed: leave it out, or take one of {_able(_can_be_weighed)}"
         )
     return method.made_weighed()
 
 
-def _has(kind: type[Method], promise: str) -> bool:
-    """Whether a method with its defaults has a property, and clients of its own."""
-    try:
-        method = kind.model_validate({})
-    except (UserError, ValidationError):  # a plug-in with an option that has no default
-        return False
-    return bool(getattr(method, promise)) and not method.pools_data
+def _hides_examples(method: Method) -> bool:
+    return method.learns_by_steps
+
+
+def _hides_clients(method: Method) -> bool:
+    return method.linear and not method.pools_data
+
+
+def _can_be_weighed(method: Method) -> bool:
+    return method.weighable and not method.pools_data
+
+
+def _able(hides: Callable[[Method], bool]) -> str:
+    """Names of the methods that with their defaults may promise something."""
+    names = []
+    for name, kind in METHODS.items():
+        # A plug-in may have an option without a default.
+        with suppress(UserError, ValidationError):
+            if hides(kind.model_validate({})):
+                names.append(name)
+    return ", ".join(names)

@@ -53,8 +53,11 @@ class Inbox:
         self._directory, self._watcher = directory, watcher
         self._arrived: dict[str, tuple[ClientResult, Update]] = {}
         self._absent: set[str] = set()
-        self._losses: dict[str, float] = {}
         self._notes: dict[str, str] = {}
+        self._losses: dict[str, float | None] = {}
+        self._level = None if experiment.privacy is None else experiment.privacy.level
+        # Of those who are away in a round, too: what they have spent is not less.
+        self._epsilon = 0.0 if previous is None else previous.metrics.get("epsilon", 0.0)
         self._bytes = 0
 
     def usable(self, fleet: Fleet, clock: Clock) -> Iterator[Update]:
@@ -106,18 +109,18 @@ class Inbox:
             return self._method.aggregate(kept, weighed)
 
     @property
-    def losses(self) -> dict[str, float]:
-        """Training loss that each client reports, in the clients' order."""
+    def losses(self) -> dict[str, float | None]:
+        """Training loss of each client that has answered, in their order; None in private runs."""
         names = (client.name for client in self.clients)
         return {name: self._losses[name] for name in names if name in self._losses}
 
     @property
     def seen(self) -> dict[str, Any]:
         """What the server has seen of the round, and the entry does not say."""
-        if self._private is None:
-            notes = {"weighed_otherwise": self._notes} if self._notes else {}
-            return {"train_loss_by_client": self.losses, **notes}
-        return {"bytes_up": self._bytes, "clipped": self._private.clipped_share}
+        if self._private is not None:
+            return {"bytes_up": self._bytes, "clipped": self._private.clipped_share}
+        notes = {"weighed_otherwise": self._notes} if self._notes else {}
+        return notes if self._level else {"train_loss_by_client": self.losses, **notes}
 
     def entry(self, aggregate: Aggregate) -> Entry:
         """The round's entry; who answered weighs p_k = n_k / Σ n, or what the aggregate says.
@@ -146,8 +149,10 @@ class Inbox:
             self._privacy.entries.update(client.name for client in present)
             metrics = {"epsilon": self._privacy.epsilon()}
         else:
-            train_loss = sum(p * loss for p, loss in zip(shares, losses.values(), strict=True))
-            metrics = {"train_loss": train_loss, "bytes_up": self._bytes, **aggregate.metrics}
+            pairs = zip(shares, losses.values(), strict=True)
+            said = [p * loss for p, loss in pairs if loss is not None]
+            of_private = {"epsilon": self._epsilon} if self._level else {"train_loss": sum(said)}
+            metrics = {**of_private, "bytes_up": self._bytes, **aggregate.metrics}
         return Entry(
             method=self._method.name,
             round=self._round,
@@ -175,6 +180,7 @@ class Inbox:
             return
         self._arrived[name] = result, update
         self._losses[name] = update.train_loss
+        self._epsilon = max(self._epsilon, update.epsilon or 0.0)
         self._bytes += result.nbytes if self._method.communicates else 0
         self._watcher.client_finished(name, None)
 
@@ -200,6 +206,7 @@ class Inbox:
             parent=self._ledger.head,
             client=client.name,
             num_examples=client.num_examples,
+            privacy=self._level,
         )
         self._method.check_update(client, update, self.server_round.expected)
         if self._settings.keep_updates:

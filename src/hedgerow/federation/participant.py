@@ -7,15 +7,22 @@ from typing import TYPE_CHECKING
 
 from hedgerow.errors import ClientFailed, Diverged, InvalidMessage
 from hedgerow.lazy import torch
+from hedgerow.privacy.example_level import ExampleLevel
 from hedgerow.training.job import LOWER_RATE, Job, learning_rate
 from hedgerow.wire import LARGEST_SENT, Update, check_numbers
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hedgerow.clock import Clock
     from hedgerow.data import Tokenized
     from hedgerow.experiment import Experiment
-    from hedgerow.methods.base import ClientRound
+    from hedgerow.ledger import Ledger
+    from hedgerow.methods.base import Client, ClientRound
     from hedgerow.model import Model
+
+PRIVATE_ROUNDS = "privacy.json"
+"""File of the rounds that a client has trained with example-level privacy, for its account."""
 
 
 def train_client(
@@ -25,17 +32,20 @@ def train_client(
     client_round: ClientRound,
     parent: str,
     clock: Clock,
+    privacy: ExampleLevel | None = None,
 ) -> Update:
     """Train from the global model, which is given back as it was; returns what travels up.
 
     Args:
         parent: hash of the entry that the model is at.
+        privacy: the client's, where the experiment's level is its examples.
 
     Raises:
-        ClientFailed: training diverged, the device has too little memory, or the method made what
-            cannot be written.
+        ClientFailed: training diverged, the device has too little memory, the method made what
+            cannot be written, or the budget of privacy is spent.
     """
     method, client = experiment.method, client_round.client
+    private = None if privacy is None else privacy.begin(client_round.round, parent)
     job = Job(
         network=model.network,
         data=examples,
@@ -46,6 +56,7 @@ def train_client(
         pad_id=model.pad_id,
         order=client_round.seeds.numpy("batches", client_round.round, client.name),
         dropout_seed=client_round.seeds.derive("dropout", client_round.round, client.name),
+        private=private,
     )
     try:
         with clock("start"):
@@ -61,9 +72,10 @@ def train_client(
                 client=client.name,
                 parent=parent,
                 num_examples=client.num_examples,
-                train_loss=trained.loss,
+                train_loss=trained.loss if experiment.privacy is None else None,
                 tensors=tensors,
                 about=about,
+                epsilon=None if privacy is None else privacy.epsilon(),
             )
             update.check_writable()
             _check_numbers(update)
@@ -79,6 +91,37 @@ def train_client(
         with clock("start"):
             model.release()
     return update
+
+
+def example_level(
+    experiment: Experiment, client: Client, ledger: Ledger, key_file: Path, folder: Path
+) -> ExampleLevel | None:
+    """Example-level privacy of a client; None where the experiment has another, or none.
+
+    Args:
+        ledger: the client's copy.
+        key_file: file of the key that its noise derives from.
+        folder: of what the client keeps for itself.
+
+    Raises:
+        UserError: as `ExampleLevel.of` says.
+    """
+    settings = experiment.privacy
+    if settings is None or settings.level != "example":
+        return None
+    rounds = [r for r in range(1, len(ledger) + 1) if ledger.has(r)]
+    known = [(r, ledger.parent(r)) for r in rounds if ledger.took_part(client.name, r)]
+    return ExampleLevel.of(
+        settings,
+        experiment.training,
+        rounds=experiment.federation.rounds,
+        trainings=experiment.method.trainings,
+        client=client.name,
+        num_examples=client.num_examples,
+        key_file=key_file,
+        record=folder / PRIVATE_ROUNDS,
+        known=known,
+    )
 
 
 def _check_numbers(update: Update) -> None:

@@ -194,6 +194,8 @@ class Method(Plugin, ABC):
     averages: ClassVar[bool] = True
     """Whether the global model becomes the mean Σ p_k w_k of the clients' models, but for the
     `aggregation_error` that a round's metrics state; `hedgerow.testing.check_method` checks it."""
+    trainings: ClassVar[int] = 1
+    """Number of times that a client trains in a round, which example-level privacy pays for."""
     entries_accumulate: ClassVar[bool] = True
     """Whether a client that was away needs every entry that it missed, or only the last."""
 
@@ -275,6 +277,15 @@ class Method(Plugin, ABC):
         Low-rank changes of matrices are pairs, ΔW = B·A with its scale in it.
         """
         raise NotImplementedError(f"method {self.name}: weighable methods define `changes`")
+
+    @property
+    def learns_by_steps(self) -> bool:
+        """Whether all that leaves a client is made of its examples by `train_along` alone.
+
+        Example-level privacy needs that, since its noise is in the gradients of those steps. By
+        default yes, but for methods that train in their own way, which have to say so themselves.
+        """
+        return type(self).train is Method.train
 
     @property
     def keeps_optimizer(self) -> bool | None:

@@ -278,7 +278,7 @@ class ContinuedAdapter(AveragedAdapter):
             client="",
             parent="",
             num_examples=1,
-            train_loss=0.0,
+            train_loss=None,
             tensors={n: each if ".lora_A." in n else each / s for n, each in mean.items()},
             about=about,
         )

@@ -17,6 +17,7 @@ twice as long.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -43,9 +44,16 @@ class Ditto(OwnFactors, ContinuedAdapter):
     reference: ClassVar[str] = "Ditto, arXiv 2012.04221"
     same_rank: ClassVar[bool] = True
 
+    trainings: ClassVar[int] = 2
+
     proximal: float = Field(0.1, ge=0)
     """Weight λ of the proximal term λ/2 ‖v - w_t‖² in the loss of clients' own models, without a
     unit; 0 leaves them alone."""
+
+    @property
+    def learns_by_steps(self) -> bool:
+        """Yes: both models are trained by steps."""
+        return True
 
     def train(
         self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
@@ -61,7 +69,8 @@ class Ditto(OwnFactors, ContinuedAdapter):
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter.detach() - w_t[name], alpha=self.proximal)
 
-        first_order.train(job, parameters, after_backward=pull)
+        private = None if job.private is None else job.private.again()
+        first_order.train(replace(job, private=private), parameters, after_backward=pull)
         self.keep(client_round, parameters)
         _set(parameters, w_k)
         return trained

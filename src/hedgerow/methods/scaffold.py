@@ -63,6 +63,11 @@ class Scaffold(Composed):
         """Yes: their control variates."""
         return True
 
+    @property
+    def learns_by_steps(self) -> bool:
+        """Yes: control variates are means of the steps' gradients."""
+        return True
+
     def train(
         self, job: Job, client_round: ClientRound, parameters: Mapping[str, nn.Parameter]
     ) -> Trained:

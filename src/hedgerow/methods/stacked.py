@@ -94,6 +94,11 @@ class StackedAdapters(LoraMethod):
         return StackedParts()
 
     @property
+    def learns_by_steps(self) -> bool:
+        """Whether weights ask for nothing else of the examples."""
+        return not self.parts.weigh.reads_examples
+
+    @property
     def keeps_optimizer(self) -> bool | None:
         """No, where nobody asks for it; nothing, where factors are other ones in each round."""
         return None if self.renews else False

@@ -8,6 +8,7 @@ neighbours, one has a record that the other has not.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -142,4 +143,7 @@ def _accountant(name: Accountant) -> Any:
 def _library(name: str) -> Any:
     """dp-accounting, which takes seconds to import and is needed by private runs alone."""
     check_installed("dp_accounting", "privacy: dp-accounting", "privacy")
-    return importlib.import_module(name)
+    module = importlib.import_module(name)
+    # It warns of orders that it leaves out, among many, where noise is too little anyway.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    return module

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 KEY_BYTES = 32
 """Length of a key."""
 
-PIECE = 1 << 18
-"""Number of values that are drawn at a time; even."""
+PIECE = 1 << 14
+"""Number of values that are drawn at a time, as many as caches hold; even."""
 
 
 class NoiseKey:
@@ -74,10 +74,9 @@ class NoiseKey:
             A float64 tensor on the CPU.
         """
         drawn = torch.empty(shape, dtype=torch.float64)
-        flat, start = drawn.view(-1), 0
-        for piece in self._pieces(drawn.numel(), use):
-            flat[start : start + len(piece)] = torch.from_numpy(piece)
-            start += len(piece)
+        stream = _stream(hmac.digest(self._key, _text(use), "sha256"))
+        for piece in drawn.view(-1).split(PIECE) if drawn.numel() else ():
+            _fill(piece, stream)
         return drawn
 
     def beside(self, sums: Mapping[str, Tensor], *use: str | int) -> Iterator[tuple[str, Tensor]]:
@@ -98,18 +97,18 @@ class NoiseKey:
         seed = hmac.digest(self._key, _text(use), "sha256")
         return np.random.default_rng(int.from_bytes(seed))
 
-    def _pieces(self, count: int, use: tuple[str | int, ...]) -> Iterator[np.ndarray]:
-        """Box and Muller's transform of ChaCha20's stream, in pieces."""
-        stream = _stream(hmac.digest(self._key, _text(use), "sha256"))
-        for start in range(0, count, PIECE):
-            pairs = (min(PIECE, count - start) + 1) // 2
-            bits = np.frombuffer(stream.update(bytes(16 * pairs)), dtype="<u8")
-            # 53 bits each, and never 0, whose logarithm is none.
-            uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-            radius = np.sqrt(-2 * np.log(uniform[:pairs]))
-            angle = 2 * np.pi * uniform[pairs:]
-            both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-            yield both[: min(PIECE, count - start)]
+
+def _fill(piece: Tensor, stream: Any) -> None:
+    """Standard normal numbers by Box and Muller's transform of a stream of bits."""
+    pairs = (len(piece) + 1) // 2
+    bits = torch.frombuffer(bytearray(stream.update(bytes(16 * pairs))), dtype=torch.int64)
+    # 53 bits each, and never 0, whose logarithm is none.
+    uniform = bits.bitwise_right_shift_(11).bitwise_and_(2**53 - 1).double()
+    uniform.add_(0.5).mul_(2.0**-53)
+    radius, angle = uniform[:pairs].log_().mul_(-2).sqrt_(), uniform[pairs:].mul_(2 * torch.pi)
+    torch.mul(radius, angle.cos(), out=piece[:pairs])
+    rest = len(piece) - pairs
+    torch.mul(radius[:rest], angle.sin_()[:rest], out=piece[pairs:])
 
 
 def _text(use: tuple[str | int, ...]) -> bytes:

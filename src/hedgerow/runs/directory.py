@@ -208,7 +208,11 @@ class RunDirectory:
     def memory(self, client: str, round: int) -> RoundMemory:
         """The memory of a client of this engine in a round."""
         counts = partial(self.ledger.took_part, client)
-        return RoundMemory(self.path / CLIENTS / client, round, counts)
+        return RoundMemory(self.client_folder(client), round, counts)
+
+    def client_folder(self, client: str) -> Path:
+        """Folder of what a client of this engine keeps for itself."""
+        return self.path / CLIENTS / client
 
     def _check_memories(
         self, experiment: Experiment, clients: Iterable[str], rows: Sequence[Mapping[str, Any]]

@@ -35,6 +35,7 @@ from hedgerow.loading import check_adds
 from hedgerow.methods.base import Client, Method
 from hedgerow.model import Model, max_positions
 from hedgerow.names import MEMORY
+from hedgerow.privacy.example_level import check_example_level
 from hedgerow.runs.directory import CLIENT_TESTS, EXPERIMENT, TEST_DATA, Digests
 from hedgerow.seeds import Seeds
 from hedgerow.settings import EvaluationSettings, TextSettings
@@ -121,6 +122,8 @@ def prepare(
         clients = [Client(0, name, len(shard)) for name, shard in shards.items()]
     else:
         _check_counts(experiment, len(data.names), len(clients))
+    for client in clients:
+        check_privacy(experiment, client.name, client.num_examples)
     test = None
     if experiment.data.test is not None:
         test = load_test(experiment.data, experiment.evaluation, model, held.test)
@@ -178,6 +181,23 @@ def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
     check_causal(model)
     check_max_length(model, experiment.data.max_length)
     experiment.method.check(model, num_clients, experiment.training)
+
+
+def check_privacy(experiment: Experiment, client: str, num_examples: int) -> None:
+    """Raise a `UserError` where a client with so many examples cannot have example-level privacy.
+
+    The noise that a budget asks for is found here, and remembered.
+    """
+    settings = experiment.privacy
+    if settings is not None and settings.level == "example":
+        check_example_level(
+            settings,
+            experiment.training,
+            rounds=experiment.federation.rounds,
+            trainings=experiment.method.trainings,
+            client=client,
+            num_examples=num_examples,
+        )
 
 
 @torch.no_grad()

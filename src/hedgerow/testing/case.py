@@ -126,7 +126,7 @@ class Case:
         server_round = ServerRound(self.round, self.clients, None, self.expected, Forgetful())
         aggregate = self.method.aggregate(updates, server_round)
         total = sum(update.num_examples for update in updates)
-        metrics = {"train_loss": sum(u.num_examples / total * u.train_loss for u in updates)}
+        metrics = {"train_loss": sum(u.num_examples / total * (u.train_loss or 0) for u in updates)}
         shares = [update.num_examples / total for update in updates]
         weights = shares if aggregate.weights is None else aggregate.weights
         entry = Entry(

@@ -41,7 +41,7 @@ def train(
         Diverged: the loss is not finite.
     """
     network, settings, trainable = job.network, job.settings, list(parameters.values())
-    steps = settings.most_steps(len(job.data))
+    steps = job.most_steps
     last_cut = steps - steps // 5
     allocator = peft.tuners.adalora.layer.RankAllocator(
         network,
@@ -62,8 +62,8 @@ def train(
     network.train()
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(job.dropout_seed)
-        for step, (collated, step_tokens) in enumerate(job.steps(), start=1):
-            loss_sum = first_order.backward(network, collated, step_tokens, step)
+        each = first_order.gradients(job, parameters)
+        for step, (loss_sum, step_tokens) in enumerate(each, start=1):
             torch.autograd.backward(orthogonality * non_orthogonality(vectors))
             for parameter in trainable:
                 if parameter.grad is None:  # as of a layer that only chooses what others read

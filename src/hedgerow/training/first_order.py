@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hedgerow.errors import UserError
 from hedgerow.lazy import torch
 from hedgerow.settings import TrainingSettings
+from hedgerow.training import private_steps
 from hedgerow.training.job import OR_CLIP, Job, check_finite
 from hedgerow.training.loss import batch_loss
 from hedgerow.training.optimizers import optimizer_of
@@ -24,7 +25,8 @@ State = dict[str, "Tensor"]
 
 AfterBackward = Callable[[Mapping[str, "nn.Parameter"]], None]
 """Called in each step with the parameters by name, when their gradients are complete and before
-they are clipped: adds a regulariser's, say. The first call is before any step was taken."""
+they are clipped: adds a regulariser's, say. The first call is before any step was taken. It must
+not read the examples themselves, which example-level privacy hides in the gradients alone."""
 
 
 def train(
@@ -71,7 +73,7 @@ def continue_training(
     """
     network, settings, trainable = job.network, job.settings, list(parameters.values())
     immediate_step = None
-    if after_backward is None:
+    if after_backward is None and job.private is None:
         immediate_step = _immediate_step(settings, job.learning_rate)
     optimizer = None
     if immediate_step is None:
@@ -86,8 +88,7 @@ def continue_training(
         _stepping_in_backward(trainable, immediate_step) if immediate_step else nullcontext(),
     ):
         torch.manual_seed(job.dropout_seed)
-        for step, (collated, step_tokens) in enumerate(job.steps(), start=1):
-            loss_sum = backward(network, collated, step_tokens, step)
+        for loss_sum, step_tokens in gradients(job, parameters):
             if after_backward is not None:
                 after_backward(parameters)
             if optimizer is not None:
@@ -98,6 +99,22 @@ def continue_training(
             total_loss, total_tokens = total_loss + loss_sum, total_tokens + step_tokens
     network.eval()
     return total_loss / max(total_tokens, 1), _state(optimizer, parameters)
+
+
+def gradients(job: Job, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[float, int]]:
+    """Have the parameters the gradients of one step after another: noisy ones in private jobs.
+
+    Yields:
+        Summed loss of the step's answers, and their number of tokens.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
+    if job.private is not None:
+        yield from private_steps.gradients(job, job.private, parameters)
+        return
+    for step, (collated, step_tokens) in enumerate(job.steps(), start=1):
+        yield backward(job.network, collated, step_tokens, step), step_tokens
 
 
 def backward(

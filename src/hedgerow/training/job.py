@@ -15,6 +15,8 @@ from hedgerow.settings import TrainingSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hedgerow.privacy.example_level import GaussianSteps
+
 
 @dataclass(frozen=True)
 class Job:
@@ -36,6 +38,16 @@ class Job:
     taken no snapshot."""
     shared_state: Mapping[str, Tensor] = field(default_factory=dict)
     """What everybody keeps beside the global model, as `Model.shared_state`."""
+    private: GaussianSteps | None = None
+    """Samples the examples, bounds their gradients and adds noise, for example-level privacy; None:
+    nothing does."""
+
+    @property
+    def most_steps(self) -> int:
+        """Number of optimiser steps."""
+        if self.private is not None:
+            return self.private.count
+        return self.settings.most_steps(len(self.data))
 
     def steps(self) -> Iterator[tuple[list[dict[str, Tensor]], int]]:
         """The batches of each optimiser step, and how many tokens they have labels for."""
@@ -50,7 +62,7 @@ class Job:
             each = [epoch(lengths, settings.batch_size, self.order) for _ in range(settings.epochs)]
             drawn = [batch for one in each for batch in one]
         else:
-            count = settings.most_steps(len(self.data)) * accumulate
+            count = self.most_steps * accumulate
             drawn = batches(lengths, settings.batch_size, count, self.order)
         for first in range(0, len(drawn), accumulate):
             yield drawn[first : first + accumulate]

@@ -40,10 +40,13 @@ class Update:
     parent: str
     """Hash of the entry that the training started from."""
     num_examples: int
-    train_loss: float
+    train_loss: float | None
+    """Mean loss of the training; None in private runs, which hide it."""
     tensors: Mapping[str, Tensor]
     about: Mapping[str, str] = field(default_factory=dict)
     """Further metadata of the method's, as `r` and `lora_alpha` of an adapter."""
+    epsilon: float | None = None
+    """Privacy loss ε of the client's rounds so far, with example-level privacy; else None."""
 
     def to_bytes(self) -> bytes:
         """The update as a safetensors file."""
@@ -76,8 +79,26 @@ class Update:
         tensors = FileTensors(path)
         return _update(tensors.metadata, tensors)
 
-    def check(self, method: str, round: int, parent: str, client: str, num_examples: int) -> None:
-        """Raise `InvalidMessage` unless the update is the one that was asked for."""
+    def check(
+        self,
+        method: str,
+        round: int,
+        parent: str,
+        client: str,
+        num_examples: int,
+        privacy: str | None = None,
+    ) -> None:
+        """Raise `InvalidMessage` unless the update is the one that was asked for.
+
+        Args:
+            method: its name.
+            round: from 1.
+            parent: hash of the entry that the training starts from.
+            client: its name.
+            num_examples: number of its examples.
+            privacy: level of the run's privacy, by which an update says its loss, its ε or neither;
+                None where it has none.
+        """
         asked = {
             "method": method,
             "round": round,
@@ -86,6 +107,11 @@ class Update:
             "num_examples": num_examples,
         }
         check_equal({what: getattr(self, what) for what in asked}, asked)
+        said = {"train_loss": privacy is None, "epsilon": privacy == "example"}
+        for what, is_said in said.items():
+            if (getattr(self, what) is not None) != is_said:
+                must = "must have" if is_said else "must not have"
+                raise InvalidMessage(f"metadata {must} {what} in this run")
 
     def check_about(self, expected: Mapping[str, str]) -> None:
         """Raise `InvalidMessage` unless `about` is as the method has it."""
@@ -109,13 +135,14 @@ class Update:
             "client": self.client,
             "parent": self.parent,
             "num_examples": str(self.num_examples),
-            "train_loss": repr(self.train_loss),
         }
+        numbers = {"train_loss": self.train_loss, "epsilon": self.epsilon}
+        said |= {name: repr(number) for name, number in numbers.items() if number is not None}
         if not isinstance(self.about, Mapping):
             given = type(self.about).__name__
             raise InvalidMessage(f"`about` must map strings to strings, got {given}")
         for name, text in self.about.items():
-            if not isinstance(text, str) or name in said:
+            if not isinstance(text, str) or name in {*said, *numbers}:
                 raise InvalidMessage(
                     f"`about` has {name!r:.60}: {text!r:.60}: "
                     "it must have strings, under names of its own"
@@ -126,14 +153,11 @@ class Update:
 def _update(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Update:
     """The update of a file's metadata and tensors, checked."""
     about = dict(metadata)
-    names = ("method", "round", "client", "parent", "num_examples", "train_loss")
-    method, round, client, parent, num_examples, train_loss = take(about, UPDATE_FORMAT, *names)
+    names = ("method", "round", "client", "parent", "num_examples")
+    method, round, client, parent, num_examples = take(about, UPDATE_FORMAT, *names)
     if max(map(len, (*about, *metadata.values()))) > LONGEST_TEXT:
         raise InvalidMessage(f"metadata must be strings of at most {LONGEST_TEXT} characters")
-    if not _NUMBER.fullmatch(train_loss) or not abs(float(train_loss)) <= LARGEST_SENT:
-        raise InvalidMessage(
-            f"train_loss must be a number of magnitude up to {LARGEST_SENT:g}, got {train_loss}"
-        )
+    train_loss, epsilon = (_number(name, about) for name in ("train_loss", "epsilon"))
     check_numbers(tensors, LARGEST_SENT)
     return Update(
         method=method,
@@ -141,7 +165,20 @@ def _update(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Updat
         client=client,
         parent=parent,
         num_examples=natural("num_examples", num_examples),
-        train_loss=float(train_loss),
+        train_loss=train_loss,
         tensors=tensors,
         about=about,
+        epsilon=epsilon,
     )
+
+
+def _number(name: str, about: dict[str, str]) -> float | None:
+    """Number that is removed from the metadata; None where there is none."""
+    text = about.pop(name, None)
+    if text is None:
+        return None
+    if not _NUMBER.fullmatch(text) or not abs(float(text)) <= LARGEST_SENT:
+        raise InvalidMessage(
+            f"{name} must be a number of magnitude up to {LARGEST_SENT:g}, got {text}"
+        )
+    return float(text)

@@ -5,7 +5,8 @@ A site's folder is a run directory of its own, so that the result can be exporte
     FOLDER/RUN/experiment.yaml    the experiment, with the site's own paths
     FOLDER/RUN/ledger/            the entries so far
     FOLDER/RUN/updates/NAME/      the last updates, and the digest of the data that they are from
-    FOLDER/RUN/clients/NAME/      the client's memory from round to round
+    FOLDER/RUN/clients/NAME/      the client's memory from round to round; with example-level
+                                  privacy, the key of its noise and the rounds it has trained
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from hedgerow.engines.flower.node import SiteSettings, place_of
 from hedgerow.errors import ClientFailed, InvalidMessage, NothingToLearn, UserError
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import validate
-from hedgerow.federation.participant import train_client
+from hedgerow.federation.participant import example_level, train_client
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger, Record
 from hedgerow.methods.base import Client, ClientRound, check_entry
 from hedgerow.model import Model
-from hedgerow.runs.directory import EXPERIMENT
+from hedgerow.runs.directory import EXPERIMENT, PRIVACY_KEY
 from hedgerow.runs.memory import RoundMemory
 from hedgerow.runs.personal import CLIENTS, RunModels
 from hedgerow.runs.preparation import (
     check_fits,
+    check_privacy,
     client_tests,
     notes_on_data,
     notes_on_model,
@@ -212,6 +214,7 @@ class Site:
                 # Taken, or they would be counted on top of these next time.
                 self._tell(name, data.remarks.take())
             self._tell(name, notes_on_data({name: examples}))
+            check_privacy(self._experiment, name, len(examples))
             path = self._place / "updates" / name / "data.sha256"
             if path.exists() and path.read_text() != examples.digest():
                 raise Refused("its data have changed since the run began")
@@ -304,13 +307,19 @@ class Site:
         client_round = ClientRound(
             client, round, self._seeds, self._experiment.training, memory, ledger.read
         )
-        update = train_client(self._experiment, model, examples, client_round, parent, Clock())
+        own = self._memories / name
+        privacy = example_level(self._experiment, client, ledger, own / PRIVACY_KEY, own)
+        update = train_client(
+            self._experiment, model, examples, client_round, parent, Clock(), privacy
+        )
         before = sorted(folder.glob("*.safetensors"), key=lambda old: old.stat().st_mtime_ns)
         with replacing(path) as file:
             update.write(file)
         for old in before[:-1]:  # the last may still be on its way
             old.unlink()
-        _say(name, f"round {round}: train loss {update.train_loss:.4g}")
+        numbers = {"train loss": update.train_loss, "epsilon": update.epsilon}
+        said = [f"{what} {value:.4g}" for what, value in numbers.items() if value is not None]
+        _say(name, f"round {round}: {', '.join(said) or 'trained'}")
         return path
 
     def _own_scores(self, name: str, ledger: Ledger) -> OwnScores | None:

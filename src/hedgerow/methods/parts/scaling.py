@@ -48,9 +48,14 @@ class Scaling(Weigh):
                 "give one for each, or one number for all"
             )
 
+    @property
+    def reads_examples(self) -> bool:
+        """Whether clients state losses, with `adaptive`."""
+        return self._weighting == "adaptive"
+
     def statements(self, round: int) -> list[Statement]:
         """Losses along the last step, with `adaptive`; in the first round there is none."""
-        return [LOSSES_ALONG] if self._weighting == "adaptive" and round > 1 else []
+        return [LOSSES_ALONG] if self.reads_examples and round > 1 else []
 
     def said(self, job: Job, client_round: ClientRound, last_step: LastStep) -> dict[str, str]:
         """Losses along the last round's step, on as many examples as a training step has."""

@@ -25,6 +25,11 @@ class Weigh:
     def check_clients(self, num_clients: int) -> None:
         """Raise a `UserError` unless there are weights for so many clients."""
 
+    @property
+    def reads_examples(self) -> bool:
+        """Whether clients state what they have found out of their examples (`said`)."""
+        return False
+
     # --- at a client ----------------------------------------------------------------------------
 
     def statements(self, round: int) -> list[Statement]:
