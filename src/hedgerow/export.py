@@ -306,8 +306,9 @@ def _write_card(
         made_for: name of the model that an adapter is for, where it is not the run's base.
     """
     method, base = experiment.method, _base_name(experiment, ledger)
-    scores = {row["round"]: row["eval_loss"] for row in (read_rows(run) if run.is_dir() else [])}
-    loss = "" if scores.get(round) is None else f"\n- loss on the test data: {scores[round]:.4f}"
+    rows = read_rows(run) if run.is_dir() else []
+    score = rows[round].get("eval_loss") if round < len(rows) else None
+    loss = "" if score is None else f"\n- loss on the test data: {score:.4f}"
     # Where the data lies is nobody's business but the owner's.
     settings = experiment.dump(include={"method", "training", "federation"})
     (folder / "README.md").write_text(

@@ -266,10 +266,12 @@ class Ledger:
 
         The entry's header alone is read, unchecked: `read` has checked the file before.
         """
-        if not self.has(round):
-            return True
-        participants = Entry.read(self.folder / self.records[round - 1].file).participants
-        return any(participant.client == client for participant in participants)
+        return not self.has(round) or client in self.participants(round)
+
+    def participants(self, round: int) -> list[str]:
+        """Names of the clients whose updates are in the entry of a round; as in `took_part`."""
+        entry = Entry.read(self.folder / self.records[round - 1].file)
+        return [participant.client for participant in entry.participants]
 
     def replay(
         self, method: Method, model: Model, until: int | None = None, *, after: int = 0

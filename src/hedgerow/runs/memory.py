@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ from hedgerow.wire import FileTensors, to_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_FILE = re.compile(r"[0-9]{4,}\.safetensors")
+"""Name of a round's file; whatever else lies beside them is nobody's memory."""
 
 
 class RoundMemory:
@@ -82,4 +86,5 @@ class RoundMemory:
         return None
 
     def _files(self) -> list[Path]:
-        return sorted(self._folder.glob("*.safetensors"), key=lambda path: int(path.stem))
+        found = [path for path in self._folder.glob("*.safetensors") if _FILE.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.stem))
