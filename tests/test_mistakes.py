@@ -1,5 +1,6 @@
 """Every mistake is one sentence, exit code 2, and nothing half-written."""
 
+import dataclasses
 import fcntl
 import json
 import resource
@@ -14,6 +15,7 @@ from support.models import byte_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hedgerow as hr
+from hedgerow.ledger import Ledger
 
 
 def check(result, *words):
@@ -382,6 +384,25 @@ def test_rows_of_other_participants_than_the_ledger_s(hedgerow, done, tmp_path):
     file.write_text(file.read_text().replace("client-002", "client-003"))
     result = hedgerow("run", done / "experiment.yaml", "--out", run, "--resume")
     check(result, str(file), "round 1 names other participants")
+
+
+def test_a_ledger_whose_hashes_were_made_anew_has_another_head(hedgerow, done, tmp_path):
+    """It fits itself; whoever knows the head sees that it is another."""
+    path = done / "run"
+    head = Ledger.open(path / "ledger").head
+    result = hedgerow("ledger", "verify", path)
+    assert (result.code, head in result.out) == (0, True)
+    assert hedgerow("ledger", "verify", path, "--head", head.upper()).code == 0
+    check(hedgerow("ledger", "verify", path, "--head", head[:12]), "--head", "all 64 digits")
+    run = shutil.copytree(path, tmp_path / "run")
+    old = Ledger.open(path / "ledger")
+    new = Ledger.create(run / "ledger", old.base, old.trained)
+    for entry in old.entries():
+        strangers = [dataclasses.replace(p, client=f"stranger-{p.client}") for p in entry.participants]
+        new.append(dataclasses.replace(entry, parent=new.head, participants=strangers))
+    assert hedgerow("ledger", "verify", run).code == 0
+    result = hedgerow("ledger", "verify", run, "--head", head)
+    check(result, str(run), "another history", head, new.head)
 
 
 def test_files_that_nobody_wrote_are_nobody_s_memory(hedgerow, done, tmp_path):
