@@ -398,7 +398,9 @@ def test_a_ledger_whose_hashes_were_made_anew_has_another_head(hedgerow, done, t
     old = Ledger.open(path / "ledger")
     new = Ledger.create(run / "ledger", old.base, old.trained)
     for entry in old.entries():
-        strangers = [dataclasses.replace(p, client=f"stranger-{p.client}") for p in entry.participants]
+        strangers = [
+            dataclasses.replace(p, client=f"stranger-{p.client}") for p in entry.participants
+        ]
         new.append(dataclasses.replace(entry, parent=new.head, participants=strangers))
     assert hedgerow("ledger", "verify", run).code == 0
     result = hedgerow("ledger", "verify", run, "--head", head)

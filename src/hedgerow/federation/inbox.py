@@ -12,6 +12,7 @@ from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import ClientResult, Fleet, Watcher
 from hedgerow.methods.base import Aggregate, Client, Expected, ServerRound
 from hedgerow.runs.directory import RunDirectory
+from hedgerow.runs.scoring import plausible
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry, Participant, Update
 
@@ -103,8 +104,11 @@ class Inbox:
             Participant(client.name, client.num_examples, float(weight))
             for client, weight in zip(present, weights, strict=True)
         ]
-        train_loss = sum(p * loss for p, loss in zip(shares, losses.values(), strict=True))
-        metrics = {"train_loss": train_loss, "bytes_up": self._bytes, **aggregate.metrics}
+        metrics = {
+            "train_loss": self._mean_loss(present),
+            "bytes_up": self._bytes,
+            **aggregate.metrics,
+        }
         return Entry(
             method=self._method.name,
             round=self._round,
@@ -114,6 +118,19 @@ class Inbox:
             tensors=aggregate.tensors,
             options=self._method.entry_options(),
         )
+
+    def _mean_loss(self, present: Sequence[Client]) -> float:
+        """Mean of the training losses, without those that cannot be, of which people are told."""
+        losses = self.losses
+        counted = plausible(losses)
+        for name in losses.keys() - counted.keys():
+            self._watcher.say(
+                f"{name} says that its training loss is {losses[name]:.4g}, which others' are far "
+                f"from: it is left out of the mean of round {self._round}"
+            )
+        total = sum(client.num_examples for client in present if client.name in counted)
+        sizes = {client.name: client.num_examples for client in present}
+        return sum(sizes[name] / total * loss for name, loss in counted.items())
 
     def _receive(self, result: ClientResult) -> None:
         """Check a result; keep its update for `_hand_on`, or note why there is none."""
