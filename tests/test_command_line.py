@@ -148,6 +148,56 @@ def test_who_stops_a_run_is_told_how_it_goes_on(endless, tmp_path, number):
     ]
 
 
+@pytest.mark.parametrize("seconds", [0, 0.02, 0.2, 0.6])
+def test_who_stops_a_run_twice_is_told_the_same(endless, tmp_path, seconds):
+    """Wherever the second one comes: while what is open is closed, or while the process ends."""
+    running = process("run", endless, "--out", tmp_path / "run")
+    while "round 0" not in running.stdout.readline():
+        pass
+    for _ in range(3):
+        running.send_signal(signal.SIGINT)
+        time.sleep(seconds)
+    shown, _ = running.communicate()
+    assert running.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in shown
+    assert shown.splitlines() == [
+        f"hedgerow: interrupted: what is written in {tmp_path / 'run'} is valid; the same command "
+        "goes on from there with --resume"
+    ]
+
+
+def test_who_stops_what_does_not_stop_ends_it_by_a_second(tmp_path):
+    """As a library that catches whatever is raised in it."""
+    code = """
+import sys, time
+from hedgerow import cli
+from hedgerow.cli import entry
+def stubborn(arguments):
+    try:
+        print("here", flush=True)
+        time.sleep(60)
+    except BaseException:
+        print("caught", flush=True)
+    time.sleep(60)
+entry._run = stubborn
+cli.main()
+"""
+    running = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=hear_interrupts,
+    )
+    said = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        said.append(running.stdout.readline())
+        running.send_signal(number)
+    said += running.communicate()[0].splitlines()
+    assert said == ["here\n", "caught\n", "hedgerow: interrupted"]
+    assert running.returncode == 128 + signal.SIGTERM
+
+
 def test_who_stops_a_comparison_is_told_how_it_goes_on(endless, tmp_path):
     running = process("compare", endless, "--methods", "flora", "--out", tmp_path / "all")
     while "flora" not in running.stdout.readline():
