@@ -407,6 +407,24 @@ def test_a_ledger_whose_hashes_were_made_anew_has_another_head(hedgerow, done, t
     check(result, str(run), "another history", head, new.head)
 
 
+def test_an_entry_without_a_loss_is_shown(hedgerow, done, tmp_path):
+    """As one of a private run."""
+    run = shutil.copytree(done / "run", tmp_path / "run")
+    old = Ledger.open(done / "run" / "ledger")
+    new = Ledger.create(run / "ledger", old.base, old.trained)
+    new.append(dataclasses.replace(old.read(1), metrics={"epsilon": 1.5}))
+    result = hedgerow("ledger", "show", run)
+    assert result.code == 0, result.err
+    assert new.head[:12] in result.out
+    result = hedgerow("export", run, tmp_path / "merged", "--to", "merged")
+    assert result.code == 0, result.err
+    new.truncate(0)
+    new.append(dataclasses.replace(old.read(1), metrics={}))
+    assert hedgerow("ledger", "show", run).code == 0
+    result = hedgerow("export", run, tmp_path / "no", "--to", "merged")
+    check(result, "the entry of round 1 does not fit: metrics must have train_loss")
+
+
 def test_files_that_nobody_wrote_are_nobody_s_memory(hedgerow, done, tmp_path):
     run = shutil.copytree(done / "run", tmp_path / "run")
     (run / "clients/.DS_Store").write_text("")

@@ -34,7 +34,7 @@ from pydantic import (
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
 from hedgerow.files import replacing
 from hedgerow.loading import name_of
-from hedgerow.methods.base import Method, check_entry, check_fits
+from hedgerow.methods.base import Expected, Method, check_entry, check_fits
 from hedgerow.model import Model
 from hedgerow.wire import Entry
 
@@ -179,11 +179,14 @@ class Ledger:
         """The shapes of what clients train, for methods whose server has to know them."""
         return self._index.trained
 
-    def append(self, entry: Entry, method: Method | None = None) -> Entry:
+    def append(
+        self, entry: Entry, method: Method | None = None, expected: Expected | None = None
+    ) -> Entry:
         """Write an entry and make it the head; returns it with its tensors in the file.
 
         Args:
             method: what has made the entry, for the checks that its participants will make.
+            expected: what the run's settings say of it, for these checks.
 
         Raises:
             RunFailed: nobody could read the entry, or it does not fit; nothing is written.
@@ -193,7 +196,7 @@ class Ledger:
         try:
             entry.check()
             if method is not None:
-                check_fits(entry, method, self.trained, entry.round, self.head)
+                check_fits(entry, method, self.trained, entry.round, self.head, expected)
         except InvalidMessage as error:
             raise RunFailed(
                 f"method {entry.method} made an entry that no participant could read: {error}"
@@ -274,9 +277,22 @@ class Ledger:
         return [participant.client for participant in entry.participants]
 
     def replay(
-        self, method: Method, model: Model, until: int | None = None, *, after: int = 0
+        self,
+        method: Method,
+        model: Model,
+        until: int | None = None,
+        *,
+        after: int = 0,
+        expected: Expected | None = None,
     ) -> None:
-        """Advance `model`, which is at round `after`, to round `until` (default: the head)."""
+        """Advance `model`, which is at round `after`, to round `until` (default: the head).
+
+        Args:
+            expected: what the run's settings say of entries; None does not ask.
+
+        Raises:
+            UserError: an entry is not the one that was appended, or does not fit.
+        """
         last = len(self) if until is None else until
         # Of a method whose last entry is the whole step, the others need not even be here.
         first = after + 1 if method.entries_accumulate else max(after + 1, last)
@@ -285,7 +301,7 @@ class Ledger:
         for round in rounds:
             entry = self.read(round)
             try:
-                check_entry(entry, method, shapes, round, self.parent(round))
+                check_entry(entry, method, shapes, round, self.parent(round), expected)
             except InvalidMessage as error:
                 raise UserError(
                     f"{self.folder}: the entry of round {round} does not fit: {error}"

@@ -37,7 +37,8 @@ def ledger_show(run: RunPath) -> None:
                 entry.parent[:12],
                 str(len(entry.participants)),
                 console.size(record.bytes),
-                console.score(entry.metrics["train_loss"]),
+                # Private runs say none, and neither do entries of other programs.
+                "" if (loss := entry.metrics.get("train_loss")) is None else console.score(loss),
             )
             for entry, record in zip(ledger.entries(), ledger.records, strict=True)
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.experiment import yaml
 from hedgerow.experiment.mistakes import method_of, with_kept, with_optimizer
-from hedgerow.methods.base import Method
+from hedgerow.methods.base import Expected, Method
+from hedgerow.seeds import Seeds
 from hedgerow.sentences import sentence
 from hedgerow.settings import (
     ClientFile,
@@ -97,6 +99,14 @@ class Experiment(Section):
             "training": training,
             "federation": self.federation.model_dump(include=set(FederationSettings.decide)),
         }
+
+    def expected(self, shapes: Mapping[str, Sequence[int]]) -> Expected:
+        """What its settings say of what is sent in its run.
+
+        Args:
+            shapes: of what clients train (`Method.trained_shapes`).
+        """
+        return Expected(Seeds(self.federation.seed), shapes, self.training)
 
     def dump(self, include: set[str] | None = None) -> str:
         """Experiment (or some of its sections) as YAML, with every default written out."""

@@ -10,10 +10,9 @@ from hedgerow.clock import Clock
 from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import ClientResult, Fleet, Watcher
-from hedgerow.methods.base import Aggregate, Client, Expected, ServerRound
+from hedgerow.methods.base import Aggregate, Client, ServerRound
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.runs.scoring import plausible
-from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry, Participant, Update
 
 
@@ -38,8 +37,7 @@ class Inbox:
         self.failures: dict[str, str] = {}
         self._method, self._settings = experiment.method, experiment.federation
         self._round, self._ledger = round, directory.ledger
-        seeds = Seeds(experiment.federation.seed)
-        expected = Expected(seeds, self._ledger.trained, experiment.training)
+        expected = experiment.expected(self._ledger.trained)
         memory = directory.server_memory(round)
         self.server_round = ServerRound(round, clients, previous, expected, memory, population)
         self._directory, self._watcher = directory, watcher

@@ -78,7 +78,9 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
                     f"method {method.name} could not aggregate round {round}: {error}"
                 ) from None
         with clock("ledger"):
-            previous = entry = ledger.append(inbox.entry(aggregate), method)
+            previous = entry = ledger.append(
+                inbox.entry(aggregate), method, inbox.server_round.expected
+            )
         del aggregate  # from here on the entry's tensors are read from its file
         with clock("apply"):
             fleet.advance(entry)

@@ -96,7 +96,8 @@ def model_at(
         )
     model = load(experiment.model)
     ledger.check_base(Base.of(model), f"model.path {experiment.model.path}")
-    ledger.replay(experiment.method, model, round)
+    expected = experiment.expected(ledger.trained)
+    ledger.replay(experiment.method, model, round, expected=expected)
     return model
 
 
