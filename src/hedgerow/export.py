@@ -136,6 +136,8 @@ def to_adapter(
         whole = Joined(dict(adapter_pairs(tensors)))
         path, revision = experiment.model.path, experiment.model.revision
         place = ledger.base.name if path == MEMORY else location(path)
+        if Path(place).is_absolute() and not Path(place).exists():
+            place = ledger.base.name  # of a packed ledger, which does not say where it lies
         below = None
         # Ledgers of version 0.1 do not say it.
         if ledger.base.adapter_of is not None or base_adapter.is_adapter(Path(location(path))):
@@ -159,7 +161,7 @@ def to_adapter(
 def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
     """Write the ledger and its experiment as one file, from which `opened` rebuilds the model.
 
-    Of the data, the experiment in it keeps the files' names, but not where they lie.
+    Of base and data, the experiment in it keeps the files' names, but not where they lie.
     """
     _check_new(out)
     with opened(run, overrides) as (experiment, ledger):

@@ -117,7 +117,7 @@ class Experiment(Section):
 def without_folders(experiment: Experiment) -> Experiment:
     """Experiment for others: with its files' names alone, and without its trackers.
 
-    Where the data lie and the run is followed is their owner's business.
+    Where base and data lie and the run is followed is their owner's business.
     """
 
     def name(path: str | None) -> str | None:
@@ -145,5 +145,12 @@ def without_folders(experiment: Experiment) -> Experiment:
         **{key: names(value) for key, value in of_clients.items()},
         **{key: name(path) for key, path in files.items()},
     }
-    changes = {"data": data.model_copy(update=update), "tracking": TrackingSettings()}
+    path = experiment.model.path
+    if Path(path).is_absolute():
+        path = f"./{Path(path).name}"  # which is no name on the Hub
+    changes = {
+        "model": experiment.model.model_copy(update={"path": path}),
+        "data": data.model_copy(update=update),
+        "tracking": TrackingSettings(),
+    }
     return experiment.model_copy(update=changes)

@@ -91,8 +91,8 @@ def model_at(
     path = Path(experiment.model.path)
     if path.is_absolute() and not path.exists():
         raise UserError(
-            f"model.path: {path}, the run's base, is not there any more: add model.path=FOLDER, "
-            "the folder of a copy of it"
+            f"model.path: {ledger.base.name}, the run's base, is not there ({path}): add "
+            "model.path=FOLDER, the folder of a copy of it"
         )
     model = load(experiment.model)
     ledger.check_base(Base.of(model), f"model.path {experiment.model.path}")
