@@ -10,7 +10,7 @@ import pytest
 from support.runs import hear_interrupts
 
 from hedgerow.errors import UserError
-from hedgerow.files import check_name, replacing
+from hedgerow.files import check_name, passing_folder, replacing
 
 LONG = "n" * 300
 
@@ -219,6 +219,40 @@ def test_who_stops_it_while_it_starts_is_promised_nothing(endless, tmp_path, sec
     assert "--resume" not in shown
     if running.returncode == 130:
         assert shown == "hedgerow: interrupted\n"
+
+
+def test_what_a_killed_process_has_left_is_removed_by_the_next(tmp_path):
+    """And nothing that is in use, or that is somebody's own."""
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from hedgerow.files import passing_folder
+with passing_folder(Path({str(tmp_path)!r}), ".hedgerow-") as folder:
+    (folder / "half").write_text("x")
+    print(folder.name, flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    killed, living = (subprocess.Popen(command, **pipes) for _ in range(2))
+    names = [each.stdout.readline().strip() for each in (killed, living)]
+    killed.kill()
+    killed.wait()
+    for own in (".hedgerow-notes", ".hedgerow-012345678"):
+        (tmp_path / own).mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".hedgerow-00000000").symlink_to("elsewhere")
+    (tmp_path / ".hedgerow-11111111").write_text("a file")
+    with passing_folder(tmp_path, ".hedgerow-") as folder:
+        assert folder.is_dir()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert names[0] not in left
+    assert left == {
+        *(names[1], "elsewhere", ".hedgerow-notes", ".hedgerow-012345678"),
+        *(".hedgerow-00000000", ".hedgerow-11111111"),
+    }
+    living.communicate("")
+    assert names[1] not in {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_model_on_a_hub_that_cannot_be_reached_is_told_soon(experiment, tmp_path):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,26 @@ def test_a_packed_ledger_says_nothing_of_this_machine(hedgerow, experiment, tmp_
     result = hedgerow("export", packed, tmp_path / "again", "--to", "ledger")
     assert result.code == 0, result.err
     assert (tmp_path / "again").read_bytes() == content
+
+
+def test_what_killed_exports_have_left_is_in_nobody_s_way(
+    hedgerow, experiment, tmp_path, tiny_model, monkeypatch
+):
+    """Beside the folder to make or in it, and of ledgers that were unpacked."""
+    run_and_export(hedgerow, experiment, tmp_path, exports=[("ledger",)])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    beside, unpacked = tmp_path / ".hedgerow-0123abcd", "temporary/hedgerow-ledger-0123abcd"
+    inside = tmp_path / "volume/.hedgerow-0123abcd"
+    for folder in (beside, inside, tmp_path / unpacked):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text("half")
+    for out in ("new", "volume"):
+        base = f"model.path={tiny_model}"
+        result = hedgerow("export", tmp_path / "ledger", tmp_path / out, base, "--to", "merged")
+        assert result.code == 0, result.err
+        assert (tmp_path / out / "config.json").exists()
+    assert not any(folder.exists() for folder in (beside, inside))
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_a_standalone_run_exports_each_clients_model(hedgerow, experiment, tmp_path):

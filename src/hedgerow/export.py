@@ -8,11 +8,9 @@ files here, whichever library has written it.
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +27,7 @@ from hedgerow.base_adapter import Joined
 from hedgerow.data import load_template
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, without_folders
+from hedgerow.files import passing_folder, remove_left
 from hedgerow.ledger import Ledger
 from hedgerow.loading import location, name_of, skeleton
 from hedgerow.lowrank import Factors
@@ -269,15 +268,16 @@ def _check_new(out: Path) -> None:
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder that takes the name `out` only when it is complete; an empty one there is filled."""
+    remove_left(out, _PARTIAL)  # or it would not be empty
     _check_new(out)
     fills = out.is_dir()
-    partial = (out if fills else out.absolute().parent) / f".hedgerow-{secrets.token_hex(4)}"
-    try:
-        partial.mkdir()
-    except OSError as error:
-        error.filename = str(out)
-        raise
-    try:
+    with ExitStack() as stack:
+        try:
+            parent = out if fills else out.absolute().parent
+            partial = stack.enter_context(passing_folder(parent, _PARTIAL))
+        except OSError as error:
+            error.filename = str(out)
+            raise
         yield partial
         mode = partial.stat().st_mode & 0o777  # what the umask leaves of a new folder's
         for path in partial.rglob("*"):
@@ -289,8 +289,10 @@ def _new_folder(out: Path) -> Iterator[Path]:
                 path.rename(out / path.name)
         else:
             partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+_PARTIAL = ".hedgerow-"
+"""Beginning of the name of a folder that is not whole yet."""
 
 
 def _write_card(

@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from pydantic import (
 )
 
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
-from hedgerow.files import replacing
+from hedgerow.files import passing_folder, replacing
 from hedgerow.loading import name_of
 from hedgerow.methods.base import Expected, Method, check_entry, check_fits
 from hedgerow.model import Model
@@ -354,13 +355,20 @@ class Ledger:
             file.write(json.dumps(self._index.model_dump(), indent=1).encode())
 
 
-def unpack(file: Path) -> tempfile.TemporaryDirectory[str]:
-    """A packed ledger as a run directory, for as long as the returned object lives.
+@contextmanager
+def unpack(file: Path) -> Iterator[Path]:
+    """A packed ledger as a run directory, which is there until the block ends.
 
     Raises:
         UserError: the file is no packed ledger, or holds anything else.
     """
-    folder = tempfile.TemporaryDirectory(prefix="hedgerow-")
+    temporary = Path(tempfile.gettempdir())
+    with passing_folder(temporary, "hedgerow-ledger-", mode=0o700) as folder:
+        _extract(file, folder)
+        yield folder
+
+
+def _extract(file: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
@@ -378,7 +386,6 @@ def unpack(file: Path) -> tempfile.TemporaryDirectory[str]:
                 raise UserError(
                     f"{file} is no packed ledger: it says that it holds more than it is"
                 )
-            archive.extractall(folder.name)
+            archive.extractall(folder)
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise UserError(f"{file} is no packed ledger: {error}") from None
-    return folder

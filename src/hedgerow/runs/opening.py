@@ -49,8 +49,7 @@ def opened_ledger(path: Path) -> Iterator[Ledger]:
 @contextmanager
 def _folder(path: Path) -> Iterator[Path]:
     """A run's directory; of a packed ledger one that is there meanwhile."""
-    with unpack(path) if path.is_file() else nullcontext(str(path)) as found:
-        folder = Path(found)
+    with unpack(path) if path.is_file() else nullcontext(path) as folder:
         if not (folder / EXPERIMENT).is_file():
             raise UserError(f"{path} is no run: it is neither a run directory nor a packed ledger")
         yield folder
