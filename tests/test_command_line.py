@@ -10,7 +10,7 @@ import pytest
 from support.runs import hear_interrupts
 
 from hedgerow.errors import UserError
-from hedgerow.files import check_name, replacing
+from hedgerow.files import check_name, passing_folder, replacing
 
 LONG = "n" * 300
 
@@ -148,6 +148,56 @@ def test_who_stops_a_run_is_told_how_it_goes_on(endless, tmp_path, number):
     ]
 
 
+@pytest.mark.parametrize("seconds", [0, 0.02, 0.2, 0.6])
+def test_who_stops_a_run_twice_is_told_the_same(endless, tmp_path, seconds):
+    """Wherever the second one comes: while what is open is closed, or while the process ends."""
+    running = process("run", endless, "--out", tmp_path / "run")
+    while "round 0" not in running.stdout.readline():
+        pass
+    for _ in range(3):
+        running.send_signal(signal.SIGINT)
+        time.sleep(seconds)
+    shown, _ = running.communicate()
+    assert running.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in shown
+    assert shown.splitlines() == [
+        f"hedgerow: interrupted: what is written in {tmp_path / 'run'} is valid; the same command "
+        "goes on from there with --resume"
+    ]
+
+
+def test_who_stops_what_does_not_stop_ends_it_by_a_second(tmp_path):
+    """As a library that catches whatever is raised in it."""
+    code = """
+import sys, time
+from hedgerow import cli
+from hedgerow.cli import entry
+def stubborn(arguments):
+    try:
+        print("here", flush=True)
+        time.sleep(60)
+    except BaseException:
+        print("caught", flush=True)
+    time.sleep(60)
+entry._run = stubborn
+cli.main()
+"""
+    running = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=hear_interrupts,
+    )
+    said = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        said.append(running.stdout.readline())
+        running.send_signal(number)
+    said += running.communicate()[0].splitlines()
+    assert said == ["here\n", "caught\n", "hedgerow: interrupted"]
+    assert running.returncode == 128 + signal.SIGTERM
+
+
 def test_who_stops_a_comparison_is_told_how_it_goes_on(endless, tmp_path):
     running = process("compare", endless, "--methods", "flora", "--out", tmp_path / "all")
     while "flora" not in running.stdout.readline():
@@ -169,6 +219,40 @@ def test_who_stops_it_while_it_starts_is_promised_nothing(endless, tmp_path, sec
     assert "--resume" not in shown
     if running.returncode == 130:
         assert shown == "hedgerow: interrupted\n"
+
+
+def test_what_a_killed_process_has_left_is_removed_by_the_next(tmp_path):
+    """And nothing that is in use, or that is somebody's own."""
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from hedgerow.files import passing_folder
+with passing_folder(Path({str(tmp_path)!r}), ".hedgerow-") as folder:
+    (folder / "half").write_text("x")
+    print(folder.name, flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    killed, living = (subprocess.Popen(command, **pipes) for _ in range(2))
+    names = [each.stdout.readline().strip() for each in (killed, living)]
+    killed.kill()
+    killed.wait()
+    for own in (".hedgerow-notes", ".hedgerow-012345678"):
+        (tmp_path / own).mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".hedgerow-00000000").symlink_to("elsewhere")
+    (tmp_path / ".hedgerow-11111111").write_text("a file")
+    with passing_folder(tmp_path, ".hedgerow-") as folder:
+        assert folder.is_dir()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert names[0] not in left
+    assert left == {
+        *(names[1], "elsewhere", ".hedgerow-notes", ".hedgerow-012345678"),
+        *(".hedgerow-00000000", ".hedgerow-11111111"),
+    }
+    living.communicate("")
+    assert names[1] not in {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_model_on_a_hub_that_cannot_be_reached_is_told_soon(experiment, tmp_path):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -121,14 +122,15 @@ def test_energy_one_is_the_same_model(hedgerow, experiment, tmp_path, tiny_model
     torch.testing.assert_close(adapted, merged, rtol=0, atol=1e-4)
 
 
-def test_evaluate_agrees_with_the_run_on_every_form(hedgerow, experiment, tmp_path):
+def test_evaluate_agrees_with_the_run_on_every_form(hedgerow, experiment, tmp_path, tiny_model):
     run = run_and_export(
         hedgerow, experiment, tmp_path, exports=[("merged",), ("adapter",), ("ledger",)]
     )
     expected = rows_of(run)[-1]["eval_loss"]
     data = ["--data", tmp_path / "test.json", "data.prompt=plain"]
     for target in (run, tmp_path / "ledger", tmp_path / "merged", tmp_path / "adapter"):
-        result = hedgerow("evaluate", target, *data, "--json")
+        base = [f"model.path={tiny_model}"] if target.name == "ledger" else []
+        result = hedgerow("evaluate", target, *data, *base, "--json")
         assert result.code == 0, result.err
         assert json.loads(result.out)["eval_loss"] == pytest.approx(expected, abs=1e-5)
     first = json.loads(hedgerow("evaluate", run, "--round", 0, "--json").out)
@@ -147,6 +149,46 @@ def test_a_packed_ledger_rebuilds_the_model_from_a_base_elsewhere(
     assert result.code == 0, result.err
     file = "model.safetensors"
     assert (out / file).read_bytes() == (tmp_path / "merged" / file).read_bytes()
+
+
+def test_a_packed_ledger_says_nothing_of_this_machine(hedgerow, experiment, tmp_path, tiny_model):
+    """Neither where base and data lie; and it says what it needs instead."""
+    run_and_export(hedgerow, experiment, tmp_path, exports=[("ledger",)])
+    packed = tmp_path / "ledger"
+    content = packed.read_bytes()
+    for place in (tmp_path, tiny_model.parent):
+        assert str(place).encode() not in content
+    result = hedgerow("export", packed, tmp_path / "out", "--to", "merged")
+    assert result.code == 2
+    assert "tiny, the run's base, is not there" in result.err
+    assert "add model.path=FOLDER" in result.err
+    result = hedgerow("export", packed, tmp_path / "out", "--to", "adapter")
+    assert result.code == 0, result.err
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    result = hedgerow("export", packed, tmp_path / "again", "--to", "ledger")
+    assert result.code == 0, result.err
+    assert (tmp_path / "again").read_bytes() == content
+
+
+def test_what_killed_exports_have_left_is_in_nobody_s_way(
+    hedgerow, experiment, tmp_path, tiny_model, monkeypatch
+):
+    """Beside the folder to make or in it, and of ledgers that were unpacked."""
+    run_and_export(hedgerow, experiment, tmp_path, exports=[("ledger",)])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    beside, unpacked = tmp_path / ".hedgerow-0123abcd", "temporary/hedgerow-ledger-0123abcd"
+    inside = tmp_path / "volume/.hedgerow-0123abcd"
+    for folder in (beside, inside, tmp_path / unpacked):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text("half")
+    for out in ("new", "volume"):
+        base = f"model.path={tiny_model}"
+        result = hedgerow("export", tmp_path / "ledger", tmp_path / out, base, "--to", "merged")
+        assert result.code == 0, result.err
+        assert (tmp_path / out / "config.json").exists()
+    assert not any(folder.exists() for folder in (beside, inside))
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_a_standalone_run_exports_each_clients_model(hedgerow, experiment, tmp_path):

@@ -1,6 +1,8 @@
 """The round loop with fleets that are late, out of order, or not there."""
 
+import math
 import random
+from dataclasses import replace
 
 import pytest
 from support.experiments import dolly
@@ -12,6 +14,8 @@ from hedgerow.errors import RunFailed, UserError
 from hedgerow.experiment import load
 from hedgerow.federation.fleet import ClientResult, Unwatched
 from hedgerow.runs.directory import RunDirectory
+from hedgerow.runs.scoring import ClientScores, over_clients, plausible
+from hedgerow.wire import Update
 
 
 class Shuffled(local.LocalFleet):
@@ -111,6 +115,49 @@ def test_what_a_client_sent_in_vain_is_owed_as_before(experiment, tmp_path, lost
         run(fleet, loaded, tmp_path / fleet.__name__)
     for path in (tmp_path / "Away/ledger").iterdir():
         assert path.read_bytes() == (tmp_path / "Losing/ledger" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("loss", [1e10, -1e10])
+def test_a_training_loss_that_cannot_be_is_left_out_of_the_mean(experiment, tmp_path, loss):
+    class Lying(local.LocalFleet):
+        def train(self, round, parent, clients, clock):
+            for result in super().train(round, parent, clients, clock):
+                update = Update.from_bytes(result.update)
+                if result.client.name == "client-001":
+                    update = replace(update, train_loss=loss)
+                yield ClientResult(result.client, update.to_bytes())
+
+    class Listening(Unwatched):
+        said: list[str] = []  # noqa: RUF012
+
+        def say(self, sentence):
+            self.said.append(sentence)
+
+    loaded, out = load(experiment(), ["federation.rounds=1"]), tmp_path / "run"
+    local.run(loaded, out, Listening(), fleet=Lying)
+    row = rows_of(out)[1]
+    losses = row["train_loss_by_client"]
+    assert losses["client-001"] == loss
+    honest = (5 * losses["client-000"] + 14 * losses["client-002"]) / 19
+    assert row["train_loss"] == pytest.approx(honest)
+    assert [each for each in Listening.said if "client-001 says that its training loss" in each]
+
+
+def test_what_a_client_makes_up_is_left_out_of_means_whatever_their_scale():
+    assert plausible({"a": 3.0, "b": -1e10}) == {"a": 3.0}
+    assert plausible({"a": 0.0, "b": 0.0, "c": 13.0}).keys() == {"a", "b", "c"}
+    assert plausible({"a": 5e5, "b": 4e5, "c": 9e9}).keys() == {"a", "b"}  # summed, not mean
+    assert plausible({"a": 1e10}) == {"a": 1e10}
+    assert plausible({"a": 1.0, "b": math.nan}).keys() == {"a", "b"}
+    assert plausible({}) == {}
+
+
+def test_a_mean_of_clients_scores_is_of_those_that_can_be():
+    said = {"a": 2.0, "b": 4.0, "c": -1e10}
+    found = {name: ClientScores(3, {"eval_loss": value}) for name, value in said.items()}
+    row = over_clients(found, ["loss"])
+    assert row["eval_loss_by_client"] == said
+    assert row["eval_loss_over_clients"] == 3
 
 
 def test_a_round_that_cannot_get_enough_says_so(experiment, tmp_path):

@@ -684,6 +684,17 @@ def test_mistakes_in_an_app_are_one_sentence(experiment, hedgerow, tmp_path, cha
     assert not (tmp_path / "app").exists()
 
 
+def test_an_app_says_nothing_that_is_its_owner_s_alone(experiment, hedgerow, tmp_path, tiny_model):
+    path = experiment(tracking={"to": ["tensorboard"], "name": "mine", "project": "shared"})
+    path.write_text("about: what this is for\n" + path.read_text())
+    assert hedgerow("flower", "init", path, tmp_path / "app").code == 0
+    text = "".join(file.read_text() for file in (tmp_path / "app").iterdir())
+    for word in (str(tmp_path), str(tiny_model.parent), "what this is for", "mine"):
+        assert word not in text
+    tracked = App.load(tmp_path / "app").experiment.tracking
+    assert (tracked.to, tracked.project) == (["tensorboard"], "shared")  # for the coordinator
+
+
 def test_words_and_files_are_what_was_announced(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(random.Random(0).randbytes(9 << 20))

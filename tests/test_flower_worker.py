@@ -87,9 +87,12 @@ def test_what_a_killed_process_received_is_removed(tmp_path):
     gone.wait()
     (tmp_path / f"inbox-{gone.pid}").mkdir()
     (tmp_path / f"inbox-{os.getppid()}").mkdir()  # of one that is alive
+    (tmp_path / "inbox-of-mine").mkdir()  # nobody's
+    (tmp_path / f"inbox-{2**99}").mkdir()
     with inbox(tmp_path) as folder:
         (folder / "file").write_text("x")
-    assert [path.name for path in tmp_path.iterdir()] == [f"inbox-{os.getppid()}"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {f"inbox-{os.getppid()}", "inbox-of-mine"}
 
 
 @pytest.mark.parametrize("name", [None, "", "north west", "../up", "x" * 201])

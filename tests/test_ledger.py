@@ -148,8 +148,8 @@ def test_a_packed_ledger_is_the_same_ledger_and_always_the_same_file(ledger, tmp
         ledger.pack(path, "model: {}\n")
     assert packed[0].read_bytes() == packed[1].read_bytes()
     with ledgers.unpack(packed[0]) as folder:
-        assert Ledger.open(Path(folder) / "ledger").head == ledger.head
-        assert (Path(folder) / "experiment.yaml").read_text() == "model: {}\n"
+        assert Ledger.open(folder / "ledger").head == ledger.head
+        assert (folder / "experiment.yaml").read_text() == "model: {}\n"
 
 
 @pytest.mark.parametrize("name", ["../evil", "ledger/../../evil", "/evil", "ledger/x.pkl"])
@@ -157,8 +157,8 @@ def test_an_archive_with_anything_else_is_refused(tmp_path, name):
     path = tmp_path / "bad.hedgerow"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(name, "x")
-    with pytest.raises(UserError, match="no packed ledger"):
-        ledgers.unpack(path)
+    with pytest.raises(UserError, match="no packed ledger"), ledgers.unpack(path):
+        pass
 
 
 def test_an_archive_whose_members_overlap_is_refused(ledger, tmp_path):
@@ -171,8 +171,9 @@ def test_an_archive_whose_members_overlap_is_refused(ledger, tmp_path):
             again = copy.copy(member)
             again.filename = f"ledger/{round:04d}.safetensors"
             archive.filelist.append(again)
-    with pytest.raises(UserError, match="no packed ledger: it says that it holds more than it is"):
-        ledgers.unpack(path)
+    says = "no packed ledger: it says that it holds more than it is"
+    with pytest.raises(UserError, match=says), ledgers.unpack(path):
+        pass
 
 
 # --- what a method makes is checked before it is committed ----------------------------------------

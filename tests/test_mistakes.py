@@ -1,5 +1,6 @@
 """Every mistake is one sentence, exit code 2, and nothing half-written."""
 
+import dataclasses
 import fcntl
 import json
 import resource
@@ -9,8 +10,12 @@ import signal
 import pytest
 import safetensors.torch
 import torch
+from support.experiments import write_experiment
 from support.models import byte_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
+
+import hedgerow as hr
+from hedgerow.ledger import Ledger
 
 
 def check(result, *words):
@@ -309,6 +314,12 @@ def test_a_base_that_lacks_weights(hedgerow, experiment, tmp_path, tiny_model):
         ("ledger/ledger.json", b"{}", ["ledger.json is damaged"]),
         ("metrics.jsonl", b"rubbish\n", ["metrics.jsonl is damaged"]),
         ("metrics.jsonl", b"[]\n", ["metrics.jsonl is damaged"]),
+        ("metrics.jsonl", b'{"round": 0}\n', ["metrics.jsonl is damaged", "`participants`"]),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n", ["metrics.jsonl is damaged"]),
+        ("metrics.jsonl", b'{"\xff": 0}\n', ["metrics.jsonl is damaged"]),
+        ("data.json", b"[]", ["data.json is missing or damaged"]),
+        ("data.json", b'{"client-000": 5}', ["data.json is missing or damaged"]),
+        ("data.json", b'[["client-000", "a"]]', ["data.json is missing or damaged"]),
         ("experiment.yaml", b"\xff\xfe", ["experiment.yaml", "not a text file"]),
     ],
 )
@@ -322,6 +333,108 @@ def test_a_damaged_run_directory(hedgerow, experiment, tmp_path, file, content, 
         (run / file).write_bytes(content)
     check(hedgerow("run", experiment(), "--out", run, "--resume"), *words)
     assert (run / "ledger" / "0001.safetensors").read_bytes() == entry
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, tiny_model):
+    """A run of two rounds, not to be changed."""
+    folder = tmp_path_factory.mktemp("done")
+    hr.run(write_experiment(folder, tiny_model), out=folder / "run", progress=False)
+    return folder
+
+
+def changed(row, **values):
+    return {**row, **values}
+
+
+WRONG_ROWS = {
+    "a key missing": (lambda rows: [{"round": 0}, *rows[1:]], "line 1 has no right `participants`"),
+    "a text": (lambda rows: [*rows[:2], changed(rows[2], eval_loss="x")], "line 3 has no right"),
+    "a list": (lambda rows: [changed(rows[0], mine=[1]), *rows[1:]], "no right `mine`"),
+    "no numbers": (lambda rows: [*rows[:2], changed(rows[2], bytes_up=None)], "`bytes_up`"),
+    "a truth": (lambda rows: [*rows[:2], changed(rows[2], round=True)], "`round`"),
+    "doubled": (lambda rows: [*rows[:2], rows[1], rows[2]], "line 3 is of round 1, not of round 2"),
+    "one missing": (lambda rows: [rows[0], rows[2]], "line 2 is of round 2, not of round 1"),
+    "the first missing": (lambda rows: rows[1:], "line 1 is of round 1, not of round 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ROWS)
+def test_rows_of_metrics_that_nobody_wrote(hedgerow, done, tmp_path, case):
+    """They are refused by whoever reads them, and nothing is changed."""
+    change, words = WRONG_ROWS[case]
+    run = shutil.copytree(done / "run", tmp_path / "run")
+    file = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    more = ["federation.rounds=3", "--out", run, "--resume"]
+    for command in (
+        ["run", done / "experiment.yaml", *more],
+        ["report", run, "--out", tmp_path / "page.html", "--answers", 0],
+        ["export", run, tmp_path / "merged", "--to", "merged"],
+    ):
+        check(hedgerow(*command), str(file), words, "restore it from a copy")
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_rows_of_other_participants_than_the_ledger_s(hedgerow, done, tmp_path):
+    run = shutil.copytree(done / "run", tmp_path / "run")
+    file = run / "metrics.jsonl"
+    file.write_text(file.read_text().replace("client-002", "client-003"))
+    result = hedgerow("run", done / "experiment.yaml", "--out", run, "--resume")
+    check(result, str(file), "round 1 names other participants")
+
+
+def test_a_ledger_whose_hashes_were_made_anew_has_another_head(hedgerow, done, tmp_path):
+    """It fits itself; whoever knows the head sees that it is another."""
+    path = done / "run"
+    head = Ledger.open(path / "ledger").head
+    result = hedgerow("ledger", "verify", path)
+    assert (result.code, head in result.out) == (0, True)
+    assert hedgerow("ledger", "verify", path, "--head", head.upper()).code == 0
+    check(hedgerow("ledger", "verify", path, "--head", head[:12]), "--head", "all 64 digits")
+    run = shutil.copytree(path, tmp_path / "run")
+    old = Ledger.open(path / "ledger")
+    new = Ledger.create(run / "ledger", old.base, old.trained)
+    for entry in old.entries():
+        strangers = [
+            dataclasses.replace(p, client=f"stranger-{p.client}") for p in entry.participants
+        ]
+        new.append(dataclasses.replace(entry, parent=new.head, participants=strangers))
+    assert hedgerow("ledger", "verify", run).code == 0
+    result = hedgerow("ledger", "verify", run, "--head", head)
+    check(result, str(run), "another history", head, new.head)
+
+
+def test_an_entry_without_a_loss_is_shown(hedgerow, done, tmp_path):
+    """As one of a private run."""
+    run = shutil.copytree(done / "run", tmp_path / "run")
+    old = Ledger.open(done / "run" / "ledger")
+    new = Ledger.create(run / "ledger", old.base, old.trained)
+    new.append(dataclasses.replace(old.read(1), metrics={"epsilon": 1.5}))
+    result = hedgerow("ledger", "show", run)
+    assert result.code == 0, result.err
+    assert new.head[:12] in result.out
+    result = hedgerow("export", run, tmp_path / "merged", "--to", "merged")
+    assert result.code == 0, result.err
+    new.truncate(0)
+    new.append(dataclasses.replace(old.read(1), metrics={}))
+    assert hedgerow("ledger", "show", run).code == 0
+    result = hedgerow("export", run, tmp_path / "no", "--to", "merged")
+    check(result, "the entry of round 1 does not fit: metrics must have train_loss")
+
+
+def test_files_that_nobody_wrote_are_nobody_s_memory(hedgerow, done, tmp_path):
+    run = shutil.copytree(done / "run", tmp_path / "run")
+    (run / "clients/.DS_Store").write_text("")
+    (run / "clients/stray").mkdir()
+    for name in ("notes.safetensors", "9x.safetensors", "²²²².safetensors", "0001.txt"):
+        (run / "clients/client-000" / name).write_text("")
+    more = ["federation.rounds=3", "--out", run, "--resume"]
+    result = hedgerow("run", done / "experiment.yaml", *more)
+    assert result.code == 0, result.err
+    assert (run / "clients/client-000/notes.safetensors").exists()
 
 
 def test_resuming_what_cannot_end_the_same(hedgerow, experiment, tmp_path):

@@ -246,7 +246,7 @@ def test_answers_of_something_else_are_left_alone(answer, tiny_model, tmp_path, 
     assert out.read_bytes() == before
 
 
-def test_rounds_of_a_run(hedgerow, answer, experiment, tmp_path):
+def test_rounds_of_a_run(hedgerow, answer, experiment, tmp_path, tiny_model):
     run = tmp_path / "run"
     assert hedgerow("run", experiment(training={"learning_rate": 0.1}), "--out", run).code == 0
     base, last = tmp_path / "base.jsonl", tmp_path / "last.jsonl"
@@ -256,9 +256,9 @@ def test_rounds_of_a_run(hedgerow, answer, experiment, tmp_path):
     assert "another model, round" in answer(run, base, "--round", 1, "--model-id", "x").err
     result = answer(run, base, "--round", 1, "--model-id", "run-round-0")
     assert (result.code, "another model, round" in result.err) == (2, True)
-    packed = tmp_path / "run-round-2"
+    packed, base_path = tmp_path / "run-round-2", f"model.path={tiny_model}"
     assert hedgerow("export", run, packed, "--to", "ledger").code == 0
-    assert "(3 were there)" in answer(packed, last, "--model-id", "run-round-2").out
+    assert "(3 were there)" in answer(packed, last, base_path, "--model-id", "run-round-2").out
 
 
 def test_a_standalone_run_answers_as_one_client(hedgerow, answer, experiment, tmp_path):

@@ -146,9 +146,10 @@ def test_models_that_are_not_here_are_missed_in_a_sentence(run, hedgerow, method
     packed = tmp_path / "packed.hedgerow"
     assert hedgerow("export", path, packed, "--to", "ledger").code == 0
     shutil.rmtree(path / "clients")
+    here = f"model.path={load(path / 'experiment.yaml').model.path}"
     for place in (path, packed):
         result = hedgerow(
-            "export", place, tmp_path / "out", "--to", "merged", "--client", CLIENTS[0]
+            "export", place, tmp_path / "out", here, "--to", "merged", "--client", CLIENTS[0]
         )
         assert (result.code, "lies where it trains" in result.err) == (2, True)
         assert not (tmp_path / "out").exists()

@@ -9,7 +9,9 @@ from support.runs import ledger_bytes, rows_of
 from transformers import AutoModelForCausalLM
 
 from hedgerow.ledger import Ledger
+from hedgerow.runs.memory import RoundMemory
 from hedgerow.training import first_order
+from hedgerow.wire import to_safetensors
 
 FERRET = 'method={"name": "ferret", "compression": 64, "error_feedback": true}'
 
@@ -54,12 +56,23 @@ def test_a_client_whose_update_was_absurd_begins_anew(
     assert ledger_bytes(tmp_path / "whole") == ledger_bytes(tmp_path / "part")
 
 
+def flipped(data):
+    """One bit of one number is another."""
+    return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+
+
 DAMAGE = {
     "a server's, cut short": ("server/0002.safetensors", lambda data: data[:-7]),
     "a server's, of nothing": ("server/0002.safetensors", lambda data: b""),
     "a server's, missing": ("server/0002.safetensors", None),
     "a client's, cut short": ("clients/client-000/0002.safetensors", lambda data: data[:100]),
     "a client's, missing": ("clients/client-000/0002.safetensors", None),
+    "a client's, with a byte flipped": ("clients/client-000/0002.safetensors", flipped),
+    "a server's, with a byte flipped": ("server/0002.safetensors", flipped),
+    "a client's, with another name in it": (
+        "clients/client-000/0002.safetensors",
+        lambda data: data.replace(b"lora_A", b"lora_a"),
+    ),
     "all of the server's": ("server", None),
     "all of the clients'": ("clients", None),
 }
@@ -84,6 +97,37 @@ def test_a_memory_that_is_damaged_or_missing_is_one_sentence(hedgerow, experimen
     assert "restore it from a copy" in result.err
     assert "Traceback" not in result.err
     assert files(run) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("client-001/0002.safetensors", "owner must be client-000, got client-001"),
+        ("client-000/0001.safetensors", "round must be 2, got 1"),
+    ],
+)
+def test_a_memory_of_another_client_or_round_is_refused(
+    hedgerow, experiment, tmp_path, source, words
+):
+    path, run = experiment(method={"ranks": 2}), tmp_path / "run"  # all are of the same shapes
+    assert hedgerow("run", path, "--out", run).code == 0
+    file = run / "clients/client-000/0002.safetensors"
+    shutil.copy(run / "clients" / source, file)
+    before = files(run)
+    result = hedgerow("run", path, "federation.rounds=3", "--out", run, "--resume")
+    assert result.code == 2
+    assert str(file) in result.err
+    assert words in result.err
+    assert files(run) == before
+
+
+def test_a_memory_of_an_earlier_version_is_read(tmp_path):
+    """It says nothing of itself."""
+    tensors = {"a": torch.arange(3.0)}
+    for part in to_safetensors(tensors, {}):
+        with (tmp_path / "0001.safetensors").open("ab") as file:
+            file.write(part)
+    assert torch.equal(RoundMemory(tmp_path, 2).load()["a"], tensors["a"])
 
 
 @pytest.mark.parametrize(

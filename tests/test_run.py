@@ -160,11 +160,36 @@ def test_a_row_that_a_kill_prevented_is_written_on_resume(hedgerow, experiment, 
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(lines[:-1]) + '\n{"round": 2, "eval')
     before = json.loads(lines[-1])
-    assert hedgerow("run", path, "--out", run, "--resume").code == 0
+    result = hedgerow("run", path, "--out", run, "--resume")
+    assert result.code == 0
+    assert "metrics.jsonl has no row of round 2" in result.out
+    assert "train_loss_by_client" in result.out  # which is not in the ledger
     after = rows_of(run)[-1]
     assert len(rows_of(run)) == 3
     for key in ("round", "eval_loss", "train_loss", "bytes_up", "bytes_down", "clients"):
         assert after[key] == before[key]
+
+
+def test_rows_that_are_gone_are_written_again_from_the_ledger(hedgerow, experiment, tmp_path):
+    """All that they say but for scores and times, of bytes as well; the ledger is the same."""
+    path, run = experiment(federation={"clients_per_round": 2}), tmp_path / "run"
+    assert hedgerow("run", path, "--out", run).code == 0
+    before = rows_of(run)
+    (run / "metrics.jsonl").unlink()
+    more = ["federation.rounds=3", "--out", run, "--resume"]
+    result = hedgerow("run", path, *more)
+    assert result.code == 0, result.err
+    assert "metrics.jsonl has no row of rounds 0 to 2" in result.out
+    rows = rows_of(run)
+    for old, new in zip(before, rows, strict=False):
+        kept = set(old) - {"eval_loss", "eval_perplexity", "train_loss_by_client"}
+        kept -= {key for key in kept if key.endswith("seconds")}
+        assert {key: new[key] for key in kept} == {key: old[key] for key in kept}
+    assert [row["eval_loss"] is None for row in rows] == [True, True, False, False]
+    whole = tmp_path / "whole"
+    assert hedgerow("run", path, "federation.rounds=3", "--out", whole).code == 0
+    assert ledger_bytes(run) == ledger_bytes(whole)
+    assert rows[3]["bytes_down"] == rows_of(whole)[3]["bytes_down"]
 
 
 def test_resume_before_anything_was_written_starts(hedgerow, experiment, tmp_path):

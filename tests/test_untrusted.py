@@ -26,7 +26,8 @@ from hedgerow.ledger import Base, Ledger
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import check_entry
 from hedgerow.model import Model
-from hedgerow.settings import ModelSettings
+from hedgerow.seeds import Seeds
+from hedgerow.settings import ModelSettings, TrainingSettings
 from hedgerow.testing.case import PARENT, Case, assert_readable
 from hedgerow.testing.damage import check_damaged, check_wrong
 from hedgerow.testing.files import File, overwrite
@@ -247,6 +248,73 @@ def test_more_sketches_than_participants_are_refused(model, tmp_path):
     two = [replace(p, weight=p.num_examples / total) for p in two]
     with pytest.raises(InvalidMessage, match="sketches of 2 participants, got 3"):
         check_entry(replace(entry, participants=two), case.method, case.shapes, ROUND, PARENT)
+
+
+def test_an_entry_of_other_seeds_or_another_start_than_the_run_s_is_refused(case):
+    """As one of a run with another seed, or of clients with other names or steps."""
+    entry, expected = case.arrive(case.entry), case.expected
+
+    def check(entry, **changes):
+        other = replace(expected, **changes)
+        check_entry(entry, case.method, case.shapes, ROUND, PARENT, expected=other)
+
+    check(entry)
+    has_seeds = any(name.endswith(("seed", "seeds")) for name in entry.tensors)
+    if has_seeds:
+        with pytest.raises(InvalidMessage, match=r"seed.* must be "):
+            check(entry, seeds=Seeds(8))
+    if case.method.name == "fedzo":
+        renamed = [replace(p, client=f"x-{p.client}") for p in entry.participants]
+        with pytest.raises(InvalidMessage, match="seeds must be those of directions"):
+            check(replace(entry, participants=renamed))
+        with pytest.raises(InvalidMessage, match="6 of 18 are not"):
+            check(entry, training=TrainingSettings(steps=2))
+    for metrics in ({}, {"bytes_up": 7}):
+        with pytest.raises(InvalidMessage, match="metrics must have train_loss, or epsilon"):
+            check(replace(entry, metrics=metrics))
+    check(replace(entry, metrics={"epsilon": 1.5}))
+
+
+@pytest.mark.parametrize(("steps", "has_start"), [(3, True), (9, False)])
+def test_a_start_adapter_is_there_where_clients_start_from_one(model, tmp_path, steps, has_start):
+    """With `restart: warm` the number of steps decides, and other options do not say."""
+    case = Case(METHODS["flora"](ranks=4), model, tmp_path)
+    entry = case.arrive(case.entry)
+    assert any(name.startswith("start.") for name in entry.tensors)  # of three steps
+    expected = replace(case.expected, training=TrainingSettings(steps=steps))
+    arguments = [case.method, case.shapes, ROUND, PARENT]
+    without = {n: t for n, t in entry.tensors.items() if not n.startswith("start.")}
+    wrong, says = (
+        (replace(entry, tensors=without), "is missing|at least") if has_start else (entry, "unexp")
+    )
+    with pytest.raises(InvalidMessage, match=says):
+        check_entry(wrong, *arguments, expected=expected)
+    if has_start:
+        check_entry(entry, *arguments, expected=expected)
+
+
+def test_a_client_that_claims_any_number_of_examples_costs_no_time(model, tmp_path):
+    """Of fedzo, whose clients' directions are derived one by one."""
+    case = case_of("fedzo", model, tmp_path)
+    entry = case.arrive(case.entry)
+    expected = replace(case.expected, training=TrainingSettings(epochs=1))
+    many = [replace(p, num_examples=2**62, weight=1 / 3) for p in entry.participants]
+    check_entry(
+        replace(entry, participants=many), case.method, case.shapes, ROUND, PARENT, expected
+    )
+    client, update = case.clients[0], Update.from_bytes(case.updates[0])
+    case.method.check_update(replace(client, num_examples=2**62), update, expected)
+
+
+def test_a_method_of_today_s_signature_goes_on(model, tmp_path):
+    """A plug-in that says `check_entry(entry, shapes)` alone is asked nothing else."""
+
+    class Own(METHODS["fedit"]):
+        def check_entry(self, entry, shapes):
+            super().check_entry(entry, shapes)
+
+    case = Case(Own(name="fedit", ranks=2), model, tmp_path)
+    case.check_accepted_entry(case.arrive(case.entry))
 
 
 def test_a_replay_refuses_an_entry_that_is_not_the_methods(case, tmp_path):

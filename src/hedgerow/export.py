@@ -8,11 +8,9 @@ files here, whichever library has written it.
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +27,7 @@ from hedgerow.base_adapter import Joined
 from hedgerow.data import load_template
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, without_folders
+from hedgerow.files import passing_folder, remove_left
 from hedgerow.ledger import Ledger
 from hedgerow.loading import location, name_of, skeleton
 from hedgerow.lowrank import Factors
@@ -136,6 +135,8 @@ def to_adapter(
         whole = Joined(dict(adapter_pairs(tensors)))
         path, revision = experiment.model.path, experiment.model.revision
         place = ledger.base.name if path == MEMORY else location(path)
+        if Path(place).is_absolute() and not Path(place).exists():
+            place = ledger.base.name  # of a packed ledger, which does not say where it lies
         below = None
         # Ledgers of version 0.1 do not say it.
         if ledger.base.adapter_of is not None or base_adapter.is_adapter(Path(location(path))):
@@ -159,7 +160,7 @@ def to_adapter(
 def to_ledger(run: Path, out: Path, overrides: list[str]) -> None:
     """Write the ledger and its experiment as one file, from which `opened` rebuilds the model.
 
-    Of the data, the experiment in it keeps the files' names, but not where they lie.
+    Of base and data, the experiment in it keeps the files' names, but not where they lie.
     """
     _check_new(out)
     with opened(run, overrides) as (experiment, ledger):
@@ -267,15 +268,16 @@ def _check_new(out: Path) -> None:
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder that takes the name `out` only when it is complete; an empty one there is filled."""
+    remove_left(out, _PARTIAL)  # or it would not be empty
     _check_new(out)
     fills = out.is_dir()
-    partial = (out if fills else out.absolute().parent) / f".hedgerow-{secrets.token_hex(4)}"
-    try:
-        partial.mkdir()
-    except OSError as error:
-        error.filename = str(out)
-        raise
-    try:
+    with ExitStack() as stack:
+        try:
+            parent = out if fills else out.absolute().parent
+            partial = stack.enter_context(passing_folder(parent, _PARTIAL))
+        except OSError as error:
+            error.filename = str(out)
+            raise
         yield partial
         mode = partial.stat().st_mode & 0o777  # what the umask leaves of a new folder's
         for path in partial.rglob("*"):
@@ -287,8 +289,10 @@ def _new_folder(out: Path) -> Iterator[Path]:
                 path.rename(out / path.name)
         else:
             partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+_PARTIAL = ".hedgerow-"
+"""Beginning of the name of a folder that is not whole yet."""
 
 
 def _write_card(
@@ -306,8 +310,9 @@ def _write_card(
         made_for: name of the model that an adapter is for, where it is not the run's base.
     """
     method, base = experiment.method, _base_name(experiment, ledger)
-    scores = {row["round"]: row["eval_loss"] for row in (read_rows(run) if run.is_dir() else [])}
-    loss = "" if scores.get(round) is None else f"\n- loss on the test data: {scores[round]:.4f}"
+    rows = read_rows(run) if run.is_dir() else []
+    score = rows[round].get("eval_loss") if round < len(rows) else None
+    loss = "" if score is None else f"\n- loss on the test data: {score:.4f}"
     # Where the data lies is nobody's business but the owner's.
     settings = experiment.dump(include={"method", "training", "federation"})
     (folder / "README.md").write_text(

@@ -6,8 +6,11 @@ import fcntl
 import json
 import math
 import os
+import re
+import secrets
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -45,6 +48,57 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)  # or the new name could be lost with the power
     finally:
         os.close(folder)
+
+
+@contextmanager
+def passing_folder(parent: Path, prefix: str, *, mode: int = 0o777) -> Iterator[Path]:
+    """A new folder in `parent`, removed when the block ends unless it has another name then.
+
+    Those that processes have left which were killed in such a block are removed before.
+
+    Args:
+        parent: a folder.
+        prefix: what their names begin with, before eight hexadecimal digits.
+        mode: of the folder, of which the umask takes away.
+
+    Raises:
+        OSError: there can be no such folder.
+    """
+    remove_left(parent, prefix)
+    while True:
+        folder = parent / f"{prefix}{secrets.token_hex(4)}"
+        folder.mkdir(mode=mode)
+        # While this process lives, nobody takes the folder for one that was left.
+        with suppress(FileNotFoundError):  # somebody did, before it was locked
+            lock = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # not every file system has locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                break
+            os.close(lock)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def remove_left(parent: Path, prefix: str) -> None:
+    """Remove the folders that killed processes have left in a `passing_folder`; see there."""
+    ours = re.compile(re.escape(prefix) + "[0-9a-f]{8}")
+    try:
+        found = [folder for folder in parent.iterdir() if ours.fullmatch(folder.name)]
+    except OSError:  # no folder, or none that may be read
+        return
+    for folder in found:
+        # Another's, or in use: one that is open is locked by its process.
+        with suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)
 
 
 def to_json(value: Any, **style: Any) -> str:

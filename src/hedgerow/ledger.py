@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ from pydantic import (
 )
 
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
-from hedgerow.files import replacing
+from hedgerow.files import passing_folder, replacing
 from hedgerow.loading import name_of
-from hedgerow.methods.base import Method, check_entry, check_fits
+from hedgerow.methods.base import Expected, Method, check_entry, check_fits
 from hedgerow.model import Model
 from hedgerow.wire import Entry
 
@@ -179,11 +180,14 @@ class Ledger:
         """The shapes of what clients train, for methods whose server has to know them."""
         return self._index.trained
 
-    def append(self, entry: Entry, method: Method | None = None) -> Entry:
+    def append(
+        self, entry: Entry, method: Method | None = None, expected: Expected | None = None
+    ) -> Entry:
         """Write an entry and make it the head; returns it with its tensors in the file.
 
         Args:
             method: what has made the entry, for the checks that its participants will make.
+            expected: what the run's settings say of it, for these checks.
 
         Raises:
             RunFailed: nobody could read the entry, or it does not fit; nothing is written.
@@ -193,7 +197,7 @@ class Ledger:
         try:
             entry.check()
             if method is not None:
-                check_fits(entry, method, self.trained, entry.round, self.head)
+                check_fits(entry, method, self.trained, entry.round, self.head, expected)
         except InvalidMessage as error:
             raise RunFailed(
                 f"method {entry.method} made an entry that no participant could read: {error}"
@@ -266,15 +270,30 @@ class Ledger:
 
         The entry's header alone is read, unchecked: `read` has checked the file before.
         """
-        if not self.has(round):
-            return True
-        participants = Entry.read(self.folder / self.records[round - 1].file).participants
-        return any(participant.client == client for participant in participants)
+        return not self.has(round) or client in self.participants(round)
+
+    def participants(self, round: int) -> list[str]:
+        """Names of the clients whose updates are in the entry of a round; as in `took_part`."""
+        entry = Entry.read(self.folder / self.records[round - 1].file)
+        return [participant.client for participant in entry.participants]
 
     def replay(
-        self, method: Method, model: Model, until: int | None = None, *, after: int = 0
+        self,
+        method: Method,
+        model: Model,
+        until: int | None = None,
+        *,
+        after: int = 0,
+        expected: Expected | None = None,
     ) -> None:
-        """Advance `model`, which is at round `after`, to round `until` (default: the head)."""
+        """Advance `model`, which is at round `after`, to round `until` (default: the head).
+
+        Args:
+            expected: what the run's settings say of entries; None does not ask.
+
+        Raises:
+            UserError: an entry is not the one that was appended, or does not fit.
+        """
         last = len(self) if until is None else until
         # Of a method whose last entry is the whole step, the others need not even be here.
         first = after + 1 if method.entries_accumulate else max(after + 1, last)
@@ -283,7 +302,7 @@ class Ledger:
         for round in rounds:
             entry = self.read(round)
             try:
-                check_entry(entry, method, shapes, round, self.parent(round))
+                check_entry(entry, method, shapes, round, self.parent(round), expected)
             except InvalidMessage as error:
                 raise UserError(
                     f"{self.folder}: the entry of round {round} does not fit: {error}"
@@ -336,13 +355,20 @@ class Ledger:
             file.write(json.dumps(self._index.model_dump(), indent=1).encode())
 
 
-def unpack(file: Path) -> tempfile.TemporaryDirectory[str]:
-    """A packed ledger as a run directory, for as long as the returned object lives.
+@contextmanager
+def unpack(file: Path) -> Iterator[Path]:
+    """A packed ledger as a run directory, which is there until the block ends.
 
     Raises:
         UserError: the file is no packed ledger, or holds anything else.
     """
-    folder = tempfile.TemporaryDirectory(prefix="hedgerow-")
+    temporary = Path(tempfile.gettempdir())
+    with passing_folder(temporary, "hedgerow-ledger-", mode=0o700) as folder:
+        _extract(file, folder)
+        yield folder
+
+
+def _extract(file: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
@@ -360,7 +386,6 @@ def unpack(file: Path) -> tempfile.TemporaryDirectory[str]:
                 raise UserError(
                     f"{file} is no packed ledger: it says that it holds more than it is"
                 )
-            archive.extractall(folder.name)
+            archive.extractall(folder)
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise UserError(f"{file} is no packed ledger: {error}") from None
-    return folder

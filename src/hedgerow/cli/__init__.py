@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 
 def main() -> None:
-    """Run the command line; whoever interrupts it before it has begun sees no traceback."""
+    """Run the command line; whoever interrupts it while it begins sees no traceback."""
     try:
         # Here, since it takes most of a second.
         from hedgerow.cli import entry
+
+        entry.main()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second has nothing left to end
         print("hedgerow: interrupted", file=sys.stderr)
         sys.exit(130)
-    entry.main()

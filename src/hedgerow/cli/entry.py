@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import typer
 
-from hedgerow.cli.frame import app
+from hedgerow.cli.frame import advisers, app
 from hedgerow.environment import quieten
 from hedgerow.errors import RunFailed, UserError
 from hedgerow.files import expanded
@@ -49,6 +49,7 @@ def main() -> None:
         except RunFailed as error:
             _stop(str(error), 1)
         except KeyboardInterrupt as stop:
+            _end_at_once_from_now_on()
             # What a command has to say of how it goes on is the interrupt's own text.
             _stop(": ".join(["interrupted", *map(str, stop.args)]), 128 + signals[-1])
         except BrokenPipeError:
@@ -102,21 +103,41 @@ def _typed(arguments: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[list[int]]:
-    """Have SIGTERM end what runs as Ctrl-C does; yields the signals, of which the last counts."""
+    """Have SIGTERM end what runs as Ctrl-C does; yields the signals, of which the last counts.
+
+    The first ends it as an exception does, so that what is open is closed; a second, whatever the
+    first is waiting for, at once.
+    """
     signals: list[int] = [signal.SIGINT]
 
     def interrupt(number: int, frame: object) -> None:
         signals.append(number)
-        raise KeyboardInterrupt
+        if len(signals) == 2:
+            raise KeyboardInterrupt
+        sentence = ": ".join(["interrupted", *filter(None, [each() for each in advisers])])
+        shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, which bars hide
+        os.write(sys.stderr.fileno(), f"{shown}hedgerow: {sentence}\n".encode(errors="replace"))
+        os._exit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as in the background of a shell
+            signal.signal(number, interrupt)
     try:
         yield signals
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            if signal.getsignal(number) is interrupt:
+                signal.signal(number, handler)
+
+
+def _end_at_once_from_now_on() -> None:
+    """Have a further Ctrl-C end this process, which is about to end, without a word."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 _ADVICE = dict.fromkeys(

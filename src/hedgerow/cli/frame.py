@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -67,6 +69,26 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 RunPath = Annotated[Path, typer.Argument(metavar="DIR", help="A run, or its packed ledger.")]
+
+
+advisers: list[Callable[[], str]] = []
+"""What is asked, where a command is interrupted, for what its user should know."""
+
+
+@contextmanager
+def advising(advice: Callable[[], str]) -> Iterator[None]:
+    """Have whoever interrupts the block told what `advice` returns then; an empty text is left out.
+
+    Raises:
+        KeyboardInterrupt: with that text, where there was one.
+    """
+    advisers.append(advice)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*filter(None, [advice()])) from None
+    finally:
+        advisers.remove(advice)
 
 
 class Engine(StrEnum):

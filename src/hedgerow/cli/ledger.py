@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import Annotated
+
+import typer
 
 from hedgerow.cli.frame import (
     RunPath,
     ledger_app,
 )
-
-if TYPE_CHECKING:
-    from hedgerow.wire import Entry
+from hedgerow.errors import UserError
 
 
 @ledger_app.command("show")
@@ -36,7 +37,8 @@ def ledger_show(run: RunPath) -> None:
                 entry.parent[:12],
                 str(len(entry.participants)),
                 console.size(record.bytes),
-                _loss(entry),
+                # Private runs say none, and neither do entries of other programs.
+                "" if (loss := entry.metrics.get("train_loss")) is None else console.score(loss),
             )
             for entry, record in zip(ledger.entries(), ledger.records, strict=True)
         ]
@@ -44,23 +46,34 @@ def ledger_show(run: RunPath) -> None:
         console.table("", header, rows)
 
 
-def _loss(entry: Entry) -> str:
-    """Training loss in an entry, which a private run's does not say."""
-    from hedgerow import console
-
-    loss = entry.metrics.get("train_loss")
-    return "" if loss is None else console.score(loss)
-
-
 @ledger_app.command("verify")
-def ledger_verify(run: RunPath) -> None:
-    """Check every entry: size, hash, parent, order.
+def ledger_verify(
+    run: RunPath,
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="HASH", help="Hash of the last entry that the ledger must have."),
+    ] = None,
+) -> None:
+    """Check every entry: size, hash, parent, order; and print the last one's hash.
+
+    That hash stands for the whole history: whoever has it from somebody else, as from the
+    coordinator or another site, sees with --head whether the ledger is the same.
 
     Example: hedgerow ledger verify runs/first
     """
     from hedgerow import console
     from hedgerow.runs.opening import opened_ledger
 
+    if head is not None and not re.fullmatch("[0-9a-fA-F]{64}", head):
+        raise UserError(f"--head {head}: give all 64 digits that `hedgerow ledger verify` prints")
     with opened_ledger(run) as ledger:
         count = sum(1 for _ in ledger.entries())
-        console.out.print(f"{run}: {count} entries, all as they were appended")
+        if head is not None and head.lower() != ledger.head:
+            raise UserError(
+                f"{run} has another history: its head is {ledger.head}, not {head.lower()}, though "
+                f"its {count} entries fit each other; restore it from a copy that has that head"
+            )
+        console.out.print(
+            f"{run}: {count} entries, all as they were appended; head {ledger.head}",
+            soft_wrap=True,
+        )

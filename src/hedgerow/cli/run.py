@@ -11,6 +11,7 @@ from hedgerow.cli.frame import (
     Engine,
     Overrides,
     Smoke,
+    advising,
     app,
 )
 from hedgerow.errors import RunFailed
@@ -29,7 +30,7 @@ def run(
 
     Example: hedgerow run experiment.yaml federation.rounds=3 --out runs/first
     """
-    try:
+    with advising(lambda: _how_to_go_on(out)):
         from hedgerow import api
 
         finished = api.run(
@@ -41,8 +42,6 @@ def run(
             smoke=smoke,
             progress=True,
         )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(*_how_to_go_on(out)) from None
     _summarise(out, finished.experiment.evaluation.metrics)
 
 
@@ -72,7 +71,7 @@ def compare(
 
     Example: hedgerow compare experiment.yaml --methods flora,fedit --seeds 3 --out comparison
     """
-    try:
+    with advising(lambda: "given again, the same command does what is missing"):
         from hedgerow import api, comparison, console
         from hedgerow.experiment import split_at
 
@@ -87,8 +86,6 @@ def compare(
             smoke=smoke,
             progress=True,
         )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("given again, the same command does what is missing") from None
     from hedgerow.reporting import tables
 
     console.table("", found.shown.columns, found.shown.values.tolist())
@@ -109,13 +106,15 @@ def compare(
         )
 
 
-def _how_to_go_on(out: Path) -> list[str]:
-    """The sentence for who interrupts a run; none where nothing of it is written yet."""
-    from hedgerow.runs.directory import EXPERIMENT
-
+def _how_to_go_on(out: Path) -> str:
+    """The sentence for who interrupts a run; empty where nothing of it is written yet."""
+    try:
+        from hedgerow.runs.directory import EXPERIMENT
+    except ImportError:  # which is still being imported
+        return ""
     if not (out / EXPERIMENT).exists():
-        return []
-    return [f"what is written in {out} is valid; the same command goes on from there with --resume"]
+        return ""
+    return f"what is written in {out} is valid; the same command goes on from there with --resume"
 
 
 def _summarise(out: Path, metrics: list[str]) -> None:

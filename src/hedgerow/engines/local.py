@@ -138,6 +138,7 @@ def run(
     with opener(out, experiment, prepared.base, data, prepared.trained) as directory:
         for change in directory.changes:
             say(change)
-        directory.ledger.replay(experiment.method, prepared.model)
+        expected = experiment.expected(directory.ledger.trained)
+        directory.ledger.replay(experiment.method, prepared.model, expected=expected)
         with tracking.tracked(experiment, directory, watcher) as tracked:
             federation.run(experiment, fleet(experiment, prepared, directory), directory, tracked)

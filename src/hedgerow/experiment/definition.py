@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from hedgerow.experiment.mistakes import (
     with_privacy,
     with_weights,
 )
-from hedgerow.methods.base import Method
+from hedgerow.methods.base import Expected, Method
+from hedgerow.seeds import Seeds
 from hedgerow.sentences import sentence
 from hedgerow.settings import (
     ClientFile,
@@ -133,6 +135,14 @@ class Experiment(Section):
             "federation": self.federation.model_dump(include=set(FederationSettings.decide)),
         }
 
+    def expected(self, shapes: Mapping[str, Sequence[int]]) -> Expected:
+        """What its settings say of what is sent in its run.
+
+        Args:
+            shapes: of what clients train (`Method.trained_shapes`).
+        """
+        return Expected(Seeds(self.federation.seed), shapes, self.training)
+
     def dump(self, include: set[str] | None = None) -> str:
         """Experiment (or some of its sections) as YAML, with every default written out."""
         content = self.model_dump(mode="json", include=include)
@@ -142,7 +152,7 @@ class Experiment(Section):
 def without_folders(experiment: Experiment) -> Experiment:
     """Experiment for others: with its files' names alone, and without its trackers.
 
-    Where the data lie and the run is followed is their owner's business.
+    Where base and data lie and the run is followed is their owner's business.
     """
 
     def name(path: str | None) -> str | None:
@@ -170,5 +180,12 @@ def without_folders(experiment: Experiment) -> Experiment:
         **{key: names(value) for key, value in of_clients.items()},
         **{key: name(path) for key, path in files.items()},
     }
-    changes = {"data": data.model_copy(update=update), "tracking": TrackingSettings()}
+    path = experiment.model.path
+    if Path(path).is_absolute():
+        path = f"./{Path(path).name}"  # which is no name on the Hub
+    changes = {
+        "model": experiment.model.model_copy(update={"path": path}),
+        "data": data.model_copy(update=update),
+        "tracking": TrackingSettings(),
+    }
     return experiment.model_copy(update=changes)

@@ -13,10 +13,10 @@ from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
 from hedgerow.federation import robust
 from hedgerow.federation.fleet import ClientResult, Fleet, Watcher
-from hedgerow.methods.base import Aggregate, Client, Expected, ServerRound
+from hedgerow.methods.base import Aggregate, Client, ServerRound
 from hedgerow.privacy.client_level import ClientLevel
 from hedgerow.runs.directory import RunDirectory
-from hedgerow.seeds import Seeds
+from hedgerow.runs.scoring import plausible
 from hedgerow.wire import Entry, Participant, Update
 
 
@@ -42,8 +42,7 @@ class Inbox:
         self.failures: dict[str, str] = {}
         self._method, self._settings = experiment.method, experiment.federation
         self._round, self._ledger = round, directory.ledger
-        seeds = Seeds(experiment.federation.seed)
-        expected = Expected(seeds, self._ledger.trained, experiment.training)
+        expected = experiment.expected(self._ledger.trained)
         memory = directory.server_memory(round)
         self._privacy = privacy
         self._private = None if privacy is None else privacy.mean(round, len(clients))
@@ -149,10 +148,11 @@ class Inbox:
             self._privacy.entries.update(client.name for client in present)
             metrics = {"epsilon": self._privacy.epsilon()}
         else:
-            pairs = zip(shares, losses.values(), strict=True)
-            said = [p * loss for p, loss in pairs if loss is not None]
-            of_private = {"epsilon": self._epsilon} if self._level else {"train_loss": sum(said)}
-            metrics = {**of_private, "bytes_up": self._bytes, **aggregate.metrics}
+            if self._level is None:
+                learnt = {"train_loss": self._mean_loss(present)}
+            else:
+                learnt = {"epsilon": self._epsilon}
+            metrics = {**learnt, "bytes_up": self._bytes, **aggregate.metrics}
         return Entry(
             method=self._method.name,
             round=self._round,
@@ -162,6 +162,19 @@ class Inbox:
             tensors=aggregate.tensors,
             options=self._method.entry_options(),
         )
+
+    def _mean_loss(self, present: Sequence[Client]) -> float:
+        """Mean of the training losses, without those that cannot be, of which people are told."""
+        losses = {name: loss for name, loss in self.losses.items() if loss is not None}
+        counted = plausible(losses)
+        for name in losses.keys() - counted.keys():
+            self._watcher.say(
+                f"{name} says that its training loss is {losses[name]:.4g}, which others' are far "
+                f"from: it is left out of the mean of round {self._round}"
+            )
+        total = sum(client.num_examples for client in present if client.name in counted)
+        sizes = {client.name: client.num_examples for client in present}
+        return sum(sizes[name] / total * loss for name, loss in counted.items())
 
     def _receive(self, result: ClientResult) -> None:
         """Check a result; keep its update for `_hand_on`, or note why there is none."""

@@ -46,25 +46,23 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         return fleet.evaluate(watcher.evaluated) if due else {}
 
     # Who is scored on rows of its own gets the model for that, too.
-    asked = {
-        row["round"]: [*row["participants"], *row["failures"], *row.get(ROWS_BY_CLIENT, [])]
-        for row in directory.rows()
-    }
-    last_row = len(ledger) if len(ledger) in asked else len(ledger) - 1
-    for round in range(1, last_row + 1):
-        names = asked.get(round) or [client.name for client in participants(round)]
-        traffic.down(names, round)
-    if len(ledger) not in asked:
-        # Before the first round; or the run was killed between an entry and its row.
-        last = ledger.read(len(ledger)) if len(ledger) else None
-        drawn = [client.name for client in participants(len(ledger))] if last else []
-        present = {p.client for p in last.participants} if last else set()
+    rows = directory.rows()
+    for row in rows[1:]:
+        asked = [*row["participants"], *row["failures"], *row.get(ROWS_BY_CLIENT, [])]
+        traffic.down(asked, row["round"])
+    if len(ledger) and len(rows) <= len(ledger):
+        watcher.say(_lost(len(rows), len(ledger)))
+    # Before the first round; or the run was killed between an entry and its row, or rows are gone.
+    for round in range(len(rows), len(ledger) + 1):
+        entry = ledger.read(round) if round else None
+        drawn = [client.name for client in participants(round)] if entry else []
+        present = {p.client for p in entry.participants} if entry else set()
         absent = [name for name in drawn if name not in present]
         failures = dict.fromkeys(absent, "not known: the run was stopped before it was written")
-        scored = scores(len(ledger))
-        if last is not None:
-            traffic.down([*drawn, *scored.get(ROWS_BY_CLIENT, [])], len(ledger))
-        finish(row_of(last, traffic, failures) | scored)
+        scored = scores(round) if round == len(ledger) else {}
+        if entry is not None:
+            traffic.down([*drawn, *scored.get(ROWS_BY_CLIENT, [])], round)
+        finish(row_of(entry, traffic, failures) | scored)
 
     previous = ledger.read(len(ledger)) if len(ledger) else None
     for round in range(len(ledger) + 1, settings.rounds + 1):
@@ -84,7 +82,9 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
                     f"method {method.name} could not aggregate round {round}: {error}"
                 ) from None
         with clock("ledger"):
-            previous = entry = ledger.append(inbox.entry(aggregate), method)
+            previous = entry = ledger.append(
+                inbox.entry(aggregate), method, inbox.server_round.expected
+            )
         del aggregate  # from here on the entry's tensors are read from its file
         with clock("apply"):
             fleet.advance(entry)
@@ -115,6 +115,16 @@ def client_level(
     for round in range(1, len(directory.ledger) + 1):
         privacy.entries.update(p.client for p in directory.ledger.read(round).participants)
     return privacy
+
+
+def _lost(first: int, last: int) -> str:
+    """Sentence on rows of metrics.jsonl that are not there, though their entries are."""
+    rounds = f"round {first}" if first == last else f"rounds {first} to {last}"
+    return (
+        f"metrics.jsonl has no row of {rounds}, as where a run is killed between an entry and its "
+        "row: what the ledger has not is not known there (times, train_loss_by_client, why clients "
+        f"failed, and scores before round {last})"
+    )
 
 
 def draw(clients: Sequence[Client], count: int | None, seeds: Seeds, round: int) -> list[Client]:

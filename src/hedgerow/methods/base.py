@@ -94,7 +94,7 @@ class ClientRound:
 
 @dataclass(frozen=True)
 class Expected:
-    """Knowledge of a server, without the model, of the updates that it asks for."""
+    """Knowledge, without the model, of what is sent in a run: updates and entries."""
 
     seeds: Seeds
     """Seeds of the run."""
@@ -381,6 +381,13 @@ class Method(Plugin, ABC):
             shapes: `trained_shapes` of the participant's model.
         """
 
+    def check_derived(self, entry: Entry, expected: Expected) -> None:
+        """Raise `InvalidMessage` unless what of an entry follows from the run's settings does.
+
+        From its seeds, and from what training is like, as the number of steps. `check_entry` has
+        passed it. With the default nothing follows from them.
+        """
+
     def shown(self, update: Update, server_round: ServerRound) -> Update:
         """The update as `federation.keep_updates` keeps it for people: its own change alone."""
         return update
@@ -450,12 +457,13 @@ def check_entry(
     shapes: Mapping[str, Sequence[int]],
     round: int,
     parent: str,
+    expected: Expected | None = None,
 ) -> None:
     """Check an entry from elsewhere, as every participant does before it applies it.
 
     For arguments and errors, see `check_fits`; the entry's tensors are read one by one.
     """
-    check_fits(entry, method, shapes, round, parent)
+    check_fits(entry, method, shapes, round, parent, expected)
     check_numbers(entry.tensors, LARGEST_BROADCAST)
 
 
@@ -465,6 +473,7 @@ def check_fits(
     shapes: Mapping[str, Sequence[int]],
     round: int,
     parent: str,
+    expected: Expected | None = None,
 ) -> None:
     """Check an entry, but for the numbers in its tensors.
 
@@ -474,6 +483,7 @@ def check_fits(
         shapes: `method.trained_shapes` of the participant's own model.
         round: the one that comes next.
         parent: hash of the entry before, or the base model's fingerprint.
+        expected: what the run's settings say of it; None does not ask.
 
     Raises:
         InvalidMessage: it is not what `method` makes in this round; the text says why.
@@ -497,6 +507,15 @@ def check_fits(
     else:
         method.check_weights(entry.participants)
     method.check_entry(entry, shapes)
+    if expected is None:
+        return
+    if not entry.metrics.keys() & _REQUIRED:
+        raise InvalidMessage("metrics must have train_loss, or epsilon in a private run")
+    method.check_derived(entry, expected)
+
+
+_REQUIRED = {"train_loss", "epsilon"}
+"""Metrics of which every entry has one; where losses are private it has what privacy has cost."""
 
 
 def check_fixed_weights(participants: Sequence[Participant]) -> None:

@@ -279,6 +279,13 @@ class Composed(Method):
         for tensors, mapped in pieces:
             parts.down.check(tensors, mapped)
 
+    def check_derived(self, entry: Entry, expected: Expected) -> None:
+        """Check that its seeds are those of the run, this round and its participants."""
+        parts, message = self.parts, Message(expected.seeds, entry.round)
+        check_derived(entry.tensors, parts.trains.derived(expected.seeds))
+        names = [participant.client for participant in entry.participants]
+        parts.through.check_seeds(entry.tensors, message, names, parts.down)
+
     def apply(self, model: Model, entry: Entry) -> None:
         """Add the rebuilt step to the global model."""
         parts, shapes = self.parts, self.trained_shapes(model)

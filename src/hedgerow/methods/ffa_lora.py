@@ -20,16 +20,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage
 from hedgerow.lazy import torch
-from hedgerow.methods.base import Aggregate, ServerRound
+from hedgerow.methods.base import Aggregate, Expected, ServerRound
 from hedgerow.methods.continued import HeldAdapter
 from hedgerow.methods.factors import draw_adapter, of_factor
 from hedgerow.methods.one_factor import OneFactor, only
+from hedgerow.methods.parts.message import check_derived
 from hedgerow.wire import check_kinds, kinds, seed_kind
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hedgerow.model import Model
+    from hedgerow.seeds import Seeds
     from hedgerow.wire import Entry, Update
 
 
@@ -57,12 +59,15 @@ class FFALoRA(HeldAdapter, OneFactor):
         if int(entry.tensors["adapter_seed"]) < 0:
             raise InvalidMessage("adapter_seed must be non-negative")
 
+    def check_derived(self, entry: Entry, expected: Expected) -> None:
+        """Check that the seed is the run's."""
+        check_derived(entry.tensors, _seed(expected.seeds))
+
     def fold(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Average B; A is for everybody to draw."""
         whole = super().fold(updates, server_round)
         tensors = of_factor("lora_B", whole.tensors)
-        seed = torch.tensor([server_round.expected.seeds.derive("adapter")])
-        return whole._replace(tensors=tensors | {"adapter_seed": seed})
+        return whole._replace(tensors=tensors | _seed(server_round.expected.seeds))
 
     def apply(self, model: Model, entry: Entry) -> None:
         """Make the entry's B, on the rows of A that go with it, the global adapter."""
@@ -74,3 +79,8 @@ class FFALoRA(HeldAdapter, OneFactor):
 
     def _drawn(self, shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
         return draw_adapter(shapes, torch.Generator().manual_seed(seed), self.largest_rank)
+
+
+def _seed(seeds: Seeds) -> dict[str, Tensor]:
+    """The seed of A, as an entry has it."""
+    return {"adapter_seed": torch.tensor([seeds.derive("adapter")])}

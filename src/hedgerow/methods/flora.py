@@ -31,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hedgerow.errors import InvalidMessage, UserError
+from hedgerow.methods.base import Expected
 from hedgerow.methods.factors import check_factors, check_pairs, factor_kinds
 from hedgerow.methods.parts.broadcast import Truncated, Whole
 from hedgerow.methods.parts.factor_bits import FactorBits
@@ -137,6 +138,16 @@ class FLoRA(StackedAdapters, ResidualAdapter):
             )
             check_pairs(residual, shapes, largest, least=least)
         check_step_sizes(entry.tensors, bits, LARGEST_BROADCAST)
+
+    def check_derived(self, entry: Entry, expected: Expected) -> None:
+        """Check that it has an adapter to start from only where clients start from one."""
+        start, _ = split(kinds(entry.tensors))
+        if isinstance(self.starts(expected.training), Shared) != bool(start):
+            raise InvalidMessage(
+                "the adapter that clients start from is missing"
+                if not start
+                else "unexpected adapter to start from: each client goes on from its own"
+            )
 
     def _check_start(
         self, start: Mapping[str, Kind], shapes: Mapping[str, Sequence[int]], bits: Bits

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -88,18 +89,39 @@ class ZerothOrderMethod(Method):
 
     @abstractmethod
     def possible(self, client: Client, round: int, expected: Expected) -> set[int]:
-        """The seeds of all directions that a client's steps of a round may have."""
+        """The seeds of all directions that a client's steps of a round may have.
+
+        Args:
+            client: of which name and number of examples are known, and its index at the server.
+            round: number of the round, from 1.
+            expected: the run's.
+        """
 
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """Check for seeds of directions that the client may take, and as many coordinates."""
         update.check_about({})
-        possible = self.possible(client, update.round, expected)
+        count = len(check_steps(update.tensors))
+        possible = self.possible(_bounded(client, count, expected), update.round, expected)
         if not check_steps(update.tensors, len(possible)) <= possible:
             raise InvalidMessage("seeds must be those of directions that the client may take")
 
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check for seeds of directions, whosever they are, and as many coordinates."""
         check_steps(entry.tensors)
+
+    def check_derived(self, entry: Entry, expected: Expected) -> None:
+        """Check that the directions are some that its participants may have taken."""
+        seeds = check_steps(entry.tensors)
+        strangers = set(seeds)
+        for index, p in enumerate(entry.participants):
+            client = _bounded(Client(index, p.client, p.num_examples), len(seeds), expected)
+            strangers -= self.possible(client, entry.round, expected)
+            if not strangers:
+                return
+        raise InvalidMessage(
+            f"seeds must be those of directions that its participants may take: {len(strangers)} "
+            f"of {len(seeds)} are not"
+        )
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Sum coordinates, Σ p_k c_k, direction by direction."""
@@ -120,3 +142,10 @@ class ZerothOrderMethod(Method):
                 for piece, part in zip(pieces(total), direction(weight, seed, index), strict=True):
                     piece.add_(part, alpha=coordinate)
             model.add(name, total.view(weight.shape))
+
+
+def _bounded(client: Client, steps: int, expected: Expected) -> Client:
+    """The client with no more examples than so many steps can be of, whatever it claims to have."""
+    training = expected.training
+    examples = max(steps, 1) * training.batch_size * training.gradient_accumulation
+    return replace(client, num_examples=min(client.num_examples, examples))

@@ -75,7 +75,7 @@ class NoiseKey:
         """
         drawn = torch.empty(shape, dtype=torch.float64)
         stream = _stream(hmac.digest(self._key, _text(use), "sha256"))
-        for piece in drawn.view(-1).split(PIECE) if drawn.numel() else ():
+        for piece in torch.split(drawn.view(-1), PIECE) if drawn.numel() else ():
             _fill(piece, stream)
         return drawn
 

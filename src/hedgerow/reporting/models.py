@@ -121,7 +121,7 @@ class _Inspector:
             questionnaire = self._questionnaire(cell, model)
         except UserError as error:
             notes.append(str(error))
-        ledger.replay(method, model)
+        ledger.replay(method, model, expected=experiment.expected(ledger.trained))
         client = None if method.has_global_model else ledger.clients()[0]
         own = RunModels(method, ledger, len(ledger))
         if questionnaire is not None:

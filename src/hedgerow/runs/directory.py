@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from pydantic import TypeAdapter
+
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
 from hedgerow.files import check_name, check_place, replacing
@@ -38,6 +40,7 @@ OF_TESTS = {TEST_DATA, CLIENT_TESTS}
 Digests = dict[str, str | None]
 """Digest of each client's data, in the clients' order, or None where it is not known here; and
 that of the test data, where there are some."""
+_DIGESTS = TypeAdapter(Digests)
 
 PRIVACY_KEY = "privacy.key"
 """File of the key that the run's noise derives from, which never leaves this directory."""
@@ -168,7 +171,8 @@ class RunDirectory:
         ledger.check_base(base, f"model.path {experiment.model.path}")
         if ledger.trained != {name: list(shape) for name, shape in trained.items()}:
             raise UserError(f"{path / 'ledger' / INDEX} was altered: restore it from a copy")
-        rows = [row for row in read_rows(path) if row["round"] <= len(ledger)]
+        rows = read_rows(path)[: len(ledger) + 1]
+        _check_participants(path, rows, ledger)
         clients = [name for name in data if name not in OF_TESTS]
         compared = all(named[name] and data[name] for name in clients)  # and found the same
         said = changes(
@@ -180,7 +184,7 @@ class RunDirectory:
             same_client_tests=same_data(began_with.get(CLIENT_TESTS), data.get(CLIENT_TESTS)),
         )
         directory = RunDirectory(path, ledger, lock, said)
-        directory._check_memories(experiment, [n for n in clients if data[n]], rows)
+        directory._check_memories(experiment, [n for n in clients if data[n]])
         # A network's server does not know its clients' digests, and must not forget them.
         kept = {name: began_with.get(name) for name, digest in data.items() if digest is None}
         if experiment.data.client_test is None:
@@ -214,21 +218,18 @@ class RunDirectory:
         """Folder of what a client of this engine keeps for itself."""
         return self.path / CLIENTS / client
 
-    def _check_memories(
-        self, experiment: Experiment, clients: Iterable[str], rows: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def _check_memories(self, experiment: Experiment, clients: Iterable[str]) -> None:
         """Raise a `UserError` unless everybody's memory is there.
 
         Args:
             experiment: says who remembers something.
             clients: those whose memory is in this directory.
-            rows: which say who took part in which round.
         """
         round = len(self.ledger) + 1
         if experiment.method.server_remembers:
             self.server_memory(round).check(since=round - 1)
         if experiment.method.clients_remember or experiment.training.keep_optimizer:
-            last = {name: row["round"] for row in rows for name in row["participants"]}
+            last = {name: n for n in range(1, round) for name in self.ledger.participants(n)}
             for client in clients:
                 self.memory(client, round).check(since=last.get(client, 0))
 
@@ -259,8 +260,8 @@ def same_data(before: str | None, now: str | None) -> bool | None:
 
 def _digests(path: Path) -> Digests:
     try:
-        return dict(json.loads((path / DATA).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return _DIGESTS.validate_json((path / DATA).read_bytes())
+    except (OSError, ValueError):
         raise UserError(f"{path / DATA} is missing or damaged: restore it from a copy") from None
 
 
@@ -307,6 +308,16 @@ def _check_data(path: Path, before: Digests, now: Digests, other_date: str | Non
             )
         if same is False:
             raise UserError(f"--resume: the data of {client} have changed since {path} began")
+
+
+def _check_participants(path: Path, rows: Sequence[Mapping[str, Any]], ledger: Ledger) -> None:
+    """Raise a `UserError` unless rows name those who took part, as the ledger has them."""
+    for row in rows[1:]:
+        if row["participants"] != ledger.participants(row["round"]):
+            raise UserError(
+                f"{path / METRICS_FILE} was altered: its row of round {row['round']} names other "
+                "participants than the ledger; restore it from a copy"
+            )
 
 
 def _listed(names: Sequence[str]) -> str:

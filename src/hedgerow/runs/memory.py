@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.files import replacing
-from hedgerow.wire import FileTensors, to_safetensors
+from hedgerow.wire import FileTensors, check_equal, to_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_FILE = re.compile(r"[0-9]{4,}\.safetensors")
+"""Name of a round's file; whatever else lies beside them is nobody's memory."""
 
 
 class RoundMemory:
@@ -20,6 +25,9 @@ class RoundMemory:
     What was saved in a round that did not count, as that of a client whose update was lost, is not
     loaded: what its update had sent would be taken as received. Beside the last round that counts
     the latest two stay, so that a run that is resumed at an earlier round finds that round's.
+
+    A file says whose it is, of which round, and the SHA-256 of that and of its tensors. Those of
+    earlier versions do not, and are believed.
     """
 
     def __init__(
@@ -28,25 +36,42 @@ class RoundMemory:
         """The memory in a round.
 
         Args:
-            folder: of its files.
+            folder: of its files, called as whoever remembers.
             round: from 1.
             counts: whether an earlier round counts for whom the memory belongs to.
         """
         self._folder, self._round, self._counts = folder, round, counts
+        self._loaded: Mapping[str, Tensor] | None = None
 
     def load(self) -> Mapping[str, Tensor]:
         """Tensors of the last round that counts before this one, each read when it is asked for.
 
         Raises:
-            UserError: its file is damaged.
+            UserError: its file is damaged, or is another's or another round's.
         """
+        if self._loaded is None:  # once, since all of the file is read to be checked
+            self._loaded = self._checked()
+        return self._loaded
+
+    def _checked(self) -> Mapping[str, Tensor]:
         latest = self._latest()
         if latest is None:
             return {}
         try:
-            return FileTensors(latest)
+            tensors = FileTensors(latest)
+            if "sha256" in tensors.metadata:
+                check_equal(tensors.metadata, self._stamp(tensors, int(latest.stem)))
         except (InvalidMessage, OSError) as error:
             raise UserError(f"{latest} is damaged ({error}): restore it from a copy") from None
+        return tensors
+
+    def _stamp(self, tensors: Mapping[str, Tensor], round: int) -> dict[str, str]:
+        """What a file of these tensors says of itself."""
+        said = {"owner": self._folder.name, "round": str(round)}
+        digest = hashlib.sha256()
+        for part in to_safetensors(tensors, said):
+            digest.update(part)
+        return {**said, "sha256": digest.hexdigest()}
 
     def check(self, since: int) -> None:
         """Raise a `UserError` unless there are tensors of round `since` (0: no round) or later."""
@@ -63,7 +88,7 @@ class RoundMemory:
         """Save tensors of this round; files of later rounds are removed."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with replacing(self._folder / f"{self._round:04d}.safetensors") as file:
-            for part in to_safetensors(tensors, {}):
+            for part in to_safetensors(tensors, self._stamp(tensors, self._round)):
                 file.write(part)
         for path in self._files():
             if int(path.stem) > self._round:
@@ -82,4 +107,5 @@ class RoundMemory:
         return None
 
     def _files(self) -> list[Path]:
-        return sorted(self._folder.glob("*.safetensors"), key=lambda path: int(path.stem))
+        found = [path for path in self._folder.glob("*.safetensors") if _FILE.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.stem))

@@ -49,8 +49,7 @@ def opened_ledger(path: Path) -> Iterator[Ledger]:
 @contextmanager
 def _folder(path: Path) -> Iterator[Path]:
     """A run's directory; of a packed ledger one that is there meanwhile."""
-    with unpack(path) if path.is_file() else nullcontext(str(path)) as found:
-        folder = Path(found)
+    with unpack(path) if path.is_file() else nullcontext(path) as folder:
         if not (folder / EXPERIMENT).is_file():
             raise UserError(f"{path} is no run: it is neither a run directory nor a packed ledger")
         yield folder
@@ -91,12 +90,13 @@ def model_at(
     path = Path(experiment.model.path)
     if path.is_absolute() and not path.exists():
         raise UserError(
-            f"model.path: {path}, the run's base, is not there any more: add model.path=FOLDER, "
-            "the folder of a copy of it"
+            f"model.path: {ledger.base.name}, the run's base, is not there ({path}): add "
+            "model.path=FOLDER, the folder of a copy of it"
         )
     model = load(experiment.model)
     ledger.check_base(Base.of(model), f"model.path {experiment.model.path}")
-    ledger.replay(experiment.method, model, round)
+    expected = experiment.expected(ledger.trained)
+    ledger.replay(experiment.method, model, round, expected=expected)
     return model
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_low
 from typing import Any, NamedTuple
 
 from hedgerow.data import ClientData, Records
@@ -122,7 +124,8 @@ def over_clients(found: Mapping[str, ClientScores], metrics: Sequence[str]) -> d
     Returns:
         `eval_loss_by_client` (of each client), `eval_loss_over_clients` (their mean, in which each
         client counts once, however many rows it has), and the same of other metrics' main scores;
-        and `test_rows_by_client`, the number of its rows.
+        and `test_rows_by_client`, the number of its rows. Of means what is not `plausible` is left
+        out.
     """
     if not found:
         return {}
@@ -130,8 +133,20 @@ def over_clients(found: Mapping[str, ClientScores], metrics: Sequence[str]) -> d
     for key in main_scores_of(metrics):
         values = {name: own.values[key] for name, own in found.items()}
         scores[f"{key}_by_client"] = values
-        scores[f"{key}_over_clients"] = sum(values.values()) / len(values)
+        counted = plausible(values).values()
+        scores[f"{key}_over_clients"] = sum(counted) / len(counted)
     return scores | {ROWS_BY_CLIENT: {name: own.rows for name, own in found.items()}}
+
+
+def plausible(said: Mapping[str, float]) -> dict[str, float]:
+    """Numbers that clients say of themselves, by name, without those that one of them made up.
+
+    Those are in magnitude more than a hundred times the median of all, or of 1 where that is
+    smaller. So one client cannot decide a mean. A NaN stays: it is a model that has diverged.
+    """
+    sizes = [abs(number) for number in said.values() if not math.isnan(number)]
+    most = 100 * max(1.0, median_low(sizes)) if sizes else math.inf
+    return {name: number for name, number in said.items() if not abs(number) > most}
 
 
 def by_model(scores: dict[str | None, dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:

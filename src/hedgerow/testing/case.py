@@ -180,7 +180,7 @@ class Case:
             assert_readable(error)
             raise InvalidMessage(str(error)) from None
         try:
-            check_entry(entry, self.method, self.shapes, self.round, PARENT)
+            check_entry(entry, self.method, self.shapes, self.round, PARENT, self.expected)
         except InvalidMessage as error:
             assert_readable(error)
             raise

@@ -279,7 +279,17 @@ _ANY_ENTRY: list[Way] = [
     *_ANY_FILE,
     *map(participants, (nobody, one_less, one_twice, bad_name, bad_size, bad_weight, bad_key)),
     other_metadata("participants", "[" * 9999, "", "null", '[{"client": NaN}]'),
-    other_metadata("metrics", '{"x": NaN}', '{"x": 1e999}', '{"x": "1"}', '{"x": true}', "[]", ""),
+    other_metadata(
+        "metrics",
+        "{}",
+        '{"bytes_up": 1}',
+        '{"x": NaN}',
+        '{"x": 1e999}',
+        '{"x": "1"}',
+        '{"x": true}',
+        "[]",
+        "",
+    ),
     other_metadata("metrics", '{"\\ud800": 1}', '{"X y": 1}', '{"x": {}}', "{" * 9999, "{]"),
 ]
 

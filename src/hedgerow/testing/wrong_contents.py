@@ -9,7 +9,6 @@ import torch
 
 from hedgerow.methods import (
     FedExLoRA,
-    FedKSeed,
     FFALoRA,
     FLoRA,
     FLoRAAdaLoRA,
@@ -154,15 +153,13 @@ def kinds_of_wrong(method: Method, direction: Direction, file: File) -> list[Way
     if isinstance(method, Composed):
         ways += _wrong_seeds_and_sketches(method, direction, file)
     elif isinstance(method, ZerothOrderMethod):
-        ways += [one_seed_twice, other_seed if direction == "up" else negative_seed]
-        if direction == "up" or isinstance(method, FedKSeed):
-            ways.append(too_many_steps)
+        ways += [one_seed_twice, other_seed, negative_seed, too_many_steps]
     elif isinstance(method, LoraMethod):
         ways.append(too_large_rank if _ranks_are_free(method, direction) else other_rank)
         if isinstance(method, FedExLoRA) and direction == "down":
             ways += [too_large_rank, start_as_residual]
         if isinstance(method, FFALoRA) and direction == "down":
-            ways.append(negative_seed)
+            ways += [other_seed, negative_seed]
         if direction == "up":
             ways += [
                 other_metadata("r", "5", "0", "-1", "x", "9" * 99),
@@ -179,7 +176,7 @@ def _wrong_seeds_and_sketches(method: Composed, direction: Direction, file: File
     """Ways in which what a message is rotated or sketched by is wrong, where it has some."""
     ways: list[Way] = []
     if any(name.endswith("seed") for name in file.tensors):
-        ways.append(other_seed if direction == "up" else negative_seed)
+        ways += [other_seed, negative_seed]
     if any(name.endswith("counts") for name in file.tensors):
         ways.append(with_counts(no_coordinate_of_a_block))
         # Sums of coordinates on different numbers of bases may have any number between.

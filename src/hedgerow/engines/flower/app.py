@@ -184,7 +184,10 @@ def without_test(experiment: Experiment) -> Experiment:
 
 
 def _without_paths(experiment: Experiment, clients: list[str]) -> tuple[Experiment, Path | None]:
-    """The experiment without anybody's paths, and its template's file if it has one."""
+    """The experiment without anybody's paths, and its template's file if it has one.
+
+    What it is about, and what trackers call it, is nobody's business but the owner's either.
+    """
     settings, data = experiment.model, experiment.data
     if Path(settings.path).is_absolute():
         settings = settings.model_copy(update={"path": f"./{Path(settings.path).name}"})
@@ -200,5 +203,10 @@ def _without_paths(experiment: Experiment, clients: list[str]) -> tuple[Experime
         "test": data.test if is_name else f"./{Path(str(data.test)).name}",
         "prompt": data.prompt if template is None else f"./{PROMPT}",
     }
-    update = {"model": settings, "data": data.model_copy(update=changes)}
+    update = {
+        "about": None,
+        "model": settings,
+        "data": data.model_copy(update=changes),
+        "tracking": experiment.tracking.model_copy(update={"name": None}),
+    }
     return experiment.model_copy(update=update), template

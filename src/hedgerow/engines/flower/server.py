@@ -120,7 +120,8 @@ def serve(
             watcher.say(change)
         scorer = None
         if model is not None:
-            directory.ledger.replay(experiment.method, model)
+            expected = experiment.expected(directory.ledger.trained)
+            directory.ledger.replay(experiment.method, model, expected=expected)
             scorer = Scorer(experiment, model, directory.ledger, test)
         arrived = out / "arrived"
         shutil.rmtree(arrived, ignore_errors=True)  # of a server that was killed

@@ -25,6 +25,7 @@ from hedgerow.engines.flower.server import serve
 from hedgerow.engines.flower.site import Site
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import Watcher
+from hedgerow.files import passing_folder
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.runs.preparation import Prepared, prepare, with_date_of
 
@@ -67,7 +68,8 @@ def run(
         clients=prepared.names,
     )
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="hedgerow-sites-") as folder:
+    temporary = Path(tempfile.gettempdir())
+    with passing_folder(temporary, "hedgerow-sites-", mode=0o700) as folder:
         server, client = ServerApp(), ClientApp()
 
         def main(grid: Grid, context: Context) -> None:
@@ -78,7 +80,7 @@ def run(
 
         def handle(message: Message, context: Context) -> Message:
             index = int(context.node_config["partition-id"])
-            return _handle(app, Path(folder), out.absolute(), names[index], message)
+            return _handle(app, folder, out.absolute(), names[index], message)
 
         for action in Action:
             action.register(client, handle)

@@ -288,7 +288,10 @@ class Site:
             entry = Entry.read(file)
         except UserError:
             raise InvalidMessage(f"the entry of round {record.round} cannot be read") from None
-        check_entry(entry, self._experiment.method, self._shapes, record.round, parent)
+        expected = self._experiment.expected(self._shapes)
+        check_entry(
+            entry, self._experiment.method, self._shapes, record.round, parent, expected=expected
+        )
         if strangers := {p.client for p in entry.participants} - set(self._app.clients):
             raise InvalidMessage(f"participant {min(strangers)} is not a client of the experiment")
 
@@ -352,7 +355,9 @@ class Site:
             self._load()
         assert self._model is not None
         model, self._model = self._model, None  # half advanced, it would be nobody's
-        ledger.replay(self._experiment.method, model, after=len(self._applied))
+        experiment, applied = self._experiment, len(self._applied)
+        expected = experiment.expected(ledger.trained)
+        ledger.replay(experiment.method, model, after=applied, expected=expected)
         self._model, self._applied = model, hashes
         return model
 

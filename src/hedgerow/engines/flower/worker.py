@@ -71,7 +71,8 @@ def ask(place: Path, request: WorkerRequest) -> WorkerReply:
 def inbox(place: Path) -> Iterator[Path]:
     """A folder for what this process receives; those of processes that were killed are removed."""
     for folder in place.glob("inbox-*"):
-        if not _is_alive(int(folder.name.removeprefix("inbox-"))):
+        number = folder.name.removeprefix("inbox-")
+        if number.isdecimal() and not _is_alive(int(number)):
             shutil.rmtree(folder, ignore_errors=True)
     own = place / f"inbox-{os.getpid()}"
     own.mkdir()
@@ -130,7 +131,7 @@ class _Keeper(threading.Thread):
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except OSError:  # gone, or its number is now another user's
+    except (OSError, OverflowError):  # gone, or its number is now another user's, or nobody's
         return False
     return True
 

@@ -72,3 +72,9 @@ class Dense(Through):
     ) -> dict[str, dict[str, Kind]]:
         """Check for a seed where there are rotations."""
         return {"": {"seed": seed_kind()} if codec.rotates else {}}
+
+    def check_seeds(
+        self, tensors: Mapping[str, Tensor], message: Message, clients: Sequence[str], codec: Codec
+    ) -> None:
+        """Check for the seed of the server's rotations, where there are some."""
+        check_derived(tensors, self.broadcast((), {}, message, codec))

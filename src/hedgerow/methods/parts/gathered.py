@@ -7,11 +7,13 @@ for updates that are so small that all of them together are smaller than their m
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.errors import InvalidMessage
 from hedgerow.methods.parts.codec import Codec
 from hedgerow.methods.parts.dense import Dense
+from hedgerow.methods.parts.message import Message
 from hedgerow.methods.parts.renamed import below
 from hedgerow.methods.parts.through import Piece
 from hedgerow.methods.parts.values import Shapes
@@ -58,3 +60,11 @@ class Gathered(Dense):
             raise InvalidMessage(f"expected the updates of {clients} participants, and no other")
         (header,) = super().check_entry(tensors, shapes, clients, codec).values()
         return {self.prefix(index): header for index in range(clients)}
+
+    def check_seeds(
+        self, tensors: Mapping[str, Tensor], message: Message, clients: Sequence[str], codec: Codec
+    ) -> None:
+        """Check for the seed of each client's own rotations, where there are some."""
+        for index, client in enumerate(clients):
+            own = below(tensors, self.prefix(index))
+            super().check_seeds(own, replace(message, sender=client), clients, codec)

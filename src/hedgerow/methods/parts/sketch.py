@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from hedgerow.errors import InvalidMessage, UserError
@@ -198,6 +198,14 @@ class Sketch(Through):
         if min(seeds) < 0:
             raise InvalidMessage("seeds must be non-negative")
         return expected
+
+    def check_seeds(
+        self, tensors: Mapping[str, Tensor], message: Message, clients: Sequence[str], codec: Codec
+    ) -> None:
+        """Check for the seeds of the clients' bases, or for the one that they share."""
+        given = {self.seed(piece) for piece in self.pieces(tensors)}
+        if given != {self._seed(replace(message, sender=client)) for client in clients}:
+            raise InvalidMessage("seeds must be those that the run derives for the participants")
 
     def check(self, shapes: Shapes, model: str) -> None:
         """Raise a `UserError` unless a model's blocks can be sketched with this budget."""

@@ -106,6 +106,19 @@ class Through(ABC):
             InvalidMessage: so many clients' updates do not add up to such pieces.
         """
 
+    @abstractmethod
+    def check_seeds(
+        self, tensors: Mapping[str, Tensor], message: Message, clients: Sequence[str], codec: Codec
+    ) -> None:
+        """Raise `InvalidMessage` unless an entry's pieces have the seeds that the run derives.
+
+        Args:
+            tensors: of the entry, which `check_entry` has passed.
+            message: the server's.
+            clients: names of those whose updates it has, in their order.
+            codec: what the mapped values are written with.
+        """
+
     def prefix(self, index: int) -> str:
         """Prefix of the names of an entry's piece."""
         return ""
