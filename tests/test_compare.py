@@ -162,6 +162,8 @@ def test_a_comparison_of_which_all_fails_says_why(hedgerow, experiment, tmp_path
         ),
         (["--methods", "flora", "--sweep", "training.learning_rate"], "give a key and its values"),
         (["--methods", "flora", "--sweep", "training.rate=1,2"], "training.rate"),
+        (["--methods", "flora", "--seeds", "1000000000"], "make 1,000,000,000 runs"),
+        (["--methods", "flora", "--sweep", "training.steps=!!int a,2"], "is no int, as its tag"),
     ],
 )
 def test_a_grid_that_cannot_be_is_one_sentence(hedgerow, experiment, tmp_path, arguments, sentence):

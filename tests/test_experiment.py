@@ -5,7 +5,7 @@ import yaml
 
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load, validate
-from hedgerow.experiment.file import parse_yaml
+from hedgerow.experiment.file import load_comparison, parse_yaml
 from hedgerow.experiment.overrides import split_override
 from hedgerow.methods import FLoRA
 
@@ -144,8 +144,13 @@ PLAIN = {
     "method.alpha=off": "a multiple of the rank such as 2r, not 'off'",
     "federation.deadline=10m": "`federation.deadline`: must be a number, not '10m'",
     "federation={rounds: 1, 5: 6}": "`federation.5`: must have a text as its name",
-    "about=[" + "9" * 5000 + "]": "the number is too large",
-    "about=" + "[" * 5000: "nested too deeply",
+    "about=[" + "9" * 5000 + "]": "a number has more than 100 characters",
+    "about=[0x" + "f" * 5000 + "]": "a number has more than 100 characters",
+    "about=" + "[" * 5000: "nested more than 50 levels deep",
+    "about=!!int 'abc'": "what stands there is no int, as its tag says",
+    "about=!!timestamp 2001-13-45": "the tag tag:yaml.org,2002:timestamp is not known",
+    "about=&a [*a]": "*a stands in what it names",
+    ".".join("a" * 1000) + "=1": "is not an override",
     "training={steps: 2": "line 1, column 10: a { is not closed",
 }
 
@@ -215,16 +220,57 @@ BROKEN = {
     'a: "x': "a quote that was opened is not closed",
     "a:\n  b: 1\n c: 2": "line 3, column 2: a key is indented otherwise",
     "a: \x07": "character 4 cannot be shown",
+    "? {a: 1}\n: 3": "line 1, column 3: a key must be a text or a number",
+    "? !!timestamp 2001-01-01\n: 3": "line 1, column 3: the tag tag:yaml.org,2002:timestamp",
+    "a: &b 1\nc: &b 2": "an anchor (&) of that name stands above",
+    "a: !!bool abc": "line 1, column 4: what stands there is no bool, as its tag says",
+    "a: !!float ''": "line 1, column 4: what stands there is no float, as its tag says",
+    "a: !!null 1": "line 1, column 4: what stands there is no null, as its tag says",
+    "a: !!int [1]": "line 1, column 4: a text or a number must stand there",
+    "a: !!map b": "line 1, column 4: a mapping must stand there",
+    "a: !!set {b, c}": "the tag tag:yaml.org,2002:set is not known: leave it out",
+    "a: !!binary '%'": "the tag tag:yaml.org,2002:binary is not known: leave it out",
+    'a: "\\uD800"': "line 1, column 4: a text has half of a character",
+    'a: "\\U00110000"': "line 1, column 7: there is no character of the number that is escaped",
+    'a: "\\UFFFFFFFF"': "line 1, column 7: there is no character of the number that is escaped",
+    "#" + "x" * 10_000_000: "it has 10,000,001 characters, and may have 10,000,000",
+    "compare: {sweep: {a: ["
+    + "&a0 [1], "
+    + ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10))
+    + "]}}": "more than 200,000 values, with those of aliases",
+    "a:\n- &a0 [1]\n"
+    + "".join(f"- &a{i} [*a{i - 1}]\n" for i in range(1, 100)): "nested more than 50 levels deep",
+    "compare: {sweep: {a: [" + "9" * 5000 + "]}}": "a number has more than 100 characters",
+    "compare: {sweep: {a: [{? [1] : 2}]}}": "a key must be a text or a number",
 }
 
 
-@pytest.mark.parametrize("text", BROKEN)
+@pytest.mark.parametrize("text", BROKEN, ids=lambda text: text[:40])
 def test_what_is_no_yaml_is_told_with_its_place(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(UserError) as told:
         load(tmp_path / "x.yaml")
     assert BROKEN[text] in str(told.value)
     assert "unicode string" not in str(told.value)
+    with pytest.raises(UserError) as told:
+        load_comparison(tmp_path / "x.yaml")
+    assert BROKEN[text] in str(told.value)
+
+
+def test_what_json_escapes_in_two_halves_is_one_character():
+    assert parse_yaml('{"a": "\\ud83d\\ude00"}', "file") == {"a": "😀"}
+
+
+def test_a_long_text_is_shown_in_part(experiment):
+    with pytest.raises(UserError, match=r"`federation.rounds`: must be a whole number") as told:
+        load(experiment(), [f"federation.rounds='{'x' * 5000}'"])
+    assert len(str(told.value)) < 400
+
+
+def test_keys_of_a_smoke_variant_that_lead_nowhere_are_named(experiment, tmp_path):
+    path = experiment(smoke={".".join("a" * 1000): 1})
+    with pytest.raises(UserError, match=r"`smoke`: 'a.a.*… is no key"):
+        load(path, smoke=True)
 
 
 def test_a_method_that_is_made_in_python_says_what_is_wrong_in_the_same_words():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 _OWN = {"federation.seed": "--seeds", "method": "--methods", "method.name": "--methods"}
 """Keys that have an option of their own."""
+
+_MOST_CELLS = 10_000
+"""Largest number of cells: more would not end, and all are checked before the first one runs."""
 
 _LONGEST = 120
 """Largest number of characters of a folder's name."""
@@ -92,6 +96,12 @@ def plan(
             raise UserError(
                 f"{key} is set and swept: leave one out, or try other values, as --sweep {key}=…"
             )
+    count = len(methods) * math.prod(map(len, sweeps.values())) * seeds
+    if count > _MOST_CELLS:
+        raise UserError(
+            f"methods, values and seeds make {count:,} runs, and a comparison has at most "
+            f"{_MOST_CELLS:,}: compare fewer of them"
+        )
     cells: list[Cell] = []
     for method in methods:
         named = " ".join(split_at(method, " "))

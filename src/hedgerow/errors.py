@@ -53,6 +53,12 @@ def readable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text[:1000])
 
 
+def brief(value: object) -> str:
+    """A value that somebody gave, as messages show it: at most 100 characters of its `repr`."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:99]}…"
+
+
 def reason_of(error: Exception) -> str:
     """What another library's error says, on one line: at most its first 300 characters."""
     return " ".join(str(error).split())[:300]

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from hedgerow.errors import did_you_mean
+from hedgerow.errors import brief, did_you_mean
 
 
 def sentence(
@@ -84,7 +84,7 @@ def _wrong(errors: list[ErrorDetails], first: ErrorDetails, kind: type[BaseModel
 def _shown(value: Any) -> str:
     """A value as a file would have it; nothing where that is long, or it is none of a file."""
     if isinstance(value, str | float):
-        return repr(value)
+        return brief(value)
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):

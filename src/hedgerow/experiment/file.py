@@ -16,11 +16,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hedgerow.errors import UserError
+from hedgerow.errors import UserError, brief
 from hedgerow.experiment import yaml
 from hedgerow.experiment.definition import Experiment
 from hedgerow.experiment.mistakes import validate
-from hedgerow.experiment.overrides import Change, changed, method_changes, split_override
+from hedgerow.experiment.overrides import (
+    Change,
+    changed,
+    keys_of,
+    method_changes,
+    split_override,
+)
 from hedgerow.experiment.paths import make_paths_absolute
 from hedgerow.experiment.upgrades import is_of_a_run, upgraded
 from hedgerow.sentences import sentence
@@ -64,7 +70,8 @@ def read(path: Path, *, smoke: bool = False) -> dict[str, Any]:
         UserError: it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(yaml.LONGEST + 1)  # which is too long, whatever more there is
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}): give an experiment file"
@@ -115,10 +122,13 @@ def _smoke_changes(trial: Any, path: Path) -> list[Change]:
         raise UserError(f"--smoke: {path} has no `smoke`, which would say how to try it in seconds")
     if not isinstance(trial, dict) or not trial:
         raise UserError(f"{path}: `smoke` must hold pairs as {{training.steps: 2}}")
-    for key in trial:
-        if not isinstance(key, str) or not all(key.split(".")):
-            raise UserError(f"{path}: `smoke`: {key!r} is no key, as training.steps is one")
-    return [(key.split("."), value) for key, value in trial.items()]
+    changes: list[Change] = []
+    for key, value in trial.items():
+        keys = keys_of(key)
+        if keys is None:
+            raise UserError(f"{path}: `smoke`: {brief(key)} is no key, as training.steps is one")
+        changes.append((keys, value))
+    return changes
 
 
 def _default_method(content: Mapping[str, Any], compared: Comparison) -> list[Change]:

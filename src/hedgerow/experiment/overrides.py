@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hedgerow.errors import UserError
+from hedgerow.errors import UserError, brief
 from hedgerow.experiment import yaml
 from hedgerow.experiment.mistakes import method_of
 from hedgerow.experiment.paths import make_paths_absolute
@@ -193,11 +193,18 @@ def _options_of(name: Any, registry: Registry[Any]) -> set[str]:
 def split_override(override: str) -> Change:
     """`training.steps=5` as (["training", "steps"], 5)."""
     key, equals, text = override.partition("=")
-    if not equals or not key or not all(key.split(".")):
+    keys = keys_of(key)
+    if not equals or keys is None:
         raise UserError(
-            f"{override!r} is not an override: write key.path=value, as training.steps=5"
+            f"{brief(override)} is not an override: write key.path=value, as training.steps=5"
         )
     try:
-        return key.split("."), yaml.load(text)
+        return keys, yaml.load(text)
     except ValueError as error:
-        raise UserError(f"{override!r}: the value is not valid YAML: {error}") from None
+        raise UserError(f"{brief(override)}: the value is not valid YAML: {error}") from None
+
+
+def keys_of(path: Any) -> list[str] | None:
+    """`training.steps` as ["training", "steps"]; None of what leads to no value of a file."""
+    keys = path.split(".") if isinstance(path, str) else []
+    return keys if all(keys) and 0 < len(keys) <= yaml.DEEPEST else None
