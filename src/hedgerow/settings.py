@@ -386,8 +386,8 @@ class PrivacySettings(Section):
     (level `example`)."""
     epsilon: float | None = Field(None, gt=0)
     """Budget ε of the whole run. Where `noise_multiplier` is given too, a client whose budget is
-    spent (level `example`) or the whole run (level `client`) stops there; with null, nothing
-    stops."""
+    spent stops there (level `example`), or a run whose rounds would spend more does not begin
+    (level `client`); with null, there is no budget."""
     delta: float = Field(gt=0, lt=1)
     """Probability δ with which the promise may fail, to be well below one over the number of
     examples or clients."""
