@@ -473,7 +473,7 @@ def test_an_adapter_is_exported_without_its_base_only_where_that_is_a_whole_mode
         result = hedgerow("export", run, tmp_path / "out", "--to", "adapter")
         assert result.code == (0 if name == "whole" else 2), result.err
         if name == "adapted":
-            assert "is not there any more: add model.path=FOLDER" in result.err
+            assert "adapted, the run's base, is not there" in result.err
             moved = f"model.path={tmp_path / 'moved'}"
             assert hedgerow("export", run, tmp_path / "out", "--to", "adapter", moved).code == 0
             assert json.loads(hedgerow("evaluate", run, moved, "--json").out)[

@@ -169,10 +169,10 @@ def test_a_run_that_was_stopped_or_killed_ends_as_the_whole(
     path, append = experiment(federation={"rounds": 3}), Ledger.append
     assert hedgerow("run", path, *CODED[case], "--out", whole).code == 0
 
-    def killed(ledger, entry, method):
+    def killed(ledger, entry, *checks):
         if entry.round == 2:
             raise SystemExit(9)  # clients and the server have kept what is theirs of this round
-        return append(ledger, entry, method)
+        return append(ledger, entry, *checks)
 
     first = ["federation.rounds=2", "--out", run]
     with monkeypatch.context() as patch:

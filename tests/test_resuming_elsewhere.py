@@ -27,10 +27,10 @@ def project(experiment, tiny_model, tmp_path):
 def killed_in_round(monkeypatch, number):
     append = Ledger.append
 
-    def killed(ledger, entry, method):
+    def killed(ledger, entry, *checks):
         if entry.round == number:
             raise SystemExit(9)
-        return append(ledger, entry, method)
+        return append(ledger, entry, *checks)
 
     monkeypatch.setattr(Ledger, "append", killed)
 
