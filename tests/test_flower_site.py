@@ -232,6 +232,28 @@ def test_a_site_hides_its_examples_by_itself(make, hedgerow, tmp_path, capsys):
             shutil.rmtree(tmp_path / folder)
 
 
+def test_a_site_keeps_to_its_own_largest_epsilon(make, capsys):
+    """It stops where the others, who demand nothing, go on."""
+    privacy = {"level": "example", "clip": 0.5, "noise_multiplier": 1.0, "delta": 1e-3}
+    made = make(f"privacy={json.dumps(privacy)}", "federation.rounds=2")
+    made.nodes[1].config["epsilon"] = 3.9
+    rows = made.run()
+    assert [list(row["failures"]) for row in rows[1:]] == [[], ["client-001"]]
+    assert "would exceed privacy.epsilon 3.9" in rows[2]["failures"]["client-001"]
+
+
+@pytest.mark.parametrize("privacy", ["null", "seeded"])
+def test_a_site_that_demands_privacy_takes_no_part_without(make, monkeypatch, capsys, privacy):
+    monkeypatch.setattr("hedgerow.engines.flower.fleet.PATIENCE", 0.3)
+    seeded = '{"level": "example", "clip": 0.5, "noise_multiplier": 1.0, "delta": 1e-3, "seed": 1}'
+    made = make(f"privacy={seeded if privacy == 'seeded' else 'null'}", "federation.rounds=1")
+    made.nodes[1].config["epsilon"] = 8.0
+    rows = made.run()
+    assert rows[1]["participants"] == ["client-000", "client-002"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the node config has epsilon=8, but the experiment does not hide single rows" in said
+
+
 def test_a_server_with_the_model_scores_it(make, hedgerow, tmp_path, tiny_model):
     made = make()
     assert hedgerow("run", made.path, "--out", tmp_path / "local").code == 0

@@ -14,6 +14,7 @@ from scipy import stats
 from support.configurations import METHOD_OPTIONS, method_of
 from support.runs import ledger_bytes, rows_of
 
+import hedgerow as hr
 from hedgerow.data import collate
 from hedgerow.errors import ClientFailed, InvalidMessage, UserError
 from hedgerow.experiment import load
@@ -84,7 +85,7 @@ def trained(prepared, private, method="fedavg", **settings):
         order=seeds.numpy("order"),
         dropout_seed=3,
         start=model.snapshot,
-        private=private,
+        private=replace(private, trainings=method.trainings),
     )
     method.train(job, client_round, parameters)
     learnt = {name: p.detach().clone() for name, p in parameters.items()}
@@ -290,7 +291,7 @@ def level(folder, *, known=(), examples=100, rounds=3, trainings=1, **settings):
         client="north",
         num_examples=examples,
         key_file=folder / "privacy.key",
-        record=folder / "privacy.json",
+        log_file=folder / "privacy.json",
         known=known,
     )
 
@@ -325,6 +326,25 @@ def test_a_round_that_is_made_again_counts_once_and_another_counts(tmp_path):
     other = level(tmp_path, known=[(1, "a")])
     assert other.begin(2, "c").use != other.begin(2, "b").use
     assert other.epsilon() == pytest.approx(by_hand(15, 0.04))
+
+
+def test_what_is_said_once_more_costs_nothing_and_anything_else_does(tmp_path):
+    """As on another processor, whose sums have other bits and so other noise."""
+    privacy = level(tmp_path, noise_multiplier=None, epsilon=2.0)
+    for _ in range(2):
+        privacy.begin(1, "a")
+        privacy.account_for(1, "a", "update")
+    assert privacy.log.count("north") == 1
+    again = level(tmp_path, noise_multiplier=None, epsilon=2.0, known=[(1, "a")])
+    again.begin(1, "a")
+    again.account_for(1, "a", "another update")
+    again.account_for(1, "a", "update")
+    assert again.log.count("north") == 2
+    assert again.epsilon() == pytest.approx(by_hand(10, 0.04, noise=again.release.noise_multiplier))
+    again.account_for(1, "a", "a third")
+    with pytest.raises(ClientFailed, match=r"its privacy budget is spent: after 3 rounds"):
+        again.account_for(1, "a", "a fourth")
+    assert level(tmp_path, noise_multiplier=None, epsilon=2.0).log.count("north") == 3
 
 
 @pytest.mark.parametrize("damage", [None, b"[[1", b"[1]", b'[["x", 3]]', b"[]"])
@@ -480,6 +500,67 @@ def test_what_cannot_be_promised_is_refused(hedgerow, experiment, tmp_path, mist
     assert result.code == 2
     assert sentence in result.err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("level", [PRIVACY, {**PRIVACY, "level": "client"}])
+def test_a_round_made_again_with_other_bits_counts_again(experiment, tmp_path, monkeypatch, level):
+    """As where a run goes on on another processor, after it was killed before its entry."""
+    path = experiment(federation={"rounds": 1})
+    options = {"method": "fedavg", "privacy": level, "out": tmp_path / "run", "progress": False}
+    with monkeypatch.context() as patch:
+
+        def killed(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(Ledger, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            hr.run(path, **options)
+    plain = NoiseKey.beside
+
+    def beside(self, sums, *use):
+        rounded = {name: each * (1 + 2**-20) for name, each in sums.items()}
+        return plain(self, rounded, *use)
+
+    monkeypatch.setattr(NoiseKey, "beside", beside)
+    made = hr.run(path, **options, resume=True)
+    if level["level"] == "example":
+        expected = by_hand(4, 4 / 5)
+    else:
+        account = rdp.RdpAccountant()
+        account.compose(GaussianDpEvent(1.0), 2)
+        expected = account.get_epsilon(1e-3)
+    assert made.metrics["epsilon"].iloc[-1] == pytest.approx(expected)
+
+
+class ReadsRows(METHODS["flora"]):
+    """Looks at its rows, which FLoRA does not."""
+
+    def train(self, job, client_round, parameters):
+        job.data[0]
+        return super().train(job, client_round, parameters)
+
+
+class TrainsTwice(METHODS["flora"]):
+    """Pays for one training of two."""
+
+    def train(self, job, client_round, parameters):
+        super().train(job, client_round, parameters)
+        return super().train(job, client_round, parameters)
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [(ReadsRows, "reads its clients' examples itself"), (TrainsTwice, "trains more than 1 times")],
+)
+def test_a_method_that_says_too_little_of_itself_is_stopped(experiment, tmp_path, method, sentence):
+    with pytest.raises(UserError, match=sentence):
+        hr.run(
+            experiment(),
+            method=method(ranks=2),
+            privacy=PRIVACY,
+            out=tmp_path / "run",
+            progress=False,
+        )
 
 
 def test_a_method_that_trains_in_its_own_way_has_to_say_that_it_may_be_private():

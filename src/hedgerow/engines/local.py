@@ -20,7 +20,8 @@ from hedgerow.federation.participant import example_level, train_client
 from hedgerow.methods.base import Client, ClientRound
 from hedgerow.model import Model
 from hedgerow.privacy.example_level import ExampleLevel
-from hedgerow.runs.directory import PRIVACY_KEY, TEST_DATA, RunDirectory, same_data
+from hedgerow.privacy.noise import PRIVACY_KEY
+from hedgerow.runs.directory import TEST_DATA, RunDirectory, same_data
 from hedgerow.runs.preparation import Prepared, prepare, with_date_of
 from hedgerow.runs.scoring import Progress, Scorer
 from hedgerow.seeds import Seeds

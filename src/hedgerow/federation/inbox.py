@@ -127,7 +127,8 @@ class Inbox:
         With client-level privacy it says nothing that depends on clients' data but through noise.
 
         Raises:
-            RunFailed: it says that of more or fewer than there are.
+            RunFailed: it says that of more or fewer than there are, or cannot be written; or its
+                release would exceed the budget of privacy.
         """
         losses = self.losses
         present = [client for client in self.clients if client.name in losses]
@@ -144,24 +145,29 @@ class Inbox:
             Participant(client.name, size, float(weight))
             for client, size, weight in zip(present, sizes, weights, strict=True)
         ]
-        if self._privacy is not None:
-            self._privacy.entries.update(client.name for client in present)
-            metrics = {"epsilon": self._privacy.epsilon()}
-        else:
-            if self._level is None:
-                learnt = {"train_loss": self._mean_loss(present)}
-            else:
-                learnt = {"epsilon": self._epsilon}
-            metrics = {**learnt, "bytes_up": self._bytes, **aggregate.metrics}
-        return Entry(
+        entry = Entry(
             method=self._method.name,
             round=self._round,
             parent=self._ledger.head,
             participants=participants,
-            metrics=metrics,
+            metrics={},
             tensors=aggregate.tensors,
             options=self._method.entry_options(),
         )
+        if self._privacy is not None:
+            try:
+                digest = entry.digest()
+            except InvalidMessage as error:
+                raise RunFailed(
+                    f"method {entry.method} made an entry that cannot be written: {error}"
+                ) from None
+            spent = self._privacy.account_for(entry.round, entry.parent, digest, losses)
+            return replace(entry, metrics={"epsilon": spent})
+        if self._level is None:
+            learnt = {"train_loss": self._mean_loss(present)}
+        else:
+            learnt = {"epsilon": self._epsilon}
+        return replace(entry, metrics={**learnt, "bytes_up": self._bytes, **aggregate.metrics})
 
     def _mean_loss(self, present: Sequence[Client]) -> float:
         """Mean of the training losses, without those that cannot be, of which people are told."""

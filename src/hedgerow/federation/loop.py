@@ -17,7 +17,7 @@ from hedgerow.federation.inbox import Inbox
 from hedgerow.federation.traffic import Traffic, row_of
 from hedgerow.methods.base import Client
 from hedgerow.privacy.client_level import ClientLevel
-from hedgerow.runs.directory import PRIVACY_KEY, RunDirectory
+from hedgerow.runs.directory import RunDirectory
 from hedgerow.runs.rows import ROWS_BY_CLIENT
 from hedgerow.seeds import Seeds
 
@@ -109,12 +109,14 @@ def client_level(
     settings, rounds = experiment.privacy, experiment.federation.rounds
     if settings is None or settings.level != "client" or len(directory.ledger) >= rounds:
         return None
-    privacy = ClientLevel.of(
-        settings, rounds=rounds, clients=len(fleet.gather()), key_file=directory.path / PRIVACY_KEY
+    ledger = directory.ledger
+    return ClientLevel.of(
+        settings,
+        rounds=rounds,
+        clients=len(fleet.gather()),
+        folder=directory.path,
+        known=[(round, ledger.parent(round)) for round in range(1, len(ledger) + 1)],
     )
-    for round in range(1, len(directory.ledger) + 1):
-        privacy.entries.update(p.client for p in directory.ledger.read(round).participants)
-    return privacy
 
 
 def _lost(first: int, last: int) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hedgerow.errors import ClientFailed, Diverged, InvalidMessage
 from hedgerow.lazy import torch
-from hedgerow.privacy.example_level import ExampleLevel
-from hedgerow.training.job import LOWER_RATE, Job, learning_rate
+from hedgerow.privacy.example_level import ExampleLevel, GaussianSteps
+from hedgerow.privacy.releases import RELEASES
+from hedgerow.training.job import LOWER_RATE, Job, SealedExamples, learning_rate
 from hedgerow.wire import LARGEST_SENT, Update, check_numbers
 
 if TYPE_CHECKING:
@@ -20,9 +22,6 @@ if TYPE_CHECKING:
     from hedgerow.ledger import Ledger
     from hedgerow.methods.base import Client, ClientRound
     from hedgerow.model import Model
-
-PRIVATE_ROUNDS = "privacy.json"
-"""File of the rounds that a client has trained with example-level privacy, for its account."""
 
 
 def train_client(
@@ -43,12 +42,39 @@ def train_client(
     Raises:
         ClientFailed: training diverged, the device has too little memory, the method made what
             cannot be written, or the budget of privacy is spent.
+        UserError: the method reads examples, or trains more often, than its account of privacy
+            says.
     """
+    if privacy is None:
+        return _trained(experiment, model, examples, client_round, parent, clock)
+    round = client_round.round
+    try:
+        update = _trained(
+            experiment, model, examples, client_round, parent, clock, privacy.begin(round, parent)
+        )
+    except ClientFailed as error:
+        # That it failed, and why, is said in the round's row, and tells of its steps, too.
+        if privacy.log.has(round, parent):
+            privacy.account_for(round, parent, hashlib.sha256(str(error).encode()).hexdigest())
+        raise
+    privacy.account_for(round, parent, update.digest())
+    return replace(update, epsilon=privacy.epsilon())
+
+
+def _trained(
+    experiment: Experiment,
+    model: Model,
+    examples: Tokenized,
+    client_round: ClientRound,
+    parent: str,
+    clock: Clock,
+    private: GaussianSteps | None = None,
+) -> Update:
+    """Train as `train_client` does, without an account of privacy."""
     method, client = experiment.method, client_round.client
-    private = None if privacy is None else privacy.begin(client_round.round, parent)
     job = Job(
         network=model.network,
-        data=examples,
+        data=examples if private is None else SealedExamples(examples),
         settings=experiment.training,
         learning_rate=learning_rate(
             experiment.training, client_round.round, experiment.federation.rounds
@@ -75,7 +101,6 @@ def train_client(
                 train_loss=trained.loss if experiment.privacy is None else None,
                 tensors=tensors,
                 about=about,
-                epsilon=None if privacy is None else privacy.epsilon(),
             )
             update.check_writable()
             _check_numbers(update)
@@ -119,7 +144,7 @@ def example_level(
         client=client.name,
         num_examples=client.num_examples,
         key_file=key_file,
-        record=folder / PRIVATE_ROUNDS,
+        log_file=folder / RELEASES,
         known=known,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -87,9 +88,7 @@ def least_noise(
     def fits(multiplier: float) -> bool:
         return spent([Release(multiplier, sampling_rate, count)], delta, accountant) <= epsilon
 
-    low, high = SMALLEST_NOISE, 1.0
-    if fits(low):
-        return low
+    low = high = 1.0
     while not fits(high):
         low, high = high, 2 * high
         if high > LARGEST_NOISE:
@@ -97,8 +96,12 @@ def least_noise(
                 f"privacy.epsilon {epsilon:g} cannot be kept in {count:,} releases at delta "
                 f"{delta:g}: give a larger one, or fewer rounds or steps"
             )
-    while high - low > 1e-3 * high:
-        middle = (low + high) / 2
+    # Down from 1: an account of next to no noise takes minutes, and is hardly ever needed.
+    while low == high and high > SMALLEST_NOISE:
+        half = max(high / 2, SMALLEST_NOISE)
+        low, high = (half, half) if fits(half) else (half, high)
+    while high > (1 + 1e-3) * low:
+        middle = math.sqrt(low * high)
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high
 

@@ -11,16 +11,16 @@ client changes a round's sum by at most C. What is made of x afterwards costs no
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hedgerow.errors import UserError
+from hedgerow.errors import RunFailed, UserError
 from hedgerow.lazy import torch
 from hedgerow.privacy.accounting import Release, affordable, least_noise, spent
-from hedgerow.privacy.noise import NoiseKey
+from hedgerow.privacy.noise import PRIVACY_KEY, NoiseKey
+from hedgerow.privacy.releases import RELEASES, ReleaseLog
 from hedgerow.settings import PrivacySettings
 
 if TYPE_CHECKING:
@@ -75,16 +75,29 @@ class ClientLevel:
     settings: PrivacySettings
     noise_multiplier: float
     key: NoiseKey = field(repr=False)
-    entries: Counter[str] = field(default_factory=Counter)
-    """Number of entries that have a client's update, by its name."""
+    log: ReleaseLog
+    """Entries that were made, each of the updates of some clients."""
 
     @staticmethod
-    def of(settings: PrivacySettings, rounds: int, clients: int, key_file: Path) -> ClientLevel:
+    def of(
+        settings: PrivacySettings,
+        rounds: int,
+        clients: int,
+        folder: Path,
+        known: Iterable[tuple[int, str]],
+    ) -> ClientLevel:
         """Privacy of a run of so many rounds and clients; its key is made where there is none.
 
+        Args:
+            settings: what is promised.
+            rounds: number of rounds of the whole run.
+            clients: number of clients that may be asked.
+            folder: of the key and the log.
+            known: rounds that the ledger has, each with the hash of the entry before.
+
         Raises:
-            UserError: the rounds spend more than the budget; δ is too large for so many clients; or
-                the key is damaged.
+            UserError: the rounds spend more than the budget; δ is too large for so many clients;
+                the key or the log is damaged, or is missing where there are rounds.
         """
         if settings.delta >= 1 / clients:
             raise UserError(
@@ -106,15 +119,39 @@ class ClientLevel:
                     f"rounds with noise_multiplier {noise:g}: give fewer rounds, more noise, or "
                     "leave noise_multiplier out"
                 )
-        seed = settings.seed
-        key = NoiseKey.kept_in(key_file) if seed is None else NoiseKey.of_seed(seed)
-        return ClientLevel(settings, noise, key)
+        log = ReleaseLog(folder / RELEASES, known)
+        key = NoiseKey.of(settings.seed, folder / PRIVACY_KEY, used=bool(log))
+        return ClientLevel(settings, noise, key, log)
 
     def mean(self, round: int, asked: int) -> GaussianMean:
         """Mean of a round for which so many clients were asked."""
         return GaussianMean(self.settings.clip, self.noise_multiplier, asked, round, self.key)
 
-    def epsilon(self) -> float:
-        """Privacy loss ε so far, of the client that is in most entries."""
-        releases = [Release(self.noise_multiplier, count=max(self.entries.values(), default=0))]
-        return spent(releases, self.settings.delta, self.settings.accountant)
+    def account_for(self, round: int, parent: str, sha256: str, clients: Iterable[str]) -> float:
+        """Account for an entry before it is written.
+
+        Args:
+            round: from 1.
+            parent: hash of the entry before.
+            sha256: digest of the entry.
+            clients: names of those whose updates it is made from.
+
+        Returns:
+            Privacy loss ε so far, of the client that is in most entries.
+
+        Raises:
+            RunFailed: it would exceed the budget.
+        """
+        self.log.add(round, parent, sha256, clients)
+        found = spent(
+            [Release(self.noise_multiplier, count=self.log.most)],
+            self.settings.delta,
+            self.settings.accountant,
+        )
+        budget = self.settings.epsilon
+        if budget is not None and found > budget:
+            raise RunFailed(
+                f"round {round} was made again with other noise, and epsilon would be {found:.4g} "
+                f"with both, above privacy.epsilon {budget:g}: nothing of it is released"
+            )
+        return found

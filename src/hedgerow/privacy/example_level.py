@@ -9,7 +9,6 @@ Each client has its own account, by its own number of rows, and the noise that t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -19,9 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hedgerow.errors import ClientFailed, UserError
-from hedgerow.files import replacing
 from hedgerow.privacy.accounting import Accountant, Release, least_noise, spent
 from hedgerow.privacy.noise import NoiseKey
+from hedgerow.privacy.releases import ReleaseLog
 from hedgerow.settings import PrivacySettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -45,6 +44,23 @@ class GaussianSteps:
     key: NoiseKey = field(repr=False)
     use: tuple[str | int, ...] = ()
     """Tells this training apart from others with the same key."""
+    trainings: int = 1
+    """Number of trainings of the round that are accounted for."""
+    begun: set[tuple[str | int, ...]] = field(default_factory=set, repr=False)
+    """Uses of the trainings of the round that have begun."""
+
+    def begin(self) -> None:
+        """Begin this training.
+
+        Raises:
+            UserError: it is one more than is accounted for.
+        """
+        if self.use in self.begun or len(self.begun) == self.trainings:
+            raise UserError(
+                f"privacy.level example: the method trains more than {self.trainings} times in a "
+                "round, which `trainings` has to say, or twice with the same noise (`again`)"
+            )
+        self.begun.add(self.use)
 
     def again(self) -> GaussianSteps:
         """As many steps of a further training of the round, with other samples and noise."""
@@ -76,10 +92,8 @@ class ExampleLevel:
     trainings: int
     """Number of times that the client trains in a round."""
     key: NoiseKey = field(repr=False)
-    record: Path
-    """File of the rounds that the client has trained, each with the hash of the entry before it."""
-    rounds: set[tuple[int, str]]
-    """Content of `record`."""
+    log: ReleaseLog
+    """What has been released of the client's data."""
 
     @staticmethod
     def of(
@@ -91,7 +105,7 @@ class ExampleLevel:
         client: str,
         num_examples: int,
         key_file: Path,
-        record: Path,
+        log_file: Path,
         known: Iterable[tuple[int, str]],
     ) -> ExampleLevel:
         """Privacy of a client; its key is made where there is none.
@@ -104,12 +118,12 @@ class ExampleLevel:
             client: its name.
             num_examples: number of its rows.
             key_file: file of the key.
-            record: file of the rounds that the client has trained.
+            log_file: file of what has been released of its data.
             known: rounds that it has trained by the ledger, each with the hash of the entry before.
 
         Raises:
-            UserError: as `check_example_level` says; the key or the record is damaged, or lacks a
-                round that the ledger has.
+            UserError: as `check_example_level` says; the key or the log is damaged, or is missing
+                where there are rounds.
         """
         release = check_example_level(
             settings,
@@ -119,26 +133,19 @@ class ExampleLevel:
             client=client,
             num_examples=num_examples,
         )
-        trained, seed = _read(record, known), settings.seed
-        if trained and seed is None and not key_file.exists():
-            # A round made again with another key would be another release, and not be counted.
-            raise UserError(
-                f"{key_file} is missing, which noise derives from: restore it from a copy, or "
-                "begin anew with another --out"
-            )
+        log = ReleaseLog(log_file, known)
         return ExampleLevel(
             settings=settings,
             client=client,
             release=release,
             expected=training.sample_size(num_examples),
             trainings=trainings,
-            key=NoiseKey.kept_in(key_file) if seed is None else NoiseKey.of_seed(seed),
-            record=record,
-            rounds=trained,
+            key=NoiseKey.of(settings.seed, key_file, used=bool(log)),
+            log=log,
         )
 
     def begin(self, round: int, parent: str) -> GaussianSteps:
-        """Steps of a round, which counts from now on; once, however often it is begun.
+        """Steps of a round, which counts from now on, whether anything comes of it or not.
 
         Args:
             round: from 1.
@@ -147,18 +154,9 @@ class ExampleLevel:
         Raises:
             ClientFailed: the round would spend more than the budget.
         """
-        begun = self.rounds | {(round, parent)}
-        budget = self.settings.epsilon
-        if begun != self.rounds:
-            if budget is not None and self._spent(len(begun)) > budget:
-                raise ClientFailed(
-                    f"its privacy budget is spent: after {len(self.rounds)} rounds, with epsilon "
-                    f"{self.epsilon():.4g}, another would exceed privacy.epsilon {budget:g}"
-                )
-            self.record.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.record) as file:
-                file.write(json.dumps(sorted(begun)).encode())
-            self.rounds = begun
+        if not self.log.has(round, parent):
+            self._check_budget()
+            self.log.begin(round, parent, [self.client])
         return GaussianSteps(
             clip=self.settings.clip,
             noise_multiplier=self.release.noise_multiplier,
@@ -167,11 +165,38 @@ class ExampleLevel:
             count=self.release.count // self.trainings,
             key=self.key,
             use=(self.client, round, parent),
+            trainings=self.trainings,
         )
+
+    def account_for(self, round: int, parent: str, sha256: str) -> None:
+        """Account for what the client is about to say of a round that it began.
+
+        The same once more costs nothing; anything else has independent noise, and costs as much.
+
+        Args:
+            round: from 1.
+            parent: hash of the entry before.
+            sha256: digest of all that will be said.
+
+        Raises:
+            ClientFailed: it would spend more than the budget, and must not be said.
+        """
+        if self.log.costs(round, parent, sha256):
+            self._check_budget()
+        self.log.add(round, parent, sha256, [self.client])
+
+    def _check_budget(self) -> None:
+        """Raise `ClientFailed` unless there is budget for one more release."""
+        budget, count = self.settings.epsilon, self.log.count(self.client)
+        if budget is not None and self._spent(count + 1) > budget:
+            raise ClientFailed(
+                f"its privacy budget is spent: after {count} rounds, with epsilon "
+                f"{self.epsilon():.4g}, another would exceed privacy.epsilon {budget:g}"
+            )
 
     def epsilon(self) -> float:
         """Privacy loss ε of the rounds so far."""
-        return self._spent(len(self.rounds))
+        return self._spent(self.log.count(self.client))
 
     def _spent(self, rounds: int) -> float:
         times = Release(
@@ -216,22 +241,3 @@ def check_example_level(
             settings.epsilon, settings.delta, rounds * steps, rate, settings.accountant
         )
     return Release(noise, rate, steps)
-
-
-def _read(record: Path, known: Iterable[tuple[int, str]]) -> set[tuple[int, str]]:
-    """Rounds in a record; none where there is no file.
-
-    Raises:
-        UserError: it is damaged, or lacks one that is known, so that the account would be too low.
-    """
-    try:
-        content = json.loads(record.read_bytes()) if record.exists() else []
-        rounds = {(int(round), str(parent)) for round, parent in content}
-    except (ValueError, TypeError):
-        raise UserError(f"{record} is damaged: restore it from a copy") from None
-    if missing := set(known) - rounds:
-        raise UserError(
-            f"{record} lacks round {min(missing)[0]}, which was trained, so that privacy would be "
-            "spent twice: restore it from a copy, or begin anew with another --out"
-        )
-    return rounds

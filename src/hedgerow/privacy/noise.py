@@ -26,6 +26,9 @@ from hedgerow.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+PRIVACY_KEY = "privacy.key"
+"""File of a key, which never leaves its folder."""
+
 KEY_BYTES = 32
 """Length of a key."""
 
@@ -66,6 +69,27 @@ class NoiseKey:
         if len(key) != KEY_BYTES:
             raise UserError(f"{file} is damaged: restore it from a copy")
         return NoiseKey(key)
+
+    @staticmethod
+    def of(seed: int | None, file: Path, *, used: bool) -> NoiseKey:
+        """Key of a seed where there is one, or else that in a file.
+
+        Args:
+            seed: known to everybody.
+            file: of the secret key, which is made where there is none.
+            used: whether there is noise that derives from the key.
+
+        Raises:
+            UserError: the file is damaged, or missing though the key has been used.
+        """
+        if seed is not None:
+            return NoiseKey.of_seed(seed)
+        if used and not file.exists():
+            raise UserError(
+                f"{file} is missing, which noise derives from: restore it from a copy, or begin "
+                "anew with another --out"
+            )
+        return NoiseKey.kept_in(file)
 
     def normal(self, shape: tuple[int, ...], *use: str | int) -> Tensor:
         """Independent standard normal numbers, other ones for each use.

@@ -42,9 +42,6 @@ Digests = dict[str, str | None]
 that of the test data, where there are some."""
 _DIGESTS = TypeAdapter(Digests)
 
-PRIVACY_KEY = "privacy.key"
-"""File of the key that the run's noise derives from, which never leaves this directory."""
-
 LOCK = ".lock"
 
 

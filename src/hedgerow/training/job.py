@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hedgerow.data import Tokenized, batches, collate, epoch
-from hedgerow.errors import Diverged
+from hedgerow.errors import Diverged, UserError
 from hedgerow.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -18,13 +18,44 @@ if TYPE_CHECKING:
     from hedgerow.privacy.example_level import GaussianSteps
 
 
+class SealedExamples:
+    """Examples of a private job, which nothing may read but the steps that add noise.
+
+    Methods know their number; that they read more is a mistake of theirs, which no account covers.
+    """
+
+    def __init__(self, examples: Tokenized) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getattr__(self, name: str) -> Any:
+        raise UserError(_SEALED)
+
+    def __getitem__(self, index: int) -> Any:
+        raise UserError(_SEALED)
+
+    @staticmethod
+    def open(data: Tokenized | SealedExamples) -> Tokenized:
+        """The examples, for whoever adds noise to what it makes of them."""
+        return data._examples if isinstance(data, SealedExamples) else data
+
+
+_SEALED = (
+    "privacy.level example: the method reads its clients' examples itself, beside the steps that "
+    "hide them by noise: have it train along `train_along` alone, or say `learns_by_steps` False"
+)
+
+
 @dataclass(frozen=True)
 class Job:
     """One client's data and the settings of one round."""
 
     network: Any
     """The model, as its methods have prepared it."""
-    data: Tokenized
+    data: Tokenized | SealedExamples
+    """The client's examples; in private jobs, their number alone."""
     settings: TrainingSettings
     learning_rate: float
     """Of this round."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from hedgerow.data import collate
 from hedgerow.lazy import torch
+from hedgerow.training.job import SealedExamples
 from hedgerow.training.loss import batch_loss
 
 if TYPE_CHECKING:
@@ -36,15 +37,20 @@ def gradients(
     Yields:
         Summed loss of the sampled examples' answers, and their number of tokens; both are 0 in a
         step without examples. They are not private.
+
+    Raises:
+        UserError: the round has one more training than is accounted for.
     """
+    examples = SealedExamples.open(job.data)
+    private.begin()
     for step in range(private.count):
         # Pieces of one step's work are freed before the next: sums are as large as what trains.
         sums = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
         total_loss, total_tokens = 0.0, 0
-        for index, seed in private.sampled(len(job.data), step):
+        for index, seed in private.sampled(len(examples), step):
             # Dropout that differed by who else is in the sample would tell of them.
             torch.manual_seed(seed)
-            loss, tokens = batch_loss(job.network, collate([job.data[index]], job.pad_id))
+            loss, tokens = batch_loss(job.network, collate([examples[index]], job.pad_id))
             torch.autograd.backward(loss / max(tokens, 1))
             _add_bounded(sums, parameters, private.clip)
             total_loss, total_tokens = total_loss + float(loss.detach()), total_tokens + tokens

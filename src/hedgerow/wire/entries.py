@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -68,6 +68,13 @@ class Entry:
             )
         check_participants(self.participants)
         check_numbers(self.tensors, LARGEST_BROADCAST)
+
+    def digest(self) -> str:
+        """SHA-256 of the entry as a file, but for `metrics`."""
+        digest = hashlib.sha256()
+        for part in to_safetensors(self.tensors, replace(self, metrics={})._metadata()):
+            digest.update(part)
+        return digest.hexdigest()
 
     def write(self, file: BinaryIO) -> tuple[str, int]:
         """Write the entry as a safetensors file; returns its SHA-256 and its size in bytes.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -56,6 +57,13 @@ class Update:
         """Write the update as a safetensors file."""
         for part in self._parts():
             file.write(part)
+
+    def digest(self) -> str:
+        """SHA-256 of the update as a file, but for `epsilon`."""
+        digest = hashlib.sha256()
+        for part in replace(self, epsilon=None)._parts():
+            digest.update(part)
+        return digest.hexdigest()
 
     @staticmethod
     def from_bytes(data: bytes) -> Update:

@@ -31,6 +31,10 @@ class SiteSettings(BaseModel):
     """Device, as in the experiment: auto, cpu, cuda:1 …"""
     folder: str | None = None
     """Folder for what stays between rounds; None is ~/.hedgerow/NAME."""
+    epsilon: float | None = Field(None, gt=0)
+    """Largest privacy loss ε of one of its rows in a run: the site takes part only where
+    `privacy.level` is `example`, with a secret key, and adds as much noise, or stops, as keeps to
+    it; None where it takes part in any."""
     idle: float = Field(IDLE, gt=0)
     """Seconds without a message after which the model is put out of memory."""
 

@@ -32,7 +32,8 @@ from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger, Record
 from hedgerow.methods.base import Client, ClientRound, check_entry
 from hedgerow.model import Model
-from hedgerow.runs.directory import EXPERIMENT, PRIVACY_KEY
+from hedgerow.privacy.noise import PRIVACY_KEY
+from hedgerow.runs.directory import EXPERIMENT
 from hedgerow.runs.memory import RoundMemory
 from hedgerow.runs.personal import CLIENTS, RunModels
 from hedgerow.runs.preparation import (
@@ -45,7 +46,7 @@ from hedgerow.runs.preparation import (
 )
 from hedgerow.runs.scoring import score_clients
 from hedgerow.seeds import Seeds
-from hedgerow.settings import ClientFile
+from hedgerow.settings import ClientFile, PrivacySettings
 from hedgerow.wire import LARGEST_SENT, Entry
 
 
@@ -69,8 +70,12 @@ def of_node(app: Path, node: Mapping[str, object]) -> tuple[SiteSettings, Site]:
     own = ClientFile(name=settings.name, file=str(Path(settings.data).absolute()))
     tests = _own_test(loaded.experiment.data.client_test, settings)
     changes = {"clients": [own], "client_test": tests}
-    data = loaded.experiment.data.model_copy(update=changes)
-    experiment = without_test(loaded.experiment.model_copy(update={"model": model, "data": data}))
+    changed = {
+        "model": model,
+        "data": loaded.experiment.data.model_copy(update=changes),
+        "privacy": _own_privacy(loaded.experiment.privacy, settings.epsilon),
+    }
+    experiment = without_test(loaded.experiment.model_copy(update=changed))
     return settings, Site(replace(loaded, experiment=experiment), place_of(node))
 
 
@@ -82,6 +87,23 @@ def _own_test(asked: object, settings: SiteSettings) -> float | list[ClientFile]
         _say(settings.name, 'the node config has no test="…": the client is not scored by itself')
         return None
     return [ClientFile(name=settings.name, file=str(Path(settings.test).absolute()))]
+
+
+def _own_privacy(asked: PrivacySettings | None, epsilon: float | None) -> PrivacySettings | None:
+    """Privacy that keeps to a site's own largest ε, too.
+
+    Raises:
+        UserError: the experiment does not promise any, or what everybody can undo.
+    """
+    if epsilon is None:
+        return asked
+    if asked is None or asked.level != "example" or asked.seed is not None:
+        raise UserError(
+            f"the node config has epsilon={epsilon:g}, but the experiment does not hide single "
+            "rows: it would need privacy.level example, without privacy.seed"
+        )
+    budget = epsilon if asked.epsilon is None else min(epsilon, asked.epsilon)
+    return asked.model_copy(update={"epsilon": budget})
 
 
 class Refused(Exception):
