@@ -1,0 +1,211 @@
+"""Secure sums: masks that cancel, shares that take them away, and codes that add exactly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from hedgerow.errors import InvalidMessage
+from hedgerow.privacy.secure import masks
+from hedgerow.privacy.secure.coordinator import Coordinator
+from hedgerow.privacy.secure.fixed_point import FixedPoint
+from hedgerow.privacy.secure.letters import AskKeys, Unmasking
+from hedgerow.privacy.secure.party import Party
+from hedgerow.privacy.secure.shares import combine, split
+
+SESSION = "0" * 32
+
+
+# --- codes ----------------------------------------------------------------------------------------
+
+
+@given(
+    bits=st.sampled_from([16, 32, 64]),
+    numbers=st.lists(st.lists(st.floats(-2, 2), min_size=3, max_size=3), min_size=1, max_size=9),
+)
+def test_sums_of_codes_are_off_by_half_a_step_a_number(bits, numbers):
+    point = FixedPoint(bits=bits, largest=2.0, count=9)
+    with np.errstate(over="ignore"):
+        total = sum(point.encode(np.array(each)) for each in numbers)
+    off = np.abs(point.decode(np.asarray(total, point.unsigned)) - np.sum(numbers, axis=0))
+    assert np.all(off <= len(numbers) * point.step * 0.500001 + 1e-12)
+
+
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_as_many_of_the_largest_as_are_counted_do_not_wrap(bits):
+    point = FixedPoint(bits=bits, largest=1.0, count=7)
+    for sign in (1, -1):
+        total = sum(point.encode(np.array([sign * 1.0])) for _ in range(7))
+        assert point.decode(np.asarray(total, point.unsigned)) == pytest.approx([7 * sign])
+
+
+@pytest.mark.parametrize("number", [1.001, -1.001, np.inf, np.nan])
+def test_what_is_too_large_has_no_code(number):
+    with pytest.raises(ValueError):
+        FixedPoint(bits=32, largest=1.0, count=2).encode(np.array([0.0, number]))
+
+
+# --- shares ---------------------------------------------------------------------------------------
+
+
+@given(st.binary(min_size=32, max_size=32), st.integers(2, 6), st.data())
+@settings(max_examples=20, deadline=None)
+def test_any_shares_of_the_threshold_restore_a_secret(secret, threshold, data):
+    count = data.draw(st.integers(threshold, 8))
+    shares = dict(enumerate(split(secret, threshold, count), start=1))
+    chosen = data.draw(st.permutations(sorted(shares)))
+    assert combine({number: shares[number] for number in chosen[:threshold]}) == secret
+    assert combine({number: shares[number] for number in chosen[: threshold - 1]}) != secret
+
+
+# --- the protocol ---------------------------------------------------------------------------------
+
+
+def parties(count, threshold):
+    return {f"client-{i}": Party(f"client-{i}", threshold, "run 1 parent") for i in range(count)}
+
+
+def masked(count=5, threshold=3, gone_before_shares=(), gone_before_numbers=(), bits=32):
+    """Clients' codes, what arrived of each, and the server before it unmasks the sum."""
+    people = parties(count, threshold)
+    server = Coordinator(threshold, "run 1 parent", SESSION, most_examples=9)
+    point = FixedPoint(bits=bits, largest=1.0, count=count)
+    for name, party in people.items():
+        server.add_keys(name, party.keys(AskKeys(session=SESSION)))
+    for name, party in people.items():
+        if name not in gone_before_shares:
+            server.add_shares(name, party.shares(server.asks_shares))
+    plain, arrived = {}, {}
+    for number, (name, party) in enumerate(people.items()):
+        if name in (*gone_before_shares, *gone_before_numbers):
+            continue
+        generator = np.random.default_rng(number)
+        codes = {
+            "a": point.encode(generator.uniform(-1, 1, (4, 3))),
+            "b": point.encode(generator.uniform(-1, 1, 70_000)),
+        }
+        plain[name] = {key: each.copy() for key, each in codes.items()}
+        party.mask(server.asks_masked(name), list(codes.values()))
+        arrived[name] = {key: each.copy() for key, each in codes.items()}
+        server.add(name, codes)
+    return people, plain, arrived, server
+
+
+def unmask(people, server, without=()):
+    answers = {
+        name: people[name].unmasking(server.asks_unmasking)
+        for name in server.arrived
+        if name not in without
+    }
+    server.unmask(answers)
+
+
+@pytest.mark.parametrize("bits", [16, 32, 64])
+@pytest.mark.parametrize(
+    ("before_shares", "before_numbers", "before_unmasking"),
+    [
+        ((), (), ()),
+        (("client-1",), (), ()),
+        ((), ("client-0", "client-4"), ()),
+        (("client-2",), ("client-0",), ()),
+        ((), ("client-3",), ("client-1",)),
+    ],
+)
+def test_the_sum_is_that_of_the_plain_codes_whoever_is_gone(
+    bits, before_shares, before_numbers, before_unmasking
+):
+    people, plain, _, server = masked(
+        gone_before_shares=before_shares, gone_before_numbers=before_numbers, bits=bits
+    )
+    unmask(people, server, before_unmasking)
+    for key in ("a", "b"):
+        expected = sum(each[key] for each in plain.values())
+        np.testing.assert_array_equal(server.total[key], expected)
+
+
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_what_the_server_has_of_one_client_is_uniform(bits):
+    """And has nothing to do with the client's own numbers; also beside all that it may unmask."""
+    people, plain, arrived, server = masked(bits=bits)
+    for name in arrived:
+        codes = arrived[name]["b"].astype(np.float64) / 2.0**bits
+        assert stats.kstest(codes, "uniform").pvalue > 1e-4
+        own = plain[name]["b"].astype(np.float64)
+        assert abs(np.corrcoef(codes, own)[0, 1]) < 5 / np.sqrt(len(own))
+    unmask(people, server)
+    for name in arrived:  # with its own mask taken off, those of pairs are left
+        seed = people[name]._own
+        bare = arrived[name]["b"].copy()
+        masks.add_mask([arrived[name]["a"].copy(), bare], seed, sign=-1)
+        assert stats.kstest(bare.astype(np.float64) / 2.0**bits, "uniform").pvalue > 1e-4
+
+
+def test_fewer_than_the_threshold_unmask_nothing():
+    people, _, _, server = masked()
+    before = {key: each.copy() for key, each in server.total.items()}
+    with pytest.raises(InvalidMessage, match="2 of the 3 clients that it takes have helped"):
+        unmask(people, server, without=("client-0", "client-1", "client-2"))
+    np.testing.assert_array_equal(server.total["b"], before["b"])
+
+
+def test_clients_refuse_what_would_tell_of_one_of_them():
+    people, _, _, server = masked(gone_before_numbers=("client-4",))
+    ask = server.asks_unmasking
+    alone = ask.model_copy(update={"arrived": ["client-0"]})
+    with pytest.raises(InvalidMessage, match="a sum needs 3"):
+        people["client-0"].unmasking(alone)
+    people["client-0"].unmasking(ask)
+    other = ask.model_copy(update={"arrived": ["client-0", "client-1", "client-2"]})
+    for again in (ask, other):  # a second set would tell of who is in one of them alone
+        with pytest.raises(InvalidMessage, match="has had it already"):
+            people["client-0"].unmasking(again)
+    with pytest.raises(InvalidMessage, match="has had it already"):
+        people["client-0"].mask(server.asks_masked("client-0"), [])
+    fresh = parties(2, 3)
+    for party in fresh.values():
+        party.keys(AskKeys(session=SESSION))
+    with pytest.raises(InvalidMessage, match="a sum needs 3 clients"):
+        fresh["client-0"].shares(server.asks_shares)
+
+
+def test_what_was_changed_on_its_way_is_refused():
+    people = parties(3, 2)
+    server = Coordinator(2, "run 1 parent", SESSION, most_examples=9)
+    for name, party in people.items():
+        server.add_keys(name, party.keys(AskKeys(session=SESSION)))
+    for name, party in people.items():
+        server.add_shares(name, party.shares(server.asks_shares))
+    ask = server.asks_masked("client-0")
+    first = ask.sealed["client-1"]
+    changed = ask.model_copy(
+        update={"sealed": {**ask.sealed, "client-1": ("0" if first[0] != "0" else "1") + first[1:]}}
+    )
+    with pytest.raises(InvalidMessage, match="shares from client-1: what is sealed was changed"):
+        people["client-0"].mask(changed, [])
+
+
+def test_a_wrong_share_is_found_out():
+    people, _, _, server = masked()
+    answers = {name: people[name].unmasking(server.asks_unmasking) for name in server.arrived}
+    seeds = {**answers["client-0"].seeds, "client-2": "0" * 64}
+    answers["client-0"] = Unmasking(seeds=seeds, keys={})
+    with pytest.raises(InvalidMessage, match="shares of the mask of client-2 do not fit"):
+        server.unmask(answers)
+
+
+def test_parties_of_another_mind_have_masks_that_do_not_cancel():
+    """As where the server tells them other weights, so that one of them would count alone."""
+    people = parties(3, 2)
+    server = Coordinator(2, "run 1 parent", SESSION, most_examples=9)
+    for name, party in people.items():
+        server.add_keys(name, party.keys(AskKeys(session=SESSION)))
+    for name, party in people.items():
+        ask = server.asks_shares
+        if name == "client-2":
+            ask = ask.model_copy(update={"most_examples": 10**9})
+        server.add_shares(name, party.shares(ask))
+    with pytest.raises(InvalidMessage, match="changed on its way"):
+        people["client-2"].mask(server.asks_masked("client-2"), [])
