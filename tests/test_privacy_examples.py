@@ -383,14 +383,14 @@ def test_an_update_says_its_epsilon_and_no_loss_and_nothing_else():
     read = Update.from_bytes(update.to_bytes())
     assert (read.train_loss, read.epsilon, read.about) == (None, 2.5, {"r": "4"})
     asked = ("flora", 1, "p", "c", 3)
-    read.check(*asked, privacy="example")
+    read.check(*asked, says_loss=False, says_epsilon=True)
     with pytest.raises(InvalidMessage, match="metadata must not have epsilon"):
-        read.check(*asked, privacy="client")
+        read.check(*asked, says_loss=False)
     with pytest.raises(InvalidMessage, match="metadata must have train_loss in this run"):
         read.check(*asked)
     replace(read, train_loss=1.0, epsilon=None).check(*asked)
     with pytest.raises(InvalidMessage, match="metadata must not have train_loss"):
-        replace(read, train_loss=1.0).check(*asked, privacy="example")
+        replace(read, train_loss=1.0).check(*asked, says_loss=False, says_epsilon=True)
 
 
 # --- through the command line ---------------------------------------------------------------------

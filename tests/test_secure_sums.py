@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from support.runs import ledger_bytes, rows_of
 
 from hedgerow.errors import InvalidMessage
+from hedgerow.ledger import Ledger
 from hedgerow.privacy.secure import masks
 from hedgerow.privacy.secure.coordinator import Coordinator
 from hedgerow.privacy.secure.fixed_point import FixedPoint
@@ -44,7 +46,7 @@ def test_as_many_of_the_largest_as_are_counted_do_not_wrap(bits):
 
 @pytest.mark.parametrize("number", [1.001, -1.001, np.inf, np.nan])
 def test_what_is_too_large_has_no_code(number):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="codes go up to 1"):
         FixedPoint(bits=32, largest=1.0, count=2).encode(np.array([0.0, number]))
 
 
@@ -209,3 +211,41 @@ def test_parties_of_another_mind_have_masks_that_do_not_cancel():
         server.add_shares(name, party.shares(ask))
     with pytest.raises(InvalidMessage, match="changed on its way"):
         people["client-2"].mask(server.asks_masked("client-2"), [])
+
+
+# --- through the command line ---------------------------------------------------------------------
+
+METHODS_OF_SUMS = [
+    "{name: fedavg}",
+    "{name: fed_sb, ranks: 4}",
+    "{name: fedit, ranks: 4, server: adam}",
+    "{name: ferret, coordinates: random, compression: 50}",
+    "{name: ferret, error_feedback: true, compression: 32}",
+    "{name: scaffold}",
+]
+
+
+@pytest.mark.parametrize("method", METHODS_OF_SUMS)
+def test_the_ledger_is_that_of_the_same_sums_without_masks(hedgerow, experiment, tmp_path, method):
+    """Byte for byte; and nearly that of plain updates."""
+    path = experiment(federation={"rounds": 2})
+    for name, secure in (("masked", "true"), ("bare", "{masks: false}"), ("plain", "null")):
+        arguments = [path, f"method={method}", f"federation.secure={secure}"]
+        result = hedgerow("run", *arguments, "--out", tmp_path / name)
+        assert result.code == 0, result.err
+    assert ledger_bytes(tmp_path / "masked") == ledger_bytes(tmp_path / "bare")
+    rows = {name: rows_of(tmp_path / name) for name in ("masked", "bare", "plain")}
+    for masked_row, bare, plain in zip(*rows.values(), strict=True):
+        assert masked_row["train_loss"] == bare["train_loss"]
+        assert "train_loss_by_client" not in masked_row
+        assert masked_row["eval_loss"] == pytest.approx(plain["eval_loss"], abs=2e-3)
+        if plain["round"]:
+            assert masked_row["train_loss"] == pytest.approx(plain["train_loss"], abs=1e-2)
+            assert masked_row["secure_bytes"] > bare["secure_bytes"]
+    if "fedavg" in method:
+        last = [
+            list(Ledger.open(tmp_path / n / "ledger").entries())[-1] for n in ("masked", "plain")
+        ]
+        for name, each in last[0].tensors.items():
+            other = last[1].tensors[name]
+            assert (each - other).norm() < 1e-3 * other.norm()

@@ -323,10 +323,27 @@ class TrainingSettings(Section):
         return self
 
 
+class SecureSettings(Section):
+    """Secure sums: of clients' updates the server learns their sum, and of none of them alone."""
+
+    bits: Literal[16, 32, 64] = 32
+    """Number of bits of a fixed-point code: 32 are as many as numbers of dense updates have."""
+    largest: float = Field(10.0, gt=0)
+    """Largest magnitude of one number of an update; a client with a larger one has none to send.
+    Codes are the finer, the smaller it is."""
+    threshold: int | None = Field(None, ge=2)
+    """Number of clients t without which a round has no result: any t of them can take the masks
+    from the sum of those who sent their updates, and fewer can do nothing; with null, one more than
+    two thirds of those who are asked."""
+    masks: bool = True
+    """Whether codes are masked; without, they add up to the same, and the server sees each, for
+    comparisons."""
+
+
 class FederationSettings(Section):
     """Rounds: how many there are, and who takes part."""
 
-    decide: ClassVar = ("clients_per_round", "seed", "weights", "largest_share")
+    decide: ClassVar = ("clients_per_round", "seed", "weights", "largest_share", "secure")
     """Keys that the entries of a run depend on; a run that goes on may change all others."""
 
     rounds: int = Field(10, ge=1)
@@ -357,8 +374,33 @@ class FederationSettings(Section):
     largest_share: float | None = Field(None, gt=0, le=1)
     """Largest share of a round that one client may claim by its number of examples; what is above
     goes to the others. With null, claims are believed where weights are by size."""
+    secure: SecureSettings | None = None
+    """Secure sums, `true` or as {bits: 32, largest: 1.0}: the server learns the sum of a round's
+    updates, and none of them alone; with null, it sees each."""
     keep_updates: bool = False
     """Whether what each client sent is kept, under `updates/` in the run's directory."""
+
+    @field_validator("secure", mode="before")
+    @classmethod
+    def _by_word(cls, secure: Any) -> Any:
+        return {True: {}, False: None}[secure] if isinstance(secure, bool) else secure
+
+    @model_validator(mode="after")
+    def _nothing_of_one_client(self) -> FederationSettings:
+        if self.secure is None:
+            return self
+        if self.weights not in (None, "size", "uniform") or self.largest_share is not None:
+            key = "weights" if self.largest_share is None else "largest_share"
+            raise ValueError(
+                f"`{key}` compares clients' updates, of which the server sees none alone with "
+                "`secure`: leave one of them out"
+            )
+        if self.keep_updates:
+            raise ValueError(
+                "`keep_updates`: with `secure` the server has no update that it could keep: leave "
+                "one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _enough_clients(self) -> FederationSettings:

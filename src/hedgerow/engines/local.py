@@ -15,12 +15,14 @@ from hedgerow.clock import Clock
 from hedgerow.data import Held, Tokenized
 from hedgerow.errors import ClientFailed, UserError
 from hedgerow.experiment import Experiment
-from hedgerow.federation.fleet import ClientResult, Watcher
+from hedgerow.federation.fleet import ClientAnswer, ClientResult, Watcher
 from hedgerow.federation.participant import example_level, train_client
+from hedgerow.federation.secure import SecureClient, as_known, sum_of_round
 from hedgerow.methods.base import Client, ClientRound
 from hedgerow.model import Model
 from hedgerow.privacy.example_level import ExampleLevel
 from hedgerow.privacy.noise import PRIVACY_KEY
+from hedgerow.privacy.secure.letters import Ask, AskMasked
 from hedgerow.runs.directory import TEST_DATA, RunDirectory, same_data
 from hedgerow.runs.preparation import Prepared, prepare, with_date_of
 from hedgerow.runs.scoring import Progress, Scorer
@@ -36,6 +38,7 @@ class LocalFleet:
         self._model = prepared.model
         self._seeds = Seeds(experiment.federation.seed)
         self._privacy: dict[str, ExampleLevel | None] = {}
+        self._secure: dict[str, SecureClient] = {}
         self._scorer = Scorer(
             experiment, prepared.model, directory.ledger, prepared.test, prepared.tests
         )
@@ -44,8 +47,28 @@ class LocalFleet:
         """Clients of the run, in their order."""
         return self._prepared.clients
 
+    @property
+    def population(self) -> int:
+        """Number of clients of the run."""
+        return len(self._prepared.clients)
+
+    def ask(
+        self, round: int, parent: str, letters: Sequence[tuple[Client, Ask]], clock: Clock
+    ) -> Iterator[ClientAnswer]:
+        """Have clients answer letters of a secure sum, one after another."""
+        for client, letter in letters:
+            try:
+                yield ClientAnswer(client, self._secure_of(client).answer(letter, round, parent))
+            except ClientFailed as error:
+                yield ClientAnswer(client, failure=str(error))
+
     def train(
-        self, round: int, parent: str, clients: Sequence[Client], clock: Clock
+        self,
+        round: int,
+        parent: str,
+        clients: Sequence[Client],
+        clock: Clock,
+        letters: Mapping[str, AskMasked] | None = None,
     ) -> Iterator[ClientResult]:
         """Train one client after another; each borrows the model and gives it back."""
         for client in clients:
@@ -56,19 +79,38 @@ class LocalFleet:
             )
             examples = self._prepared.shards[client.name]
             try:
-                yield self._trained(client_round, examples, parent, clock)
+                letter = None if letters is None else letters[client.name]
+                yield self._trained(client_round, examples, parent, clock, letter)
             except ClientFailed as error:
                 yield ClientResult(client, failure=str(error))
 
     def _trained(
-        self, client_round: ClientRound, examples: Tokenized, parent: str, clock: Clock
+        self,
+        client_round: ClientRound,
+        examples: Tokenized,
+        parent: str,
+        clock: Clock,
+        letter: AskMasked | None,
     ) -> ClientResult:
         privacy = self._privacy_of(client_round.client)
         update = train_client(
             self._experiment, self._model, examples, client_round, parent, clock, privacy
         )
+        client, ledger = client_round.client, self._directory.ledger
+        if letter is not None:
+            with clock("update"):
+                known = as_known(client, ledger, self._experiment.expected(ledger.trained))
+                update = self._secure_of(client).masked(update, letter, known)
         with clock("wire"):
-            return ClientResult(client_round.client, update.to_bytes())
+            return ClientResult(client, update.to_bytes())
+
+    def _secure_of(self, client: Client) -> SecureClient:
+        """A client's part in secure sums."""
+        if client.name not in self._secure:
+            sum_of = sum_of_round(self._experiment, self.population)
+            assert sum_of is not None, "letters are sent for secure sums alone"
+            self._secure[client.name] = SecureClient(client.name, sum_of)
+        return self._secure[client.name]
 
     def _privacy_of(self, client: Client) -> ExampleLevel | None:
         """Example-level privacy of a client, whose record is read once."""

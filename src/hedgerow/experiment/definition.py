@@ -19,6 +19,7 @@ from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.experiment import yaml
 from hedgerow.experiment.mistakes import (
+    check_secure,
     method_of,
     with_kept,
     with_optimizer,
@@ -84,6 +85,7 @@ class Experiment(Section):
             method = with_privacy(method, privacy)
         if federation is not None:
             method = with_weights(method, federation.weights, federation.largest_share)
+            check_secure(method, federation)
         return method
 
     @field_validator("training")

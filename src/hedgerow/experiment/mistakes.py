@@ -13,7 +13,12 @@ from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import Method
 from hedgerow.sentences import sentence
-from hedgerow.settings import EvaluationSettings, PrivacySettings, TrainingSettings
+from hedgerow.settings import (
+    EvaluationSettings,
+    FederationSettings,
+    PrivacySettings,
+    TrainingSettings,
+)
 from hedgerow.training.optimizers import SHORTHANDS, chosen, optimizer_of
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
@@ -147,6 +152,23 @@ def with_weights(method: Method, weights: str | None, largest_share: float | Non
             f"or weighed: leave it out, or take one of {_able(_can_be_weighed)}"
         )
     return method.made_weighed()
+
+
+def check_secure(method: Method, federation: FederationSettings) -> None:
+    """Raise a `UserError` where a method's updates cannot be summed unseen, as is asked for."""
+    if federation.secure is None:
+        return
+    if not method.communicates or not _hides_clients(method):
+        raise UserError(
+            f"federation.secure: an entry of {method.name} with these options is made from more "
+            "than the sum of its clients' updates, which is all that the server would see: leave "
+            f"it out, or take one of {_able(_hides_clients)}"
+        )
+    if method.is_private:
+        raise UserError(
+            "federation.secure: under privacy.level client the server bounds each update before "
+            "it adds noise, so that it has to see it: leave one of them out, or take level example"
+        )
 
 
 def _hides_examples(method: Method) -> bool:

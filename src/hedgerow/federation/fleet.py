@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from hedgerow.clock import Clock
 from hedgerow.methods.base import Client
+from hedgerow.privacy.secure.letters import Answer, Ask, AskMasked
 from hedgerow.runs.scoring import ClientScores
 from hedgerow.wire import Entry
 
@@ -33,16 +34,47 @@ class ClientResult:
         return len(update) if isinstance(update, bytes) else update.stat().st_size
 
 
+@dataclass(frozen=True)
+class ClientAnswer:
+    """A client's answer to a letter of a secure sum, or why there is none."""
+
+    client: Client
+    answer: Answer | None = None
+    failure: str = "it did not answer"
+
+
 class Fleet(Protocol):
     """Those who have the model and the data, as the round loop sees them."""
+
+    @property
+    def population(self) -> int:
+        """Number of clients of the experiment, whether they have joined or not."""
 
     def gather(self) -> Sequence[Client]:
         """Clients that may take part in the next round, in their order."""
 
     def train(
-        self, round: int, parent: str, clients: Sequence[Client], clock: Clock
+        self,
+        round: int,
+        parent: str,
+        clients: Sequence[Client],
+        clock: Clock,
+        letters: Mapping[str, AskMasked] | None = None,
     ) -> Iterator[ClientResult]:
-        """Have `clients` train from the global model; yields the result of each, as they come."""
+        """Have `clients` train from the global model; yields the result of each, as they come.
+
+        Args:
+            round: from 1.
+            parent: hash of the entry before.
+            clients: who trains.
+            clock: told where time goes.
+            letters: for each, where it sends codes for a secure sum; else None.
+        """
+
+    def ask(
+        self, round: int, parent: str, letters: Sequence[tuple[Client, Ask]], clock: Clock
+    ) -> Iterator[ClientAnswer]:
+        """Send clients letters of a secure sum; yields the answer of each, as they come."""
 
     def advance(self, entry: Entry) -> None:
         """Advance every participant's global model by one entry."""

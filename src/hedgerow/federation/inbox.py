@@ -55,6 +55,8 @@ class Inbox:
         self._notes: dict[str, str] = {}
         self._losses: dict[str, float | None] = {}
         self._level = None if experiment.privacy is None else experiment.privacy.level
+        self._says_loss = self._level is None
+        self._needed = self._settings.min_clients
         # Of those who are away in a round, too: what they have spent is not less.
         self._epsilon = 0.0 if previous is None else previous.metrics.get("epsilon", 0.0)
         self._bytes = 0
@@ -82,9 +84,9 @@ class Inbox:
                 while waiting and self._is_settled(waiting[0].name):
                     yield from self._hand_on(waiting.pop(0).name)
             asked = [client for client in self.clients if client.name in self._absent]
-            if len(self._losses) >= self._settings.min_clients or not asked:
+            if len(self._losses) >= self._needed or not asked:
                 break
-        if len(self._losses) < self._settings.min_clients:
+        if len(self._losses) < self._needed:
             raise RunFailed(self._too_few(attempt + 1))
         for client in waiting:
             yield from self._hand_on(client.name)
@@ -225,15 +227,20 @@ class Inbox:
             parent=self._ledger.head,
             client=client.name,
             num_examples=client.num_examples,
-            privacy=self._level,
+            says_loss=self._says_loss,
+            says_epsilon=self._level == "example",
         )
-        self._method.check_update(client, update, self.server_round.expected)
+        self._check_content(client, update)
         if self._settings.keep_updates:
             self._directory.keep_update(self._method.shown(update, self.server_round))
         return update
 
+    def _check_content(self, client: Client, update: Update) -> None:
+        """Raise `InvalidMessage` unless an update's tensors are those that were asked for."""
+        self._method.check_update(client, update, self.server_round.expected)
+
     def _too_few(self, attempts: int) -> str:
-        count, needed = len(self._losses), self._settings.min_clients
+        count, needed = len(self._losses), self._needed
         reasons = [f"{client} failed because {why}" for client, why in self.failures.items()]
         found = (
             f"{count} of the {needed} usable updates that it needs"

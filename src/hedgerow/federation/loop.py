@@ -14,12 +14,15 @@ from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import Fleet, Watcher
 from hedgerow.federation.inbox import Inbox
+from hedgerow.federation.secure import sum_of_round
+from hedgerow.federation.secure_inbox import SecureInbox
 from hedgerow.federation.traffic import Traffic, row_of
 from hedgerow.methods.base import Client
 from hedgerow.privacy.client_level import ClientLevel
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.runs.rows import ROWS_BY_CLIENT
 from hedgerow.seeds import Seeds
+from hedgerow.wire import Entry
 
 
 def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: Watcher) -> None:
@@ -33,6 +36,7 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
     settings, seeds = experiment.federation, Seeds(experiment.federation.seed)
     traffic = Traffic(method, ledger)
     privacy = client_level(experiment, fleet, directory)
+    sum_of = sum_of_round(experiment, fleet.population)
 
     def participants(round: int) -> list[Client]:
         return draw(fleet.gather(), settings.clients_per_round, seeds, round)
@@ -44,6 +48,15 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
     def scores(round: int) -> dict[str, Any]:
         due = round % experiment.evaluation.every == 0 or round == settings.rounds
         return fleet.evaluate(watcher.evaluated) if due else {}
+
+    def inbox_of(round: int, everybody: Sequence[Client], previous: Entry | None) -> Inbox:
+        asked = draw(everybody, settings.clients_per_round, seeds, round)
+        population = len(everybody)
+        if sum_of is not None:
+            return SecureInbox(
+                experiment, round, asked, population, previous, directory, watcher, sum_of
+            )
+        return Inbox(experiment, round, asked, population, previous, directory, watcher, privacy)
 
     # Who is scored on rows of its own gets the model for that, too.
     rows = directory.rows()
@@ -66,11 +79,7 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
 
     previous = ledger.read(len(ledger)) if len(ledger) else None
     for round in range(len(ledger) + 1, settings.rounds + 1):
-        everybody = fleet.gather()
-        asked_now = draw(everybody, settings.clients_per_round, seeds, round)
-        inbox = Inbox(
-            experiment, round, asked_now, len(everybody), previous, directory, watcher, privacy
-        )
+        inbox = inbox_of(round, fleet.gather(), previous)
         began, clock = time.perf_counter(), Clock()
         watcher.round_begins(round, settings.rounds, len(inbox.clients))
 

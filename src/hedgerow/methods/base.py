@@ -260,9 +260,26 @@ class Method(Plugin, ABC):
         """Whether an entry is made from nothing of the updates but their sum.
 
         Then `aggregate` bounds them and adds noise where `ServerRound.private` says so, which
-        client-level privacy needs.
+        client-level privacy needs, and `aggregate_mean` makes the entry of their mean alone, for
+        sums that nobody can look into.
         """
         return False
+
+    def changed(self, round: int, expected: Expected) -> Mapping[str, Sequence[int]]:
+        """Shapes of what `changes` yields, in its order, the same for all clients (`linear`)."""
+        raise NotImplementedError(f"method {self.name}: linear methods define `changed`")
+
+    def aggregate_mean(
+        self, mean: Mapping[str, Tensor], clients: Sequence[str], server_round: ServerRound
+    ) -> Aggregate:
+        """Entry of the weighted mean of `changes`, as `aggregate` makes it of updates (`linear`).
+
+        Args:
+            mean: of all tensors by name, float32; it may be changed.
+            clients: names of those whose changes it is of, in their order.
+            server_round: the round.
+        """
+        raise NotImplementedError(f"method {self.name}: linear methods define `aggregate_mean`")
 
     @property
     def weighable(self) -> bool:

@@ -178,7 +178,7 @@ class Composed(Method):
         parts, shapes = self.parts, server_round.expected.shapes
         private, given = server_round.private, server_round.given_weights
         mean, clients, uniform = Mean(), list[str](), self.weights == "uniform"
-        entry = parts.trains.derived(server_round.expected.seeds)
+        gathered: dict[str, Tensor] = {}
         for update in updates:
             if parts.through.adds:
                 piece = parts.up.decode(update.tensors, shapes)
@@ -189,12 +189,40 @@ class Composed(Method):
                     weight = given[update.client]
                 mean.add(parts.through.basis(piece.header), piece.values, weight)
             else:
-                entry |= _prefixed(parts.through.prefix(len(clients)), update.tensors)
+                gathered |= _prefixed(parts.through.prefix(len(clients)), update.tensors)
             clients.append(update.client)
         if private is not None:
             mean.make_private(private)
         elif given is not None:
             mean.divide_by(1)
+        made = self._aggregate(mean, clients, server_round)
+        return made._replace(tensors=made.tensors | gathered)
+
+    def aggregate_mean(
+        self, mean: Mapping[str, Tensor], clients: Sequence[str], server_round: ServerRound
+    ) -> Aggregate:
+        """Step along the mean, and encode the broadcast."""
+        through, whole = self.parts.through, Mean()
+        header = self._common(server_round.round, server_round.expected)
+        shapes = {name: tuple(each.shape) for name, each in mean.items()}
+        whole.add(through.basis(header), Values(shapes, lambda: iter(mean.items())), 1)
+        return self._aggregate(whole, clients, server_round)
+
+    def changed(self, round: int, expected: Expected) -> Mapping[str, Sequence[int]]:
+        """Shapes of what is mapped."""
+        header = self._common(round, expected)
+        return self.parts.through.mapped_shapes(header, expected.shapes)
+
+    def _common(self, round: int, expected: Expected) -> Mapping[str, Tensor]:
+        """Header that all updates of a round share, where they are one sum."""
+        return self.parts.through.common(expected.shapes, Message(expected.seeds, round))
+
+    def _aggregate(
+        self, mean: Mean, clients: Sequence[str], server_round: ServerRound
+    ) -> Aggregate:
+        """Step along the means by basis, and encode the broadcast."""
+        parts = self.parts
+        entry = parts.trains.derived(server_round.expected.seeds)
         message = Message(server_round.expected.seeds, server_round.round)
         kept = _Kept(server_round.memory, self.server_remembers)
         for index, (basis, values) in enumerate(self.means(mean, len(clients), server_round)):
@@ -202,6 +230,7 @@ class Composed(Method):
             entry |= _prefixed(parts.through.prefix(index), own)
         if self.server_remembers:
             server_round.memory.save(kept.new)
+        uniform = self.weights == "uniform"
         return Aggregate(entry, {}, server_round.weights(clients, uniform=uniform))
 
     def changes(self, update: Update, server_round: ServerRound) -> Values:

@@ -234,7 +234,29 @@ class ContinuedAdapter(AveragedAdapter):
         arrived: Iterable[Update] = arriving()
         if bounded:
             arrived = [self._bounded_mean(arrived, before, server_round)]
-        whole = self.fold(arrived, server_round)
+        whole = self._stepped(self.fold(arrived, server_round), before, server_round)
+        return whole._replace(weights=server_round.weights(clients, uniform=uniform))
+
+    def changed(self, round: int, expected: Expected) -> Mapping[str, Sequence[int]]:
+        """Shapes of the factors that train, of the largest rank."""
+        return self._shapes(expected.shapes, self.largest_rank, round)
+
+    def aggregate_mean(
+        self, mean: Mapping[str, Tensor], clients: Sequence[str], server_round: ServerRound
+    ) -> Aggregate:
+        """Go on from the last adapter by the mean change of its factors."""
+        before = self.before(server_round)
+        whole = self.fold([self._as_update(mean, before, server_round)], server_round)
+        whole = self._stepped(whole, before, server_round)
+        uniform = self.weights == "uniform"
+        return whole._replace(weights=server_round.weights(clients, uniform=uniform))
+
+    # --- details --------------------------------------------------------------------------------
+
+    def _stepped(
+        self, whole: Aggregate, before: Mapping[str, Tensor], server_round: ServerRound
+    ) -> Aggregate:
+        """The averages; or the step of the server's optimiser towards them."""
         if self.server is not None:
             trained = self.sent(server_round.expected.shapes, self.largest_rank, server_round.round)
             changes = [(name, whole.tensors[name] - before[name]) for name in trained]
@@ -245,9 +267,7 @@ class ContinuedAdapter(AveragedAdapter):
             whole = whole._replace(tensors=whole.tensors | stepped)
             if self.server_remembers:
                 server_round.memory.save(state)
-        return whole._replace(weights=server_round.weights(clients, uniform=uniform))
-
-    # --- details --------------------------------------------------------------------------------
+        return whole
 
     def _bounded_mean(
         self, updates: Iterable[Update], before: Mapping[str, Tensor], server_round: ServerRound
@@ -256,7 +276,7 @@ class ContinuedAdapter(AveragedAdapter):
 
         With client-level privacy there is noise on it.
         """
-        private, given, rank = server_round.private, server_round.given_weights, self.largest_rank
+        private, given = server_round.private, server_round.given_weights
         sums: dict[str, Tensor] = {}
         for update in updates:
             changes = dict(self._changes(update, before, server_round))
@@ -269,9 +289,17 @@ class ContinuedAdapter(AveragedAdapter):
         if private is not None:
             private.add_noise(sums)
         total = 1 if private is None else private.denominator
-        mean = {name: before[name] + each / total for name, each in sums.items()}
+        mean = {name: each.div_(total) for name, each in sums.items()}
+        return self._as_update(mean, before, server_round)
+
+    def _as_update(
+        self, mean: Mapping[str, Tensor], before: Mapping[str, Tensor], server_round: ServerRound
+    ) -> Update:
+        """A mean change as if one client had made it, of the largest rank."""
+        rank = self.largest_rank
         about = self._about(rank)
         s = scale(rank, float(about["lora_alpha"]), self.rslora)
+        whole = {name: before[name] + each for name, each in mean.items()}
         return Update(
             method=self.name,
             round=server_round.round,
@@ -279,7 +307,7 @@ class ContinuedAdapter(AveragedAdapter):
             parent="",
             num_examples=1,
             train_loss=None,
-            tensors={n: each if ".lora_A." in n else each / s for n, each in mean.items()},
+            tensors={n: each if ".lora_A." in n else each / s for n, each in whole.items()},
             about=about,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from hedgerow.experiment import Experiment, load
 from hedgerow.federation.fleet import ClientResult, Unwatched
 from hedgerow.methods.base import Client, Method
 from hedgerow.model import Model
+from hedgerow.privacy.secure.letters import AskMasked
 from hedgerow.runs.preparation import Prepared, prepare
 from hedgerow.testing.case import SIZES, TRAINING
 from hedgerow.testing.models import tiny_llama
@@ -28,10 +29,15 @@ class LastFirst(LocalFleet):
     """Clients of a run who train, and answer, in the other order."""
 
     def train(
-        self, round: int, parent: str, clients: Sequence[Client], clock: Clock
+        self,
+        round: int,
+        parent: str,
+        clients: Sequence[Client],
+        clock: Clock,
+        letters: Mapping[str, AskMasked] | None = None,
     ) -> Iterator[ClientResult]:
         """Train the last one first."""
-        return super().train(round, parent, clients[::-1], clock)
+        return super().train(round, parent, clients[::-1], clock, letters)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,9 @@ class Update:
         parent: str,
         client: str,
         num_examples: int,
-        privacy: str | None = None,
+        *,
+        says_loss: bool = True,
+        says_epsilon: bool = False,
     ) -> None:
         """Raise `InvalidMessage` unless the update is the one that was asked for.
 
@@ -104,8 +106,8 @@ class Update:
             parent: hash of the entry that the training starts from.
             client: its name.
             num_examples: number of its examples.
-            privacy: level of the run's privacy, by which an update says its loss, its ε or neither;
-                None where it has none.
+            says_loss: whether it has to say its training loss; else it must not.
+            says_epsilon: whether it has to say what privacy it has spent; else it must not.
         """
         asked = {
             "method": method,
@@ -115,7 +117,7 @@ class Update:
             "num_examples": num_examples,
         }
         check_equal({what: getattr(self, what) for what in asked}, asked)
-        said = {"train_loss": privacy is None, "epsilon": privacy == "example"}
+        said = {"train_loss": says_loss, "epsilon": says_epsilon}
         for what, is_said in said.items():
             if (getattr(self, what) is not None) != is_said:
                 must = "must have" if is_said else "must not have"

@@ -21,6 +21,10 @@ class Dense(Through):
 
     is_dense: ClassVar[bool] = True
 
+    def common(self, shapes: Shapes, message: Message) -> Mapping[str, Tensor]:
+        """Nothing."""
+        return {}
+
     def encode(self, change: Values, message: Message, codec: Codec) -> Piece:
         """The change."""
         return Piece(self.broadcast((), change.shapes, message, codec), change)

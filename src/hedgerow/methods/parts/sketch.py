@@ -91,6 +91,11 @@ class Sketch(Through):
         """Whether all have one seed, and as many coordinates of each block whatever they learnt."""
         return self.shared and self.allocation == "size"
 
+    def common(self, shapes: Shapes, message: Message) -> Mapping[str, Tensor]:
+        """The seed of the round's bases, and K_l by the blocks' sizes."""
+        blocks = group(shapes)
+        return _header(self._seed(message), self.counts(self.budget.of(blocks), blocks, None))
+
     def encode(self, change: Values, message: Message, codec: Codec) -> Piece:
         """Project each block."""
         blocks = group(change.shapes)

@@ -45,6 +45,10 @@ class Through(ABC):
         return self.adds
 
     @abstractmethod
+    def common(self, shapes: Shapes, message: Message) -> Mapping[str, Tensor]:
+        """Header that all updates of a round share, where `is_one_sum`, but for codecs' seeds."""
+
+    @abstractmethod
     def encode(self, change: Values, message: Message, codec: Codec) -> Piece:
         """Map a client's change; `codec` is what the mapped values are written with."""
 

@@ -66,7 +66,7 @@ class Coordinator:
         sealed = {
             other: self._shares[other].sealed[name] for other in self._shares if other != name
         }
-        return AskMasked(session=self.session, sealed=sealed)
+        return AskMasked(session=self.session, sealed=sealed, most_examples=self.most_examples)
 
     def add(self, name: str, codes: Mapping[str, Codes]) -> None:
         """Add a client's masked codes.

@@ -57,7 +57,7 @@ class FixedPoint:
         wide = np.asarray(numbers, dtype=np.float64)
         length = float(np.max(np.abs(wide), initial=0.0))
         if not length <= self.largest:
-            raise ValueError(f"{length:.3g}")
+            raise ValueError(f"holds {length:.3g}, and codes go up to {self.largest:g}")
         codes = np.rint(wide * self.scale).astype(np.int64)
         return codes.astype(_SIGNED[self.bits]).view(self.unsigned)
 

@@ -78,7 +78,9 @@ class AskMasked(_Letter):
     stage: Literal["masked"] = "masked"
     session: Session
     sealed: dict[Name, Sealed]
-    """Shares for this client, by who has sent them."""
+    """Shares for this client, by who has sent them; none where codes are not masked."""
+    most_examples: Annotated[int, Field(ge=1, lt=2**63)]
+    """As in `AskShares`."""
 
 
 class AskUnmasking(_Letter):

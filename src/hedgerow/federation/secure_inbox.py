@@ -1,0 +1,153 @@
+"""Inbox of a round whose updates the server adds up unseen (`federation.secure`)."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel
+
+from hedgerow.clock import Clock
+from hedgerow.errors import InvalidMessage, RunFailed
+from hedgerow.experiment import Experiment
+from hedgerow.federation.fleet import Fleet, Watcher
+from hedgerow.federation.inbox import Inbox
+from hedgerow.federation.secure import SumOfRound, about, as_codes, check_masked
+from hedgerow.methods.base import Aggregate, Client
+from hedgerow.privacy.secure.coordinator import Coordinator
+from hedgerow.privacy.secure.letters import Ask, AskKeys, Keys, Shares, Unmasking
+from hedgerow.runs.directory import RunDirectory
+from hedgerow.wire import Entry, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_A = TypeVar("_A", Keys, Shares, Unmasking)
+
+
+class SecureInbox(Inbox):
+    """The masked updates of one round, which are added as they arrive."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        round: int,
+        clients: Sequence[Client],
+        population: int,
+        previous: Entry | None,
+        directory: RunDirectory,
+        watcher: Watcher,
+        sum_of: SumOfRound,
+    ) -> None:
+        super().__init__(experiment, round, clients, population, previous, directory, watcher)
+        self._sum_of = sum_of
+        self._says_loss = False
+        self._needed = max(self._needed, sum_of.threshold)
+        self._loss = 0.0
+        self._letter_bytes = 0
+
+    def aggregate(self, fleet: Fleet, clock: Clock) -> Aggregate:
+        """What the method makes of the mean of the updates, of which none is seen.
+
+        Each try is a sum of its own, with new keys.
+
+        Raises:
+            RunFailed: too few clients took part to the end, in as many tries as there may be.
+            InvalidMessage: the method could not make anything of the mean.
+        """
+        for attempt in range(self._settings.attempts):
+            if attempt:
+                seconds = self._settings.backoff * 2 ** (attempt - 1)
+                self._watcher.tries_again([client.name for client in self.clients], seconds)
+                time.sleep(seconds)
+            self.failures.clear()
+            self._losses.clear()
+            mean = self._try(fleet, clock)
+            if mean is not None:
+                return self._method.aggregate_mean(mean, list(self.losses), self.server_round)
+        raise RunFailed(self._too_few(attempt + 1))
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        """Bytes of keys and shares, both ways, beside the updates'."""
+        return {"secure_bytes": self._letter_bytes}
+
+    def _try(self, fleet: Fleet, clock: Clock) -> dict[str, Tensor] | None:
+        """The mean of those who took part to the end; None where they are too few."""
+        sum_of, present = self._sum_of, list(self.clients)
+        server = Coordinator(
+            threshold=sum_of.threshold,
+            about=about(self._round, self._ledger.head),
+            session=secrets.token_hex(16),
+            most_examples=max(client.num_examples for client in present),
+        )
+        if sum_of.settings.masks:
+            asks: list[tuple[Client, Ask]]
+            asks = [(client, AskKeys(session=server.session)) for client in present]
+            for client, keys in self._answers(fleet, asks, Keys, clock):
+                server.add_keys(client.name, keys)
+            present = self._left(present)
+            if len(present) < self._needed:
+                return None
+            asks = [(client, server.asks_shares) for client in present]
+            for client, shares in self._answers(fleet, asks, Shares, clock):
+                try:
+                    server.add_shares(client.name, shares)
+                except InvalidMessage as error:
+                    self.failures[client.name] = str(error)
+            present = self._left(present)
+            if len(present) < self._needed:
+                return None
+        letters = {client.name: server.asks_masked(client.name) for client in present}
+        self._letter_bytes += sum(map(size_of, letters.values()))
+        for result in fleet.train(self._round, self._ledger.head, present, clock, letters):
+            with clock("wire"):
+                self._receive(result)
+                for update in self._hand_on(result.client.name):
+                    server.add(update.client, as_codes(update))
+        if len(server.arrived) < self._needed:
+            return None
+        if sum_of.settings.masks:
+            asks = [(c, server.asks_unmasking) for c in present if c.name in server.arrived]
+            helped = {c.name: a for c, a in self._answers(fleet, asks, Unmasking, clock)}
+            try:
+                server.unmask(helped)
+            except InvalidMessage as error:
+                self._watcher.say(f"round {self._round}: {error}")
+                return None
+        sizes = [c.num_examples for c in self.clients if c.name in server.arrived]
+        each = [sum_of.weights(size, server.most_examples) for size in sizes]
+        weights = sum(weight for weight, _ in each), sum(share for _, share in each)
+        mean, self._loss = sum_of.decode(
+            server.total, weights, self._round, self.server_round.expected
+        )
+        return mean
+
+    def _answers(
+        self, fleet: Fleet, asks: Sequence[tuple[Client, Ask]], kind: type[_A], clock: Clock
+    ) -> Iterator[tuple[Client, _A]]:
+        """Answers of one kind; whoever has none has failed."""
+        self._letter_bytes += sum(size_of(ask) for _, ask in asks)
+        for each in fleet.ask(self._round, self._ledger.head, asks, clock):
+            if isinstance(each.answer, kind):
+                self._letter_bytes += size_of(each.answer)
+                yield each.client, each.answer
+            else:
+                self.failures[each.client.name] = each.failure
+
+    def _left(self, clients: Sequence[Client]) -> list[Client]:
+        """Those who have not failed in this try."""
+        return [client for client in clients if client.name not in self.failures]
+
+    def _check_content(self, client: Client, update: Update) -> None:
+        check_masked(update, self._sum_of, self.server_round.expected)
+
+    def _mean_loss(self, present: Sequence[Client]) -> float:
+        return self._loss
+
+
+def size_of(letter: BaseModel) -> int:
+    """Number of bytes of a letter, as it travels."""
+    return len(letter.model_dump_json())
