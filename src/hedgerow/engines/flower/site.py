@@ -46,7 +46,7 @@ from hedgerow.runs.preparation import (
 from hedgerow.runs.scoring import score_clients
 from hedgerow.seeds import Seeds
 from hedgerow.settings import ClientFile
-from hedgerow.wire import LARGEST_SENT, Entry
+from hedgerow.wire import LARGEST_SENT, Entry, header_limit
 
 
 def of_node(app: Path, node: Mapping[str, object]) -> tuple[SiteSettings, Site]:
@@ -285,7 +285,7 @@ class Site:
         if info(file).model_dump() != {"bytes": record.bytes, "sha256": record.sha256}:
             raise InvalidMessage(f"size and SHA-256 of round {record.round} must be as announced")
         try:
-            entry = Entry.read(file)
+            entry = Entry.read(file, header_limit(self._shapes, len(self._app.clients)))
         except UserError:
             raise InvalidMessage(f"the entry of round {record.round} cannot be read") from None
         expected = self._experiment.expected(self._shapes)
