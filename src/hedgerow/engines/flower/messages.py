@@ -44,7 +44,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 MOST_SCORES = 100
 """Largest number of scores in a reply."""
 
-Sentence = Annotated[str, Field(max_length=1000), AfterValidator(readable)]
+Sentence = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(readable)]
 
 
 class Action(StrEnum):
