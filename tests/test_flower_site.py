@@ -6,12 +6,15 @@ import itertools
 import json
 import random
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 from flwr.supercore.task_identity import TaskIdentity
@@ -35,6 +38,7 @@ from hedgerow.engines.flower.site import Site
 from hedgerow.engines.flower.worker import Host, WorkerRequest
 from hedgerow.errors import InvalidMessage, RunFailed, UserError
 from hedgerow.experiment import load
+from hedgerow.ledger import Ledger
 from hedgerow.methods.standalone import Standalone
 from hedgerow.model import Model
 from hedgerow.runs.preparation import load_test
@@ -49,6 +53,7 @@ class Node:
 
     def __init__(self, number, app, folder, **config):
         self.node_id, self.last_activated_at, self.up = number, "now", True
+        self.public_key = f"key {number}".encode()
         self.name, self.app, self.config = "", app, {"folder": str(folder), **config}
         self.host = Host()
         self.answer = lambda reply: reply
@@ -482,7 +487,7 @@ def test_what_a_site_says_cannot_hurt_the_server(make, capsys):
     rows = made.run()
     assert [row["participants"] for row in rows[1:]] == [CLIENTS[:2]] * 5
     failures = [row["failures"]["client-002"] for row in rows[1:]]
-    assert "the message cannot be read" in failures
+    assert any("the message cannot be read: UnicodeDecodeError" in text for text in failures)
     assert any("invalid words" in failure for failure in failures)
     out = capsys.readouterr().out
     for text in [out.replace("\n", ""), *failures]:
@@ -536,6 +541,14 @@ def test_a_site_refuses_entries_that_the_method_would_not_make(make):
     reply = Host().handle(asked).reply
     assert "sent an entry that it does not accept" in reply.refused
     assert not ledger(Path(node["folder"]))
+    # One of more tensors than it could have, of which none is looked at.
+    many = {f"{i:x}": torch.ones(1) for i in range(20_000)}
+    with forged.open("wb") as file:
+        dataclasses.replace(first, tensors=many).write(file)
+    request = Request(run="2" * 32, records=[info(forged)], files=[info(forged)], train=True)
+    asked = WorkerRequest(app=made.nodes[1].app, node=node, request=request, files=[forged])
+    reply = Host().handle(asked).reply
+    assert "the entry of round 1 cannot be read" in reply.refused
 
 
 def test_a_site_says_once_what_an_adapter_leaves_out(make, tmp_path, capsys):
@@ -627,7 +640,7 @@ def test_a_site_may_come_back_under_another_id(make):
 def test_an_update_larger_than_any_can_be_is_not_written(make, monkeypatch):
     made = make()
     monkeypatch.setattr("hedgerow.engines.flower.fleet.MAX_HEADER_BYTES", -20000)
-    with pytest.raises(RunFailed, match="an update must have at most"):
+    with pytest.raises(RunFailed, match="files must have at most"):
         made.run()
 
 
@@ -659,6 +672,99 @@ def test_two_sites_of_one_name(make, capsys):
     rows = made.run(deadline=0.5)
     assert rows[-1]["participants"] == CLIENTS[:2]
     assert "another SuperNode is client-001 already" in capsys.readouterr().out
+
+
+def registered(node, name, key):
+    node.name, node.public_key = name, key
+
+
+def fingerprint_of(path):
+    """As the person sees it who made the key."""
+    listed = subprocess.run(["ssh-keygen", "-lf", path], capture_output=True, text=True, check=True)
+    return listed.stdout.split()[1]
+
+
+def a_key(folder, name):
+    """A public key as Flower has it, and its fingerprint."""
+    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    path = folder / f"{name}.pub"
+    path.write_bytes(key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), path
+
+
+@pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="ssh-keygen is not here")
+def test_a_name_keeps_the_key_that_it_joined_with_first(make, tmp_path, capsys):
+    """When the run goes on, and its own site is away; until somebody says that it is another."""
+    made = make("federation.rounds=2")
+    keys = [a_key(tmp_path, name) for name in CLIENTS]
+    for node, name, (key, _) in zip(made.nodes, CLIENTS, keys, strict=True):
+        registered(node, name, key)
+    made.run(rounds=1)
+    prints = {name: fingerprint_of(path) for name, (_, path) in zip(CLIENTS, keys, strict=True)}
+    assert json.loads((made.out / "sites.json").read_text()) == prints
+    assert f"by the key {prints['client-000']}" in " ".join(capsys.readouterr().out.split())
+
+    other, path = a_key(tmp_path, "other")
+    registered(made.nodes[0], "client-000", other)
+    rows = made.run(min_clients=2, deadline=0.5)
+    assert rows[-1]["participants"] == CLIENTS[1:]
+    said = " ".join(capsys.readouterr().out.split())
+    sentence = f"client-000 has the key {prints['client-000']} in this run, and this is"
+    assert f"{sentence} {fingerprint_of(path)}: if the site has a new key, remove" in said
+    registered(made.nodes[0], "", other)  # registered without a name, it is not let in either
+    assert made.run(min_clients=2, deadline=0.5, rounds=3)[-1]["participants"] == CLIENTS[1:]
+
+    registered(made.nodes[0], "client-000", other)
+    del prints["client-000"]
+    (made.out / "sites.json").write_text(json.dumps(prints))
+    assert made.run(rounds=4)[-1]["participants"] == CLIENTS
+
+
+def test_of_two_keys_of_one_name_neither_wins_before_one_is_known(make, tmp_path, capsys):
+    made = make("federation.rounds=2")
+    for node, name in zip(made.nodes, CLIENTS, strict=True):
+        registered(node, name, name.encode())
+    second = Node(9, made.nodes[0].app, **made.nodes[0].config)
+    registered(second, "client-000", b"another")
+    made.nodes.append(second)
+    rows = made.run(min_clients=2, deadline=0.5)
+    assert rows[-1]["participants"] == CLIENTS[1:]
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("several SuperNodes are registered as client-000, with the keys") >= 2
+    made.nodes.remove(second)
+    assert made.run(rounds=3)[-1]["participants"] == CLIENTS
+    made.nodes.insert(0, second)  # now the first is known
+    rows = made.run(rounds=4)
+    assert rows[-1]["participants"] == CLIENTS
+    assert rows[-1]["failed"] == 0
+
+
+def test_a_key_without_a_name_gives_way_to_one_that_has_it(make, capsys):
+    made = make("federation.rounds=3")
+    own, squatter = made.nodes[0], Node(9, made.nodes[0].app, **made.nodes[0].config)
+    own.up = False
+    made.nodes.append(squatter)
+
+    def come():
+        own.up = True
+        registered(own, "client-000", b"its own")
+
+    made.grid.before = at_round(1, come)
+    rows = made.run()
+    assert [row["participants"] for row in rows[1:]] == [CLIENTS] * 3
+    assert squatter.actions.count(Action.train) == 1
+    assert own.actions.count(Action.train) == 2
+    assert json.loads((made.out / "sites.json").read_text()).keys() == {"client-000"}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "SuperNode 9 was not let in: client-000 has the key" in said
+
+
+def test_a_damaged_file_of_keys_is_one_sentence(make):
+    made = make("federation.rounds=2")
+    made.run(rounds=1)
+    (made.out / "sites.json").write_text('{"client-000": 3}')
+    with pytest.raises(UserError, match=r"sites\.json is damaged: restore it from a copy"):
+        made.run()
 
 
 def test_data_that_change_during_a_run_are_refused_by_the_site(make):
@@ -963,3 +1069,114 @@ def test_the_app_names_no_file_of_test_rows(tested, tmp_path):
     assert [Path(test.file).name for test in data.client_test] == [
         f"{c}-test.json" for c in CLIENTS
     ]
+
+
+# --- secure sums ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fedavg", "ferret", "fed_sb"])
+def test_secure_sums_give_the_local_ledger_and_tell_the_server_of_none(
+    make, hedgerow, tmp_path, kind
+):
+    options = {"fedavg": [], "ferret": ["method.coordinates=random", "method.compression=40"]}
+    changes = [f"method.name={kind}", *options.get(kind, ["method.ranks=4"])]
+    changes += ["federation.rounds=2", "federation.secure=true"]
+    made = make(*changes)
+    seen = []
+    for node in made.nodes:
+        node.answer = lambda reply: seen.append(reply) or reply
+    local = tmp_path / "local"
+    bare = [*changes, "federation.secure={masks: false}"]
+    assert hedgerow("run", made.path, "data.test=null", *bare, "--out", local).code == 0
+    rows = made.run()
+    assert ledger(made.out) == ledger(local)
+    assert [row["failures"] for row in rows] == [{}] * 3
+    assert rows[1]["secure_bytes"] > 1000
+    assert "train_loss_by_client" not in rows[1]
+    said = [json.loads(reply.config_records["words"]["json"]) for reply in seen]
+    assert not any("train_loss" in json.dumps(each) for each in said)
+
+
+def stage_of(message):
+    """Stage of a secure sum that a message is of; None where it is of none."""
+    letter = json.loads(message.content.config_records["words"]["json"]).get("secure")
+    return letter and letter["stage"]
+
+
+@pytest.mark.parametrize("stage", ["keys", "shares", "masked", "unmasking"])
+def test_a_site_that_is_gone_at_any_stage(make, hedgerow, tmp_path, stage):
+    """The sum is that of the others; of all, where it is gone when its numbers have arrived."""
+    changes = ["method.name=fedavg", "federation.rounds=1"]
+    made = make(*changes, "federation.secure={threshold: 2}", "federation.deadline=5")
+    gone = made.nodes[1]
+
+    def before(message):
+        if message.metadata.dst_node_id == gone.node_id and stage_of(message) == stage:
+            gone.up = False
+
+    made.grid.before = before
+    rows = made.run()
+    assert list(rows[1]["failures"]) == [CLIENTS[1]]
+    files = {name: f"client_{index}.json" for index, name in enumerate(CLIENTS)}
+    if stage != "unmasking":
+        del files[CLIENTS[1]]
+    assert rows[1]["participants"] == list(files)
+    local = tmp_path / "local"
+    clients = f"data.clients={json.dumps(files)}"
+    result = hedgerow("run", made.path, "data.test=null", clients, *changes, "--out", local)
+    assert result.code == 0, result.err
+    found, expected = (Ledger.open(out / "ledger").read(1) for out in (made.out, local))
+    for name, each in expected.tensors.items():
+        torch.testing.assert_close(found.tensors[name], each, rtol=1e-3, atol=1e-6)
+
+
+def test_fewer_sites_than_the_threshold_have_no_result(make):
+    secure = "federation.secure={threshold: 3}"
+    made = make("method.name=fedavg", "federation.rounds=1", secure, "federation.attempts=1")
+
+    def before(message):
+        if message.metadata.dst_node_id == made.nodes[1].node_id:
+            made.nodes[1].up = stage_of(message) != "masked"
+
+    made.grid.before = before
+    with pytest.raises(RunFailed, match=r"round 1 has no secure sum: 2 of the 3 clients that it"):
+        made.run()
+    assert not ledger(made.out)
+
+
+@pytest.mark.parametrize("others", ["the same", "fewer"])
+def test_a_site_does_not_help_with_two_sums_of_one_round(make, monkeypatch, others):
+    """Whose difference would be one client's update; with the same once more, after a kill."""
+    changes = ["method.name=fedavg", "federation.rounds=1", "federation.attempts=1"]
+    made = make(*changes, "federation.secure={threshold: 2}")
+    with monkeypatch.context() as patch:
+
+        def killed(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(Ledger, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made.run()
+    if others == "the same":
+        rows = made.run()
+        assert rows[1]["participants"] == CLIENTS
+        return
+    made.nodes[1].up = False
+    with pytest.raises(RunFailed, match="the sum of other clients of this round was unmasked"):
+        made.run(deadline=0.5)
+
+
+@pytest.mark.parametrize("demand", ["plain", "letter"])
+def test_a_site_sends_no_plain_update_where_sums_are_secure(make, demand):
+    """Whatever the server asks."""
+    secure = demand == "plain"
+    made = make("method.name=fedavg", *(["federation.secure=true"] if secure else []))
+    host = made.nodes[0].host
+    words = {"run": "0" * 32, "train": secure}
+    if not secure:
+        words["secure"] = {"stage": "keys", "session": "0" * 32}
+    request = WorkerRequest(
+        app=made.nodes[0].app, node=made.nodes[0].config, request=Request(**words), files=[]
+    )
+    reply = host.handle(request).reply
+    assert reply.refused == "the server asks otherwise than federation.secure says"

@@ -40,6 +40,7 @@ from hedgerow.wire import (
     FileTensors,
     Participant,
     Update,
+    header_limit,
     kinds,
 )
 
@@ -361,6 +362,50 @@ def test_a_file_is_checked_with_one_tensor_in_memory(tmp_path, monkeypatch):
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_entry(Entry.read(entry_path), method, shapes, 1, PARENT)
     assert len(alive) == 20
+
+
+def test_names_are_compared_before_a_tensor_is_made(case, tmp_path, monkeypatch):
+    """And whatever a method looks at before, it is not every number."""
+    read = []
+    original = FileTensors.__getitem__
+
+    def watched(self, key):
+        read.append(key)
+        return original(self, key)
+
+    monkeypatch.setattr(FileTensors, "__getitem__", watched)
+    file = File.of(case.updates[0])
+    extra = {f"{i:x}": ("F32", [1], bytes(4)) for i in range(300)}
+    file.tensors = {**file.tensors, **extra}
+    with pytest.raises(InvalidMessage):
+        case.receive(file.bytes())
+    assert not extra.keys() & set(read)
+
+
+def test_a_header_longer_than_any_of_the_model_s_is_not_parsed(case, tmp_path, monkeypatch):
+    """A hundred thousand tensors take seconds, and a hundred megabytes."""
+    limit = header_limit(case.shapes)
+    lengths = [int.from_bytes(data[:8], "little") for data in case.updates]
+    assert 2 * max(lengths) < limit
+    assert 2 * int.from_bytes(case.entry[:8], "little") < header_limit(case.shapes, 3)
+    parsed = []
+
+    def watched(text, size):
+        parsed.append(len(text))
+        raise InvalidMessage("parsed")
+
+    monkeypatch.setattr("hedgerow.wire.files._parse_header", watched)
+    for length, says in ((limit + 1, f"at most {limit} bytes, got {limit + 1}"), (limit, "parsed")):
+        data = length.to_bytes(8, "little") + b"{" * length
+        path = tmp_path / "file"
+        path.write_bytes(data)
+        with pytest.raises(InvalidMessage, match=says):
+            Update.from_bytes(data, limit)
+        with pytest.raises(InvalidMessage, match=says):
+            Update.read(path, limit)
+        with pytest.raises(UserError, match=says):
+            Entry.read(path, limit)
+    assert parsed == [limit] * 3
 
 
 @pytest.mark.parametrize("piece", ['"%07d":{},', '"%07d":0,', '"%07d":[[],[]],', '"%07d":"",'])

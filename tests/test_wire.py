@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hedgerow.errors import InvalidMessage
-from hedgerow.wire import Entry, Participant, Update
+from hedgerow.wire import MAX_HEADER_BYTES, Entry, Participant, Update, header_limit
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -134,3 +134,10 @@ def test_an_entry_says_its_hash_and_size(tmp_path):
     assert dict(read.tensors).keys() == TENSORS.keys()
     header = json.loads(file.getvalue()[8 : 8 + int.from_bytes(file.getvalue()[:8], "little")])
     assert next(iter(header)) == "__metadata__"
+
+
+def test_the_header_s_limit_grows_with_what_is_trained_and_with_the_clients():
+    few, more = ({f"layer.{i}": [4, 4] for i in range(count)} for count in (10, 1000))
+    assert header_limit(few) < header_limit(more) < header_limit(more, 2) < MAX_HEADER_BYTES
+    assert header_limit(more, 10_000) == MAX_HEADER_BYTES
+    assert header_limit({}) < MAX_HEADER_BYTES

@@ -15,7 +15,7 @@ from hedgerow.clock import Clock
 from hedgerow.data import Held, Tokenized
 from hedgerow.errors import ClientFailed, UserError
 from hedgerow.experiment import Experiment
-from hedgerow.federation.fleet import ClientAnswer, ClientResult, Watcher
+from hedgerow.federation.fleet import ClientResult, Watcher
 from hedgerow.federation.participant import example_level, train_client
 from hedgerow.federation.secure import SecureClient, as_known, sum_of_round
 from hedgerow.methods.base import Client, ClientRound
@@ -54,13 +54,14 @@ class LocalFleet:
 
     def ask(
         self, round: int, parent: str, letters: Sequence[tuple[Client, Ask]], clock: Clock
-    ) -> Iterator[ClientAnswer]:
+    ) -> Iterator[ClientResult]:
         """Have clients answer letters of a secure sum, one after another."""
         for client, letter in letters:
             try:
-                yield ClientAnswer(client, self._secure_of(client).answer(letter, round, parent))
+                answer = self._secure_of(client).answer(letter, round, parent)
+                yield ClientResult(client, answer=answer)
             except ClientFailed as error:
-                yield ClientAnswer(client, failure=str(error))
+                yield ClientResult(client, failure=str(error))
 
     def train(
         self,

@@ -26,21 +26,14 @@ class ClientResult:
     """The failure is that nothing was heard, so that asking again may help."""
     scores: ClientScores | None = None
     """What its model scores on its own test rows, where that was asked instead of an update."""
+    answer: Answer | None = None
+    """Answer to a letter of a secure sum, where there was one."""
 
     @property
     def nbytes(self) -> int:
         """Size of the update, in bytes."""
         update = self.update
         return len(update) if isinstance(update, bytes) else update.stat().st_size
-
-
-@dataclass(frozen=True)
-class ClientAnswer:
-    """A client's answer to a letter of a secure sum, or why there is none."""
-
-    client: Client
-    answer: Answer | None = None
-    failure: str = "it did not answer"
 
 
 class Fleet(Protocol):
@@ -73,7 +66,7 @@ class Fleet(Protocol):
 
     def ask(
         self, round: int, parent: str, letters: Sequence[tuple[Client, Ask]], clock: Clock
-    ) -> Iterator[ClientAnswer]:
+    ) -> Iterator[ClientResult]:
         """Send clients letters of a secure sum; yields the answer of each, as they come."""
 
     def advance(self, entry: Entry) -> None:

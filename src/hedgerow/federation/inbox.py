@@ -17,7 +17,7 @@ from hedgerow.methods.base import Aggregate, Client, ServerRound
 from hedgerow.privacy.client_level import ClientLevel
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.runs.scoring import plausible
-from hedgerow.wire import Entry, Participant, Update
+from hedgerow.wire import Entry, Participant, Update, header_limit
 
 
 class Inbox:
@@ -219,18 +219,25 @@ class Inbox:
     def _checked(self, result: ClientResult) -> Update:
         if result.failure is not None:
             raise InvalidMessage(result.failure)
-        client, content = result.client, result.update
-        update = Update.from_bytes(content) if isinstance(content, bytes) else Update.read(content)
-        update.check(
-            method=self._method.name,
-            round=self._round,
-            parent=self._ledger.head,
-            client=client.name,
-            num_examples=client.num_examples,
-            says_loss=self._says_loss,
-            says_epsilon=self._level == "example",
-        )
-        self._check_content(client, update)
+        client, content, expected = result.client, result.update, self.server_round.expected
+
+        def fits(update: Update) -> None:
+            update.check(
+                method=self._method.name,
+                round=self._round,
+                parent=self._ledger.head,
+                client=client.name,
+                num_examples=client.num_examples,
+                says_loss=self._says_loss,
+                says_epsilon=self._level == "example",
+            )
+            self._check_content(client, update)
+
+        limit = header_limit(expected.shapes)
+        if isinstance(content, bytes):
+            update = Update.from_bytes(content, limit, fits)
+        else:
+            update = Update.read(content, limit, fits)
         if self._settings.keep_updates:
             self._directory.keep_update(self._method.shown(update, self.server_round))
         return update

@@ -46,6 +46,7 @@ class SecureInbox(Inbox):
         self._says_loss = False
         self._needed = max(self._needed, sum_of.threshold)
         self._loss = 0.0
+        self._stayed = 0
         self._letter_bytes = 0
 
     def aggregate(self, fleet: Fleet, clock: Clock) -> Aggregate:
@@ -89,7 +90,7 @@ class SecureInbox(Inbox):
             for client, keys in self._answers(fleet, asks, Keys, clock):
                 server.add_keys(client.name, keys)
             present = self._left(present)
-            if len(present) < self._needed:
+            if not self._are_enough(len(present)):
                 return None
             asks = [(client, server.asks_shares) for client in present]
             for client, shares in self._answers(fleet, asks, Shares, clock):
@@ -98,7 +99,7 @@ class SecureInbox(Inbox):
                 except InvalidMessage as error:
                     self.failures[client.name] = str(error)
             present = self._left(present)
-            if len(present) < self._needed:
+            if not self._are_enough(len(present)):
                 return None
         letters = {client.name: server.asks_masked(client.name) for client in present}
         self._letter_bytes += sum(map(size_of, letters.values()))
@@ -107,7 +108,7 @@ class SecureInbox(Inbox):
                 self._receive(result)
                 for update in self._hand_on(result.client.name):
                     server.add(update.client, as_codes(update))
-        if len(server.arrived) < self._needed:
+        if not self._are_enough(len(server.arrived)):
             return None
         if sum_of.settings.masks:
             asks = [(c, server.asks_unmasking) for c in present if c.name in server.arrived]
@@ -116,6 +117,7 @@ class SecureInbox(Inbox):
                 server.unmask(helped)
             except InvalidMessage as error:
                 self._watcher.say(f"round {self._round}: {error}")
+                self._stayed = len(helped)
                 return None
         sizes = [c.num_examples for c in self.clients if c.name in server.arrived]
         each = [sum_of.weights(size, server.most_examples) for size in sizes]
@@ -135,7 +137,12 @@ class SecureInbox(Inbox):
                 self._letter_bytes += size_of(each.answer)
                 yield each.client, each.answer
             else:
-                self.failures[each.client.name] = each.failure
+                self.failures[each.client.name] = each.failure or "it gave no answer"
+
+    def _are_enough(self, count: int) -> bool:
+        """Whether so many clients suffice to go on."""
+        self._stayed = count
+        return count >= self._needed
 
     def _left(self, clients: Sequence[Client]) -> list[Client]:
         """Those who have not failed in this try."""
@@ -143,6 +150,14 @@ class SecureInbox(Inbox):
 
     def _check_content(self, client: Client, update: Update) -> None:
         check_masked(update, self._sum_of, self.server_round.expected)
+
+    def _too_few(self, attempts: int) -> str:
+        reasons = [f"{client} failed because {why}" for client, why in self.failures.items()]
+        tries = f" in {attempts} tries" if attempts > 1 else ""
+        return (
+            f"round {self._round} has no secure sum: {self._stayed} of the {self._needed} clients "
+            f"that it takes stayed to the end{tries}: {(reasons or ['nobody answered'])[0]}"
+        )
 
     def _mean_loss(self, present: Sequence[Client]) -> float:
         return self._loss

@@ -385,7 +385,8 @@ class Method(Plugin, ABC):
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """Raise `InvalidMessage`, on the server, unless an update is what the client should send.
 
-        `Update.check` has been called; that no number is absurd was checked when it was read.
+        `Update.check` has been called. Of the numbers only those that are asked for have been
+        looked at, and are not absurd: kinds are to be compared first (`check_kinds`, `kinds`).
         """
 
     @abstractmethod

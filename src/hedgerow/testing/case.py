@@ -25,7 +25,7 @@ from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
 from hedgerow.testing.doubles import Forgetful, no_past
 from hedgerow.testing.files import overwrite
-from hedgerow.wire import Entry, Participant, Update, kinds
+from hedgerow.wire import Entry, Participant, Update, header_limit, kinds
 
 if TYPE_CHECKING:
     from torch import nn
@@ -149,24 +149,24 @@ class Case:
         """What the server does with the first client's update, in memory and from a file."""
         client = self.clients[0]
 
-        def checked(update: Update) -> Update:
+        def fits(update: Update) -> None:
             update.check(self.method.name, self.round, PARENT, client.name, client.num_examples)
             self.method.check_update(client, update, self.expected)
-            return update
 
+        limit = header_limit(self.shapes)
         overwrite(self.path, data)
         try:
-            update = checked(Update.from_bytes(data))
+            update = Update.from_bytes(data, limit, fits)
         except InvalidMessage as error:
             assert_readable(error)
             try:
-                checked(Update.read(self.path))
+                Update.read(self.path, limit, fits)
             except InvalidMessage:
                 raise error from None
             raise AssertionError(
                 f"an update is refused in memory, and not in a file: {error}"
             ) from error
-        again = checked(Update.read(self.path))
+        again = Update.read(self.path, limit, fits)
         assert replace(again, tensors={}) == replace(update, tensors={})
         assert all(torch.equal(again.tensors[n], update.tensors[n]) for n in update.tensors)
         return update
@@ -175,7 +175,7 @@ class Case:
         """What a participant does with an entry before it applies it."""
         overwrite(self.path, data)
         try:
-            entry = Entry.read(self.path)
+            entry = Entry.read(self.path, header_limit(self.shapes, len(self.clients)))
         except UserError as error:
             assert_readable(error)
             raise InvalidMessage(str(error)) from None

@@ -14,6 +14,7 @@ from hedgerow.wire.files import (
     MAX_HEADER_BYTES,
     FileTensors,
     check_numbers,
+    header_limit,
     kinds,
     to_safetensors,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "check_kinds",
     "check_numbers",
     "check_participants",
+    "header_limit",
     "in_float32",
     "is_writable",
     "kinds",

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.names import NAME
-from hedgerow.wire.files import FileTensors, check_numbers, header_of, to_safetensors
+from hedgerow.wire.files import (
+    MAX_HEADER_BYTES,
+    FileTensors,
+    check_numbers,
+    header_of,
+    to_safetensors,
+)
 from hedgerow.wire.metadata import LONGEST_TEXT, natural, read_json, take
 
 if TYPE_CHECKING:
@@ -90,16 +96,20 @@ class Entry:
         return digest.hexdigest(), size
 
     @staticmethod
-    def read(path: Path) -> Entry:
+    def read(path: Path, header: int = MAX_HEADER_BYTES) -> Entry:
         """The entry in a file; its tensors are read when they are asked for.
 
         Whether it is an entry that fits is for the receiver to say.
+
+        Args:
+            path: a safetensors file.
+            header: largest number of bytes that its header may have; see `header_limit`.
 
         Raises:
             UserError: the file is no entry, with its name.
         """
         try:
-            tensors = FileTensors(path)
+            tensors = FileTensors(path, header)
             return _entry(tensors.metadata, tensors)
         except (InvalidMessage, OSError) as error:
             raise UserError(f"{path} is not a ledger entry: {error}") from None

@@ -10,11 +10,12 @@ tensor.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,12 +44,42 @@ def check_numbers(tensors: Mapping[str, Tensor], largest: float) -> None:
     """Raise `InvalidMessage` where a floating number is not finite, or above `largest` in size."""
     for name, kind in kinds(tensors).items():
         if kind.dtype.is_floating_point:
-            low, high = (float(bound) for bound in torch.aminmax(tensors[name]))
-            # A NaN is both.
-            if not math.isfinite(high - low):
-                raise InvalidMessage(f"{name} contains NaN or infinity")
-            if max(-low, high) > largest:
-                raise InvalidMessage(f"{name} contains values above {largest:g} in magnitude")
+            _check_tensor(name, tensors[name], largest)
+
+
+def _check_tensor(name: str, tensor: Tensor, largest: float) -> None:
+    low, high = (float(bound) for bound in torch.aminmax(tensor))
+    # A NaN is both.
+    if not math.isfinite(high - low):
+        raise InvalidMessage(f"{name} contains NaN or infinity")
+    if max(-low, high) > largest:
+        raise InvalidMessage(f"{name} contains values above {largest:g} in magnitude")
+
+
+def header_limit(shapes: Mapping[str, Sequence[int]], clients: int = 1) -> int:
+    """Largest number of bytes of the header of a file about a model's trained tensors.
+
+    A header is parsed before a name in it is compared with what is expected, so its size bounds
+    what a stranger's file costs.
+
+    Args:
+        shapes: of what is trained (`Method.trained_shapes`), by name; empty where files do not
+            depend on them, and have few tensors.
+        clients: number of those whose tensors may stand in the file beside each other.
+    """
+    each = sum(_TENSORS_EACH * (len(name.encode()) + _DESCRIBED) for name in shapes)
+    return min(MAX_HEADER_BYTES, clients * (_OTHERS + each if shapes else _UNKNOWN))
+
+
+_TENSORS_EACH = 16
+"""Tensors for each that is trained, at most: two factors, their moments, steps of a few-bit code;
+methods here have four."""
+_DESCRIBED = 256
+"""Bytes of a tensor's description, with what its name has beside that of what is trained."""
+_OTHERS = 1 << 16
+"""Bytes of a client's metadata, and of tensors that are there once."""
+_UNKNOWN = 1 << 22
+"""Bytes of the header where nothing is known of the tensors: some 30,000 of them."""
 
 
 class FileTensors(Mapping[str, "Tensor"]):
@@ -57,21 +88,44 @@ class FileTensors(Mapping[str, "Tensor"]):
     The file is opened anew for each, and not mapped into memory, where what was read of it would
     stay.
 
+    Args:
+        source: the file, or its bytes.
+        header: largest number of bytes that its header may have.
+        largest: largest magnitude of a floating number, checked whenever a tensor is read; so what
+            a stranger sent can be compared with what is expected before all of it has been looked
+            at, and nothing that is looked at meanwhile is NaN, infinite or absurd. None checks
+            nothing.
+
     Raises:
-        InvalidMessage: it is no such file.
+        InvalidMessage: it is no such file; or, of a tensor that is read, as `check_numbers`.
         OSError: it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with path.open("rb") as file:
-            self.metadata, self._places = read_header(file)
+    def __init__(
+        self, source: Path | bytes, header: int = MAX_HEADER_BYTES, largest: float | None = None
+    ) -> None:
+        self._source, self._largest = source, largest
+        with self._opened() as file:
+            self.metadata, self._places = read_header(file, header)
         self.kinds = {name: place.kind for name, place in self._places.items()}
+
+    def _opened(self) -> io.BufferedIOBase:
+        source = self._source
+        return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+
+    def trusted(self) -> FileTensors:
+        """The same tensors, whose numbers are not checked when they are read."""
+        tensors = copy.copy(self)
+        tensors._largest = None
+        return tensors
 
     def __getitem__(self, key: str) -> Tensor:
         place = self._places[key]
-        with self._path.open("rb") as file:
-            return place.read(file)
+        with self._opened() as file:
+            tensor = place.read(file)
+        if self._largest is not None and place.kind.dtype.is_floating_point:
+            _check_tensor(key, tensor, self._largest)
+        return tensor
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
@@ -168,8 +222,14 @@ class Place(NamedTuple):
         return data.view(dtype).view(shape)
 
 
-def read_header(file: io.BufferedIOBase) -> tuple[dict[str, str], dict[str, Place]]:
+def read_header(
+    file: io.BufferedIOBase, largest: int = MAX_HEADER_BYTES
+) -> tuple[dict[str, str], dict[str, Place]]:
     """A safetensors file's metadata, and where its tensors are, in their order.
+
+    Args:
+        file: from its begin.
+        largest: largest number of bytes that the header may have.
 
     Raises:
         InvalidMessage: it is no such file, or has what nobody here writes.
@@ -180,8 +240,8 @@ def read_header(file: io.BufferedIOBase) -> tuple[dict[str, str], dict[str, Plac
     begin = 8 + length
     if begin > size:
         raise InvalidMessage("the file ends before its header does")
-    if length > MAX_HEADER_BYTES:
-        raise InvalidMessage(f"the header must have at most {MAX_HEADER_BYTES} bytes")
+    if length > largest:
+        raise InvalidMessage(f"the header must have at most {largest} bytes, got {length}")
     try:
         text = file.read(length).decode()
     except UnicodeDecodeError:

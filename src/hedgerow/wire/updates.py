@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from hedgerow.errors import InvalidMessage
-from hedgerow.wire.files import (
-    FileTensors,
-    check_numbers,
-    header_of,
-    read_header,
-    to_safetensors,
-)
+from hedgerow.wire.files import MAX_HEADER_BYTES, FileTensors, header_of, to_safetensors
 from hedgerow.wire.metadata import LONGEST_TEXT, check_equal, natural, take
 
 if TYPE_CHECKING:
@@ -66,26 +59,46 @@ class Update:
         return digest.hexdigest()
 
     @staticmethod
-    def from_bytes(data: bytes) -> Update:
+    def from_bytes(
+        data: bytes,
+        header: int = MAX_HEADER_BYTES,
+        fits: Callable[[Update], None] | None = None,
+    ) -> Update:
         """The update in `data`.
+
+        Args:
+            data: a safetensors file.
+            header: largest number of bytes that its header may have; see `header_limit`.
+            fits: told of the update before all of its numbers are looked at, to raise
+                `InvalidMessage` unless its names and kinds are those that are expected; None
+                expects nothing.
 
         Raises:
             InvalidMessage: `data` is no update, or holds a number that is not finite or absurd.
         """
-        file = io.BytesIO(data)
-        metadata, places = read_header(file)
-        return _update(metadata, {name: place.read(file) for name, place in places.items()})
+        tensors = FileTensors(data, header, largest=LARGEST_SENT)
+        return replace(_update(tensors, fits), tensors=dict(tensors))
 
     @staticmethod
-    def read(path: Path) -> Update:
+    def read(
+        path: Path,
+        header: int = MAX_HEADER_BYTES,
+        fits: Callable[[Update], None] | None = None,
+    ) -> Update:
         """The update in a file; its tensors are read when they are asked for.
+
+        For arguments, see `from_bytes`.
 
         Raises:
             InvalidMessage: as in `from_bytes`.
             OSError: the file cannot be read.
         """
-        tensors = FileTensors(path)
-        return _update(tensors.metadata, tensors)
+        tensors = FileTensors(path, header, largest=LARGEST_SENT)
+        update = _update(tensors, fits)
+        for name, kind in tensors.kinds.items():
+            if kind.dtype.is_floating_point:
+                tensors[name]  # which checks it
+        return replace(update, tensors=tensors.trusted())
 
     def check(
         self,
@@ -160,16 +173,15 @@ class Update:
         return {**said, **self.about}
 
 
-def _update(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Update:
-    """The update of a file's metadata and tensors, checked."""
-    about = dict(metadata)
+def _update(tensors: FileTensors, fits: Callable[[Update], None] | None) -> Update:
+    """The update in a file, whose metadata are checked; its numbers are when they are read."""
+    about = dict(tensors.metadata)
     names = ("method", "round", "client", "parent", "num_examples")
     method, round, client, parent, num_examples = take(about, UPDATE_FORMAT, *names)
-    if max(map(len, (*about, *metadata.values()))) > LONGEST_TEXT:
+    if max(map(len, (*about, *tensors.metadata.values()))) > LONGEST_TEXT:
         raise InvalidMessage(f"metadata must be strings of at most {LONGEST_TEXT} characters")
     train_loss, epsilon = (_number(name, about) for name in ("train_loss", "epsilon"))
-    check_numbers(tensors, LARGEST_SENT)
-    return Update(
+    update = Update(
         method=method,
         round=natural("round", round),
         client=client,
@@ -180,6 +192,9 @@ def _update(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Updat
         about=about,
         epsilon=epsilon,
     )
+    if fits is not None:
+        fits(update)
+    return update
 
 
 def _number(name: str, about: dict[str, str]) -> float | None:

@@ -10,6 +10,7 @@ the app's components; `simulation` runs both on one machine or a Ray cluster.
     site     what a site does: checks entries, keeps its copy of the ledger, trains
     node     a site's own settings
     messages what travels between server and sites
+    keys     which site each client is
 """
 
 from __future__ import annotations

@@ -6,23 +6,34 @@ import collections
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
-from google.protobuf.message import DecodeError
 
 from hedgerow.clock import Clock
-from hedgerow.engines.flower.messages import Action, FileInfo, Held, Parcel, Reply, Request, pack
+from hedgerow.engines.flower.keys import KnownKeys
+from hedgerow.engines.flower.messages import (
+    Action,
+    FileInfo,
+    Held,
+    NoReply,
+    Parcel,
+    Reply,
+    Request,
+    pack,
+    read_reply,
+)
 from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.evaluation.metrics import main_scores_of
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import ClientResult
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Client
+from hedgerow.privacy.secure.letters import Ask, AskMasked
 from hedgerow.runs.scoring import ClientScores, Scorer, over_clients
 from hedgerow.wire import MAX_HEADER_BYTES, Entry
 
@@ -59,6 +70,8 @@ class Errand:
     """The rounds whose entries are still to be sent."""
     asks: Action = Action.entries
     """What the last message asks for."""
+    letter: Ask | None = None
+    """Letter of a secure sum in the last message."""
     restarts: int = 0
 
 
@@ -71,6 +84,7 @@ class FlowerFleet:
         awaited: those that the run begins with.
         run: names the run to the sites.
         folder: where updates wait on disk until they are aggregated.
+        keys: which site each client is.
         scorer: the server's own copy of the model, or None where it has none.
         say: told of what people should see.
     """
@@ -84,6 +98,7 @@ class FlowerFleet:
         ledger: Ledger,
         run: str,
         folder: Path,
+        keys: KnownKeys,
         scorer: Scorer | None,
         say: Callable[[str], None],
     ) -> None:
@@ -92,7 +107,8 @@ class FlowerFleet:
         self._metrics = experiment.evaluation.metrics
         self._has_tests = experiment.data.client_test is not None
         self._date = experiment.data.template.date
-        self._run, self._folder, self._scorer, self._say = run, folder, scorer, say
+        self._run, self._folder, self._keys = run, folder, keys
+        self._scorer, self._say = scorer, say
         # Of float32 numbers; an adapter of full rank has up to twice as many as its matrix.
         numbers = sum(math.prod(shape) for shape in ledger.trained.values())
         self._largest = 2 * 4 * numbers + 2 * MAX_HEADER_BYTES
@@ -162,24 +178,30 @@ class FlowerFleet:
                 errand = Errand(node.node_id)
                 self._joining[self._send(errand, Action.invite, range(0))] = errand
         for message_id, errand in list(self._joining.items()):
-            for message in self._pull(message_id):
+            reply = self._reply(message_id, errand)
+            if reply is not None:
                 del self._joining[message_id]
-                self._welcome(errand.node, message, nodes)
+                self._welcome(errand.node, reply, nodes)
 
-    def _welcome(self, node: int, message: Message | None, nodes: dict[int, Any]) -> None:
+    def _welcome(
+        self, node: int, arrived: Parcel[Reply] | InvalidMessage, nodes: dict[int, Any]
+    ) -> None:
         """Make a node a member, or say why not."""
         try:
-            reply = self._reply(message).words
-            name, about = reply.name, nodes.get(node)
-            if about is not None and about.name and about.name != name:
-                raise InvalidMessage(f"it is registered as {about.name}, but says it is {name}")
+            if isinstance(arrived, InvalidMessage):
+                raise arrived
+            if node not in nodes:
+                raise InvalidMessage("it is no longer connected")
+            reply = arrived.words
+            name, about = reply.name, nodes[node]
+            self._keys.check(name, about, nodes.values())
+            if name not in self._names:
+                raise InvalidMessage(f"the experiment has no client {name}")
             if reply.refused is not None:
                 self._refusals[name] = f"does not take part: {reply.refused}"
                 raise InvalidMessage(f"it does not take part: {reply.refused}")
-            if name not in self._names:
-                raise InvalidMessage(f"the experiment has no client {name}")
             other = self._members.get(name)
-            if other is not None and other.node != node and other.node in nodes:
+            if other is not None and other.node != node and self._keeps(other, nodes, about):
                 raise InvalidMessage(f"another SuperNode is {name} already")
             if reply.num_examples is None:
                 raise InvalidMessage("it does not say how many examples it has")
@@ -189,24 +211,59 @@ class FlowerFleet:
         self._refusals.pop(name, None)
         client = Client(self._names.index(name), name, reply.num_examples)
         self._members[name] = Member(node, client, self._rounds_held(reply.held))
-        self._say(f"{name} joined, with {client.num_examples:,} examples")
+        key = self._keys.remember(name, about)
+        by_key = "" if key is None else f", by the key {key}"
+        self._say(f"{name} joined, with {client.num_examples:,} examples{by_key}")
+
+    def _keeps(self, member: Member, nodes: dict[int, Any], rival: Any) -> bool:
+        """Whether a member is connected, by no lesser right than a SuperNode of the same name."""
+        return member.node in nodes and not (rival.name and not nodes[member.node].name)
 
     # --- rounds ---------------------------------------------------------------------------------
 
+    @property
+    def population(self) -> int:
+        """Number of clients of the experiment, whether they have joined or not."""
+        return len(self._names)
+
     def train(
-        self, round: int, parent: str, clients: Sequence[Client], clock: Clock
+        self,
+        round: int,
+        parent: str,
+        clients: Sequence[Client],
+        clock: Clock,
+        letters: Mapping[str, AskMasked] | None = None,
     ) -> Iterator[ClientResult]:
         """Have clients train on what they miss and have; yields their results as they come."""
+        own = {} if letters is None else letters
+        asked = [(client, own.get(client.name)) for client in clients]
+        yield from self._have_done(Action.train, round, asked, clock)
+
+    def ask(
+        self, round: int, parent: str, letters: Sequence[tuple[Client, Ask]], clock: Clock
+    ) -> Iterator[ClientResult]:
+        """Have clients answer letters of a secure sum; yields their results as they come."""
+        yield from self._have_done(Action.secure, round, letters, clock)
+
+    def _have_done(
+        self,
+        action: Action,
+        round: int,
+        asked: Sequence[tuple[Client, Ask | None]],
+        clock: Clock,
+    ) -> Iterator[ClientResult]:
+        """Have clients do something in a round, each with its letter if there is one."""
         with clock("send"):
             self._invite()  # who has come back under another id, before a second try
             online = {node.node_id for node in self._grid.get_nodes()}
-        members = [self._members[client.name] for client in clients]
-        for member in members:
-            if member.node not in online:
+        errands = []
+        for client, letter in asked:
+            member = self._members[client.name]
+            if member.node in online:
+                errands.append(self._errand(member, round, asks=action, letter=letter))
+            else:
                 why = "its SuperNode is not connected"
                 yield ClientResult(member.client, failure=why, absent=True)
-        present = [member for member in members if member.node in online]
-        errands = [self._errand(member, round, asks=Action.train) for member in present]
         yield from self._run_errands(errands, clock)
 
     def advance(self, entry: Entry) -> None:
@@ -259,9 +316,11 @@ class FlowerFleet:
 
     # --- messages -------------------------------------------------------------------------------
 
-    def _errand(self, member: Member, round: int, *, asks: Action) -> Errand:
+    def _errand(
+        self, member: Member, round: int, *, asks: Action, letter: Ask | None = None
+    ) -> Errand:
         """Bring a member's ledger to the round before, in batches; then have it do something."""
-        errand = Errand(member.node, member, asks=asks)
+        errand = Errand(member.node, member, asks=asks, letter=letter)
         first, size = member.held + 1, 0
         if not self._method.entries_accumulate:
             errand.batches.append(range(first, round))  # of which only the last is sent
@@ -284,15 +343,17 @@ class FlowerFleet:
             late = time.monotonic() > deadline
             for message_id, errand in list(pending.items()):
                 with clock("receive"):
-                    messages = self._pull(message_id)
-                for message in messages:
-                    del pending[message_id]
-                    result = self._result(errand, message)
-                    if result is None:
-                        pending[self._next(errand)] = errand
-                    else:
-                        yield result
-                    del message, result
+                    reply = self._reply(message_id, errand)
+                if reply is None:
+                    continue
+                del pending[message_id]
+                result = self._result(errand, reply)
+                del reply  # with the memory of what it holds
+                if result is None:
+                    pending[self._next(errand)] = errand
+                else:
+                    yield result
+                del result
             with clock("train"):
                 time.sleep(POLL if pending else 0)
         for errand in pending.values():
@@ -304,6 +365,14 @@ class FlowerFleet:
         """Send an errand's next message; returns its id."""
         rounds = errand.batches.popleft()
         return self._send(errand, Action.entries if errand.batches else errand.asks, rounds)
+
+    def _reply(self, message_id: str, errand: Errand) -> Parcel[Reply] | InvalidMessage | None:
+        """The reply to an errand's last message, or why there is none to read; None: not yet."""
+        most = self._largest if errand.asks is Action.train and not errand.batches else 0
+        try:
+            return read_reply(self._grid, message_id, most)
+        except InvalidMessage as error:
+            return type(error)(str(error))  # its traceback would hold all that was read
 
     def _send(self, errand: Errand, action: Action, rounds: range) -> str:
         records = [
@@ -319,6 +388,7 @@ class FlowerFleet:
             date=self._date,
             train=action is Action.train,
             score=True if action is Action.score else None,
+            secure=errand.letter if action is errand.asks else None,
         )
         files = [
             self._ledger.folder / self._ledger.records[round - 1].file
@@ -336,22 +406,17 @@ class FlowerFleet:
         (message_id,) = self._grid.push_messages([message])
         return str(message_id)
 
-    def _pull(self, message_id: str) -> Sequence[Message | None]:
-        """The reply to a message as soon as there is one; None where it cannot be read."""
-        try:
-            return list(self._grid.pull_messages([message_id]))
-        except (ValueError, KeyError, TypeError, RecursionError, DecodeError):
-            # Flower lets objects pass whose content it then fails at; it will not send them again.
-            return [None]
-
-    def _result(self, errand: Errand, message: Message | None) -> ClientResult | None:
+    def _result(
+        self, errand: Errand, arrived: Parcel[Reply] | InvalidMessage
+    ) -> ClientResult | None:
         """The result that a member's reply holds, or None where it needs another message first."""
         member = errand.member
         assert member is not None
         client = member.client
         try:
-            parcel = self._reply(message)
-            reply = parcel.words
+            if isinstance(arrived, InvalidMessage):
+                raise arrived
+            reply = arrived.words
             if reply.refused is not None:
                 return ClientResult(client, failure=f"it does not take part: {reply.refused}")
             if reply.name != client.name:
@@ -362,9 +427,9 @@ class FlowerFleet:
             if errand.batches:
                 return None
             if errand.asks is Action.train and reply.files:
-                return ClientResult(client, self._saved(parcel, client))
+                return ClientResult(client, self._saved(arrived, client))
             if errand.asks is not Action.train and member.held == len(self._ledger):
-                return ClientResult(client, scores=self._scores(reply))
+                return ClientResult(client, scores=self._scores(reply), answer=reply.secure)
             if errand.restarts == RESTARTS:
                 raise InvalidMessage(
                     f"its copy of the ledger still differs after {RESTARTS} attempts"
@@ -374,21 +439,12 @@ class FlowerFleet:
             errand.batches, errand.restarts = again.batches, errand.restarts + 1
             return None
         except InvalidMessage as error:
-            return ClientResult(client, failure=str(error), absent=isinstance(error, _Absent))
-
-    def _reply(self, message: Message | None) -> Parcel[Reply]:
-        if message is None:
-            raise InvalidMessage("the message cannot be read")
-        if message.has_error():
-            raise _Absent(f"Flower says: {message.error.reason}")
-        return Parcel(message.content, Reply)
+            return ClientResult(client, failure=str(error), absent=isinstance(error, NoReply))
 
     def _saved(self, parcel: Parcel[Reply], client: Client) -> Path:
         """The update's file."""
         if len(parcel.words.files) != 1:
             raise InvalidMessage(f"expected one file, the update, got {len(parcel.words.files)}")
-        if parcel.words.files[0].bytes > self._largest:
-            raise InvalidMessage(f"an update must have at most {self._largest} bytes")
         path = self._folder / f"{client.name}.safetensors"
         parcel.save(0, path)
         return path
@@ -407,7 +463,3 @@ class FlowerFleet:
         if held is None or not 0 < held.round <= len(self._ledger):
             return 0
         return held.round if self._ledger.records[held.round - 1].sha256 == held.head else 0
-
-
-class _Absent(InvalidMessage):
-    """There is no reply; the text says what Flower says of it."""

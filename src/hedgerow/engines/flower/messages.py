@@ -6,20 +6,33 @@ far as the words go; what is in the files, by whoever reads them.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Generic, TypeVar
+from types import SimpleNamespace
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
+import httpx
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from flwr.serverapp import Grid
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from hedgerow.errors import InvalidMessage, readable
+from hedgerow.errors import InvalidMessage, readable, reason_of
 from hedgerow.files import replacing
 from hedgerow.names import NAME
+from hedgerow.privacy.secure.letters import Answer, Ask
 from hedgerow.wire import LARGEST_SENT
 
 PIECE = 4 << 20
@@ -32,7 +45,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 MOST_SCORES = 100
 """Largest number of scores in a reply."""
 
-Sentence = Annotated[str, Field(max_length=1000), AfterValidator(readable)]
+Sentence = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(readable)]
 
 
 class Action(StrEnum):
@@ -41,6 +54,7 @@ class Action(StrEnum):
     invite = "query.invite"
     entries = "query.entries"
     score = "query.score"
+    secure = "query.secure"
     train = "train.round"
 
     def register(self, app: ClientApp, handle: Callable[[Message, Context], Message]) -> None:
@@ -64,11 +78,16 @@ class Words(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    LONGEST: ClassVar[int] = 1 << 20
+    """Largest number of characters, in JSON."""
+
     files: list[FileInfo] = []
 
 
 class Request(Words):
     """Words from the server to a site."""
+
+    LONGEST: ClassVar[int] = 1 << 28  # a late joiner's: two million records
 
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     """Names the run, whose state a site keeps apart from other runs'."""
@@ -82,6 +101,14 @@ class Request(Words):
     """Train the round after the last of `records`."""
     score: bool | None = None
     """Score the client's model after the last of `records` on its own test rows."""
+    secure: Ask | None = None
+    """Letter of the secure sum of the round after the last of `records`."""
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        if self.files != self.records[len(self.records) - len(self.files) :]:
+            raise ValueError("the files must be the last of the records")
+        return self
 
 
 class Held(BaseModel):
@@ -120,6 +147,8 @@ class Reply(Words):
     """The site does not take part, and why."""
     scores: OwnScores | None = None
     """What the client's model scores, where that was asked and it has test rows of its own."""
+    secure: Answer | None = None
+    """Answer to a letter of a secure sum."""
     failure: Sentence | None = None
     """The site takes part, but has no update in this round, and why."""
 
@@ -149,49 +178,48 @@ W = TypeVar("W", bound=Words)
 
 
 class Parcel(Generic[W]):
-    """A message that has arrived: its words, and its files to be saved."""
+    """A message that has arrived: its words, and its files to be saved.
 
-    def __init__(self, content: RecordDict, kind: type[W]) -> None:
-        """Validate the words.
+    All is checked before a file is written, but for the files' hashes.
+    """
+
+    def __init__(self, content: RecordDict, kind: type[W], most: int | None = None) -> None:
+        """Validate the words, and that the files are as long as they say.
+
+        Args:
+            content: Flower's records, of which the files are taken out.
+            kind: of the words.
+            most: number of bytes that the files may have together; None where what they should have
+                is compared elsewhere.
 
         Raises:
-            InvalidMessage: they are not of this kind.
+            InvalidMessage: it is malformed, or is not what its words say.
         """
-        try:
-            text = content.config_records["words"]["json"]
-            self.words = kind.model_validate_json(text if isinstance(text, str) else "")
-        except KeyError:
-            raise InvalidMessage("the message has no words") from None
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise InvalidMessage(f"invalid words: {place}: {first['msg']}") from None
-        self._content = content
+        with reading():
+            self.words = _words(content, kind)
+            sizes = [file.bytes for file in self.words.files]
+            if most is not None and sum(sizes) > most:
+                raise InvalidMessage(
+                    f"its files must have at most {most} bytes together, got {sum(sizes)}"
+                )
+            self._files = [_pieces(content, index, size) for index, size in enumerate(sizes)]
+            for index in range(len(sizes)):
+                del content[f"file-{index}"]  # or the pieces would stay in memory
 
     def save(self, index: int, path: Path) -> None:
-        """Write a file, whose memory is given back piece by piece.
+        """Write a file, once; its memory is given back piece by piece.
 
         Raises:
             InvalidMessage: it is not what was announced.
         """
-        announced = self.words.files[index]
-        try:
-            pieces = self._content.array_records[f"file-{index}"]
-        except KeyError:
-            raise InvalidMessage(f"announced file {index} is missing") from None
-        digest, size = hashlib.sha256(), 0
+        digest, pieces = hashlib.sha256(), self._files[index]
         with replacing(path) as file:
-            for name in sorted(pieces):
-                data = pieces.pop(name).data
-                size += len(data)
-                if size > announced.bytes:
-                    raise InvalidMessage(
-                        f"file {index} exceeds the {announced.bytes} bytes announced"
-                    )
+            while pieces:
+                data = pieces.popleft()
                 digest.update(data)
                 file.write(data)
-            if (size, digest.hexdigest()) != (announced.bytes, announced.sha256):
-                raise InvalidMessage(f"size and SHA-256 of file {index} must be as announced")
+            if digest.hexdigest() != self.words.files[index].sha256:
+                raise InvalidMessage(f"SHA-256 of file {index} must be as announced")
 
     def save_all(self, folder: Path) -> list[Path]:
         """Write all files into a folder; as `save`."""
@@ -199,3 +227,101 @@ class Parcel(Generic[W]):
         for index, path in enumerate(paths):
             self.save(index, path)
         return paths
+
+
+def _words(content: RecordDict, kind: type[W]) -> W:
+    record = content.get("words")
+    text = record.get("json") if isinstance(record, ConfigRecord) else None
+    if text is None:
+        raise InvalidMessage("the message has no words")
+    if not isinstance(text, str) or len(text) > kind.LONGEST:
+        raise InvalidMessage(f"words must be a text of at most {kind.LONGEST} characters")
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InvalidMessage(f"invalid words: {place}: {first['msg']}") from None
+
+
+def _pieces(content: RecordDict, index: int, announced: int) -> deque[bytes]:
+    """The pieces of a file, which have as many bytes as was announced."""
+    record = content.get(f"file-{index}")
+    if not isinstance(record, ArrayRecord):
+        raise InvalidMessage(f"announced file {index} is missing")
+    pieces, size = deque[bytes](), 0
+    for name in sorted(record):
+        data = record[name].data
+        if not isinstance(data, bytes):
+            raise InvalidMessage(f"file {index} must come in pieces of bytes")
+        pieces.append(data)
+        size += len(data)
+        if size > announced:
+            raise InvalidMessage(f"file {index} exceeds the {announced} bytes announced")
+    if size < announced:
+        raise InvalidMessage(f"file {index} has {size} of the {announced} bytes announced")
+    return pieces
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Read a stranger's message: whatever is wrong with it is an `InvalidMessage`.
+
+    Flower makes objects of what was sent before anybody else sees it. Of malformed objects it
+    raises what it happens to run into; and it puts an array together from the chunks that it names,
+    where a short message may name one chunk any number of times. Within this context an array is
+    the one piece that `pack` makes of it, and takes no memory of its own.
+
+    Raises:
+        InvalidMessage: the message cannot be read. What does not depend on its content passes: the
+            SuperLink cannot be reached (`httpx.TransportError`).
+    """
+    original = vars(Array)["inflate"]
+    inflate = Array.inflate
+
+    def of_one_piece(object_content: bytes, children: dict[str, Any] | None = None) -> Array:
+        chunks = children or {}
+        if len(chunks) > 1:
+            raise InvalidMessage(f"an array must come in one piece, got {len(chunks)}")
+        array = inflate(object_content, dict.fromkeys(chunks, SimpleNamespace(data=b"")))
+        for chunk in chunks.values():
+            # The bytes that the chunk has a view of: no copy, however many arrays name it.
+            array.data = chunk.data.obj
+        return array
+
+    Array.inflate = staticmethod(of_one_piece)
+    try:
+        yield
+    except (InvalidMessage, httpx.TransportError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {reason_of(error)}"
+        raise InvalidMessage(f"the message cannot be read: {what}") from None
+    finally:
+        Array.inflate = original
+
+
+class NoReply(InvalidMessage):
+    """There is no reply, and will be none; the text says what Flower says of it."""
+
+
+def read_reply(grid: Grid, message_id: str, most: int) -> Parcel[Reply] | None:
+    """The reply to a message; None where there is none yet.
+
+    Args:
+        grid: Flower's, through which the message was sent.
+        message_id: the message's, as Flower gave it.
+        most: number of bytes that the reply's files may have together.
+
+    Raises:
+        NoReply: Flower says that there will be none.
+        InvalidMessage: the reply is malformed; Flower will not hand it out again.
+    """
+    with reading():
+        for message in grid.pull_messages([message_id]):
+            # The SuperLink hands out what a node has sent it unasked, too.
+            if message.metadata.reply_to_message_id == message_id:
+                if message.has_error():
+                    raise NoReply(f"Flower says: {message.error.reason}")
+                return Parcel(message.content, Reply, most)
+    return None

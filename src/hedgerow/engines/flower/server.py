@@ -22,6 +22,7 @@ from hedgerow.console import ProgressWatcher
 from hedgerow.engines.flower import app_folder
 from hedgerow.engines.flower.app import App, check_method, without_test
 from hedgerow.engines.flower.fleet import FlowerFleet
+from hedgerow.engines.flower.keys import KEYS, KnownKeys
 from hedgerow.errors import RunFailed, UserError
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment, validate
@@ -135,6 +136,7 @@ def serve(
                 ledger=directory.ledger,
                 run=_run_name(directory),
                 folder=arrived,
+                keys=KnownKeys(out / KEYS),
                 scorer=scorer,
                 say=watcher.say,
             )

@@ -28,11 +28,13 @@ from hedgerow.errors import ClientFailed, InvalidMessage, NothingToLearn, UserEr
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import validate
 from hedgerow.federation.participant import example_level, train_client
+from hedgerow.federation.secure import UNMASKED, SecureClient, as_known, sum_of_round
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger, Record
 from hedgerow.methods.base import Client, ClientRound, check_entry
 from hedgerow.model import Model
 from hedgerow.privacy.noise import PRIVACY_KEY
+from hedgerow.privacy.secure.letters import Ask, AskMasked
 from hedgerow.runs.directory import EXPERIMENT
 from hedgerow.runs.memory import RoundMemory
 from hedgerow.runs.personal import CLIENTS, RunModels
@@ -47,7 +49,7 @@ from hedgerow.runs.preparation import (
 from hedgerow.runs.scoring import score_clients
 from hedgerow.seeds import Seeds
 from hedgerow.settings import ClientFile, PrivacySettings
-from hedgerow.wire import LARGEST_SENT, Entry
+from hedgerow.wire import LARGEST_SENT, Entry, Update, header_limit
 
 
 def of_node(app: Path, node: Mapping[str, object]) -> tuple[SiteSettings, Site]:
@@ -135,6 +137,7 @@ class Site:
         self._data: ClientData | None = None
         self._examples: dict[str, Tokenized] = {}
         self._tests: dict[str, TestSet | None] = {}
+        self._secure: dict[str, SecureClient] = {}
         self._told: set[tuple[str, str]] = set()
         """What has been said already, and of whom."""
 
@@ -172,7 +175,7 @@ class Site:
         ledger = self._ledger()
         complete = True
         try:
-            if request.records or request.train or request.score:
+            if request.records or request.train or request.score or request.secure:
                 complete = self._catch_up(ledger, request, files)
         except InvalidMessage as error:
             raise Refused(f"the server sent an entry that it does not accept: {error}") from None
@@ -180,10 +183,21 @@ class Site:
         reply = Reply(name=name, num_examples=len(examples), held=held)
         if request.score and complete:
             return reply.model_copy(update={"scores": self._own_scores(name, ledger)}), None
-        if not request.train or not complete:
+        secure, letter = self._secure_of(name), request.secure
+        if not complete or (not request.train and letter is None):
             return reply, None
+        if (secure is None) != (letter is None):
+            raise Refused("the server asks otherwise than federation.secure says")
         try:
-            update = self._train(name, ledger, examples)
+            if secure is None or letter is None:
+                update = self._train(name, ledger, examples)
+            elif request.train:
+                update = self._masked(
+                    name, ledger, self._train(name, ledger, examples), secure, letter
+                )
+            else:
+                answer = secure.answer(letter, len(ledger) + 1, ledger.head)
+                return reply.model_copy(update={"secure": answer}), None
         except ClientFailed as error:
             _say(name, f"round {len(ledger) + 1}: {error}")
             return reply.model_copy(update={"failure": str(error)}), None
@@ -201,6 +215,7 @@ class Site:
             return
         self._run, self._experiment = run, experiment
         self._model, self._data, self._examples, self._tests = None, None, {}, {}
+        self._secure = {}
         self._place.mkdir(parents=True, exist_ok=True)
         with replacing(self._place / EXPERIMENT) as file:
             file.write(experiment.dump().encode())
@@ -307,7 +322,7 @@ class Site:
         if info(file).model_dump() != {"bytes": record.bytes, "sha256": record.sha256}:
             raise InvalidMessage(f"size and SHA-256 of round {record.round} must be as announced")
         try:
-            entry = Entry.read(file)
+            entry = Entry.read(file, header_limit(self._shapes, len(self._app.clients)))
         except UserError:
             raise InvalidMessage(f"the entry of round {record.round} cannot be read") from None
         expected = self._experiment.expected(self._shapes)
@@ -345,6 +360,29 @@ class Site:
         numbers = {"train loss": update.train_loss, "epsilon": update.epsilon}
         said = [f"{what} {value:.4g}" for what, value in numbers.items() if value is not None]
         _say(name, f"round {round}: {', '.join(said) or 'trained'}")
+        return path
+
+    def _secure_of(self, name: str) -> SecureClient | None:
+        """A client's part in secure sums; None where the experiment has none."""
+        sum_of = sum_of_round(self._experiment, len(self._app.clients))
+        if sum_of is None:
+            return None
+        if name not in self._secure:
+            self._secure[name] = SecureClient(name, sum_of, self._memories / name / UNMASKED)
+        return self._secure[name]
+
+    def _masked(
+        self, name: str, ledger: Ledger, update: Path, secure: SecureClient, letter: Ask
+    ) -> Path:
+        """The masked codes of an update, in a file beside it."""
+        if not isinstance(letter, AskMasked):
+            raise Refused("the server asks otherwise than federation.secure says")
+        client = Client(self._app.clients.index(name), name, len(self._examples[name]))
+        known = as_known(client, ledger, self._experiment.expected(self._shapes))
+        masked = secure.masked(Update.read(update), letter, known)
+        path = update.with_name(f"masked-{update.name}")
+        with replacing(path) as file:
+            masked.write(file)
         return path
 
     def _own_scores(self, name: str, ledger: Ledger) -> OwnScores | None:
