@@ -29,7 +29,8 @@ app = typer.Typer(
 
 
 ledger_app = typer.Typer(
-    help="Look at a run's ledger.\n\nExample: hedgerow ledger verify runs/first",
+    help="Look at a run's ledger, or take rounds back.\n\n"
+    "Example: hedgerow ledger verify runs/first",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -328,7 +328,9 @@ class Site:
         _say(name, f"round {round}: training")
         model = self._advanced(ledger)
         client = Client(self._app.clients.index(name), name, len(examples))
-        memory = RoundMemory(self._memories / name, round, partial(ledger.took_part, name))
+        counts = partial(ledger.took_part, name)
+        memory = RoundMemory(self._memories / name, round, counts, ledger.parent)
+        self._check_memory(name, ledger, memory)
         client_round = ClientRound(
             client, round, self._seeds, self._experiment.training, memory, ledger.read
         )
@@ -346,6 +348,21 @@ class Site:
         said = [f"{what} {value:.4g}" for what, value in numbers.items() if value is not None]
         _say(name, f"round {round}: {', '.join(said) or 'trained'}")
         return path
+
+    def _check_memory(self, name: str, ledger: Ledger, memory: RoundMemory) -> None:
+        """Say so where a client has nothing left of its last round, as after a rollback.
+
+        Raises:
+            ClientFailed: it cannot begin anew.
+        """
+        method, last = self._experiment.method, ledger.last_round(name)
+        if not (method.clients_remember or self._experiment.training.keep_optimizer):
+            return
+        if memory.lacks(last):
+            what = f"what it kept of round {last} is not there any more"
+            if not method.clients_may_forget:
+                raise ClientFailed(f"{what}, without which {method.name} would go wrong")
+            _say(name, f"round {len(ledger) + 1}: {what}, so that it begins anew without it")
 
     def _own_scores(self, name: str, ledger: Ledger) -> OwnScores | None:
         """Scores of the client's model on its own test rows; None where it has none."""
