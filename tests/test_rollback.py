@@ -104,9 +104,8 @@ def test_what_is_not_kept_any_more_is_said_and_begins_anew(hedgerow, run):
     assert hedgerow("ledger", "verify", folder).code == 0
     # Before training, nobody has kept anything yet.
     assert rolled_back(hedgerow, folder, 0) == []
-    assert sorted(files(folder)) == ["data.json", "experiment.yaml", "ledger/ledger.json"] + [
-        "metrics.jsonl"
-    ]
+    left = {"data.json", "experiment.yaml", "ledger/ledger.json", "metrics.jsonl"}
+    assert files(folder).keys() == left
     run("flora, cut", "run", "--resume")
     assert ledger_bytes(folder) == before
 

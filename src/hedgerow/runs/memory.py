@@ -138,10 +138,10 @@ class RoundMemory:
         if self._parent is None:
             return True
         try:
-            said = FileTensors(path).metadata.get("parent")
+            said = FileTensors(path).metadata
         except (InvalidMessage, OSError):
-            return True  # that it is damaged is said when it is loaded
-        return said in (None, self._parent(round))
+            return True  # that it is damaged is said when it is loaded; as is another round
+        return said.get("round") != str(round) or said.get("parent") in (None, self._parent(round))
 
     def _files(self) -> list[Path]:
         found = [path for path in self._folder.glob("*.safetensors") if _FILE.fullmatch(path.name)]
