@@ -12,6 +12,7 @@ import typer
 import typer.core
 
 from hedgerow import __version__
+from hedgerow.terminal import show
 
 # Where rich is installed typer escapes `[required]` for rich's markup, even with none in use; and
 # without it, help needs not import rich.
@@ -120,5 +121,5 @@ def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        print(__version__)
+        show(__version__)
         raise typer.Exit

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -47,6 +46,7 @@ from hedgerow.runs.preparation import (
 from hedgerow.runs.scoring import score_clients
 from hedgerow.seeds import Seeds
 from hedgerow.settings import ClientFile, PrivacySettings
+from hedgerow.terminal import say
 from hedgerow.wire import LARGEST_SENT, Entry
 
 
@@ -428,4 +428,4 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _say(name: str, sentence: str) -> None:
-    print(f"hedgerow: {name}: {sentence}", file=sys.stderr, flush=True)
+    say(f"hedgerow: {name}: {sentence}")
