@@ -217,19 +217,31 @@ def test_a_run_is_rolled_back_from_python(run):
         opened.rollback(-1)
 
 
-def test_what_private_rounds_have_spent_stays_spent(hedgerow, run):
+PRIVATE = {
+    "example": (["method.restart=zero"], "clip: 0.5, noise_multiplier: 1.0"),
+    "client": (
+        ["method={name: fedavg}", "training.keep_optimizer=false"],
+        "clip: 0.1, noise_multiplier: 2.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("level", PRIVATE)
+def test_what_private_rounds_have_spent_stays_spent(hedgerow, run, level):
     """Rounds that are gone were seen, and count on beside what is made in their place."""
-    private = "privacy={level: example, clip: 0.5, noise_multiplier: 1.0, delta: 1e-3, seed: 1}"
-    folder = run("flora, new adapters", "run", private)
+    method, noise = PRIVATE[level]
+    private = [*method, f"privacy={{level: {level}, {noise}, delta: 1e-3, seed: 1}}"]
+    folder = run("", "run", *private)
     spent, before = rows_of(folder)[-1]["epsilon"], files(folder)
-    [said] = rolled_back(hedgerow, folder, 2)
-    assert "the account of privacy stays as it is" in said
+    said = rolled_back(hedgerow, folder, 2)
+    assert "the account of privacy stays as it is" in said[-1]
     accounts = {n: d for n, d in before.items() if "privacy" in n}
+    assert accounts
     assert accounts.items() <= files(folder).items()
-    run("flora, new adapters", "run", private, "--resume")
+    run("", "run", *private, "--resume")
     third, last = rows_of(folder)[3:]
-    assert third["epsilon"] == spent
-    assert last["epsilon"] > spent  # it began from another entry, which says what was spent
+    assert third["epsilon"] == spent  # the same once more, which costs nothing
+    assert last["epsilon"] > spent  # from another entry, since it says what was spent
     assert hedgerow("ledger", "verify", folder).code == 0
 
 
