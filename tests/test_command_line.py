@@ -255,6 +255,17 @@ with passing_folder(Path({str(tmp_path)!r}), ".hedgerow-") as folder:
     assert names[1] not in {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user")
+def test_what_another_user_has_left_stays(tmp_path):
+    """Root may remove what lies in the temporary folder of all, but it is nothing of root's."""
+    mine, another = tmp_path / ".hedgerow-00000000", tmp_path / ".hedgerow-11111111"
+    for folder in (mine, another):
+        folder.mkdir()
+    os.chown(another, 12345, -1)
+    with passing_folder(tmp_path, ".hedgerow-"):
+        assert (mine.exists(), another.exists()) == (False, True)
+
+
 def test_a_model_on_a_hub_that_cannot_be_reached_is_told_soon(experiment, tmp_path):
     began = time.monotonic()
     arguments = ["run", experiment(), "model.path=acme/tiny", "--out", tmp_path / "run"]

@@ -42,6 +42,7 @@ from hedgerow.ledger import Ledger
 from hedgerow.methods.standalone import Standalone
 from hedgerow.model import Model
 from hedgerow.runs.preparation import load_test
+from hedgerow.runs.rollback import roll_back
 from hedgerow.settings import ClientFile
 from hedgerow.wire import Entry
 
@@ -390,6 +391,40 @@ def test_sites_take_the_history_of_a_server_that_lost_its_own(make, tmp_path):
     rows = made.run(min_clients=2)
     assert rows[-1]["participants"] == CLIENTS[:2]
     assert ledger(Path(made.nodes[0].config["folder"])) == ledger(made.out)
+
+
+def test_sites_follow_a_rollback_and_say_what_they_have_not_kept(make, capsys):
+    """Clients that go on from their own adapters have those of the last two rounds."""
+    made = make("method.restart=own")
+    made.run()
+    before, site = ledger(made.out), Path(made.nodes[0].config["folder"])
+    assert roll_back(made.out, 4) == [
+        "what clients kept of rounds up to then is at their sites, which say in their logs where "
+        "it is not there any more"
+    ]
+    made.run()
+    assert ledger(made.out) == ledger(site) == before
+    capsys.readouterr()
+    roll_back(made.out, 1)
+    rows = made.run()
+    assert [row["failed"] for row in rows] == [0] * 6
+    said = "round 2: what it kept of round 1 is not there any more, so that it begins anew"
+    err = capsys.readouterr().err
+    for name in CLIENTS:
+        assert err.count(f"hedgerow: {name}: {said}") == 1
+    assert ledger(made.out) == ledger(site)
+    assert ledger(made.out)["0001.safetensors"] == before["0001.safetensors"]
+    assert ledger(made.out)["0002.safetensors"] != before["0002.safetensors"]
+
+
+def test_a_client_that_cannot_begin_anew_takes_no_part(make):
+    made = make("method={name: scaffold}")
+    made.run()
+    roll_back(made.out, 1)
+    with pytest.raises(RunFailed, match=r"kept of round 1 is not there .* scaffold would go wrong"):
+        made.run()
+    roll_back(made.out, 0)
+    assert len(made.run()) == 6
 
 
 def test_fedit_sends_a_client_only_the_last_entry(make):

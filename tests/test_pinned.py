@@ -65,7 +65,7 @@ def old_run(request, experiment, tiny_model, tmp_path) -> Path:
 
 
 def test_a_run_of_the_version_before_is_read(old_run, hedgerow, tmp_path):
-    """It verifies, evaluates to the loss that it had, exports, and its adapter is one."""
+    """It verifies, evaluates to the loss that it had, is shown, exports; its adapter is one."""
     rows = [json.loads(line) for line in (old_run / "metrics.jsonl").read_text().splitlines()]
     client = []
     if old_run.stem == "standalone":
@@ -87,6 +87,8 @@ def test_a_run_of_the_version_before_is_read(old_run, hedgerow, tmp_path):
         "--json",
     )
     assert json.loads(merged.out)["eval_loss"] == pytest.approx(loss, rel=1e-4)
+    result = hedgerow("report", old_run, "--answers", 0, "--out", tmp_path / "page.html")
+    assert result.code == 0, result.err
     result = hedgerow("export", old_run, tmp_path / "adapter", "--to", "adapter", *client)
     if old_run.stem in ("fedavg", "fedkseed", "ferret"):
         assert result.code == 2

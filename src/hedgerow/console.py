@@ -14,9 +14,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hedgerow.evaluation.metrics import Score, main_scores_of, metrics_of
+from hedgerow.terminal import printable
+
+
+class _Terminal(Console):
+    """Rich's console, to which whatever is no text is escaped: see `hedgerow.terminal`."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does; of tables, `table` has the texts escaped."""
+        super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **options)
+
 
 # No markup: much of what is shown is what a client or a file has said.
-out = Console(highlight=False, markup=False)
+out = _Terminal(highlight=False, markup=False)
 if not out.is_terminal:
     out.width = 160  # a file has no edge at which a table would have to be folded
 
@@ -51,7 +61,7 @@ class ProgressWatcher:
             title: what stands before a round's number.
             metrics: names of the metrics whose main scores stand in a round's line.
         """
-        self._title = title
+        self._title = title = printable(title)
         shown = [TRAINING, *main_scores_of(metrics).values(), AGGREGATION]
         self._shown = {score.key: score.label for score in shown}
         own = main_scores_of(metrics).values()
@@ -160,11 +170,11 @@ def table(
     title: str, header: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool = True
 ) -> None:
     """Print a table; where it holds numbers, all columns but the first go to the right."""
-    grid = Table(title=title or None, title_justify="left")
+    grid = Table(title=printable(title) or None, title_justify="left")
     for index, name in enumerate(header):
-        grid.add_column(name, justify="right" if numbers and index else "left")
+        grid.add_column(printable(name), justify="right" if numbers and index else "left")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(printable, row))
     out.print(grid)
 
 

@@ -84,19 +84,23 @@ def passing_folder(parent: Path, prefix: str, *, mode: int = 0o777) -> Iterator[
 
 
 def remove_left(parent: Path, prefix: str) -> None:
-    """Remove the folders that killed processes have left in a `passing_folder`; see there."""
+    """Remove the folders that this user's killed processes have left in a `passing_folder`.
+
+    Other users' stay, though one may be allowed to remove them.
+    """
     ours = re.compile(re.escape(prefix) + "[0-9a-f]{8}")
     try:
         found = [folder for folder in parent.iterdir() if ours.fullmatch(folder.name)]
     except OSError:  # no folder, or none that may be read
         return
     for folder in found:
-        # Another's, or in use: one that is open is locked by its process.
+        # In use, or on a file system without locks: one that is open is locked by its process.
         with suppress(OSError):
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
+                if os.fstat(lock).st_uid == os.geteuid():
+                    shutil.rmtree(folder)
             finally:
                 os.close(lock)
 

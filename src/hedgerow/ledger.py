@@ -272,6 +272,13 @@ class Ledger:
         """
         return not self.has(round) or client in self.participants(round)
 
+    def last_round(self, client: str) -> int:
+        """The last round whose entry is here and has a client's update; 0 where there is none."""
+        for round in range(len(self), 0, -1):
+            if self.has(round) and client in self.participants(round):
+                return round
+        return 0
+
     def participants(self, round: int) -> list[str]:
         """Names of the clients whose updates are in the entry of a round; as in `took_part`."""
         entry = Entry.read(self.folder / self.records[round - 1].file)
@@ -324,13 +331,16 @@ class Ledger:
 
     def truncate(self, rounds: int) -> None:
         """Forget all entries but those of the first rounds."""
-        forgotten = self.records[rounds:]
-        if not forgotten:
-            return
-        del self._index.entries[rounds:]
-        self._write_index()
-        for record in forgotten:
-            (self.folder / record.file).unlink(missing_ok=True)
+        if rounds < len(self):
+            del self._index.entries[rounds:]
+            self._write_index()
+            self.remove_later()
+
+    def remove_later(self) -> None:
+        """Remove files of entries after the head, which a killed process has left."""
+        for path in self.folder.glob("*.safetensors"):
+            if _ENTRY_FILE.fullmatch(path.name) and int(path.stem) > len(self):
+                path.unlink()
 
     def check_base(self, base: Base, where: str) -> None:
         """Raise a `UserError` unless `base` is the checkpoint that the entries build on."""

@@ -127,6 +127,7 @@ class Trackers:
             if mark is None or mark.project != settings.project:
                 mark = Mark(project=settings.project, name=folder.name)
             mark.name = settings.name or mark.name
+            mark.round = min(mark.round, len(self._directory.ledger))  # where it was rolled back
             self._attempt(name, self._start, name, mark, folder)
         self._write()
         for row in self._directory.rows():

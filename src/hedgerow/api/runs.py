@@ -305,6 +305,26 @@ class Run:
         export.to_ledger(self.path, Path(out), self._overrides)
         return Path(out)
 
+    def rollback(self, round: int) -> list[str]:
+        """Take the run back to what it was after a round; `hr.run(…, resume=True)` goes on there.
+
+        Entries, rows of metrics, kept updates and memories of later rounds are removed for good;
+        the account of privacy stays as it is.
+
+        Args:
+            round: number of the round, 0 for before training.
+
+        Returns:
+            Sentences on what is not as it was, as memories that are not kept any more.
+
+        Raises:
+            UserError: there is no such round, this is a packed ledger, another process has the run
+                open, or a file of it is damaged; nothing has been changed.
+        """
+        from hedgerow.runs.rollback import roll_back
+
+        return roll_back(self.path, round)
+
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self._experiment.method.name}, {self.rounds} rounds)"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 
+from hedgerow.terminal import say
+
 
 def main() -> None:
     """Run the command line; whoever interrupts it while it begins sees no traceback."""
@@ -15,5 +17,5 @@ def main() -> None:
         entry.main()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second has nothing left to end
-        print("hedgerow: interrupted", file=sys.stderr)
+        say("hedgerow: interrupted")
         sys.exit(130)

@@ -15,6 +15,7 @@ from hedgerow.cli.frame import (
     app,
 )
 from hedgerow.files import to_json
+from hedgerow.terminal import show
 
 if TYPE_CHECKING:
     from hedgerow.experiment.reference import Listed, Option, Page
@@ -166,7 +167,7 @@ def _plain(options: Sequence[Option]) -> list[dict[str, Any]]:
 
 
 def _print_json(content: Any) -> None:
-    print(to_json(content, ensure_ascii=False, indent=2))
+    show(to_json(content, ensure_ascii=False, indent=2))
 
 
 @app.command()

@@ -20,6 +20,7 @@ from hedgerow.environment import quieten
 from hedgerow.errors import RunFailed, UserError
 from hedgerow.files import expanded
 from hedgerow.lazy import safetensors
+from hedgerow.terminal import printable, say
 
 # Each registers its commands with `app`, in the order in which --help lists them.
 # isort: off
@@ -75,7 +76,9 @@ def _run(arguments: list[str]) -> None:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        say(shown.getvalue().rstrip("\n"))
         sys.exit(error.exit_code)
 
 
@@ -114,7 +117,8 @@ def _stopped_by_signals() -> Iterator[list[int]]:
         signals.append(number)
         if len(signals) == 2:
             raise KeyboardInterrupt
-        sentence = ": ".join(["interrupted", *filter(None, [each() for each in advisers])])
+        advice = filter(None, [each() for each in advisers])
+        sentence = printable(": ".join(["interrupted", *advice]))
         shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, which bars hide
         os.write(sys.stderr.fileno(), f"{shown}hedgerow: {sentence}\n".encode(errors="replace"))
         os._exit(128 + number)
@@ -158,5 +162,5 @@ def _find_modules_beside_the_user() -> None:
 
 
 def _stop(sentence: str, code: int) -> None:
-    print(f"hedgerow: {sentence}", file=sys.stderr)
+    say(f"hedgerow: {sentence}")
     sys.exit(code)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from hedgerow.cli.frame import (
 )
 from hedgerow.errors import UserError, check_installed
 from hedgerow.files import to_json
+from hedgerow.terminal import say, show
 
 _LONGEST = 60
 """Largest number of characters of a group's name in a table."""
@@ -111,10 +111,10 @@ def evaluate(
             fewshot_as_multiturn=fewshot_as_multiturn,
             gen_kwargs=gen_kwargs,
             log_samples=log_samples,
-            say=_say,
+            say=say,
         )
         if as_json:
-            print(to_json(found))
+            show(to_json(found))
         else:
             _say_harness(str(target), found)
         return
@@ -149,9 +149,9 @@ def evaluate(
             say=said.append,
         )
     for sentence in said:
-        _say(sentence)
+        say(sentence)
     if as_json:
-        print(to_json(scores))
+        show(to_json(scores))
         return
     named_scores = console.named_scores(scores, asked).items()
     rows = [(label, console.score(value)) for label, value in named_scores]
@@ -173,11 +173,6 @@ def evaluate(
     for key in ("answer_prompts_cut", "choice_prompts_cut"):
         if scores.get(key):
             console.out.print(f"{scores[key]:g} prompts cut on the left to fit the model")
-
-
-def _say(sentence: str) -> None:
-    """Print a sentence beside the results, which may be read by a program."""
-    print(sentence, file=sys.stderr)
 
 
 def _say_harness(title: str, scores: dict[str, Any]) -> None:

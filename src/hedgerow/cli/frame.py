@@ -12,6 +12,7 @@ import typer
 import typer.core
 
 from hedgerow import __version__
+from hedgerow.terminal import show
 
 # Where rich is installed typer escapes `[required]` for rich's markup, even with none in use; and
 # without it, help needs not import rich.
@@ -29,7 +30,8 @@ app = typer.Typer(
 
 
 ledger_app = typer.Typer(
-    help="Look at a run's ledger.\n\nExample: hedgerow ledger verify runs/first",
+    help="Look at a run's ledger, or take rounds back.\n\n"
+    "Example: hedgerow ledger verify runs/first",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -119,5 +121,5 @@ def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        print(__version__)
+        show(__version__)
         raise typer.Exit

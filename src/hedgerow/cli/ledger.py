@@ -1,8 +1,9 @@
-"""hedgerow ledger: look at a run's entries."""
+"""hedgerow ledger: look at a run's entries, and take the last of them back."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -77,3 +78,29 @@ def ledger_verify(
             f"{run}: {count} entries, all as they were appended; head {ledger.head}",
             soft_wrap=True,
         )
+
+
+@ledger_app.command("rollback")
+def ledger_rollback(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")],
+    round: Annotated[
+        int, typer.Option(min=0, help="The round to go back to; 0 is before training.")
+    ] = ...,  # type: ignore[assignment]
+) -> None:
+    """Take a run back to what it was after a round; `run --resume` goes on from there.
+
+    Entries, rows of metrics, kept updates and memories of later rounds are removed for good; the
+    account of privacy is not. What cannot be as it was is said. Sites of a network follow.
+
+    Example: hedgerow ledger rollback runs/first --round 3
+    """
+    from hedgerow import console
+    from hedgerow.runs.rollback import roll_back
+
+    for sentence in roll_back(run, round):
+        console.out.print(sentence, soft_wrap=True)
+    console.out.print(
+        f"{run}: as it was after round {round}; hedgerow run EXPERIMENT.yaml --out {run} --resume "
+        "goes on",
+        soft_wrap=True,
+    )

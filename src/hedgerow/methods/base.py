@@ -251,6 +251,14 @@ class Method(Plugin, ABC):
         return False
 
     @property
+    def clients_may_forget(self) -> bool:
+        """Whether a client may begin a round without what it remembered, as in its first.
+
+        No where others count on what it remembers, as on a sum that its part is in.
+        """
+        return True
+
+    @property
     def is_mean(self) -> bool:
         """Whether it `averages` with these options, too: a codec, say, may prevent it."""
         return self.averages

@@ -64,6 +64,11 @@ class Scaffold(Composed):
         return True
 
     @property
+    def clients_may_forget(self) -> bool:
+        """No: the common control variate is the mean of all clients'."""
+        return False
+
+    @property
     def learns_by_steps(self) -> bool:
         """Yes: control variates are means of the steps' gradients."""
         return True

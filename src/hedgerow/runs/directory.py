@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -136,7 +136,7 @@ class RunDirectory:
             UserError: another process has begun a run here, since `check_free` found none.
         """
         path.mkdir(parents=True, exist_ok=True)
-        lock = _locked(path)
+        lock = locked(path)
         if (path / "ledger" / INDEX).exists() or (path / METRICS_FILE).exists():
             lock.close()
             raise UserError(
@@ -160,7 +160,7 @@ class RunDirectory:
             UserError: the base or a client's data are not those that the run began with; or the
                 memory of the server or a client is missing or damaged.
         """
-        lock = _locked(path)
+        lock = locked(path)
         ledger = Ledger.open(path / "ledger")
         before, began_with = load(path / EXPERIMENT), _digests(path)
         named = _with_names(began_with, before)
@@ -181,14 +181,16 @@ class RunDirectory:
             same_client_tests=same_data(began_with.get(CLIENT_TESTS), data.get(CLIENT_TESTS)),
         )
         directory = RunDirectory(path, ledger, lock, said)
-        directory._check_memories(experiment, [n for n in clients if data[n]])
+        here = [name for name in clients if data[name]]
+        for _, memory, since in directory.needed(experiment, here, len(ledger)):
+            memory.check(since)
         # A network's server does not know its clients' digests, and must not forget them.
         kept = {name: began_with.get(name) for name, digest in data.items() if digest is None}
+        directory.remove_later()  # of a rollback that was killed
         if experiment.data.client_test is None:
             began_with.pop(CLIENT_TESTS, None)
         _write_settings(path, experiment, began_with | data | kept)
-        with replacing(path / METRICS_FILE) as file:
-            file.writelines(to_line(row) for row in rows)
+        directory.write_rows(rows)
         return directory
 
     def rows(self) -> list[dict[str, Any]]:
@@ -204,31 +206,54 @@ class RunDirectory:
 
     def server_memory(self, round: int) -> RoundMemory:
         """The server's memory in a round."""
-        return RoundMemory(self.path / "server", round)
+        return RoundMemory(self.path / "server", round, parent=self.ledger.parent)
 
     def memory(self, client: str, round: int) -> RoundMemory:
         """The memory of a client of this engine in a round."""
         counts = partial(self.ledger.took_part, client)
-        return RoundMemory(self.client_folder(client), round, counts)
+        return RoundMemory(self.client_folder(client), round, counts, self.ledger.parent)
 
     def client_folder(self, client: str) -> Path:
         """Folder of what a client of this engine keeps for itself."""
         return self.path / CLIENTS / client
 
-    def _check_memories(self, experiment: Experiment, clients: Iterable[str]) -> None:
-        """Raise a `UserError` unless everybody's memory is there.
+    def needed(
+        self, experiment: Experiment, clients: Iterable[str], after: int
+    ) -> Iterator[tuple[str | None, RoundMemory, int]]:
+        """Memories that a run needs to go on after a round.
 
         Args:
             experiment: says who remembers something.
             clients: those whose memory is in this directory.
+            after: number of the round.
+
+        Yields:
+            The client, None for the server; its memory in the next round; and the last round in
+            which it saved something that counts, 0 where there is none.
         """
-        round = len(self.ledger) + 1
         if experiment.method.server_remembers:
-            self.server_memory(round).check(since=round - 1)
+            yield None, self.server_memory(after + 1), after
         if experiment.method.clients_remember or experiment.training.keep_optimizer:
-            last = {name: n for n in range(1, round) for name in self.ledger.participants(n)}
+            rounds = range(1, after + 1)
+            last = {name: n for n in rounds for name in self.ledger.participants(n)}
             for client in clients:
-                self.memory(client, round).check(since=last.get(client, 0))
+                yield client, self.memory(client, after + 1), last.get(client, 0)
+
+    def remove_later(self) -> None:
+        """Remove what is of rounds after the ledger's last, but for rows, logs and keys."""
+        last = len(self.ledger)
+        self.ledger.remove_later()
+        for folder in [self.path / "server", *(self.path / CLIENTS).glob("*/")]:
+            RoundMemory(folder, last).remove_later()
+        for folder in (self.path / "updates").glob("round-*/"):
+            round = folder.name.removeprefix("round-")
+            if round.isdecimal() and int(round) > last:
+                shutil.rmtree(folder)
+
+    def write_rows(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write metrics.jsonl anew, with these rows."""
+        with replacing(self.path / METRICS_FILE) as file:
+            file.writelines(to_line(row) for row in rows)
 
     def keep_update(self, update: Update) -> None:
         """Keep a client's update, where the experiment asks for it."""
@@ -253,6 +278,15 @@ def same_data(before: str | None, now: str | None) -> bool | None:
     if before is None or now is None:
         return None
     return all(old == new for old, new in zip(before.split("+"), now.split("+"), strict=False))
+
+
+def clients_here(path: Path) -> list[str]:
+    """Clients of a run whose data, and so whose memories, are in this place.
+
+    Raises:
+        UserError: data.json is missing or damaged.
+    """
+    return [name for name, digest in _digests(path).items() if digest and name not in OF_TESTS]
 
 
 def _digests(path: Path) -> Digests:
@@ -328,7 +362,7 @@ def _write_settings(path: Path, experiment: Experiment, data: Digests) -> None:
         file.write(experiment.dump().encode())
 
 
-def _locked(path: Path) -> TextIO:
+def locked(path: Path) -> TextIO:
     """The lock of a run directory; it is free again when the file is closed or its process ends."""
     lock = (path / LOCK).open("w")
     try:

@@ -127,5 +127,7 @@ class RunModels:
                     "model cannot be made: what a client keeps lies where it trains, of the last "
                     "two rounds; run this there, on one of them"
                 )
-            return RoundMemory(folder, round + 1).load()
+            memory = RoundMemory(folder, round + 1, parent=self._ledger.parent)
+            memory.check(since=round)
+            return memory.load()
         return {}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -49,6 +48,7 @@ from hedgerow.runs.preparation import (
 from hedgerow.runs.scoring import score_clients
 from hedgerow.seeds import Seeds
 from hedgerow.settings import ClientFile, PrivacySettings
+from hedgerow.terminal import say
 from hedgerow.wire import LARGEST_SENT, Entry, Update, header_limit
 
 
@@ -343,7 +343,9 @@ class Site:
         _say(name, f"round {round}: training")
         model = self._advanced(ledger)
         client = Client(self._app.clients.index(name), name, len(examples))
-        memory = RoundMemory(self._memories / name, round, partial(ledger.took_part, name))
+        counts = partial(ledger.took_part, name)
+        memory = RoundMemory(self._memories / name, round, counts, ledger.parent)
+        self._check_memory(name, ledger, memory)
         client_round = ClientRound(
             client, round, self._seeds, self._experiment.training, memory, ledger.read
         )
@@ -384,6 +386,21 @@ class Site:
         with replacing(path) as file:
             masked.write(file)
         return path
+
+    def _check_memory(self, name: str, ledger: Ledger, memory: RoundMemory) -> None:
+        """Say so where a client has nothing left of its last round, as after a rollback.
+
+        Raises:
+            ClientFailed: it cannot begin anew.
+        """
+        method, last = self._experiment.method, ledger.last_round(name)
+        if not (method.clients_remember or self._experiment.training.keep_optimizer):
+            return
+        if memory.lacks(last):
+            what = f"what it kept of round {last} is not there any more"
+            if not method.clients_may_forget:
+                raise ClientFailed(f"{what}, without which {method.name} would go wrong")
+            _say(name, f"round {len(ledger) + 1}: {what}, so that it begins anew without it")
 
     def _own_scores(self, name: str, ledger: Ledger) -> OwnScores | None:
         """Scores of the client's model on its own test rows; None where it has none."""
@@ -449,4 +466,4 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _say(name: str, sentence: str) -> None:
-    print(f"hedgerow: {name}: {sentence}", file=sys.stderr, flush=True)
+    say(f"hedgerow: {name}: {sentence}")
