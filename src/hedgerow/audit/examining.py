@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -144,7 +144,9 @@ class _Auditor:
             samples.setdefault(self._canaries.client, []).append(canaries)
         self._measure(model, samples, progress)
         method = experiment.method
-        sends = "rows" if method.pools_data else "updates" if method.communicates else "nothing"
+        sends: Literal["updates", "nothing", "rows"] = "updates"
+        if not method.communicates:
+            sends = "rows" if method.pools_data else "nothing"
         promise = self._promise()
         return Audit(
             round=len(ledger),
@@ -331,7 +333,7 @@ class _Auditor:
             canaries=len(is_in),
             planted=int(is_in.sum()),
             repeat=repeat,
-            guesses=guesses.count,
+            guesses=guesses.guesses,
             correct=guesses.correct,
             epsilon=guesses.epsilon,
             delta=delta,

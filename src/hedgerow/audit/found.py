@@ -12,7 +12,6 @@ from hedgerow.files import replacing, to_json
 
 AUDIT = "audit.json"
 """File of a run's audit, in its directory."""
-FORMAT = "hedgerow.audit/1"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -100,7 +99,7 @@ class Promise(_Part):
 class Audit(_Part):
     """Audit of a run."""
 
-    format: Literal["hedgerow.audit/1"] = FORMAT
+    format: Literal["hedgerow.audit/1"] = "hedgerow.audit/1"
     round: Count
     """The last round."""
     head: str

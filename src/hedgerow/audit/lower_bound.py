@@ -27,7 +27,7 @@ _LARGEST = 100.0
 class Guesses(NamedTuple):
     """Guesses on canaries, and what they show."""
 
-    count: int
+    guesses: int
     """Number of guesses, r."""
     correct: int
     """Number of those that are right, v."""
