@@ -260,6 +260,26 @@ def test_a_site_that_demands_privacy_takes_no_part_without(make, monkeypatch, ca
     assert "the node config has epsilon=8, but the experiment does not hide single rows" in said
 
 
+def test_a_site_plants_its_canaries_by_itself(make, hedgerow, tmp_path, tiny_model):
+    """The ledger is the local one's, and the server audits them without anybody's data."""
+    changes = ["audit={client: client-001, canaries: 10}", "federation.rounds=2"]
+    made = make(*changes)
+    local = tmp_path / "local"
+    assert hedgerow("run", made.path, "data.test=null", *changes, "--out", local).code == 0
+    made.run()
+    assert ledger(made.out) == ledger(local)
+    result = hedgerow("audit", made.out, f"model.path={tiny_model}", "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert "client-000.json" in found["notes"][0]
+    assert hedgerow("audit", local, "--json").code == 0
+    expected = json.loads((local / "audit.json").read_text())
+    for key in ("planted", "left", "head"):
+        assert found[key] == expected[key]
+    with pytest.raises(UserError, match="there is no client 'north' with examples"):
+        init(load(made.path, ["audit={client: north}"]), tmp_path / "another", "tiny")
+
+
 def test_a_server_with_the_model_scores_it(make, hedgerow, tmp_path, tiny_model):
     made = make()
     assert hedgerow("run", made.path, "--out", tmp_path / "local").code == 0

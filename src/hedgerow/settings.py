@@ -447,6 +447,21 @@ class PrivacySettings(Section):
         return self
 
 
+class AuditSettings(Section):
+    """Audit: made-up rows (canaries) in one client's data, by which `hedgerow audit` finds out what
+    can be guessed of a row from the model."""
+
+    client: str
+    """Name of the client whose training rows the canaries are added to, where they count among its
+    number of examples."""
+    canaries: int = Field(100, ge=2, le=100_000)
+    """Number of canaries, each of which is trained on or left out as a fair coin of the run's seed
+    says."""
+    repeat: int = Field(1, ge=1, le=1000)
+    """Number of rows that each canary which is trained on becomes; with more than 1, `privacy` of
+    level `example` promises less of it, as of so many rows."""
+
+
 class EvaluationSettings(Section):
     """Evaluation: what is measured on the test data, and how often."""
 

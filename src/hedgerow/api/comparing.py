@@ -66,6 +66,7 @@ def compare(
     training: SectionLike | None = None,
     federation: SectionLike | None = None,
     privacy: SectionLike | None = None,
+    audit: SectionLike | None = None,
     evaluation: SectionLike | None = None,
     tracking: SectionLike | None = None,
     rounds: int | None = None,
@@ -95,6 +96,7 @@ def compare(
         "training": training,
         "federation": federation,
         "privacy": privacy,
+        "audit": audit,
         "evaluation": evaluation,
         "tracking": tracking,
     }

@@ -40,6 +40,7 @@ def run(
     training: SectionLike | None = None,
     federation: SectionLike | None = None,
     privacy: SectionLike | None = None,
+    audit: SectionLike | None = None,
     evaluation: SectionLike | None = None,
     tracking: SectionLike | None = None,
     rounds: int | None = None,
@@ -72,6 +73,8 @@ def run(
         federation: keys of the section `federation`.
         privacy: keys of the section `privacy`, as `{"level": "client", "clip": 0.5, …}`; by
             default nothing is promised.
+        audit: keys of the section `audit`, as `{"client": "north"}`, which plants canaries in a
+            client's data; by default there are none.
         evaluation: keys of the section `evaluation`.
         tracking: keys of the section `tracking`.
         rounds: number of rounds, `federation.rounds`.
@@ -93,6 +96,7 @@ def run(
         "training": training,
         "federation": federation,
         "privacy": privacy,
+        "audit": audit,
         "evaluation": evaluation,
         "tracking": tracking,
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hedgerow.errors import UserError
+from hedgerow.names import MEMORY
 from hedgerow.runs import RunModels, model_at, opened
 from hedgerow.runs.opening import Loader, check_client, check_round
 from hedgerow.runs.rows import read_rows
@@ -125,7 +126,6 @@ class Run:
             UserError: naming what does not fit.
         """
         from hedgerow.data.in_memory import as_records
-        from hedgerow.names import MEMORY
         from hedgerow.runs.scoring import asked_for, score_path
 
         changes, held, named = [*self._overrides, *overrides], self.test, None
@@ -147,6 +147,46 @@ class Run:
             own_tests=data is None,
         )
         return scores
+
+    def audit(
+        self, *overrides: str, client: str | None = None, rows: int | None = None
+    ) -> dict[str, Any]:
+        """Examine what left each client, and what the model tells of clients' rows.
+
+        What is found is written into `audit.json` in the run's directory, too, which `hr.report`
+        shows. Where the experiment has planted canaries (section `audit`), there is a lower bound
+        of ε beside the promised one.
+
+        Args:
+            overrides: `key.path=value`, as where the data lie now.
+            client: name of the client whose rows are compared with test rows; None for all.
+            rows: largest number of rows of a client, and of others, that are compared; None for
+                200.
+
+        Returns:
+            `left` (of each client), `members` (how well its rows are told from others), `planted`
+            (of canaries; None without any), `private` (what is promised) and more, as `audit.json`
+            has them.
+
+        Raises:
+            UserError: naming what does not fit.
+        """
+        from hedgerow.audit import examining
+
+        changes = [*self._overrides, *overrides]
+        if self.test is not None:
+            changes.append(_override("data.test", MEMORY))
+        if rows is not None and rows < 1:
+            raise UserError(f"audit: rows={rows}: give 1 or more")
+        found = examining.audit(
+            self.path,
+            changes,
+            client,
+            examining.ROWS if rows is None else rows,
+            load=self._load,
+            held=self.test,
+        )
+        return found.model_dump()
 
     def answer(
         self,

@@ -27,6 +27,7 @@ from hedgerow.terminal import printable, say
 import hedgerow.cli.run
 import hedgerow.cli.show
 import hedgerow.cli.evaluate
+import hedgerow.cli.audit
 import hedgerow.cli.mt_bench
 import hedgerow.cli.ledger
 import hedgerow.cli.flower

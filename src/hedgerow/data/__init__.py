@@ -1,6 +1,7 @@
 """Data: sources, partitioning into clients, prompt templates, tokens on disk, and batches."""
 
 from hedgerow.data.batches import batches, collate, epoch
+from hedgerow.data.canaries import Canaries
 from hedgerow.data.clients import ClientData
 from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held, as_records
@@ -12,6 +13,7 @@ from hedgerow.data.templates import load as load_template
 from hedgerow.data.tokens import Example, Spool, Tokenized
 
 __all__ = [
+    "Canaries",
     "ClientData",
     "Encoder",
     "Example",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from hedgerow.data.canaries import Canaries
 from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held
 from hedgerow.data.partition import partition
@@ -39,6 +40,7 @@ class ClientData:
         seeds: Seeds,
         held: Held | None = None,
         vocabulary_size: int | None = None,
+        canaries: Canaries | None = None,
     ) -> None:
         """Find out who the clients are.
 
@@ -48,12 +50,14 @@ class ClientData:
             seeds: the run's, which decide how a source is divided.
             held: the rows that the settings call `(memory)`.
             vocabulary_size: number of the base model's embeddings; None compares no tokens.
+            canaries: made-up rows that are added to the training rows of one of them; None: none.
 
         Raises:
             UserError: a file is missing, or the source or its division is wrong.
         """
         self._settings, self._spool = settings, Spool()
         self._held = held or Held()
+        self._canaries = canaries
         template = load_template(settings, tokenizer)
         self.encoder = Encoder(template, tokenizer, vocabulary_size)
         self.remarks = Remarks()
@@ -74,14 +78,17 @@ class ClientData:
             self._test_files = client_test_files(tests, self.names)
 
     def tokenize(self, name: str) -> Tokenized:
-        """Tokenise one client's examples.
+        """Tokenise one client's examples, its canaries last.
 
         Raises:
-            UserError: they cannot be read.
+            UserError: they cannot be read, or a canary does not fit `data.max_length`.
             NothingToLearn: nothing of them is left to learn from.
         """
         rows, _ = self._divided(name, self._own_rows(name))
-        settings = self._settings
+        settings, canaries = self._settings, self._canaries
+        if canaries is not None and canaries.client == name:
+            canaries.check_length(self.encoder, settings.max_length)
+            rows = [*rows, *canaries.planted()]
         return self._spool.tokenize(
             name,
             rows,

@@ -30,6 +30,7 @@ from hedgerow.methods.base import Expected, Method
 from hedgerow.seeds import Seeds
 from hedgerow.sentences import sentence
 from hedgerow.settings import (
+    AuditSettings,
     ClientFile,
     DataSettings,
     EvaluationSettings,
@@ -55,6 +56,8 @@ class Experiment(Section):
     privacy: PrivacySettings | None = None
     """Differential privacy, as {level: client, clip: 0.5, epsilon: 8, delta: 1e-5}; null is
     none."""
+    audit: AuditSettings | None = None
+    """Canaries for `hedgerow audit`, as {client: north, canaries: 100}; null is none."""
     method: SerializeAsAny[Method]
     """Method, by its name or as {name: flora, ranks: 16} with its options."""
     training: TrainingSettings = Field(TrainingSettings(), validate_default=True)
@@ -132,6 +135,7 @@ class Experiment(Section):
                 privacy["rounds"] = self.federation.rounds  # which the noise is chosen for
         return {
             "privacy": privacy,
+            "audit": None if self.audit is None else self.audit.model_dump(mode="json"),
             "method": self.method.model_dump(mode="json"),
             "training": training,
             "federation": self.federation.model_dump(include=set(FederationSettings.decide)),

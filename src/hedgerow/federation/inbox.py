@@ -13,9 +13,11 @@ from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
 from hedgerow.federation import robust
 from hedgerow.federation.fleet import ClientResult, Fleet, Watcher
+from hedgerow.federation.traffic import contents
 from hedgerow.methods.base import Aggregate, Client, ServerRound
 from hedgerow.privacy.client_level import ClientLevel
 from hedgerow.runs.directory import RunDirectory
+from hedgerow.runs.rows import SENT_BY_CLIENT
 from hedgerow.runs.scoring import plausible
 from hedgerow.wire import Entry, Participant, Update, header_limit
 
@@ -60,6 +62,7 @@ class Inbox:
         # Of those who are away in a round, too: what they have spent is not less.
         self._epsilon = 0.0 if previous is None else previous.metrics.get("epsilon", 0.0)
         self._bytes = 0
+        self._sent: dict[str, dict[str, Any]] = {}
 
     def usable(self, fleet: Fleet, clock: Clock) -> Iterator[Update]:
         """Ask the clients, and those that are away again where too few answer.
@@ -118,10 +121,14 @@ class Inbox:
     @property
     def seen(self) -> dict[str, Any]:
         """What the server has seen of the round, and the entry does not say."""
+        names = (client.name for client in self.clients)
+        sent = {name: self._sent[name] for name in names if name in self._sent}
+        seen: dict[str, Any] = {SENT_BY_CLIENT: sent} if sent else {}
         if self._private is not None:
-            return {"bytes_up": self._bytes, "clipped": self._private.clipped_share}
-        notes = {"weighed_otherwise": self._notes} if self._notes else {}
-        return notes if self._level else {"train_loss_by_client": self.losses, **notes}
+            return {**seen, "bytes_up": self._bytes, "clipped": self._private.clipped_share}
+        if self._notes:
+            seen["weighed_otherwise"] = self._notes
+        return {"train_loss_by_client": self.losses, **seen} if self._says_loss else seen
 
     def entry(self, aggregate: Aggregate) -> Entry:
         """The round's entry; who answered weighs p_k = n_k / Σ n, or what the aggregate says.
@@ -202,7 +209,9 @@ class Inbox:
         self._arrived[name] = result, update
         self._losses[name] = update.train_loss
         self._epsilon = max(self._epsilon, update.epsilon or 0.0)
-        self._bytes += result.nbytes if self._method.communicates else 0
+        if self._method.communicates:
+            self._bytes += result.nbytes
+            self._sent[name] = contents(update, result.nbytes)
         self._watcher.client_finished(name, None)
 
     def _is_settled(self, name: str) -> bool:

@@ -133,7 +133,8 @@ def _lost(first: int, last: int) -> str:
     rounds = f"round {first}" if first == last else f"rounds {first} to {last}"
     return (
         f"metrics.jsonl has no row of {rounds}, as where a run is killed between an entry and its "
-        "row: what the ledger has not is not known there (times, train_loss_by_client, why clients "
+        "row: what the ledger has not is not known there (times, train_loss_by_client, "
+        "sent_by_client, why clients "
         f"failed, and scores before round {last})"
     )
 

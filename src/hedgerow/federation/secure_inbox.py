@@ -72,8 +72,8 @@ class SecureInbox(Inbox):
 
     @property
     def seen(self) -> dict[str, Any]:
-        """Bytes of keys and shares, both ways, beside the updates'."""
-        return {"secure_bytes": self._letter_bytes}
+        """As any round's, with the bytes of keys and shares, both ways."""
+        return {**super().seen, "secure_bytes": self._letter_bytes}
 
     def _try(self, fleet: Fleet, clock: Clock) -> dict[str, Tensor] | None:
         """The mean of those who took part to the end; None where they are too few."""

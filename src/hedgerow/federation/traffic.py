@@ -1,13 +1,16 @@
-"""The rows of metrics.jsonl, and the bytes that go down."""
+"""The rows of metrics.jsonl, what an update holds, and the bytes that go down."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Method
-from hedgerow.wire import Entry
+from hedgerow.wire import Entry, Update, kinds
 
 
 class Traffic:
@@ -33,6 +36,39 @@ class Traffic:
                 missed = missed[-1:]
             self.bytes_down += sum(missed) + sizes[-1]
             self._holds[client] = round
+
+
+def contents(update: Update, nbytes: int) -> dict[str, Any]:
+    """What an update holds, as a row of metrics.jsonl has it (`sent_by_client`).
+
+    Args:
+        update: as it arrived.
+        nbytes: size of its file.
+
+    Returns:
+        `bytes`; `tensors` and `numbers`, which count its tensors and all their elements; `kinds`,
+        number of tensors by number type and name, in which layers are not told apart; and `said`,
+        names of what else it says.
+    """
+    found = kinds(update.tensors)
+    named = Counter(
+        f"{str(kind.dtype).removeprefix('torch.')} {_name(name)}" for name, kind in found.items()
+    )
+    said = {"train_loss": update.train_loss, "epsilon": update.epsilon}
+    names = ["num_examples", *(key for key, number in said.items() if number is not None)]
+    return {
+        "bytes": nbytes,
+        "tensors": len(found),
+        "numbers": sum(math.prod(kind.shape) for kind in found.values()),
+        "kinds": dict(sorted(named.items())),
+        "said": [*names, *sorted(update.about)],
+    }
+
+
+def _name(name: str) -> str:
+    """Name of a tensor without the layer that it is of, as `q_proj.lora_A.weight`."""
+    last = re.split(r"\.\d+(?=\.)", name)[-1].lstrip(".")
+    return re.sub(r"(?<![A-Za-z])\d+", "*", last)
 
 
 def row_of(entry: Entry | None, traffic: Traffic, failures: dict[str, str]) -> dict[str, Any]:

@@ -106,6 +106,24 @@ def least_noise(
     return high
 
 
+def of_group(epsilon: float, delta: float, size: int) -> tuple[float, float]:
+    """Promise for so many records together, from that for one.
+
+    Dwork and Roth, "The Algorithmic Foundations of Differential Privacy", theorem 2.2, with δ as in
+    its proof: δ·(1 + e^ε + … + e^((size - 1)·ε)).
+
+    Args:
+        epsilon: ε of one record, finite.
+        delta: δ of one record.
+        size: number of records, from 1.
+
+    Returns:
+        ε and δ of the group; δ is at most 1, with which nothing is promised.
+    """
+    terms = (math.exp(min(number * epsilon, 700.0)) for number in range(size))
+    return size * epsilon, min(1.0, delta * math.fsum(terms))
+
+
 def affordable(
     release: Release, epsilon: float, delta: float, accountant: Accountant = "rdp"
 ) -> int:

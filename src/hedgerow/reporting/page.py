@@ -11,12 +11,14 @@ import pandas as pd
 import yaml
 
 from hedgerow import __version__, console
+from hedgerow.audit.words import TITLE
 from hedgerow.data import Records
 from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import Score
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.files import replacing
 from hedgerow.reporting import by_client, charts, models, tables
+from hedgerow.reporting.audits import audits
 from hedgerow.reporting.gather import Series, gather, told
 from hedgerow.reporting.sections import drawn_scores, rounds_of, sections, standing_in
 from hedgerow.runs.changes import flat
@@ -121,6 +123,9 @@ def render(
         ],
         sections=sections(series, inspection, rounds),
         numbers=_numbers(rounds, drawn),
+        audit_title=TITLE,
+        audits=audits(series),
+        without_folders=lambda sentence: _without_folders(sentence, series),
         questions=inspection.questions,
         standing_in=standing_in(series),
         notes=[_without_folders(note, series) for note in inspection.notes],

@@ -269,6 +269,11 @@ def test_digests(path: Path) -> dict[str, str]:
     return {name: digest for name in sorted(OF_TESTS) if (digest := digests.get(name)) is not None}
 
 
+def examples_digest(path: Path, client: str) -> str | None:
+    """Digest of the examples of a client that a run began with; None where it is not known here."""
+    return _digests(path).get(client) if (path / DATA).exists() else None
+
+
 def same_data(before: str | None, now: str | None) -> bool | None:
     """Whether two digests are of the same data; None where one is not known.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hedgerow.data import (
+    Canaries,
     ClientData,
     Held,
     Records,
@@ -24,7 +25,7 @@ from hedgerow.data import (
     read,
 )
 from hedgerow.data.sources import share_of
-from hedgerow.errors import NothingToLearn, NothingToScore, UserError
+from hedgerow.errors import NothingToLearn, NothingToScore, UserError, did_you_mean
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.scores import TestSet
@@ -97,13 +98,16 @@ def prepare(
     """
     model = model or Model.load(experiment.model)
     held = held or Held()
+    seeds = Seeds(experiment.federation.seed)
     data = ClientData(
         experiment.data,
         model.tokenizer,
-        Seeds(experiment.federation.seed),
+        seeds,
         held,
         vocabulary_size=model.vocabulary_size,
+        canaries=Canaries.of(experiment.audit, seeds),
     )
+    check_audit(experiment, data.names)
     experiment = with_date(experiment, data.encoder.template.date)
     base = Base.of(model)  # before any forward pass, of which RWKV's first rescales its weights
     check_fits(experiment, model, len(data.names))
@@ -113,6 +117,7 @@ def prepare(
         for index, name in enumerate(data.names)
         if name in shards
     ]
+    check_audit(experiment, list(shards))
     notes = notes_on_model(model, data.encoder.template, experiment.method)
     notes += [*left_out, *data.remarks.sentences(), *notes_on_data(shards)]
     tests, untested = client_tests(experiment, model, data, list(shards))
@@ -181,6 +186,16 @@ def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
     check_causal(model)
     check_max_length(model, experiment.data.max_length)
     experiment.method.check(model, num_clients, experiment.training)
+
+
+def check_audit(experiment: Experiment, clients: Sequence[str]) -> None:
+    """Raise a `UserError` where canaries are for none of the clients that there are."""
+    if experiment.audit is not None and experiment.audit.client not in clients:
+        name, known = experiment.audit.client, ", ".join(clients[:_NAMED])
+        raise UserError(
+            f"`audit.client`: there is no client {name!r} with examples"
+            f"{did_you_mean(name, clients)}: name one of {known}{' …' * (len(clients) > _NAMED)}"
+        )
 
 
 def check_privacy(experiment: Experiment, client: str, num_examples: int) -> None:

@@ -15,6 +15,21 @@ METRICS_FILE = "metrics.jsonl"
 ROWS_BY_CLIENT = "test_rows_by_client"
 """Key of the numbers of test rows of clients that were scored on their own."""
 
+SENT_BY_CLIENT = "sent_by_client"
+"""Key of what the update of each client holds, as `hedgerow.federation.traffic.contents` says."""
+
+
+class _Sent(BaseModel):
+    """What the update of a client holds."""
+
+    model_config = ConfigDict(strict=True)
+
+    bytes: int
+    tensors: int
+    numbers: int
+    kinds: dict[str, int]
+    said: list[str]
+
 
 class _Row(BaseModel):
     """What readers of a row count on; whatever else was measured are numbers, or groups of them."""
@@ -33,6 +48,7 @@ class _Row(BaseModel):
     train_loss: float | None = None
     train_loss_by_client: dict[str, float | None] = {}
     test_rows_by_client: dict[str, int] = {}
+    sent_by_client: dict[str, _Sent] = {}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from hedgerow.clock import Clock
-from hedgerow.data import ClientData, Tokenized
+from hedgerow.data import Canaries, ClientData, Tokenized
 from hedgerow.engines.flower.app import App, without_test
 from hedgerow.engines.flower.messages import Held, OwnScores, Reply, Request, info
 from hedgerow.engines.flower.node import SiteSettings, place_of
@@ -268,6 +268,7 @@ class Site:
             model.tokenizer,
             self._seeds,
             vocabulary_size=model.vocabulary_size,
+            canaries=Canaries.of(self._experiment.audit, self._seeds),
         )
         template, method = data.encoder.template, self._experiment.method
         self._tell(self._app.base.name, notes_on_model(model, template, method))
