@@ -35,7 +35,7 @@ def test_alpaca_word_for_word():
         "### Instruction:\nAdd.\n\n### Response:\n"
     )
     prompt = template.prompt(Row("Add."))
-    assert template.example(Row("Add.", output="5")) == (prompt, "5", "")
+    assert list(template.examples([Row("Add.", output="5")])) == [(prompt, "5", "")]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_chat():
     prompt = "<|user|>Add.\n\n2 and 3<|end|>\n<|assistant|>"
     row = Row("Add.", "2 and 3", "5")
     assert template.prompt(row) == prompt
-    assert template.example(row) == (prompt, "5", "<|end|>")
+    assert list(template.examples([row])) == [(prompt, "5", "<|end|>")]
 
 
 def test_one_of_several_chat_templates():
