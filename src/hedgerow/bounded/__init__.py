@@ -58,19 +58,18 @@ def render(
 
 
 def matches(
-    expression: str, texts: Iterable[str], *, how: Literal["match", "fullmatch"]
-) -> list[bool] | Failure:
-    """Whether a regular expression matches each of some texts, by `re.match` or `re.fullmatch`.
+    expressions: Iterable[str], texts: Iterable[str], *, how: Literal["match", "fullmatch"]
+) -> list[list[bool] | Failure]:
+    """Whether regular expressions match each of some texts, by `re.match` or `re.fullmatch`.
 
     Returns:
-        A bool for each text; or why the expression is none.
+        For each expression a bool for each text; or why it is no expression.
 
     Raises:
-        Exceeded: it takes more time or memory than it may.
+        Exceeded: they take more time or memory than they may.
     """
-    request = {"expression": expression, "texts": list(texts), "how": how}
-    found: list[bool] | Failure = _outcome(_process.ask("match", request))
-    return found
+    request = {"expressions": list(expressions), "texts": list(texts), "how": how}
+    return [_outcome(each) for each in _process.ask("match", request)]
 
 
 def _outcome(reply: Mapping[str, Any]) -> Any:

@@ -115,14 +115,17 @@ def _renderer() -> _Handler:
 
 
 def _matcher() -> _Handler:
-    def match(request: Mapping[str, Any], size: int) -> dict[str, Any]:
+    def match(request: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
         matching = {"match": re.match, "fullmatch": re.fullmatch}[request["how"]]
-        try:
-            return {
-                "done": [bool(matching(request["expression"], text)) for text in request["texts"]]
-            }
-        except (re.error, RecursionError, OverflowError) as error:
-            return _failure(error)
+        outcomes: list[dict[str, Any]] = []
+        for expression in request["expressions"]:
+            try:
+                found = [bool(matching(expression, text)) for text in request["texts"]]
+            except (re.error, RecursionError, OverflowError) as error:
+                outcomes.append(_failure(error))
+            else:
+                outcomes.append({"done": found})
+        return outcomes
 
     return match
 
