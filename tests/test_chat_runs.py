@@ -165,3 +165,24 @@ def test_scores_say_of_rows_what_their_run_says(experiment, hedgerow, tmp_path):
     assert cut in " ".join(result.out.split())
     result = hedgerow("evaluate", tmp_path / "run")
     assert result.err.splitlines() == [cut]
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{{ '%1000000000d' % 1 }}", "needs more than 512 MB of memory"),
+        ("{{ 1 / 0 }}", "fails (division by zero)"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails (maximum recursion depth"),
+    ],
+)
+def test_a_template_that_does_harm_is_refused(
+    chatty, experiment, hedgerow, tmp_path, template, sentence
+):
+    model = chatty(template)
+    path = experiment(model={"path": str(model)})
+    result = hedgerow("run", path, "data.prompt=chat", "--out", tmp_path / "run")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"the tokenizer's chat template ({model / 'chat_template.jinja'}) {sentence}" in (
+        result.err
+    )
+    assert not (tmp_path / "run").exists()

@@ -1,7 +1,11 @@
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from hedgerow.data.encoding import Encoder
 from hedgerow.data.rows import Message, Row
 from hedgerow.data.templates import TextTemplate, in_turns, load
 from hedgerow.errors import UserError
@@ -35,7 +39,7 @@ def test_alpaca_word_for_word():
         "### Instruction:\nAdd.\n\n### Response:\n"
     )
     prompt = template.prompt(Row("Add."))
-    assert template.example(Row("Add.", output="5")) == (prompt, "5", "")
+    assert list(template.examples([Row("Add.", output="5")])) == [(prompt, "5", "")]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +128,7 @@ def test_chat():
     prompt = "<|user|>Add.\n\n2 and 3<|end|>\n<|assistant|>"
     row = Row("Add.", "2 and 3", "5")
     assert template.prompt(row) == prompt
-    assert template.example(row) == (prompt, "5", "<|end|>")
+    assert list(template.examples([row])) == [(prompt, "5", "<|end|>")]
 
 
 def test_one_of_several_chat_templates():
@@ -163,3 +167,50 @@ def test_another_begin_of_answers_in_generation():
 def test_a_date_is_a_day(date):
     with pytest.raises(ValueError, match="is no day: write it as 2026-11-25"):
         TemplateSettings(date=date)
+
+
+FILLS = "{{ 'a' * 10 ** 10 }}"
+AT_BOOM = CHATML + "{% if 'boom' in messages[0].content %}WHAT{% endif %}"
+
+
+def test_a_row_that_a_template_cannot_write_is_named():
+    template = named(
+        "chat", CHATML + "{% if 'boom' in messages[0].content %}{{ 1 / 0 }}{% endif %}"
+    )
+    encoder = Encoder(template, byte_tokenizer())
+    rows = [Row("boom" if n == 301 else f"Row {n}", output="Yes", number=n) for n in range(1, 600)]
+    assert len(encoder.prompts(rows[:300], "rows.json")) == 300
+    for write in (encoder.examples, encoder.prompts):
+        with pytest.raises(UserError, match=r"^rows\.json: row 301: .* fails \(division by zero\)"):
+            write(rows, "rows.json")
+
+
+def test_rows_with_which_a_template_needs_too_much_are_named():
+    template = named(
+        "chat", CHATML + f"{{% if 'boom' in messages[0].content %}}{FILLS}{{% endif %}}"
+    )
+    encoder = Encoder(template, byte_tokenizer())
+    rows = [Row("boom" if n == 301 else f"Row {n}", output="Yes", number=n) for n in range(1, 600)]
+    sentence = r"^rows\.json: row 257: .* more than 512 MB of memory, here or in the 255 rows after"
+    with pytest.raises(UserError, match=sentence):
+        encoder.examples(rows, "rows.json")
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json", "other.jinja"])
+def test_the_file_of_a_template_is_named(tmp_path, place):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": CHATML, "other": FILLS} if "other" in place else FILLS
+    tokenizer.save_pretrained(tmp_path)
+    if place == "tokenizer_config.json":
+        (tmp_path / "chat_template.jinja").unlink()
+        config = json.loads((tmp_path / place).read_text()) | {"chat_template": FILLS}
+        (tmp_path / place).write_text(json.dumps(config))
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    settings = TemplateSettings(name="other" if "other" in place else None)
+    with pytest.raises(UserError) as caught:
+        load(TextSettings(prompt="chat", template=settings), read)
+    [file] = tmp_path.rglob(place)
+    assert str(caught.value) == (
+        f"`data.prompt`: the tokenizer's chat template ({file}) needs more than 512 MB of memory: "
+        "choose another `data.prompt`, as alpaca"
+    )

@@ -378,6 +378,20 @@ def test_what_a_task_spells_is_text(options, run_prompt, parts, tmp_path, monkey
         assert read[-1] == [spelt(*parts)]
 
 
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{{ 1 / 0 }}", "the tokenizer's chat template fails (division by zero)"),
+        ("{{ 'a' * 10 ** 10 }}", "the tokenizer's chat template needs more than 512 MB of memory"),
+    ],
+)
+def test_a_chat_template_that_does_harm_is_refused(hedgerow, tasks, chatty, template, sentence):
+    command = ["evaluate", chatty(template), "--harness", "own_choice", "--include-path", tasks]
+    result = hedgerow(*command, "--apply-chat-template")
+    assert result.code == 2
+    assert result.err.splitlines()[-1] == f"hedgerow: --apply-chat-template: {sentence}"
+
+
 @pytest.mark.parametrize("task", ["own_choice", "own_answer", "own_likely"])
 @pytest.mark.parametrize("prompt", [[], ["--prompt", "run", "data.prompt=plain"]])
 def test_a_token_without_an_embedding_is_told(hedgerow, tasks, tmp_path, task, prompt):

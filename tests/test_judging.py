@@ -1,12 +1,19 @@
 """MT-bench's judgments, by a small server that speaks as OpenAI's endpoints do."""
 
+import contextlib
+import gzip
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.runs import hear_interrupts
 
 from hedgerow.benchmarks import judge_prompts, judging
 
@@ -77,6 +84,11 @@ class Endpoint:
                     number = len(endpoint.requests)
                 user = payload["messages"][1]["content"]
                 answer = endpoint.reply(user, number)
+                if callable(answer):  # which writes it itself, until who has asked is gone
+                    self.close_connection = True
+                    with contextlib.suppress(OSError):
+                        answer(self)
+                    return
                 status, body = answer if isinstance(answer, tuple) else (200, completion(answer))
                 missing = 10 if body == BROKEN_OFF else 0
                 self.send_response(status)
@@ -359,6 +371,135 @@ def test_references_come_from_a_file_first(judge, endpoint, files):
     assert sum("gpt-4 second" in user for user in users) == 2
 
 
+def head(*lines):
+    return "\r\n".join(["HTTP/1.1 200 OK", *lines, "", ""]).encode()
+
+
+def silent(handler):
+    """No answer, as long as who has asked is there."""
+    handler.connection.recv(1)
+
+
+def slow_headers(handler):
+    handler.connection.sendall(head()[:-4] + b"\r\nX-Slow: ")
+    slow(handler)
+
+
+def slow_body(handler):
+    handler.connection.sendall(head("Content-Length: 1000000"))
+    slow(handler)
+
+
+def slow(handler):
+    while True:
+        handler.connection.sendall(b"a")
+        time.sleep(0.02)
+
+
+def zipped(handler):
+    body = gzip.compress(b" " * 50_000_000)
+    size = f"Content-Length: {len(body)}"
+    handler.connection.sendall(head("Content-Encoding: gzip", size) + body)
+
+
+def packed(handler):
+    handler.connection.sendall(head("Content-Encoding: zstd", "Content-Length: 3") + b"abc")
+
+
+def endless_body(handler):
+    handler.connection.sendall(head("Connection: close"))
+    while True:
+        handler.connection.sendall(b" " * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (silent, "there is no whole answer after 0.3 seconds"),
+        (slow_headers, "there is no whole answer after 0.3 seconds"),
+        (slow_body, "there is no whole answer after 0.3 seconds"),
+        (zipped, "the answer has more than 1,000,000 bytes"),
+        (packed, "the answer is packed as zstd, which is not read"),
+        (endless_body, "the answer has more than 1,000,000 bytes"),
+    ],
+    ids=lambda answer: getattr(answer, "__name__", ""),
+)
+def test_an_answer_that_comes_slowly_or_does_harm(
+    judge, endpoint, files, monkeypatch, answer, words
+):
+    seconds = 0.3 if "seconds" in words else 600
+    monkeypatch.setattr(judging, "_SECONDS", seconds)
+    monkeypatch.setattr(judging, "_RETRIES", 0)
+    endpoint.reply = lambda user, number: answer
+    result = judge()
+    assert result.code == 1
+    assert "6 of 6 judgments failed (as question " in result.err
+    assert words in result.err
+    assert result.err.count("\n") == 1
+    assert not (files / "out.jsonl").exists()
+    endpoint.reply = lambda user, number: "[[6]]"
+    monkeypatch.setattr(judging, "_SECONDS", 600)
+    assert judge().code == 0
+
+
+@pytest.mark.parametrize("place", ["file:///etc/passwd", "http://[", "gopher://other/", "//other/"])
+def test_nobody_is_sent_to_another_place(judge, endpoint, monkeypatch, place):
+    def redirect(handler):
+        answer = head(f"Location: {place}", "Content-Length: 0").replace(b"200 OK", b"302 Found")
+        handler.connection.sendall(answer)
+
+    monkeypatch.setattr(judging, "_RETRIES", 0)
+    endpoint.reply = lambda user, number: redirect
+    result = judge()
+    assert result.code in (1, 2)
+    assert result.err.count("\n") == 1
+    assert "redirects to" in result.err or "Invalid URL in location" in result.err
+
+
+def test_a_rating_that_is_out_of_bounds_is_nobodys(judge, endpoint, files):
+    endpoint.reply = lambda user, number: f"Rating: [[{'0' * 5000}7]] [[1e999]]"
+    result = judge()
+    assert result.code == 0, result.err
+    assert "6 judgments could not be understood and do not count" in result.out
+    for score in ("1e999", "11", "NaN"):
+        rows = (files / "out.jsonl").read_text()
+        (files / "other.jsonl").write_text(rows.replace('"score":-1', f'"score":{score}', 1))
+        assert (files / "other.jsonl").read_text() != rows
+        result = judge("--out", files / "other.jsonl")
+        assert (result.code, "other.jsonl line 1" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("answer", [silent, slow_body])
+def test_ctrl_c_ends_it_at_once(endpoint, files, answer, times):
+    asked = threading.Event()
+
+    def reply(user, number):
+        if number == 2:
+            asked.set()
+        return answer if number > 1 else "[[7]]"
+
+    endpoint.reply = reply
+    command = ["mt-bench", "judge", files / "one.jsonl", "--questions", files / "question.jsonl"]
+    command += ["--endpoint", endpoint.url, "--model", "j-4", "--out", files / "out.jsonl"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "hedgerow", *map(str, command), "--parallel", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=hear_interrupts,
+    )
+    asked.wait()
+    for _ in range(times):
+        running.send_signal(signal.SIGINT)
+    shown, _ = running.communicate()
+    sentence = "hedgerow: interrupted: given again, the same command does what is missing\n"
+    # The last of several may come when the process has nothing left to do.
+    ended = [(130, sentence), *[(-signal.SIGINT, each) for each in ("", sentence) if times > 1]]
+    assert (running.returncode, shown) in ended
+    assert len(lines(files / "out.jsonl")) == 1
+
+
 # --- pairs ----------------------------------------------------------------------------------------
 
 
@@ -522,6 +663,10 @@ def test_mistakes_in_files(judge, endpoint, files, monkeypatch):
         ("[[-3]]", -1),
         ("[[٣]]", -1),
         ("[[1e1]]", -1),
+        ("[[1e999]]", -1),
+        (f"[[{'0' * 5000}7]]", -1),
+        (f"[[{'9' * 5000}]]", -1),
+        (f"[[7.{'0' * 5000}]]", -1),
         ("", -1),
     ],
 )

@@ -7,15 +7,17 @@ be handed on as one adapter of the model below, which then holds both.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from hedgerow import bounded
 from hedgerow.adapters import PREFIX, adapter_pairs, embedding_pairs
-from hedgerow.errors import UserError, reason_of
+from hedgerow.errors import UserError, brief, reason_of
 from hedgerow.lazy import peft, safetensors, torch, transformers
 from hedgerow.lowrank import Factors, stack
 
@@ -48,13 +50,15 @@ def config_of(folder: Path) -> Any:
     where = f"model.path: {folder / _CONFIG}"
     try:
         content = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}): copy the adapter's folder again") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where} is not JSON ({reason_of(error)}): copy the adapter's folder again"
+        ) from None
     kind = content.get("peft_type") if isinstance(content, dict) else None
     version = f"peft {peft.__version__}"
     if kind is None:
         raise UserError(f"{where} is of no adapter of peft: it does not say its `peft_type`")
-    if kind not in list(peft.PeftType):
+    if not isinstance(kind, str) or kind not in list(peft.PeftType):
         raise UserError(
             f"{where} is of an adapter of the kind {kind}, which {version} does not know: update "
             "peft, or merge the adapter where it was made and give the whole model"
@@ -69,12 +73,16 @@ def config_of(folder: Path) -> Any:
             "does not know: update peft, or merge the adapter where it was made and give the whole "
             "model"
         )
+    for key in (_BASE, "revision"):
+        if not isinstance(content.get(key), str | None):
+            raise UserError(f"{where} has `{key}: {brief(content[key])}`, which is no text")
     try:
         return peft.PeftConfig.from_peft_type(**{k: v for k, v in content.items() if k in known})
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # each kind of adapter checks its values as it likes
         raise UserError(f"{where} is not read by {version}: {reason_of(error)}") from None
 
 
+_BASE = "base_model_name_or_path"
 _RUNTIME = "runtime_config"
 """What peft says about the process that wrote a file, and does not read."""
 
@@ -231,6 +239,8 @@ def merged(folder: Path, network: Any, base: str) -> tuple[Any, BaseAdapter]:
             f"{where} has no {_WEIGHTS}: save the adapter in that format, since others are pickles"
         )
     shapes = _shapes(folder)
+    _check_ranks(config, shapes, f"model.path: {folder / _CONFIG}")
+    _check_expressions(config, network, f"model.path: {folder / _CONFIG}")
     dtypes = {name: weight.dtype for name, weight in network.state_dict().items()}
     try:
         # peft draws what it is about to read, and warns of what is checked here.
@@ -255,7 +265,9 @@ def merged(folder: Path, network: Any, base: str) -> tuple[Any, BaseAdapter]:
                     f"{where} is an adapter that computes something else once it is merged into "
                     "its base, as a run needs it: give one that is plain LoRA"
                 )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # each kind of adapter checks its values as it likes
         raise UserError(
             f"{where} cannot be merged into {base} ({reason_of(error)}): check that the adapter is "
             f"whole, and that `base_model_name_or_path` in its {_CONFIG} is what it was trained on"
@@ -312,6 +324,62 @@ def _check_kind(config: Any, folder: Path) -> None:
             "changed by an SVD that draws at random: save it with "
             "`path_initial_model_for_weight_conversion` of peft's save_pretrained()"
         )
+
+
+def _check_ranks(config: Any, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise a `UserError` where an adapter would be made far larger than its weights are."""
+    most = max((size for shape in shapes.values() for size in shape), default=0)
+    pattern = getattr(config, "rank_pattern", None)
+    ranks = [("r", getattr(config, "r", None))]
+    ranks += [("rank_pattern", rank) for rank in (pattern.values() if pattern else ())]
+    for key, rank in ranks:
+        if isinstance(rank, int) and rank > most:
+            raise UserError(
+                f"{where} has a rank of {rank:,} in `{key}`, where its weights have at most "
+                f"{most:,}: copy the adapter's folder again"
+            )
+
+
+def _check_expressions(config: Any, network: Any, where: str) -> None:
+    """Raise a `UserError` where peft would search names by an expression that takes too long.
+
+    They are tried where they have bounds, each as peft does in `check_target_module_exists` and
+    `get_pattern_key`.
+    """
+    names = [name for name, _ in network.named_modules()]
+    for key, how, expressions in _expressions(config):
+        try:
+            found = bounded.matches(expressions, names, how=how)
+        except bounded.Exceeded as error:
+            raise UserError(
+                f"{where} has an expression in `{key}` that {error}: write the modules' names there"
+            ) from None
+        for failure in (each for each in found if isinstance(each, bounded.Failure)):
+            raise UserError(
+                f"{where} has an expression in `{key}` that is none ({failure}): write the "
+                "modules' names there"
+            )
+
+
+def _expressions(config: Any) -> Iterator[tuple[str, Literal["match", "fullmatch"], list[str]]]:
+    """The regular expressions of an adapter's configuration: key, use, and what peft makes of them.
+
+    Those of plain names are left out, of which there may be one for each module.
+    """
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(expression := getattr(config, key, None), str):
+            yield key, "fullmatch", [expression]
+    for key, around in (
+        ("modules_to_save", r"(^|.*\.){}($|\..*)"),
+        ("layers_pattern", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."),
+        ("rank_pattern", r"(.*\.)?({})$"),
+        ("alpha_pattern", r"(.*\.)?({})$"),
+        ("lambda_pattern", r"(.*\.)?({})$"),
+    ):
+        patterns = getattr(config, key, None) or ()
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        if odd := [each for each in map(str, patterns) if not re.fullmatch(r"[\w.-]*", each)]:
+            yield key, "match", [around.replace("{}", each) for each in odd]
 
 
 def _repeated(folder: Path, unread: Sequence[str]) -> frozenset[str]:

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     import huggingface_hub as huggingface_hub
     import peft as peft
     import safetensors as safetensors
+    import tokenizers as tokenizers
     import torch as torch
     import transformers as transformers
 else:
     huggingface_hub = _Lazy("huggingface_hub")
     peft = _Lazy("peft")
     safetensors = _Lazy("safetensors")
+    tokenizers = _Lazy("tokenizers")
     torch = _Lazy("torch")
     transformers = _Lazy("transformers")

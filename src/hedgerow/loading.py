@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ import yaml
 from hedgerow import base_adapter
 from hedgerow.base_adapter import BaseAdapter
 from hedgerow.bundled import MODEL
-from hedgerow.errors import UserError, reason_of
-from hedgerow.lazy import huggingface_hub, peft, safetensors, torch, transformers
+from hedgerow.errors import UserError, readable, reason_of
+from hedgerow.lazy import huggingface_hub, peft, tokenizers, torch, transformers
 from hedgerow.names import DEMO, MEMORY
 
 if TYPE_CHECKING:
@@ -175,15 +176,19 @@ def _load_network(place: str, revision: str | None, dtype: str, where: str) -> t
     """
     _check_format(Path(place), where)
     options = {"revision": revision, "trust_remote_code": False}
-    quantized = None
+    quantized = config = None
     try:
+        _check_not_adapter(place, revision, where)
+        _check_layers(transformers.PreTrainedConfig.get_config_dict(place, **options)[0], where)
         config = transformers.AutoConfig.from_pretrained(place, **options)
         if any(
             getattr(part, "quantization_config", None) is not None
             for part in (config, config.get_text_config())
         ):
             quantized = _quantized(config, place)
-        network, info = _kind_of(config, where).from_pretrained(
+        kind = _kind_of(config, where)
+        _check_size(kind, config, Path(place), where)
+        network, info = kind.from_pretrained(
             place,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
@@ -191,17 +196,9 @@ def _load_network(place: str, revision: str | None, dtype: str, where: str) -> t
             ignore_mismatched_sizes=True,  # or it says no more than that there are some
             **options,
         )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ImportError,
-        AssertionError,
-        safetensors.SafetensorError,
-    ) as error:
+    except UserError:
+        raise
+    except Exception as error:  # strangers' files lead many libraries into errors of any kind
         if quantized is not None:
             raise UserError(
                 f"{where} {quantized} (it is not loaded here: {reason_of(error)})"
@@ -211,6 +208,12 @@ def _load_network(place: str, revision: str | None, dtype: str, where: str) -> t
                 f"{where} needs code of its own, which is never run: give a model of an "
                 "architecture that transformers has itself"
             ) from None
+        if (damaged := _damaged(Path(place), _CONFIGS)) is not None:
+            raise UserError(
+                f"{where} cannot be loaded: {damaged}: copy it again from the checkpoint"
+            ) from None
+        if config is None and not isinstance(error, OSError):
+            raise UserError(f"{where} has {_wrong_in_config(error)}") from None
         raise UserError(
             f"{where} cannot be loaded as a causal language model: {reason_of(error)}"
         ) from None
@@ -235,15 +238,85 @@ def _load_network(place: str, revision: str | None, dtype: str, where: str) -> t
 
 
 def _check_format(folder: Path, where: str) -> None:
-    """Raise a `UserError` where a folder has weights, but none in safetensors format."""
-    if not folder.is_dir() or any(folder.glob("*.safetensors*")):
+    """Raise a `UserError` where a folder has weights, but not all in safetensors format."""
+    if not folder.is_dir():
         return
     kinds = ("pytorch_model*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack")
-    if others := sorted(file.name for kind in kinds for file in folder.glob(kind)):
+    others = sorted(file.name for kind in kinds for file in folder.glob(kind))
+    if (index := folder / "model.safetensors.index.json").is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            others = sorted(each for each in names if not each.endswith(".safetensors"))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise UserError(
+                f"{where} has a damaged {index.name}: copy the model's folder again"
+            ) from None
+    elif any(folder.glob("*.safetensors*")):
+        return
+    if others:
         raise UserError(
             f"{where} has no weights in safetensors format, and {others[0]} is not read: save the "
             "model again, with save_pretrained() of transformers"
         )
+
+
+def _check_not_adapter(place: str, revision: str | None, where: str) -> None:
+    """Raise a `UserError` for what transformers would load with an adapter, be it a pickle."""
+    if transformers.utils.find_adapter_config_file(place, revision=revision) is not None:
+        raise UserError(
+            f"{where} has an adapter (adapter_config.json) beside its model: give a folder with "
+            "one of them"
+        )
+
+
+_LAYERS = re.compile(r"(?:.*_)?(?:layers?|blocks|experts)")
+_MOST_LAYERS = 10_000
+_MOST_FOR_A_BYTE = 8
+"""Largest number of parameters for a byte of a checkpoint, whose weights have a bit at least."""
+
+
+def _check_layers(content: Any, where: str) -> None:
+    """Raise a `UserError` where config.json asks for more layers than anybody could make."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            _check_layers(value, where)
+        elif isinstance(value, int) and _LAYERS.fullmatch(key) and value > _MOST_LAYERS:
+            raise UserError(
+                f"{where} has a config.json whose `{readable(key)}` is {value:,}, where at most "
+                f"{_MOST_LAYERS:,} can be: give the checkpoint with its own config.json"
+            )
+
+
+def _check_size(kind: Any, config: Any, folder: Path, where: str) -> None:
+    """Raise a `UserError` where config.json asks for more than a folder's weights can be.
+
+    transformers would make what is not there, however large.
+    """
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if not size:
+        return
+    try:
+        with torch.device("meta"):
+            parameters = sum(each.numel() for each in kind.from_config(config).parameters())
+    except Exception:  # some cannot be made so; what else is wrong is said where they are loaded
+        return
+    if parameters > _MOST_FOR_A_BYTE * size:
+        raise UserError(
+            f"{where} has a config.json that asks for {parameters:,} parameters, where its weights "
+            f"are {size:,} bytes: give the whole checkpoint with its own config.json"
+        )
+
+
+def _wrong_in_config(error: Exception) -> str:
+    """What is wrong in config.json, by what transformers says when it checks it."""
+    reason = reason_of(error)
+    if isinstance(error, huggingface_hub.errors.StrictDataclassError):
+        reason = reason.partition("Error: ")[2]  # without the name of the check
+    found = re.match(r"Field '(\w+)' ", reason)
+    if found is None:
+        return f"a config.json that transformers does not read ({reason})"
+    reason = reason[found.end() :].partition(". Errors: ")[0]
+    return f"a config.json whose `{found[1]}` is of a wrong kind ({reason})"
 
 
 def _wants_code(error: Exception) -> bool:
@@ -453,7 +526,9 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision, **options)
         if adapted is not None and (file := adapted / "chat_template.jinja").is_file():
             tokenizer.chat_template = file.read_text(encoding="utf-8")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers has no kind of error of its own
         if _wants_code(error):
             raise UserError(
                 f"model.path: {settings.path} has a tokenizer that needs code of its own, which is "
@@ -466,12 +541,44 @@ def load_tokenizer(settings: ModelSettings) -> Any:
                 f"model.path: {settings.path} has no tokenizer (tokenizer.json, say): copy it "
                 "there from the model that it was made from"
             ) from None
+        if (damaged := _damaged(Path(place), _TOKENIZERS)) is not None:
+            raise UserError(
+                f"model.path: {damaged}: copy it again from the model that it was made from"
+            ) from None
         raise UserError(
             f"model.path: {settings.path} has no tokenizer that can be loaded: {reason_of(error)}"
         ) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+_CONFIGS = ("config.json", "generation_config.json")
+_TOKENIZERS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+)
+
+
+def _damaged(folder: Path, names: Sequence[str]) -> str | None:
+    """The first of a folder's files that is not what it should be, and why; None for none."""
+    for file in (folder / name for name in names):
+        if not file.is_file():
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            return f"{file} is not JSON ({reason_of(error)})"
+        if not isinstance(content, dict):
+            return f"{file} is no JSON object"
+        if file.name == "tokenizer.json":
+            try:
+                tokenizers.Tokenizer.from_file(str(file))
+            except Exception as error:  # it has no kind of its own
+                return f"{file} is not read by tokenizers ({reason_of(error)})"
+    return None
 
 
 def tokenization(tokenizer: Any) -> dict[str, Any]:

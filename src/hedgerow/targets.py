@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hedgerow.errors import UserError, did_you_mean
+from hedgerow import bounded
+from hedgerow.errors import UserError, brief, did_you_mean
 from hedgerow.lazy import peft, torch, transformers
 
 if TYPE_CHECKING:
@@ -171,17 +172,14 @@ def _matching(network: Any, wanted: str | list[str], known: Sequence[str]) -> li
 
 
 def _matching_expression(wanted: str, known: Sequence[str]) -> list[str]:
-    try:
-        found = [name for name in known if re.fullmatch(wanted, name)]
-    except re.error as error:
-        raise UserError(
-            f"method.targets: {wanted!r} is no regular expression ({error}): write a list of "
-            f"names, as [q_proj, v_proj], or `{ALL_LINEAR}`"
-        ) from None
-    if found:
-        return found
+    """The names that an expression matches as a whole.
+
+    It may be a stranger's, who has written the experiment.
+    """
     longer = f".*({wanted})"
-    if any(re.fullmatch(longer, name) for name in known):
+    if found := _matched(wanted, known):
+        return found
+    if _matched(longer, known):
         advice = f"write {longer!r}, which matches their ends"
     else:
         advice = "write a list of names or of their ends, as [q_proj, v_proj]"
@@ -189,6 +187,19 @@ def _matching_expression(wanted: str, known: Sequence[str]) -> list[str]:
         f"method.targets: the expression {wanted!r} matches no whole name of what can be adapted, "
         f"as {known[0]} is one: {advice}"
     )
+
+
+def _matched(expression: str, known: Sequence[str]) -> list[str]:
+    instead = f"write a list of names, as [q_proj, v_proj], or `{ALL_LINEAR}`"
+    try:
+        [matches] = bounded.matches([expression], known, how="fullmatch")
+    except bounded.Exceeded as error:
+        raise UserError(f"method.targets: {brief(expression)} {error}: {instead}") from None
+    if isinstance(matches, bounded.Failure):
+        raise UserError(
+            f"method.targets: {brief(expression)} is no regular expression ({matches}): {instead}"
+        )
+    return [name for name, is_one in zip(known, matches, strict=True) if is_one]
 
 
 def _ends(name: str) -> Iterator[str]:

@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -29,9 +28,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, simple_parse_args_string
 
+from hedgerow import bounded
 from hedgerow.data import Encoder, in_turns, load_template
 from hedgerow.data.templates import TextTemplate
-from hedgerow.errors import UserError, did_you_mean, readable
+from hedgerow.errors import UserError, did_you_mean, readable, reason_of
 from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.cache import keeps_keys_only
 from hedgerow.files import check_name, check_place, replacing, to_json
@@ -170,13 +170,32 @@ class _Network(HFLM):  # type: ignore[misc]
         return shown
 
     def _write(self, messages: list[dict[str, str]], generation: bool) -> str:
-        """What the chat template makes of messages; with `generation`, an answer is to follow."""
+        """What the chat template makes of messages; with `generation`, an answer is to follow.
+
+        Where it fails with what the system says, that is left out, as the harness does.
+        """
+        text = self._rendered(messages, generation)
+        others = [message for message in messages if message["role"] != "system"]
+        if isinstance(text, bounded.Failure) and others:
+            text = self._rendered(others, generation)
+        if isinstance(text, bounded.Failure):
+            raise UserError(f"--apply-chat-template: the tokenizer's chat template fails ({text})")
+        return text
+
+    def _rendered(self, messages: list[dict[str, str]], generation: bool) -> str | bounded.Failure:
         try:
-            text: str = super().apply_chat_template(messages, generation)
-        except (jinja2.TemplateError, ValueError) as error:
+            [text] = bounded.render(
+                self.tokenizer.get_chat_template(),
+                [(messages, generation)],
+                self.tokenizer.special_tokens_map | self.chat_template_args,
+                continued=not generation,
+            )
+        except bounded.Exceeded as error:
             raise UserError(
-                f"--apply-chat-template: the tokenizer's chat template fails ({error})"
+                f"--apply-chat-template: the tokenizer's chat template {error}"
             ) from None
+        except ValueError as error:  # of several, none is the default
+            return bounded.Failure(reason_of(error))
         return text
 
     def _hidden(self, requests: Any) -> list[Any]:

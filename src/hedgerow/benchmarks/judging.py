@@ -7,10 +7,11 @@ a verdict that changes with the order is a tie. Judgments are in the files of it
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -34,7 +35,11 @@ _LONGEST_JUDGMENT = 2048
 """Tokens, as published."""
 _LARGEST_REPLY = 1_000_000
 """Bytes; a judgment of 2,048 tokens is a tenth of a percent of it."""
+_ENCODINGS = ("identity", "gzip", "deflate")
+"""Of replies: what a part that has arrived unpacks to, at most a thousand times its size."""
 _RETRIES = 4
+_SECONDS = 600
+"""For a judgment, from the first try to the last byte of the last."""
 _FATAL = {
     **dict.fromkeys((301, 302, 303, 307, 308), "give the URL that it redirects to"),
     401: "give the right key in {key}",
@@ -55,7 +60,7 @@ class Rating(BaseModel):
     """The judge's model, and the prompt's name."""
     user_prompt: str
     judgment: str
-    score: int | float
+    score: Annotated[int | float, Field(ge=-1, le=10)]
     """Rating from 1 to 10, or -1 where the judgment holds none."""
     turn: int
     tstamp: float
@@ -130,7 +135,7 @@ class Report:
 
 
 class Judge:
-    """A model behind an endpoint; any thread may ask it.
+    """A model behind an endpoint, which may be asked several things at once while `connected`.
 
     Args:
         endpoint: the URL up to /v1.
@@ -152,29 +157,42 @@ class Judge:
             raise UserError(
                 f"{key_name}: contains characters that cannot be in a key: set it to the key alone"
             )
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """Let it be asked until the block ends."""
         # The client wants some key; without one it would look for others in the environment.
-        self._client = openai.OpenAI(
-            base_url=endpoint,
-            api_key=key or "none",
+        async with openai.AsyncOpenAI(
+            base_url=self.endpoint,
+            api_key=self._key or "none",
             max_retries=_RETRIES,
-            # Of an account elsewhere, whose names the client finds in the environment.
-            default_headers=dict.fromkeys(("OpenAI-Organization", "OpenAI-Project"), openai.Omit()),
+            default_headers={
+                "Accept-Encoding": "identity",
+                # Of an account elsewhere, whose names the client finds in the environment.
+                **dict.fromkeys(("OpenAI-Organization", "OpenAI-Project"), openai.Omit()),
+            },
             # What is judged goes to nobody but the endpoint that is named.
-            http_client=openai.DefaultHttpxClient(
+            http_client=openai.DefaultAsyncHttpxClient(
                 follow_redirects=False, event_hooks={"response": [_bound]}
             ),
-        )
+        ) as self._client:
+            yield
 
-    def ask(self, prompt: Prompt) -> str:
+    async def ask(self, prompt: Prompt) -> str:
         """The judgment, as text.
 
         Raises:
             UserError: the endpoint refuses the key, or has no such model.
-            InvalidMessage: there is no usable answer, also after several tries.
+            InvalidMessage: there is no usable answer in time, also after several tries.
         """
         try:
-            body = self._post(prompt)
+            async with asyncio.timeout(_SECONDS):
+                body = await self._post(prompt)
             reply = _Reply.model_validate_json(body, strict=True)
+        except TimeoutError:
+            raise InvalidMessage(
+                self._safe(f"{self.endpoint}: there is no whole answer after {_SECONDS} seconds")
+            ) from None
         except openai.APIStatusError as error:
             reason = self._safe(f"{error.status_code}: {error.message}")
             if error.status_code in _FATAL:
@@ -190,12 +208,8 @@ class Judge:
             raise InvalidMessage("the answer is not a chat completion") from None
         return self._without_key(reply.choices[0].message.content)
 
-    def close(self) -> None:
-        """Ask nothing more; what is being asked is waited for."""
-        self._client.close()
-
-    def _post(self, prompt: Prompt) -> bytes:
-        response = self._client.chat.completions.with_raw_response.create(
+    async def _post(self, prompt: Prompt) -> bytes:
+        response = await self._client.chat.completions.with_raw_response.create(
             model=self.model,
             messages=[
                 {"role": "system", "content": prompt.system},
@@ -215,19 +229,22 @@ class Judge:
         return readable(" ".join(self._without_key(text).split()))[:300]
 
 
-def _bound(response: Any) -> None:
+async def _bound(response: Any) -> None:
     """Let the client read no more than a reply's bytes, unpacked; of an error it would read all."""
-    parts = response.iter_bytes
+    parts = response.aiter_bytes
+    encoding = response.headers.get("content-encoding", "identity")
 
-    def iter_bytes(*arguments: Any) -> Iterator[bytes]:
+    async def aiter_bytes(*arguments: Any) -> AsyncIterator[bytes]:
+        if encoding not in _ENCODINGS:
+            raise InvalidMessage(f"the answer is packed as {encoding}, which is not read")
         size = 0
-        for part in parts(*arguments):
+        async for part in parts(*arguments):
             size += len(part)
             if size > _LARGEST_REPLY:
                 raise InvalidMessage(f"the answer has more than {_LARGEST_REPLY:,} bytes")
             yield part
 
-    response.iter_bytes = iter_bytes
+    response.aiter_bytes = aiter_bytes
 
 
 class _Message(BaseModel):
@@ -258,9 +275,9 @@ class _Single:
         by = (judge, self.prompt.name)
         return (self.question.question_id, self.model, by, self.turn, self.prompt.user)
 
-    def judged(self, judge: Judge) -> Rating:
+    async def judged(self, judge: Judge) -> Rating:
         """Ask for a rating."""
-        judgment = judge.ask(self.prompt)
+        judgment = await judge.ask(self.prompt)
         return Rating(
             question_id=self.question.question_id,
             model=self.model,
@@ -288,9 +305,9 @@ class _Pair:
         users = (self.prompts[0].user, self.prompts[1].user)
         return (self.question.question_id, self.models, by, self.turn, users)
 
-    def judged(self, judge: Judge) -> Match:
+    async def judged(self, judge: Judge) -> Match:
         """Ask for both verdicts; none is asked for a second time where the first one fails."""
-        first, second = (judge.ask(prompt) for prompt in self.prompts)
+        first, second = [await judge.ask(prompt) for prompt in self.prompts]
         return Match(
             question_id=self.question.question_id,
             model_1=self.models[0],
@@ -384,34 +401,60 @@ def _judge(
         found = {line.asked: line for line in lines}
         missing = [case for case in cases if case.asked(judge.model) not in found]
         cached = len(cases) - len(missing)
-        with ThreadPoolExecutor(parallel) as pool:
-            asking = {pool.submit(case.judged, judge): case for case in missing}
-            try:
-                for number, future in enumerate(as_completed(asking), start=cached + 1):
-                    case = asking[future]
-                    try:
-                        line = future.result()
-                    except InvalidMessage as error:
-                        where = f"question {case.question.question_id}, turn {case.turn}"
-                        failures.append(f"{where}: {error}")
-                    else:
-                        append(line)
-                        found[line.asked] = line
-                    if progress is not None:
-                        progress(number, len(cases))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                judge.close()
-                raise
+        number = cached
+
+        def take(case: Any, line: Judgment | InvalidMessage) -> None:
+            nonlocal number
+            number += 1
+            if isinstance(line, InvalidMessage):
+                where = f"question {case.question.question_id}, turn {case.turn}"
+                failures.append(f"{where}: {line}")
+            else:
+                append(line)
+                found[line.asked] = line
+            if progress is not None:
+                progress(number, len(cases))
+
+        asyncio.run(_ask_all(missing, judge, parallel, take))
     keys = [(case.question, case.asked(judge.model)) for case in cases]
     return [(q, found[key]) for q, key in keys if key in found], cached, failures
 
 
+async def _ask_all(
+    cases: Sequence[Any],
+    judge: Judge,
+    parallel: int,
+    take: Callable[[Any, Any], None],
+) -> None:
+    """Have all cases judged, `parallel` at once; each judgment, or why there is none, is taken.
+
+    Not by threads, which could not be stopped while they wait for an answer.
+    """
+    free = asyncio.Semaphore(parallel)
+
+    async def judged(case: Any) -> None:
+        async with free:
+            try:
+                line = await case.judged(judge)
+            except InvalidMessage as error:
+                line = error
+        take(case, line)
+
+    async with judge.connected():
+        asking = [asyncio.create_task(judged(case)) for case in cases]
+        try:
+            for ready in asyncio.as_completed(asking):
+                await ready
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+
+
 def rating(judgment: str) -> int | float:
     """The first rating in a judgment, from 1 to 10; -1 where there is none."""
-    found = re.search(r"\[\[([0-9]+(?:\.[0-9]+)?)\]\]", judgment) or re.search(
-        r"\[([0-9]+(?:\.[0-9]+)?)\]", judgment
-    )
+    number = r"([0-9]{1,2}(?:\.[0-9]{1,20})?)"
+    found = re.search(rf"\[\[{number}\]\]", judgment) or re.search(rf"\[{number}\]", judgment)
     if found is None or not 1 <= float(found[1]) <= 10:
         return -1
     return float(found[1]) if "." in found[1] else int(found[1])

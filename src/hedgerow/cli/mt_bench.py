@@ -10,9 +10,12 @@ import typer
 
 from hedgerow.cli.frame import (
     Overrides,
+    advising,
     mt_bench_app,
 )
 from hedgerow.errors import RunFailed, check_installed
+
+_GO_ON = "given again, the same command does what is missing"
 
 
 @mt_bench_app.command("answer")
@@ -41,7 +44,7 @@ def mt_bench_answer(
     from hedgerow import console
     from hedgerow.benchmarks import mt_bench
 
-    with console.ProgressWatcher("answers") as watcher:
+    with advising(lambda: _GO_ON), console.ProgressWatcher("answers") as watcher:
         done = mt_bench.answer(
             path=target,
             overrides=overrides or [],
@@ -95,7 +98,7 @@ def mt_bench_judge(
     from hedgerow.benchmarks import judging
 
     judge = judging.Judge(endpoint, model, os.environ.get(key_variable), key_variable)
-    with console.ProgressWatcher("judgments") as watcher:
+    with advising(lambda: _GO_ON), console.ProgressWatcher("judgments") as watcher:
         report = judging.judge(
             answers=answers,
             questions=questions,

@@ -2,18 +2,23 @@
 
 A template is a program that somebody wrote. Before it is used it is asked to write conversations
 whose texts are known, and what comes back says what it does: whether texts come back as they were
-given, what it writes before and after an answer, whether it reads the clock.
+given, what it writes before and after an answer, whether it reads the clock. It runs in a process
+of its own (`bounded`), which writes many rows at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import itertools
+import json
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from hedgerow import bounded
 from hedgerow.data.rows import Row
 from hedgerow.errors import UserError, did_you_mean
 
@@ -22,8 +27,13 @@ if TYPE_CHECKING:
 
     from hedgerow.settings import TemplateSettings
 
+_T = TypeVar("_T")
 _Messages = Sequence[tuple[str, str]]
 """Role and text of each message."""
+_Asked = tuple[_Messages, bool]
+"""Messages that the template is to write, and whether an answer is to follow (in generation)."""
+_Steps = Generator[_Asked, Any, _T]
+"""Has one thing after another written, is sent the text, and returns what it makes of that."""
 
 _QUESTION, _REPLY = "Question8Wd3Xy", "Reply4Qm7Zk"
 """Texts that no row holds; the last place where the reply stands is the answer's."""
@@ -36,7 +46,8 @@ _SAME = 8
 _RULE = ("system", "You are asked to answer.")
 _ASKED = [("user", _QUESTION), ("assistant", _REPLY)]
 _OTHER = "choose another `data.prompt`, as alpaca"
-_WHAT = "the tokenizer's chat template"
+_TOGETHER = (256, 1_000_000)
+"""Largest number of rows, and of characters, that are written at once."""
 _CLOCK = (
     "{%- macro strftime_now(format) %}{% set now = namespace(text=format) %}"
     "{% for directive, value in hedgerow_day.items() %}"
@@ -59,6 +70,10 @@ _DIRECTIVES = [
 ]
 
 
+class _Fails(UserError):
+    """The template fails for a conversation, as some do for some."""
+
+
 class ChatTemplate:
     """The tokenizer's own template: a user's message, which the assistant answers.
 
@@ -71,8 +86,9 @@ class ChatTemplate:
         written: what it writes around a conversation's texts.
 
     Raises:
-        UserError: the tokenizer has no template, or several and none is named; it fails; or what it
-            writes does not hold the texts that it is given.
+        UserError: the tokenizer has no template, or several and none is named; it fails, or takes
+            more time or memory than it may; or what it writes does not hold the texts that it is
+            given.
     """
 
     has_special_tokens = True
@@ -91,6 +107,8 @@ class ChatTemplate:
         """
         self._tokenizer, self._message = tokenizer, message
         self._source = _chosen(tokenizer, settings.name)
+        file = _file_of(tokenizer, self._source)
+        self._what = "the tokenizer's chat template" + (f" ({file})" if file else "")
         self._in_parts = False
         self._lead = ""
         self._opening: list[tuple[str, str]] = []
@@ -119,19 +137,61 @@ class ChatTemplate:
 
     def prompt(self, row: Row) -> str:
         """The text that the model is given."""
-        return self._around(self._asked(row))[0]
+        return next(self.prompts([row]))
 
-    def example(self, row: Row) -> tuple[str, str, str]:
-        """The text that the model is given, the text that should follow it, and what ends that."""
+    def prompts(self, rows: Iterable[Row]) -> Iterator[str]:
+        """The text that the model is given, of each row."""
+        return self._together(self._prompt, rows)
+
+    def examples(self, rows: Iterable[Row]) -> Iterator[tuple[str, str, str]]:
+        """Of each row the text that the model is given, what should follow, and what ends that."""
+        return self._together(self._example, rows)
+
+    def _together(self, steps: Callable[[Row], _Steps[_T]], rows: Iterable[Row]) -> Iterator[_T]:
+        """What comes of each row, in their order; many rows are written at once.
+
+        Raises:
+            UserError: in place of a row's, where it cannot be written.
+        """
+        for batch in _batches(rows):
+            running = [steps(row) for row in batch]
+            after = f", here or in the {len(batch) - 1} rows after it" if len(batch) > 1 else ""
+            outcomes: dict[int, _T | UserError] = {}
+            answers: dict[int, str | _Fails | None] = dict.fromkeys(range(len(running)))
+            while answers:
+                asked: dict[int, _Asked] = {}
+                for number, answer in answers.items():
+                    try:
+                        if isinstance(answer, _Fails):
+                            asked[number] = running[number].throw(answer)
+                        else:
+                            asked[number] = running[number].send(answer)
+                    except StopIteration as end:
+                        outcomes[number] = end.value
+                    except UserError as error:
+                        outcomes[number] = error
+                written = self._written_all(list(asked.values()), after=after)
+                answers = dict(zip(asked, written, strict=True))
+            for number in range(len(running)):
+                outcome = outcomes[number]
+                if isinstance(outcome, UserError):
+                    raise outcome
+                yield outcome
+
+    def _prompt(self, row: Row) -> _Steps[str]:
+        before, _, _ = yield from self._around(self._asked(row))
+        return before
+
+    def _example(self, row: Row) -> _Steps[tuple[str, str, str]]:
         messages = self._asked(row)
-        before, end, after = self._around(messages)
-        whole = self._write([*messages, ("assistant", row.output)])
+        before, end, after = yield from self._around(messages)
+        whole: str = yield [*messages, ("assistant", row.output)], False
         said = _between(before, whole, after)
         if said is not None and _letters(said) == _letters(row.output):
             return before, said, end
         # An answer with thoughts of its own, which take the place of empty ones, maybe in the form
         # that the generation prompt begins.
-        begun = self._write(messages, generation=True)
+        begun: str = yield messages, True
         said = _between(begun, whole, after)
         if said is not None and _letters(row.output).endswith(_letters(said)):
             thought = _letters(row.output).removesuffix(_letters(said))
@@ -145,25 +205,27 @@ class ChatTemplate:
         history = [(message.role, message.content) for message in row.history]
         return [*history, ("user", self._message(row))]
 
-    def _around(self, messages: _Messages) -> tuple[str, str, str]:
+    def _around(self, messages: _Messages) -> _Steps[tuple[str, str, str]]:
         """What is written before an answer, what ends it, and all that is written after it.
 
         Raises:
             UserError: the template fails, or leaves out what it is given.
         """
         if self._forgets and any(role == "assistant" for role, _ in messages):
-            raise UserError(f"{_WHAT} leaves out earlier answers: {_OTHER}")
-        before, found, after = self._write([*messages, ("assistant", _REPLY)]).rpartition(_REPLY)
+            raise UserError(f"{self._what} leaves out earlier answers: {_OTHER}")
+        written: str = yield [*messages, ("assistant", _REPLY)], False
+        before, found, after = written.rpartition(_REPLY)
         if not found:
-            raise UserError(f"{_WHAT} leaves out the answer: {_OTHER}")
+            raise UserError(f"{self._what} leaves out the answer: {_OTHER}")
         before = before.removesuffix(self._lead)
         if left_out := _left_out(messages, before):
             # Some put the system's text before the last message, where that is the user's.
-            before = self._write(messages, generation=True)
+            before = yield messages, True
             if _left_out(messages, before):
                 role, text = left_out
                 raise UserError(
-                    f"{_WHAT} leaves out or alters what the {role} says ({_shown(text)}): {_OTHER}"
+                    f"{self._what} leaves out or alters what the {role} says ({_shown(text)}): "
+                    f"{_OTHER}"
                 )
         said, token = self._to_token(after)
         # Letters are none of the answer, nor a token that generation stops at.
@@ -188,27 +250,49 @@ class ChatTemplate:
             before: source that stands before the template's; None is what gives it its day.
 
         Raises:
-            UserError: it fails.
+            UserError: it fails, or takes more than it may.
         """
+        [written] = self._written_all([(messages, generation)], before)
+        if isinstance(written, _Fails):
+            raise written
+        return written
+
+    def _written_all(
+        self, asked: Sequence[_Asked], before: str | None = None, *, after: str = ""
+    ) -> list[str | _Fails]:
+        """What the template makes of each of several conversations, as `_write`.
+
+        Args:
+            after: where it may have taken more than it may, beside where the sentence says.
+
+        Raises:
+            UserError: it takes more than it may.
+        """
+        if not asked:
+            return []
         if before is None:
             before = "" if self._clock is None else _CLOCK
-        content = [
+        try:
+            written = bounded.render(
+                before + self._source,
+                [(self._content(messages), generation) for messages, generation in asked],
+                self._tokenizer.special_tokens_map | self._variables,
+            )
+        except bounded.Exceeded as error:
+            raise UserError(f"{self._what} {error}{after}: {_OTHER}") from None
+        return [
+            _Fails(f"{self._what} fails ({text}): {_OTHER}")
+            if isinstance(text, bounded.Failure)
+            else text
+            for text in written
+        ]
+
+    def _content(self, messages: _Messages) -> list[dict[str, Any]]:
+        """Messages as a template is given them."""
+        return [
             {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
             for role, text in messages
         ]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                content,
-                chat_template=before + self._source,
-                tokenize=False,
-                add_generation_prompt=generation,
-                **self._variables,
-            )
-        except Exception as error:  # a template is a program, and may fail in any way
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{_WHAT} fails ({reason}): {_OTHER}") from None
-        assert isinstance(text, str)
-        return text
 
     @property
     def _variables(self) -> dict[str, Any]:
@@ -235,13 +319,13 @@ class ChatTemplate:
         for self._opening, self._in_parts in itertools.product(([], [_RULE]), (False, True)):
             try:
                 written = self._write([*self._opening, *asked])
-            except UserError as error:
+            except _Fails as error:
                 problems.append(str(error))
                 continue
             problem = _difference(asked, written)
             if problem is None:
                 break
-            problems.append(f"{_WHAT} {problem}: {_OTHER}")
+            problems.append(f"{self._what} {problem}: {_OTHER}")
         else:
             raise UserError(problems[0])
         turns = [("user", "first"), ("assistant", _REPLY), ("user", "last"), ("assistant", "end")]
@@ -259,7 +343,7 @@ class ChatTemplate:
         for messages in ([*self._opening, *_ASKED], [_RULE, *_ASKED]):
             try:
                 self._write(messages, before=_NO_CLOCK)
-            except UserError as error:
+            except _Fails as error:
                 reads = reads or _READ in str(error)
         for self._day in _DAYS:
             by_name.add(self._attempt([*self._opening, *_ASKED]))
@@ -273,8 +357,8 @@ class ChatTemplate:
     def _probe_chance(self) -> None:
         """Raise a `UserError` where the template writes something else each time."""
         asked = [*self._opening, *_ASKED]
-        if len({self._write(asked) for _ in range(_SAME)}) > 1:
-            raise UserError(f"{_WHAT} writes something else each time: {_OTHER}")
+        if len({str(each) for each in self._written_all([(asked, False)] * _SAME)}) > 1:
+            raise UserError(f"{self._what} writes something else each time: {_OTHER}")
 
     def _probe_answer(self) -> None:
         """Find out what the template writes before and after an answer, and in generation."""
@@ -308,7 +392,7 @@ class ChatTemplate:
         """What the template makes of messages; None where it fails."""
         try:
             return self._write(messages, generation=generation)
-        except UserError:
+        except _Fails:
             return None
 
 
@@ -349,6 +433,41 @@ def _chosen(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
             f"of {known}"
         )
     return templates[name or "default"]
+
+
+def _file_of(tokenizer: PreTrainedTokenizerBase, source: str) -> Path | None:
+    """The file that a tokenizer's template is in; None where no file of its folder has it."""
+    folder = Path(tokenizer.name_or_path)
+    if not tokenizer.name_or_path or not folder.is_dir():
+        return None
+    for pattern in ("chat_template.jinja", "additional_chat_templates/*.jinja"):
+        for file in sorted(folder.glob(pattern)):
+            with contextlib.suppress(OSError, ValueError):
+                if file.read_text(encoding="utf-8") == source:
+                    return file
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        with contextlib.suppress(OSError, ValueError):
+            if json.dumps(source) in json.dumps(
+                json.loads((folder / name).read_text(encoding="utf-8"))
+            ):
+                return folder / name
+    return None
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows that are written at once: some of them, or one that is long."""
+    most, characters = _TOGETHER
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.instruction) + len(row.input) + len(row.output)
+        size += sum(len(message.content) for message in row.history)
+        if len(batch) == most or size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _difference(asked: _Messages, written: str) -> str | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -82,7 +83,7 @@ class Encoder:
         for reader, numbers, shown in self._readable(rows):
             texts = [
                 (prompt, answer + (end if self.writes_ends else ""))
-                for prompt, answer, end in _written(self.template.example, shown, where)
+                for prompt, answer, end in _written(self.template.examples, shown, where)
             ]
             prompts, answers = self._pairs(reader, texts)
             for number, prompt, answer in zip(numbers, prompts, answers, strict=True):
@@ -101,7 +102,7 @@ class Encoder:
         """
         found: list[Ids] = [[]] * len(rows)
         for reader, numbers, shown in self._readable(rows):
-            texts = _written(self.template.prompt, shown, where)
+            texts = _written(self.template.prompts, shown, where)
             for number, prompt in zip(numbers, self._begun(reader.ids(texts)), strict=True):
                 found[number] = prompt
         self._check(rows, found, where)
@@ -431,18 +432,30 @@ def _joined(begin: Ids, ids: Ids) -> Ids:
     return begin[: len(begin) - same] + ids
 
 
-def _written(write: Callable[[Row], _T], rows: Iterable[Row], where: str) -> list[_T]:
+def _written(
+    write: Callable[[Sequence[Row]], Iterator[_T]], rows: Sequence[Row], where: str
+) -> list[_T]:
     """What a template makes of rows; a `UserError` names the row, whoever made it."""
-    written = []
     for row in rows:
-        try:
+        with _named(row, where):
             for text in _texts(row):
                 check_characters(text, "its text")
-            written.append(write(row))
-        except UserError as error:
-            place = f"{where}: row {row.number}" if row.number else where
-            raise UserError(f"{place}: {error}") from None
-    return written
+    written = write(rows)
+    found = []
+    for row in rows:
+        with _named(row, where):
+            found.append(next(written))
+    return found
+
+
+@contextmanager
+def _named(row: Row, where: str) -> Iterator[None]:
+    """Have a `UserError` of the block name the row that it is about."""
+    try:
+        yield
+    except UserError as error:
+        place = f"{where}: row {row.number}" if row.number else where
+        raise UserError(f"{place}: {error}") from None
 
 
 def _texts(row: Row) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -67,8 +67,11 @@ class Template(Protocol):
     def prompt(self, row: Row) -> str:
         """The text that the model is given."""
 
-    def example(self, row: Row) -> tuple[str, str, str]:
-        """The text that the model is given, the text that should follow it, and what ends that."""
+    def prompts(self, rows: Iterable[Row]) -> Iterator[str]:
+        """The text that the model is given, of each row."""
+
+    def examples(self, rows: Iterable[Row]) -> Iterator[tuple[str, str, str]]:
+        """Of each row the text that the model is given, what should follow, and what ends that."""
 
 
 def in_turns(texts: Sequence[str]) -> Row:
@@ -160,9 +163,13 @@ class TextTemplate:
         last = _filled(_parts(self._text(row))[1], row.instruction, row.input)
         return "".join([*told, _filled(introduction), *turns, last])
 
-    def example(self, row: Row) -> tuple[str, str, str]:
-        """The text that the model is given, the text that should follow it, and what ends that."""
-        return self.prompt(row), row.output, ""
+    def prompts(self, rows: Iterable[Row]) -> Iterator[str]:
+        """The text that the model is given, of each row."""
+        return map(self.prompt, rows)
+
+    def examples(self, rows: Iterable[Row]) -> Iterator[tuple[str, str, str]]:
+        """Of each row the text that the model is given, what should follow, and what ends that."""
+        return ((self.prompt(row), row.output, "") for row in rows)
 
     def asked(self, row: Row) -> str:
         """The text of a row without its earlier turns."""

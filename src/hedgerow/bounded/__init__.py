@@ -1,0 +1,76 @@
+"""Strangers' programs, run in a process of their own, which has bounds on its time and memory.
+
+A model's folder brings programs: its chat template is written in Jinja, whose sandbox keeps it from
+files and from Python, but not from loops without end, nor from texts that fill the memory; and
+regular expressions may take longer than anybody can wait. So neither runs in this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from hedgerow.bounded.process import Exceeded, Process
+
+__all__ = ["Exceeded", "Failure", "matches", "render"]
+
+_process = Process()
+
+
+class Failure(str):
+    """Why a template or an expression has failed: at most 300 characters, all printable."""
+
+    __slots__ = ()
+
+
+def render(
+    template: str,
+    asked: Sequence[tuple[Sequence[Mapping[str, Any]], bool]],
+    variables: Mapping[str, Any],
+    *,
+    continued: bool = False,
+) -> list[str | Failure]:
+    """What a chat template makes of conversations, as transformers renders it.
+
+    One call with many conversations costs little more than transformers itself; each call costs
+    what two processes need to exchange a message, about 0.1 ms.
+
+    Args:
+        template: its source, in Jinja.
+        asked: conversations, each with whether an answer is to follow (`add_generation_prompt`).
+        variables: what the template is told beside them, as the tokenizer's special tokens.
+        continued: whether what the last message says is to be continued
+            (`continue_final_message`).
+
+    Returns:
+        The text of each conversation, or why there is none.
+
+    Raises:
+        Exceeded: they take more time or memory than they may, or write more text.
+    """
+    request = {
+        "template": template,
+        "asked": asked,
+        "variables": variables,
+        "continued": continued,
+    }
+    return [_outcome(each) for each in _process.ask("render", request)]
+
+
+def matches(
+    expressions: Iterable[str], texts: Iterable[str], *, how: Literal["match", "fullmatch"]
+) -> list[list[bool] | Failure]:
+    """Whether regular expressions match each of some texts, by `re.match` or `re.fullmatch`.
+
+    Returns:
+        For each expression a bool for each text; or why it is no expression.
+
+    Raises:
+        Exceeded: they take more time or memory than they may.
+    """
+    request = {"expressions": list(expressions), "texts": list(texts), "how": how}
+    return [_outcome(each) for each in _process.ask("match", request)]
+
+
+def _outcome(reply: Mapping[str, Any]) -> Any:
+    return Failure(reply["failure"]) if "failure" in reply else reply["done"]
