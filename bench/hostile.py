@@ -72,7 +72,7 @@ class Attacked(LocalFleet):
     hostile: int
 
     def train(
-        self, round: int, parent: str, clients: Sequence[Client], clock: Clock
+        self, round: int, parent: str, clients: Sequence[Client], clock: Clock, letters: None = None
     ) -> Iterator[ClientResult]:
         """Have all train; then change what the hostile send."""
         results = list(super().train(round, parent, clients, clock))

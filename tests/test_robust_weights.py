@@ -10,17 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from support.configurations import METHOD_OPTIONS, method_of
 from support.runs import ledger_bytes, rows_of
 
 from hedgerow import lowrank
 from hedgerow.engines.local import LocalFleet
-from hedgerow.federation.robust import inner_products
+from hedgerow.federation.robust import inner_products, middle
 from hedgerow.ledger import Ledger
 from hedgerow.lowrank import Factors
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import ServerRound
-from hedgerow.methods.robust_weights import RULES, bounded_shares
+from hedgerow.methods.robust_weights import RULES, bounded_shares, trust
 from hedgerow.model import Model
 from hedgerow.settings import ModelSettings
 from hedgerow.testing.case import Case
@@ -57,6 +58,20 @@ def test_the_few_do_not_turn_the_sum(rule, seed):
     assert error(np.array(found.weights)) < 0.6
     assert found.notes.keys() >= {8, 9}
     assert len(found.notes) == {"krum": 9, "multi_krum": 3}.get(rule, 2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_trusted_client_leaves_out_who_points_away(seed):
+    """Even where most are hostile."""
+    vectors, centre = crowd(seed, honest=3, hostile=7)
+    found = trust(vectors @ vectors.T, 1)
+    weights = np.array(found.weights)
+    assert found.notes.keys() == set(range(3, 10))
+    assert (weights[3:] == 0).all()
+    assert np.linalg.norm(weights @ vectors - centre) < 0.6 * np.linalg.norm(centre)
+    longer = vectors * np.where(np.arange(10) == 0, 100, 1)[:, None]
+    shortened = np.array(trust(longer @ longer.T, 1).weights)[0] * np.linalg.norm(longer[0])
+    assert shortened <= np.linalg.norm(vectors[1]) / 2
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -239,8 +254,8 @@ def hostile(monkeypatch):
     """The first client of three turns its update, and sends it ten times as long."""
     trained = LocalFleet._trained
 
-    def turned(self, client_round, examples, parent, clock):
-        result = trained(self, client_round, examples, parent, clock)
+    def turned(self, client_round, examples, parent, clock, letter):
+        result = trained(self, client_round, examples, parent, clock, letter)
         if client_round.client.index:
             return result
         update = Update.from_bytes(result.update)
@@ -269,6 +284,58 @@ def test_a_run_says_who_was_weighed_otherwise_and_goes_on(
     assert hedgerow("ledger", "verify", whole).code == 0
 
 
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "trust, federation.trusted=client-002"])
+@pytest.mark.parametrize("method", ["fedit", "fedavg", "ferret"])
+def test_the_middle_of_coordinates_is_what_it_is(
+    hedgerow, experiment, tmp_path, method, rule, monkeypatch
+):
+    """The first client of three sends its update a thousand times as long, and is borne."""
+    weights, *trusted = rule.split(", ")
+    options = {"fedit": "{name: fedit, ranks: 2}", "ferret": "{name: ferret, compression: 40}"}
+    path = experiment(federation={"rounds": 1})
+    arguments = [path, f"method={options.get(method, method)}", f"federation.weights={weights}"]
+    trained = LocalFleet._trained
+
+    def loud(self, client_round, *given):
+        result = trained(self, client_round, *given)
+        if client_round.client.index:
+            return result
+        update = Update.from_bytes(result.update)
+        scaled = {
+            name: 1000 * each if each.is_floating_point() and ".lora_A." not in name else each
+            for name, each in update.tensors.items()
+        }
+        return replace(result, update=replace(update, tensors=scaled).to_bytes())
+
+    losses = {}
+    for name, patched in (("quiet", trained), ("loud", loud)):
+        monkeypatch.setattr(LocalFleet, "_trained", patched)
+        out = tmp_path / name
+        result = hedgerow("run", *arguments, *trusted, "--out", out)
+        assert result.code == 0, result.err
+        losses[name] = rows_of(out)[-1]["eval_loss"]
+        assert hedgerow("ledger", "verify", out).code == 0
+    assert losses["loud"] == pytest.approx(losses["quiet"], abs=0.5)
+
+
+VECTORS = st.lists(st.floats(-5, 5, width=32), min_size=3, max_size=3)
+
+
+@given(st.lists(VECTORS, min_size=1, max_size=9))
+@settings(max_examples=30, deadline=None)
+def test_middles_are_numpys(vectors):
+    class Plain:
+        def changes(self, update, server_round):
+            return [("x", torch.tensor(update))]
+
+    median = middle(Plain(), vectors, None, "median")["x"]
+    np.testing.assert_allclose(median, np.median(np.float32(vectors), axis=0), atol=1e-6)
+    trimmed = middle(Plain(), vectors, None, "trimmed_mean")["x"]
+    cut = max(len(vectors) // 4, len(vectors) > 2)
+    expected = stats.trim_mean(np.float64(vectors), cut / len(vectors), axis=0)
+    np.testing.assert_allclose(trimmed, expected, atol=1e-5)
+
+
 def test_a_share_is_bounded_without_a_rule(hedgerow, experiment, tmp_path):
     out = tmp_path / "run"
     path = experiment(federation={"rounds": 1})
@@ -292,7 +359,17 @@ REFUSED = {
         ],
         "federation.weights krum: under privacy.level client all clients weigh the same",
     ),
-    "another run": (["method.name=flora", "federation.weights=median"], "federation.weights"),
+    "no coordinates": (
+        ["method.name=flora", "federation.weights=median"],
+        "federation.weights median: updates of flora with these options have no coordinates in "
+        "common: take another rule, or one of ",
+    ),
+    "nobody to trust": (["federation.weights=trust"], "give both"),
+    "a stranger to trust": (
+        ["federation.weights=trust", "federation.trusted=north"],
+        "federation.trusted: there is no client 'north' (the clients: client-000, client-001,",
+    ),
+    "another rule": (["method.name=flora", "federation.weights=mode"], "federation.weights"),
 }
 
 

@@ -340,10 +340,21 @@ class SecureSettings(Section):
     comparisons."""
 
 
+COORDINATE_WISE = ("median", "trimmed_mean")
+"""Values of `federation.weights` that take the middle of each coordinate."""
+
+
 class FederationSettings(Section):
     """Rounds: how many there are, and who takes part."""
 
-    decide: ClassVar = ("clients_per_round", "seed", "weights", "largest_share", "secure")
+    decide: ClassVar = (
+        "clients_per_round",
+        "seed",
+        "weights",
+        "largest_share",
+        "trusted",
+        "secure",
+    )
     """Keys that the entries of a run depend on; a run that goes on may change all others."""
 
     rounds: int = Field(10, ge=1)
@@ -363,14 +374,30 @@ class FederationSettings(Section):
     seed: int = Field(0, ge=0)
     """Seed that all randomness of the run derives from."""
     weights: (
-        Literal["size", "uniform", "krum", "multi_krum", "geometric_median", "norm_bound"] | None
+        Literal[
+            "size",
+            "uniform",
+            "krum",
+            "multi_krum",
+            "geometric_median",
+            "norm_bound",
+            "trust",
+            "median",
+            "trimmed_mean",
+        ]
+        | None
     ) = None
     """Weights of clients' updates. `size` and `uniform`: by number of examples, or all the same.
     The others bear hostile clients, by how updates agree: `krum` takes the one that is nearest to
     most others, `multi_krum` those that are, `geometric_median` weighs by the distance from the
-    others, and `norm_bound` shortens updates to the median length. The Krums bear (N - 3)/2 of N
-    clients, so none of four, the others less than half. By all of these, clients weigh the same to
-    begin with, or by `largest_share`. With null, as the method has it."""
+    others, `norm_bound` shortens updates to the median length, and `trust` weighs by how far they
+    point where the update of `trusted` does. `median` and `trimmed_mean` (without a quarter at each
+    end) take the middle of each coordinate, for methods of sums. The Krums bear (N - 3)/2 of N
+    clients, so none of four, `trust` any, the trimmed mean a quarter, the others less than half. By
+    all of these, clients weigh the same to begin with, or by `largest_share`. With null, as the
+    method has it."""
+    trusted: str | None = None
+    """Name of the client whose update others are weighed by (`weights: trust`)."""
     largest_share: float | None = Field(None, gt=0, le=1)
     """Largest share of a round that one client may claim by its number of examples; what is above
     goes to the others. With null, claims are believed where weights are by size."""
@@ -384,6 +411,17 @@ class FederationSettings(Section):
     @classmethod
     def _by_word(cls, secure: Any) -> Any:
         return {True: {}, False: None}[secure] if isinstance(secure, bool) else secure
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> FederationSettings:
+        if (self.weights == "trust") != (self.trusted is not None):
+            raise ValueError("`trusted` names the client that `weights: trust` needs: give both")
+        if self.largest_share is not None and self.weights in ("trust", *COORDINATE_WISE):
+            raise ValueError(
+                f"`largest_share`: with `weights: {self.weights}` no client weighs by what it "
+                "claims: leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _nothing_of_one_client(self) -> FederationSettings:

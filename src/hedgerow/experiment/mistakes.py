@@ -14,6 +14,7 @@ from hedgerow.methods import METHODS
 from hedgerow.methods.base import Method
 from hedgerow.sentences import sentence
 from hedgerow.settings import (
+    COORDINATE_WISE,
     EvaluationSettings,
     FederationSettings,
     PrivacySettings,
@@ -145,6 +146,11 @@ def with_weights(method: Method, weights: str | None, largest_share: float | Non
         raise UserError(
             f"{key}: under privacy.level client all clients weigh the same, and the server sees "
             "no more than it needs for that: leave it out"
+        )
+    if weights in COORDINATE_WISE and not _hides_clients(method):
+        raise UserError(
+            f"federation.weights {weights}: updates of {method.name} with these options have no "
+            f"coordinates in common: take another rule, or one of {_able(_hides_clients)}"
         )
     if not _can_be_weighed(method):
         raise UserError(

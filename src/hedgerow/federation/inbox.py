@@ -19,6 +19,7 @@ from hedgerow.privacy.client_level import ClientLevel
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.runs.rows import SENT_BY_CLIENT
 from hedgerow.runs.scoring import plausible
+from hedgerow.settings import COORDINATE_WISE
 from hedgerow.wire import Entry, Participant, Update, header_limit
 
 
@@ -106,6 +107,12 @@ class Inbox:
             return self._method.aggregate(updates, self.server_round)
         with robust.on_disk(updates, self._directory.path / "weighed") as kept:
             names = [update.client for update in kept]
+            rule = self._settings.weights
+            if rule in COORDINATE_WISE:
+                mean = robust.middle(self._method, kept, self.server_round, rule)
+                equal = dict.fromkeys(names, 1 / len(names))
+                weighed = replace(self.server_round, given_weights=equal)
+                return self._method.aggregate_mean(mean, names, weighed)
             found = robust.weigh(self._method, kept, self.server_round, self._settings)
             self._notes = {names[place]: note for place, note in sorted(found.notes.items())}
             given = dict(zip(names, found.weights, strict=True))

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hedgerow import lowrank
+from hedgerow.errors import RunFailed
 from hedgerow.files import replacing
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Method, ServerRound
-from hedgerow.methods.robust_weights import RULES, Weighed, bounded_shares
+from hedgerow.methods.robust_weights import RULES, Weighed, bounded_shares, trust
 from hedgerow.settings import FederationSettings
 from hedgerow.wire import Update
 
@@ -58,7 +59,18 @@ def weigh(
 
     By a rule, clients that claim more examples do not count more, unless `largest_share` bounds
     their claims.
+
+    Raises:
+        RunFailed: the client that is trusted is not among them.
     """
+    if settings.weights == "trust":
+        names = [update.client for update in updates]
+        if settings.trusted not in names:
+            raise RunFailed(
+                f"round {server_round.round} has no usable update of {settings.trusted}, which the "
+                "others are weighed by (federation.trusted)"
+            )
+        return trust(inner_products(method, updates, server_round), names.index(settings.trusted))
     sizes: list[float] = [update.num_examples for update in updates]
     if settings.largest_share is None:
         sizes = [1.0] * len(updates)
@@ -67,6 +79,40 @@ def weigh(
     if rule is None:
         return Weighed(shares, {})
     return rule(inner_products(method, updates, server_round), np.array(shares))
+
+
+def middle(
+    method: Method, updates: list[Update], server_round: ServerRound, rule: str
+) -> dict[str, Tensor]:
+    """Change in the middle of all updates, coordinate by coordinate, by tensor's name.
+
+    Yin et al., "Byzantine-Robust Distributed Learning", arXiv 1803.01498: their median, or the mean
+    without the largest and the smallest quarter, rounded down but at least one of three or more.
+
+    Args:
+        method: whose `changes` are compared.
+        updates: of the round.
+        server_round: the round.
+        rule: `median` or `trimmed_mean`.
+    """
+    found = {}
+    cut = max(len(updates) // 4, 1) if len(updates) > 2 else 0
+    each = [iter(method.changes(update, server_round)) for update in updates]
+    for together in zip(*each, strict=True):
+        # Changes of linear methods are tensors.
+        flat = [change.reshape(-1) for _, change in together if not isinstance(change, Factors)]
+        whole = torch.empty_like(flat[0])
+        for start in range(0, len(whole), COLUMNS):
+            piece = torch.stack([one[start : start + COLUMNS] for one in flat])
+            ranked = piece.sort(dim=0).values
+            if rule == "median":
+                ranked = ranked[(len(flat) - 1) // 2 : len(flat) // 2 + 1]
+            else:
+                ranked = ranked[cut : len(flat) - cut]
+            whole[start : start + COLUMNS] = ranked.mean(dim=0)
+        name, first = together[0]
+        found[name] = whole if isinstance(first, Factors) else whole.reshape(first.shape)
+    return found
 
 
 def inner_products(method: Method, updates: list[Update], server_round: ServerRound) -> np.ndarray:

@@ -9,6 +9,8 @@ method's own weighted sum Σ w_k x_k:
                        (Blanchard et al., 1703.02757)
     multi_krum         the same weight for the N - f nearest in that sense
     geometric_median   w_k ∝ p_k / ‖x_k - Σ w_i x_i‖, iterated (Weiszfeld; RFA, 1912.13445)
+    trust              w_k = c_k·min(1, ‖x_0‖/‖x_k‖) / Σ c_i, c_k = max(0, cos(x_k, x_0)), where x_0
+                       is a trusted client's (FLTrust, 2012.13995, makes short updates longer, too)
 
 f = (N - 3)/2, rounded down, is the largest number of hostile clients that Krum can bear.
 """
@@ -104,6 +106,23 @@ def geometric_median(products: np.ndarray, shares: np.ndarray) -> Weighed:
         for place in np.flatnonzero(weights < shares / 2)
     }
     return Weighed(list(weights), notes)
+
+
+def trust(products: np.ndarray, trusted: int) -> Weighed:
+    """Weigh updates by how far they point where a trusted one does, none longer than it.
+
+    Args:
+        products: inner products, of shape (N, N).
+        trusted: place of the trusted update.
+    """
+    lengths = np.maximum(_lengths(products), np.finfo(float).tiny)
+    cosines = products[trusted] / (lengths * lengths[trusted])
+    scores = np.clip(cosines, 0, 1)
+    scores[trusted] = 1.0
+    weights = scores * np.minimum(1.0, lengths[trusted] / lengths) / scores.sum()
+    away = "left out: it points away from the trusted client's update (cosine {:.2g})"
+    notes = {int(place): away.format(cosines[place]) for place in np.flatnonzero(scores == 0)}
+    return Weighed([float(each) for each in weights], notes)
 
 
 RULES: Mapping[str, Callable[[np.ndarray, np.ndarray], Weighed]] = {

@@ -127,6 +127,7 @@ def prepare(
         clients = [Client(0, name, len(shard)) for name, shard in shards.items()]
     else:
         _check_counts(experiment, len(data.names), len(clients))
+        check_trusted(experiment, list(shards))
     for client in clients:
         check_privacy(experiment, client.name, client.num_examples)
     test = None
@@ -456,6 +457,16 @@ def _left_out(names: Sequence[str], why: str) -> str:
         return f"client {names[0]} is left out: {why}"
     named = ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
     return f"{len(names)} clients are left out ({named}): {why}"
+
+
+def check_trusted(experiment: Experiment, names: Sequence[str]) -> None:
+    """Raise a `UserError` where the client that is trusted is none of these."""
+    trusted = experiment.federation.trusted
+    if trusted is not None and trusted not in names:
+        known = ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
+        raise UserError(
+            f"federation.trusted: there is no client {trusted!r} (the clients: {known})"
+        )
 
 
 def _check_counts(experiment: Experiment, named: int, there: int) -> None:

@@ -17,7 +17,13 @@ from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
 from hedgerow.ledger import Base
 from hedgerow.model import Model
-from hedgerow.runs.preparation import check_audit, check_fits, notes_on_model, with_date
+from hedgerow.runs.preparation import (
+    check_audit,
+    check_fits,
+    check_trusted,
+    notes_on_model,
+    with_date,
+)
 from hedgerow.settings import ClientFile
 
 EXPERIMENT = "experiment.yaml"
@@ -127,6 +133,7 @@ def init(
             f"{len(clients)} clients there are"
         )
     check_audit(experiment, clients)
+    check_trusted(experiment, clients)
     model = Model.load(experiment.model)
     base = Base.of(model)
     check_fits(experiment, model, len(clients))
