@@ -196,7 +196,7 @@ class Network:
         options: Sequence[object] = (),
         **node: str,
     ) -> None:
-        """Start the SuperNode that has this key, with further options; its node config is `node`."""
+        """Start the SuperNode that has this key, with these options; its node config is `node`."""
         superlink = f"127.0.0.1:{superlink_port or self.port}"
         node = {"name": key, "folder": str(self.folder / "sites" / key)} | node
         self.start(
