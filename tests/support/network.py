@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -128,7 +128,9 @@ class Network:
         server = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
         keys = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
         basic = x509.BasicConstraints(ca=True, path_length=0)
-        address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+        address = x509.SubjectAlternativeName(
+            [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        )
         parts = [("ca", authority, keys[0], basic, True), ("crt", server, keys[1], address, False)]
         for suffix, subject, key, extension, critical in parts:
             now = datetime.datetime.now(datetime.UTC)
@@ -185,9 +187,16 @@ class Network:
             )
 
     def start_node(
-        self, key: str, /, *, ca: Path | None = None, superlink_port: int = 0, **node: str
+        self,
+        key: str,
+        /,
+        *,
+        ca: Path | None = None,
+        superlink_port: int = 0,
+        options: Sequence[object] = (),
+        **node: str,
     ) -> None:
-        """Start the SuperNode that has this key; its node config is `node`."""
+        """Start the SuperNode that has this key, with these options; its node config is `node`."""
         superlink = f"127.0.0.1:{superlink_port or self.port}"
         node = {"name": key, "folder": str(self.folder / "sites" / key)} | node
         self.start(
@@ -203,6 +212,7 @@ class Network:
             free_port(),
             "--node-config",
             " ".join(f'{name}="{value}"' for name, value in node.items()),
+            *options,
         )
 
     def kill(self, name: str) -> None:
