@@ -19,7 +19,7 @@ from hedgerow.ledger import Ledger
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import ServerRound, check_fixed_weights
 from hedgerow.model import Model
-from hedgerow.privacy.client_level import GaussianMean
+from hedgerow.privacy.client_level import RATE, GaussianMean
 from hedgerow.privacy.noise import NoiseKey
 from hedgerow.settings import ModelSettings
 from hedgerow.testing.case import Case
@@ -157,6 +157,39 @@ def test_without_bounds_and_noise_the_mean_is_the_methods_own(case):
             torch.testing.assert_close(private.tensors[name], each, rtol=1e-4, atol=1e-6)
 
 
+def adaptive(clip=1.0, z=1.0, asked=40, quantile=0.5, key=0, round=1):
+    return GaussianMean(clip, z, asked, round, NoiseKey.of_seed(key), quantile=quantile)
+
+
+def test_the_clip_follows_a_quantile_of_the_lengths():
+    """Of clients with lengths 1 … 40, from a clip that is far too small."""
+    clip = 0.1
+    for round in range(1, 80):
+        mean = adaptive(clip, z=0.2, quantile=0.75, round=round)
+        for length in range(1, 41):
+            mean.weight([torch.tensor([float(length)])])
+        clip = mean.next_clip
+    assert 25 < clip < 36
+
+
+@pytest.mark.parametrize("z", [0.3, 1.0, 5.0])
+@pytest.mark.parametrize("asked", [3, 40, 1000])
+def test_sum_and_count_together_are_worth_the_noise(z, asked):
+    """Two Gaussian mechanisms, as dp-accounting puts them together, cost what one with z does."""
+    draws = []
+    for key in range(1500):
+        mean = adaptive(z=z, asked=asked, key=key)
+        draws.append(asked / RATE * -math.log(mean.next_clip))
+    sums = {"x": torch.zeros(4000)}
+    adaptive(z=z, asked=asked).add_noise(sums)
+    of_sum, of_bits = float(sums["x"].std()), float(torch.tensor(draws).std())
+    together, alone = rdp.RdpAccountant(), rdp.RdpAccountant()
+    together.compose(GaussianDpEvent(of_sum))
+    together.compose(GaussianDpEvent(of_bits / 0.5))  # one client changes the sum of bits by 1/2
+    alone.compose(GaussianDpEvent(z))
+    assert together.get_epsilon(1e-5) == pytest.approx(alone.get_epsilon(1e-5), rel=0.06)
+
+
 # --- through the command line ---------------------------------------------------------------------
 
 
@@ -189,6 +222,22 @@ def test_a_private_run_says_what_it_spent_and_goes_on_with_the_same_bytes(
         assert "train_loss_by_client" not in row
     shown = hedgerow("ledger", "show", tmp_path / "whole")
     assert shown.code == 0, shown.err
+
+
+def test_an_entry_says_the_clip_of_the_next_round(hedgerow, experiment, tmp_path):
+    """And goes on with it after a stop, with the same bytes."""
+    privacy = json.dumps({**json.loads(PRIVACY), "quantile": 0.5})
+    arguments = [experiment(federation={"rounds": 3}), "method=fedavg", f"privacy={privacy}"]
+    assert hedgerow("run", *arguments, "--out", tmp_path / "whole").code == 0
+    part = ["--out", tmp_path / "part"]
+    assert hedgerow("run", *arguments, "federation.rounds=1", *part).code == 0
+    assert hedgerow("run", *arguments, *part, "--resume").code == 0
+    assert ledger_bytes(tmp_path / "whole") == ledger_bytes(tmp_path / "part")
+    rows = rows_of(tmp_path / "whole")[1:]
+    assert len({row["clip"] for row in rows}) == 3
+    account = rdp.RdpAccountant()
+    account.compose(GaussianDpEvent(1.0), 3)
+    assert rows[-1]["epsilon"] == account.get_epsilon(1e-3)
 
 
 def test_an_entry_says_nothing_else_of_a_clients_data(hedgerow, experiment, tmp_path):

@@ -460,6 +460,9 @@ class PrivacySettings(Section):
     clip: float = Field(gt=0)
     """Largest 2-norm of what one of them contributes, of an example's gradient or of a client's
     update, by `level`; longer ones are scaled down to it."""
+    quantile: float | None = Field(None, gt=0, lt=1)
+    """Share of the clients that `clip` is to leave as they are: from round to round it follows the
+    lengths of updates, by a count with noise (level `client`); with null, it stays as it is."""
     noise_multiplier: float | None = Field(None, ge=0.01)
     """Standard deviation of the noise, in units of `clip`; with null, the least with which all
     rounds together keep to `epsilon`, which each client finds for its own number of examples
@@ -482,6 +485,8 @@ class PrivacySettings(Section):
     def _some_noise(self) -> PrivacySettings:
         if self.noise_multiplier is None and self.epsilon is None:
             raise ValueError("give `epsilon`, the budget, or `noise_multiplier`, or both")
+        if self.quantile is not None and self.level != "client":
+            raise ValueError("`quantile` counts with `level: client` alone: leave it out")
         return self
 
 

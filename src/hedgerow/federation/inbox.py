@@ -48,7 +48,8 @@ class Inbox:
         expected = experiment.expected(self._ledger.trained)
         memory = directory.server_memory(round)
         self._privacy = privacy
-        self._private = None if privacy is None else privacy.mean(round, len(clients))
+        clip = None if previous is None else previous.metrics.get("clip")
+        self._private = None if privacy is None else privacy.mean(round, len(clients), clip)
         self.server_round = ServerRound(
             round, clients, previous, expected, memory, population, self._private
         )
@@ -178,7 +179,8 @@ class Inbox:
                     f"method {entry.method} made an entry that cannot be written: {error}"
                 ) from None
             spent = self._privacy.account_for(entry.round, entry.parent, digest, losses)
-            return replace(entry, metrics={"epsilon": spent})
+            clip = None if self._private is None else self._private.next_clip
+            return replace(entry, metrics={"epsilon": spent} | ({"clip": clip} if clip else {}))
         if self._level is None:
             learnt = {"train_loss": self._mean_loss(present)}
         else:

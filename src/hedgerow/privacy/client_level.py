@@ -7,10 +7,19 @@ algorithm 1 (DP-FedAvg), with a fixed denominator:
 
 Of two neighbours, one has all of a client's updates and the other has zeros in their place, so one
 client changes a round's sum by at most C. What is made of x afterwards costs nothing.
+
+With a quantile γ, C follows the lengths of updates (Andrew et al., "Differentially Private Learning
+with Adaptive Clipping", arXiv 1905.03871, algorithm 1):
+
+    server:  b = 1/2 + (Σ_k (1[‖x_k‖ ≤ C] - 1/2) + N(0, σ²)) / D,      C <- C·exp(-0.2·(b - γ))
+
+One client changes that sum by 1/2. So that both together cost as much as z says, x has noise of
+(1/z² - 1/(2σ)²)^(-1/2) in the place of z, and σ = max(D/20, z).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +36,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+RATE = 0.2
+"""Rate at which C follows the quantile, as in the paper."""
+
+
 @dataclass
 class GaussianMean:
     """Mean of a round's bounded updates, with noise."""
@@ -39,6 +52,8 @@ class GaussianMean:
     """Number D of clients that were asked, whether they answer or not."""
     round: int
     key: NoiseKey = field(repr=False)
+    quantile: float | None = None
+    """Share γ of the clients that `clip` is to leave as they are; None: it stays as it is."""
     count: int = 0
     """Number of updates so far."""
     clipped: int = 0
@@ -59,8 +74,31 @@ class GaussianMean:
             sums: tensors by name.
             use: tells several sums of one round apart.
         """
+        deviation = self._of_sum * self.clip
         for name, noise in self.key.beside(sums, "round", self.round, *use):
-            sums[name].add_(noise.mul_(self.noise_multiplier * self.clip).to(sums[name].device))
+            sums[name].add_(noise.mul_(deviation).to(sums[name].device))
+
+    @property
+    def next_clip(self) -> float | None:
+        """`clip` of the next round; None where it stays as it is."""
+        if self.quantile is None:
+            return None
+        bits = {"bits": torch.tensor(self.count / 2 - self.clipped, dtype=torch.float64)}
+        ((_, noise),) = self.key.beside(bits, "clip", self.round)
+        share = 0.5 + (float(bits["bits"]) + self._of_bits * float(noise)) / self.denominator
+        return self.clip * math.exp(-RATE * (share - self.quantile))
+
+    @property
+    def _of_bits(self) -> float:
+        """Standard deviation σ of the noise on the count of updates that are short enough."""
+        return max(self.denominator / 20, self.noise_multiplier)
+
+    @property
+    def _of_sum(self) -> float:
+        """Noise multiplier of the sum, which with that of the count is worth `noise_multiplier`."""
+        if self.quantile is None or not self.noise_multiplier:
+            return self.noise_multiplier
+        return 1 / math.sqrt(self.noise_multiplier**-2 - (2 * self._of_bits) ** -2)
 
     @property
     def clipped_share(self) -> float:
@@ -123,9 +161,22 @@ class ClientLevel:
         key = NoiseKey.of(settings.seed, folder / PRIVACY_KEY, used=bool(log))
         return ClientLevel(settings, noise, key, log)
 
-    def mean(self, round: int, asked: int) -> GaussianMean:
-        """Mean of a round for which so many clients were asked."""
-        return GaussianMean(self.settings.clip, self.noise_multiplier, asked, round, self.key)
+    def mean(self, round: int, asked: int, clip: float | None) -> GaussianMean:
+        """Mean of a round for which so many clients were asked.
+
+        Args:
+            round: from 1.
+            asked: number of clients.
+            clip: as the round before has left it; None: as it was in the beginning.
+        """
+        return GaussianMean(
+            clip=self.settings.clip if clip is None else clip,
+            noise_multiplier=self.noise_multiplier,
+            denominator=asked,
+            round=round,
+            key=self.key,
+            quantile=self.settings.quantile,
+        )
 
     def account_for(self, round: int, parent: str, sha256: str, clients: Iterable[str]) -> float:
         """Account for an entry before it is written.
