@@ -397,7 +397,7 @@ class FederationSettings(Section):
     all of these, clients weigh the same to begin with, or by `largest_share`. With null, as the
     method has it."""
     trusted: str | None = None
-    """Name of the client whose update others are weighed by (`weights: trust`)."""
+    """Name of the client whose update others are weighed by (`weights: trust`); null is nobody."""
     largest_share: float | None = Field(None, gt=0, le=1)
     """Largest share of a round that one client may claim by its number of examples; what is above
     goes to the others. With null, claims are believed where weights are by size."""

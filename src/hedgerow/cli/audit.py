@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-from hedgerow.cli.frame import (
-    AsJson,
-    Overrides,
-    app,
-)
+from hedgerow.cli.frame import AsJson, Overrides, app
 from hedgerow.files import to_json
+from hedgerow.terminal import show
 
 
 @app.command()
@@ -41,7 +38,7 @@ def audit(
     with console.ProgressWatcher("audit") as watcher:
         found = examining.audit(run, overrides or [], client, rows, progress=watcher.evaluated)
     if as_json:
-        print(to_json(found.model_dump()))
+        show(to_json(found.model_dump()))
         return
     for part in words.told(found):
         for sentence in part.sentences:

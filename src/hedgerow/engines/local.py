@@ -108,7 +108,7 @@ class LocalFleet:
     def _secure_of(self, client: Client) -> SecureClient:
         """A client's part in secure sums."""
         if client.name not in self._secure:
-            sum_of = sum_of_round(self._experiment, self.population)
+            sum_of = sum_of_round(self._experiment, lambda: self.population)
             assert sum_of is not None, "letters are sent for secure sums alone"
             self._secure[client.name] = SecureClient(client.name, sum_of)
         return self._secure[client.name]

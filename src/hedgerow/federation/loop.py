@@ -36,7 +36,7 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
     settings, seeds = experiment.federation, Seeds(experiment.federation.seed)
     traffic = Traffic(method, ledger)
     privacy = client_level(experiment, fleet, directory)
-    sum_of = sum_of_round(experiment, fleet.population)
+    sum_of = sum_of_round(experiment, lambda: fleet.population)
 
     def participants(round: int) -> list[Client]:
         return draw(fleet.gather(), settings.clients_per_round, seeds, round)

@@ -9,7 +9,7 @@ w_k is 1, or where weights are by size the client's number of examples beside th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -267,20 +267,21 @@ class SecureClient:
             )
 
 
-def sum_of_round(experiment: Experiment, clients: int) -> SumOfRound | None:
+def sum_of_round(experiment: Experiment, clients: Callable[[], int]) -> SumOfRound | None:
     """What the sums of an experiment's rounds are of; None where they are not secure.
 
     Args:
         experiment: the run's.
-        clients: number of its clients, whether they have joined or not.
+        clients: tells the number of its clients, whether they have joined or not.
     """
     federation = experiment.federation
     if federation.secure is None:
         return None
+    count = clients()
     return SumOfRound(
         settings=federation.secure,
         method=experiment.method,
-        asked=min(clients, federation.clients_per_round or clients),
+        asked=min(count, federation.clients_per_round or count),
         says_loss=experiment.privacy is None,
     )
 

@@ -367,7 +367,7 @@ class Site:
 
     def _secure_of(self, name: str) -> SecureClient | None:
         """A client's part in secure sums; None where the experiment has none."""
-        sum_of = sum_of_round(self._experiment, len(self._app.clients))
+        sum_of = sum_of_round(self._experiment, lambda: len(self._app.clients))
         if sum_of is None:
             return None
         if name not in self._secure:
