@@ -4,6 +4,7 @@ import concurrent.futures
 import os
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ from hedgerow.engines.flower.messages import Request
 from hedgerow.engines.flower.node import place_of
 from hedgerow.engines.flower.worker import WorkerRequest, ask, inbox
 from hedgerow.experiment import load
+from hedgerow.privacy.secure.letters import AskKeys
 
 REQUEST = Request(run="0" * 32)
 
@@ -67,6 +69,25 @@ def test_a_worker_ends_when_nothing_is_asked_and_is_started_again(worker_request
     assert ask(place, short).reply.num_examples == 5
     wait_for(lambda: not workers(place), "the worker's end")
     assert ask(place, worker_request).reply.num_examples == 5
+
+
+def test_a_worker_that_has_a_part_in_a_sum_waits_for_the_others(worker_request, experiment):
+    """Its keys are in memory alone: who trains for longer than it rests would end the sum."""
+    changes = ["data.test=null", "method={name: fedavg}", "federation.secure=true"]
+    app = worker_request.app.with_name("secure")
+    init(load(experiment(), [*changes, "federation.deadline=2"]), app, "tiny")
+    place = place_of(worker_request.node)
+    letter = AskKeys(session="0" * 32)
+    node = worker_request.node | {"idle": 0.1}
+    request = Request(run="0" * 32, secure=letter)
+    keys = WorkerRequest(app=app, node=node, request=request, files=[])
+    assert ask(place, keys).reply.secure is not None
+    (worker,) = workers(place)
+    began = time.monotonic()
+    wait_for(lambda: not workers(place), "the worker's end")
+    assert time.monotonic() - began > 1.5
+    assert ask(place, worker_request).reply.num_examples == 5
+    assert worker not in workers(place)
 
 
 def test_a_worker_ends_with_who_started_it(worker_request):

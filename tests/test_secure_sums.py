@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,16 +11,22 @@ from hypothesis import strategies as st
 from scipy import stats
 from support.runs import ledger_bytes, rows_of
 
+from hedgerow.engines import local
+from hedgerow.engines.local import LocalFleet
 from hedgerow.errors import InvalidMessage
+from hedgerow.experiment import load
+from hedgerow.federation.fleet import ClientResult, Unwatched
 from hedgerow.ledger import Ledger
 from hedgerow.privacy.secure import masks
 from hedgerow.privacy.secure.coordinator import Coordinator
-from hedgerow.privacy.secure.fixed_point import FixedPoint
+from hedgerow.privacy.secure.fixed_point import PIECE, FixedPoint
 from hedgerow.privacy.secure.letters import AskKeys, Unmasking
 from hedgerow.privacy.secure.party import Party
 from hedgerow.privacy.secure.shares import combine, split
 
 SESSION = "0" * 32
+STAGES = ["keys", "shares", "masked", "unmasking"]
+"""Of a sum; of a client, the last that it has answered."""
 
 
 # --- codes ----------------------------------------------------------------------------------------
@@ -34,6 +42,24 @@ def test_sums_of_codes_are_off_by_half_a_step_a_number(bits, numbers):
         total = sum(point.encode(np.array(each)) for each in numbers)
     off = np.abs(point.decode(np.asarray(total, point.unsigned)) - np.sum(numbers, axis=0))
     assert np.all(off <= len(numbers) * point.step * 0.500001 + 1e-12)
+
+
+def test_large_numbers_of_codes_are_made_in_pieces():
+    """As those of each number alone, in whatever order memory has them."""
+    numbers = np.random.default_rng(0).uniform(-2, 2, (3, PIECE + 1)).astype(np.float32)
+    point = FixedPoint(bits=32, largest=2.0, count=3)
+    found = point.encode(numbers.T, 0.3)
+    assert found.shape == numbers.T.shape
+    expected = np.rint(numbers.T.astype(np.float64) * 0.3 * point.scale).astype(np.int64)
+    np.testing.assert_array_equal(found, expected.astype(np.int32).view(np.uint32))
+    back = point.decode(found, 0.3, np.float32)
+    np.testing.assert_allclose(back, numbers.T, atol=2 * point.step / 0.3)
+    assert back.dtype == np.float32
+    masked = found.copy()
+    masks.add_mask([masked[:7], masked[7:]], b"7" * 32, sign=1)
+    assert not np.any(np.isclose(masked[-1], found[-1]))
+    masks.add_mask([masked[:7], masked[7:]], b"7" * 32, sign=-1)
+    np.testing.assert_array_equal(masked, found)
 
 
 @pytest.mark.parametrize("bits", [16, 32, 64])
@@ -92,7 +118,7 @@ def masked(count=5, threshold=3, gone_before_shares=(), gone_before_numbers=(), 
         plain[name] = {key: each.copy() for key, each in codes.items()}
         party.mask(server.asks_masked(name), list(codes.values()))
         arrived[name] = {key: each.copy() for key, each in codes.items()}
-        server.add(name, codes)
+        server.add(name, codes.items())
     return people, plain, arrived, server
 
 
@@ -213,6 +239,64 @@ def test_parties_of_another_mind_have_masks_that_do_not_cancel():
         people["client-2"].mask(server.asks_masked("client-2"), [])
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_who_are_enough_get_the_sum_of_those_who_arrived(data):
+    """Whatever the threshold, the width of codes, their shapes, and who is gone when."""
+    count = data.draw(st.integers(2, 6), "clients")
+    threshold = data.draw(st.integers(2, count), "threshold")
+    bits = data.draw(st.sampled_from([16, 32, 64]), "bits")
+    shapes = data.draw(
+        st.dictionaries(st.sampled_from("cab"), st.lists(st.integers(0, 4), max_size=2), min_size=1)
+    )
+    last = [
+        data.draw(st.sampled_from(["keys", "shares", "masked", "unmasking"]), f"last of {i}")
+        for i in range(count)
+    ]
+    left = {
+        stage: sum(STAGES.index(each) >= STAGES.index(stage) for each in last) for stage in STAGES
+    }
+    people = parties(count, threshold)
+    server = Coordinator(threshold, "run 1 parent", SESSION, most_examples=9)
+    generator = np.random.default_rng(data.draw(st.integers(0, 99), "seed"))
+    plain = {key: np.zeros(shape, f"u{bits // 8}") for key, shape in shapes.items()}
+    stays = {name: STAGES.index(each) for name, each in zip(people, last, strict=True)}
+    for name, party in people.items():
+        server.add_keys(name, party.keys(AskKeys(session=SESSION)))
+    for name, party in people.items():
+        if stays[name] >= 1:
+            server.add_shares(name, party.shares(server.asks_shares))
+    for name, party in people.items():
+        if stays[name] < 2:
+            continue
+        codes = {
+            key: np.asarray(generator.integers(2**bits, size=shape, dtype=f"u{bits // 8}"))
+            for key, shape in sorted(shapes.items())
+        }
+        masked_codes = {key: each.copy() for key, each in codes.items()}
+        if left["shares"] < threshold:
+            with pytest.raises(InvalidMessage, match="that sent shares"):
+                party.mask(server.asks_masked(name), list(masked_codes.values()))
+            return
+        party.mask(server.asks_masked(name), list(masked_codes.values()))
+        server.add(name, masked_codes.items())
+        for key, each in codes.items():
+            plain[key] += each
+    if left["masked"] < threshold:
+        for name in server.arrived:
+            with pytest.raises(InvalidMessage, match=f"a sum needs {threshold}"):
+                people[name].unmasking(server.asks_unmasking)
+        return
+    gone = [name for name in people if stays[name] < 3]
+    if left["unmasking"] < threshold:
+        with pytest.raises(InvalidMessage, match=f"of the {threshold} clients that it takes"):
+            unmask(people, server, without=gone)
+        return
+    unmask(people, server, without=gone)
+    for key, expected in plain.items():
+        np.testing.assert_array_equal(server.total[key], expected)
+
+
 # --- through the command line ---------------------------------------------------------------------
 
 METHODS_OF_SUMS = [
@@ -223,6 +307,85 @@ METHODS_OF_SUMS = [
     "{name: ferret, error_feedback: true, compression: 32}",
     "{name: scaffold}",
 ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["data.clients=[client_0.json]"], "a round has one client, and a sum of one is its"),
+        (["federation.clients_per_round=1"], "a round has one client, and a sum of one is its"),
+        (["federation.secure.threshold=4"], "4 is above the 3 clients of a round: take from 2 to"),
+    ],
+)
+def test_a_sum_of_one_or_of_more_than_there_are_is_a_mistake(
+    hedgerow, experiment, tmp_path, changes, said
+):
+    secure = ["method={name: fedavg}", "federation.secure={}"]
+    result = hedgerow("run", experiment(), *secure, *changes, "--out", tmp_path / "run")
+    assert (result.code, said in " ".join(result.err.split())) == (2, True), result.err
+    assert not (tmp_path / "run").exists()
+
+
+def gone_after(stage, gone):
+    """A fleet in one process that some are gone from when a stage is over."""
+
+    class Fleet(LocalFleet):
+        def ask(self, round, parent, letters, clock):
+            begins = STAGES.index(letters[0][1].stage)
+            yield from self._without(super().ask(round, parent, letters, clock), begins)
+
+        def train(self, round, parent, clients, clock, letters=None):
+            found = super().train(round, parent, clients, clock, letters)
+            yield from self._without(found, STAGES.index("masked"))
+
+        def _without(self, found, begins):
+            for result in found:
+                lost = ClientResult(result.client, failure="gone", absent=True)
+                is_gone = result.client.name in gone and begins > STAGES.index(stage)
+                yield lost if is_gone else result
+
+    return Fleet
+
+
+@pytest.fixture
+def ten(experiment, tmp_path):
+    """An experiment on ten clients."""
+    path = experiment(method={"name": "fedavg"}, federation={"rounds": 1, "backoff": 0})
+    for index in range(10):
+        rows = [{"instruction": f"Say {n}", "output": f"{index}" * 3} for n in range(3 + index)]
+        (tmp_path / f"client_{index}.json").write_text(json.dumps(rows))
+    path.write_text(path.read_text().replace("  ranks:\n  - 4\n  - 2\n  - 1\n", ""))
+    return path
+
+
+@pytest.mark.parametrize("stage", STAGES[:3])
+def test_three_of_ten_that_are_gone(ten, tmp_path, stage):
+    """The ledger is that of the same sums without masks: of seven, or of all."""
+    gone = ["client-001", "client-004", "client-008"]
+    for name, secure in (("masked", "true"), ("bare", "{masks: false}")):
+        experiment = load(ten, [f"federation.secure={secure}"])
+        fleet = gone_after(stage, gone)
+        local.run(experiment, tmp_path / name, Unwatched(), fleet=fleet)
+    assert ledger_bytes(tmp_path / "masked") == ledger_bytes(tmp_path / "bare")
+    rows = [rows_of(tmp_path / name)[1] for name in ("masked", "bare")]
+    assert len(rows[0]["participants"]) == len(rows[1]["participants"])
+    assert len(rows[0]["participants"]) == (10 if stage == "masked" else 7)
+    assert list(rows[0]["failures"]) == gone
+
+
+@pytest.mark.parametrize("stage", STAGES[:3])
+def test_four_of_ten_that_are_gone(ten, hedgerow, monkeypatch, tmp_path, stage):
+    """Six are fewer than the threshold: a sentence, and no result."""
+    fleet = gone_after(stage, [f"client-{index:03d}" for index in range(4)])
+    monkeypatch.setattr(local.run, "__kwdefaults__", local.run.__kwdefaults__ | {"fleet": fleet})
+    arguments = ["federation.secure={}", "--out", tmp_path / "run"]
+    result = hedgerow("run", ten, *arguments)
+    said = " ".join(result.err.split())
+    assert result.code == 1
+    assert "round 1 has no secure sum: 6 of the 7 clients that it takes stayed to the end" in said
+    assert "in 3 tries: client-000 failed because gone" in said
+    assert not list((tmp_path / "run/ledger").glob("*.safetensors"))
+    assert [row["round"] for row in rows_of(tmp_path / "run")] == [0]
 
 
 @pytest.mark.parametrize("method", METHODS_OF_SUMS)

@@ -339,6 +339,15 @@ class SecureSettings(Section):
     """Whether codes are masked; without, they add up to the same, and the server sees each, for
     comparisons."""
 
+    def needed(self, asked: int) -> int:
+        """Number of clients without which there is no sum, t; at least 2, since a sum of one
+        client is its update.
+
+        Args:
+            asked: number of clients that take part in a round.
+        """
+        return self.threshold or max(2, 2 * asked // 3 + 1)
+
 
 COORDINATE_WISE = ("median", "trimmed_mean")
 """Values of `federation.weights` that take the middle of each coordinate."""

@@ -9,7 +9,7 @@ w_k is 1, or where weights are by size the client's number of examples beside th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +67,7 @@ class SumOfRound:
     @property
     def threshold(self) -> int:
         """Number of clients without which there is no sum, t."""
-        return self.settings.threshold or 2 * self.asked // 3 + 1
+        return self.settings.needed(self.asked)
 
     @property
     def point(self) -> FixedPoint:
@@ -112,7 +112,7 @@ class SumOfRound:
         for name, each in self.method.changes(update, server_round):
             assert isinstance(each, torch.Tensor), "changes of linear methods are tensors"
             try:
-                codes[f"{_CHANGE}{name}"] = self.point.encode(each.numpy() * np.float64(weight))
+                codes[f"{_CHANGE}{name}"] = self.point.encode(each.numpy(), weight)
             except ValueError as error:
                 raise ClientFailed(
                     f"its update {error} (federation.secure.largest): a larger one, or a lower "
@@ -124,21 +124,21 @@ class SumOfRound:
         return codes
 
     def decode(
-        self, total: Mapping[str, Codes], weights: Weights, round: int, expected: Expected
+        self, total: dict[str, Codes], weights: Weights, round: int, expected: Expected
     ) -> tuple[dict[str, Tensor], float]:
         """Mean change by name, in the method's order, and the mean training loss.
 
         Args:
-            total: sums of codes by name.
+            total: sums of codes by name, which are taken out of it one by one.
             weights: sums of the weights of changes, and of losses.
             round: from 1.
             expected: what the run's settings say of what is sent.
         """
         mean, (weight, share) = {}, weights
         for name in self.method.changed(round, expected):
-            numbers = self.point.decode(total[f"{_CHANGE}{name}"]) / weight
-            mean[name] = torch.from_numpy(numbers.astype(np.float32))
-        loss = self.loss_point.decode(total[_LOSS])[0] / share if self.says_loss else 0.0
+            codes = total.pop(f"{_CHANGE}{name}")
+            mean[name] = torch.from_numpy(self.point.decode(codes, weight, np.float32))
+        loss = self.loss_point.decode(total[_LOSS], share)[0] if self.says_loss else 0.0
         return mean, float(loss)
 
 
@@ -147,12 +147,11 @@ def about(round: int, parent: str) -> str:
     return f"round {round} after {parent}"
 
 
-def as_codes(update: Update) -> dict[str, Codes]:
-    """Codes of a masked update, in the order of their names."""
-    return {
-        name: update.tensors[name].numpy().view(f"u{update.tensors[name].numpy().dtype}")
-        for name in sorted(update.tensors)
-    }
+def as_codes(update: Update) -> Iterator[tuple[str, Codes]]:
+    """Codes of a masked update with their names, in whose order they are; read one by one."""
+    for name in sorted(update.tensors):
+        numbers = update.tensors[name].numpy()
+        yield name, numbers.view(f"u{numbers.dtype}")
 
 
 def with_codes(update: Update, codes: Mapping[str, Codes]) -> Update:
@@ -181,6 +180,11 @@ class SecureClient:
     _party: Party | None = field(default=None, repr=False)
     _of: tuple[int, str] = (0, "")
     _most_examples: int = 0
+
+    @property
+    def has_part(self) -> bool:
+        """Whether it has keys of a sum that it has not helped to unmask yet."""
+        return self._party is not None and not self._party.is_done
 
     def answer(self, ask: Ask, round: int, parent: str) -> Answer:
         """What a client answers to a letter.

@@ -153,10 +153,11 @@ class SecureInbox(Inbox):
 
     def _too_few(self, attempts: int) -> str:
         reasons = [f"{client} failed because {why}" for client, why in self.failures.items()]
+        reason = (reasons or [f"only {len(self.clients)} had joined"])[0]
         tries = f" in {attempts} tries" if attempts > 1 else ""
         return (
             f"round {self._round} has no secure sum: {self._stayed} of the {self._needed} clients "
-            f"that it takes stayed to the end{tries}: {(reasons or ['nobody answered'])[0]}"
+            f"that it takes stayed to the end{tries}: {reason}"
         )
 
     def _mean_loss(self, present: Sequence[Client]) -> float:

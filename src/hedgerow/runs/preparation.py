@@ -39,7 +39,7 @@ from hedgerow.names import MEMORY
 from hedgerow.privacy.example_level import check_example_level
 from hedgerow.runs.directory import CLIENT_TESTS, EXPERIMENT, TEST_DATA, Digests
 from hedgerow.seeds import Seeds
-from hedgerow.settings import EvaluationSettings, TextSettings
+from hedgerow.settings import EvaluationSettings, FederationSettings, TextSettings
 
 _NAMED = 10
 """Clients that are named where several are left out for one reason."""
@@ -187,6 +187,24 @@ def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
     check_causal(model)
     check_max_length(model, experiment.data.max_length)
     experiment.method.check(model, num_clients, experiment.training)
+    _check_secure(experiment.federation, num_clients)
+
+
+def _check_secure(federation: FederationSettings, num_clients: int) -> None:
+    """Raise a `UserError` where a round has fewer clients than a secure sum takes."""
+    secure = federation.secure
+    asked = min(num_clients, federation.clients_per_round or num_clients)
+    if secure is None or secure.needed(asked) <= asked:
+        return
+    if asked == 1:
+        raise UserError(
+            "federation.secure: a round has one client, and a sum of one is its update: have more "
+            "take part"
+        )
+    raise UserError(
+        f"federation.secure.threshold: {secure.needed(asked)} is above the {asked} clients of a "
+        f"round: take from 2 to {asked}, or leave it out"
+    )
 
 
 def check_audit(experiment: Experiment, clients: Sequence[str]) -> None:

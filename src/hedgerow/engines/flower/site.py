@@ -51,6 +51,9 @@ from hedgerow.settings import ClientFile, PrivacySettings
 from hedgerow.terminal import say
 from hedgerow.wire import LARGEST_SENT, Entry, Update, header_limit
 
+LONGEST_STAGE = 86400.0
+"""Seconds that a stage of a secure sum may take where the experiment has no deadline."""
+
 
 def of_node(app: Path, node: Mapping[str, object]) -> tuple[SiteSettings, Site]:
     """The site of a SuperNode.
@@ -165,6 +168,16 @@ class Site:
         finally:
             for file in files:
                 file.unlink(missing_ok=True)
+
+    @property
+    def awaits(self) -> float:
+        """Seconds that others may take before a sum that a client has a part in goes on.
+
+        Its keys are in memory alone, so that the process has to live as long.
+        """
+        if not any(secure.has_part for secure in self._secure.values()):
+            return 0.0
+        return self._experiment.federation.deadline or LONGEST_STAGE
 
     def _handled(
         self, name: str, request: Request, files: Sequence[Path]

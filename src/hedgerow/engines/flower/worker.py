@@ -163,7 +163,8 @@ class Host:
     """The site that requests are for; another app or node config makes another site."""
 
     def __init__(self) -> None:
-        self.idle = IDLE
+        self.idle = self._idle = IDLE
+        """Seconds without a request after which this process ends."""
         self._made_for: object = None
 
     def handle(self, request: WorkerRequest) -> WorkerReply:
@@ -175,10 +176,11 @@ class Host:
         try:
             if self._made_for != (request.app, request.node):
                 settings, self._site = site.of_node(request.app, request.node)
-                self._made_for, self.idle = (request.app, request.node), settings.idle
+                self._made_for, self._idle = (request.app, request.node), settings.idle
         except UserError as error:
             return WorkerReply(reply=site.wrong_settings(name, error))
         reply, update = self._site.handle(name, request.request, request.files)
+        self.idle = self._idle + self._site.awaits
         return WorkerReply(reply=reply, update=update)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,14 +68,15 @@ class Coordinator:
         }
         return AskMasked(session=self.session, sealed=sealed, most_examples=self.most_examples)
 
-    def add(self, name: str, codes: Mapping[str, Codes]) -> None:
+    def add(self, name: str, codes: Iterable[tuple[str, Codes]]) -> None:
         """Add a client's masked codes.
 
         Args:
             name: the client's.
-            codes: by name, of the same shapes and in the same order for all clients.
+            codes: with their names, of the same shapes and in the same order for all clients; one
+                is in memory at a time.
         """
-        for key, each in codes.items():
+        for key, each in codes:
             if key in self.total:
                 self.total[key] += each
             else:

@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 
 from hedgerow.errors import check_installed
-from hedgerow.privacy.secure.fixed_point import Codes
+from hedgerow.privacy.secure.fixed_point import PIECE, Codes
 
 SECRET_BYTES = 32
 """Length of a key, and of the seed of a stream."""
-
-PIECE = 1 << 20
-"""Number of codes that are masked at a time."""
 
 
 def library(name: str) -> Any:
@@ -96,13 +93,14 @@ def add_mask(codes: Iterable[Codes], seed: bytes, *, sign: int) -> None:
     ciphers = library("hazmat.primitives.ciphers")
     cipher = ciphers.Cipher(ciphers.algorithms.ChaCha20(seed, bytes(16)), mode=None)
     stream = cipher.encryptor()
-    zeros = bytes(PIECE * 8)
+    zeros, drawn = memoryview(bytes(PIECE * 8)), memoryview(bytearray(PIECE * 8))
     for each in codes:
         flat = each.reshape(-1)
+        little = flat.dtype.newbyteorder("<")
         for first in range(0, len(flat), PIECE):
             piece = flat[first : first + PIECE]
-            drawn = stream.update(memoryview(zeros)[: piece.nbytes])
-            mask = np.frombuffer(drawn, dtype=piece.dtype.newbyteorder("<"))
+            stream.update_into(zeros[: piece.nbytes], drawn[: piece.nbytes])
+            mask = np.frombuffer(drawn[: piece.nbytes], dtype=little)
             if sign > 0:
                 piece += mask
             else:

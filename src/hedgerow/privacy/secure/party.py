@@ -42,6 +42,11 @@ class Party:
     """Shares of each client's mask seed and masking key."""
     _masked: bool = False
 
+    @property
+    def is_done(self) -> bool:
+        """Whether it has helped to unmask the sum, and has nothing left to say of it."""
+        return self._masked and not self._kept
+
     def keys(self, ask: AskKeys) -> Keys:
         """Draw keys; the public ones."""
         if self.session:
