@@ -49,12 +49,12 @@ class FixedPoint:
         return _UNSIGNED[self.bits]
 
     def encode(self, numbers: NDArray[np.floating]) -> Codes:
-        """Codes of numbers.
+        """Codes of numbers, contiguous as masks need them, whatever order the numbers are in.
 
         Raises:
             ValueError: one is larger than `largest`, or not finite.
         """
-        wide = np.asarray(numbers, dtype=np.float64)
+        wide = np.asarray(numbers, dtype=np.float64, order="C")
         length = float(np.max(np.abs(wide), initial=0.0))
         if not length <= self.largest:
             raise ValueError(f"holds {length:.3g}, and codes go up to {self.largest:g}")
