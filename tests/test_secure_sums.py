@@ -76,6 +76,20 @@ def test_what_is_too_large_has_no_code(number):
         FixedPoint(bits=32, largest=1.0, count=2).encode(np.array([0.0, number]))
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_codes_are_masked_whatever_order_their_numbers_were_in(order):
+    """A mask on a copy would leave them bare, and take from the sum what is not in it."""
+    numbers = np.asarray(np.arange(12.0).reshape(4, 3) / 12, order=order)
+    point = FixedPoint(bits=32, largest=1.0, count=2)
+    codes = point.encode(numbers)
+    masks.add_mask([codes], b"s" * 32, sign=1)
+    assert not np.allclose(point.decode(codes), numbers, atol=0.01)
+    masks.add_mask([codes], b"s" * 32, sign=-1)
+    np.testing.assert_allclose(point.decode(codes), numbers, atol=2 * point.step)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        masks.add_mask([codes.T], b"s" * 32, sign=1)
+
+
 # --- shares ---------------------------------------------------------------------------------------
 
 

@@ -80,7 +80,7 @@ class Coordinator:
             if key in self.total:
                 self.total[key] += each
             else:
-                self.total[key] = np.array(each)
+                self.total[key] = np.array(each, order="C")
         self.arrived.append(name)
 
     @property

@@ -52,7 +52,7 @@ class FixedPoint:
         return _UNSIGNED[self.bits]
 
     def encode(self, numbers: NDArray[np.floating], weight: float = 1.0) -> Codes:
-        """Codes of weight · numbers.
+        """Codes of weight · numbers, contiguous as masks need them, in whatever order those lie.
 
         Raises:
             ValueError: one is larger than `largest`, or not finite.

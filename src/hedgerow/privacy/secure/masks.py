@@ -86,15 +86,20 @@ def add_mask(codes: Iterable[Codes], seed: bytes, *, sign: int) -> None:
     """Add a stream to codes, in place, modulo 2^b.
 
     Args:
-        codes: arrays, in the order in which they take from the stream.
+        codes: contiguous arrays, in the order in which they take from the stream.
         seed: of the stream, ChaCha20's key.
         sign: 1, or -1 to take it away.
+
+    Raises:
+        ValueError: an array is not contiguous, and so would stay as it is.
     """
     ciphers = library("hazmat.primitives.ciphers")
     cipher = ciphers.Cipher(ciphers.algorithms.ChaCha20(seed, bytes(16)), mode=None)
     stream = cipher.encryptor()
     zeros, drawn = memoryview(bytes(PIECE * 8)), memoryview(bytearray(PIECE * 8))
     for each in codes:
+        if not each.flags.c_contiguous:
+            raise ValueError("codes must be contiguous, or a copy of them would be masked")
         flat = each.reshape(-1)
         little = flat.dtype.newbyteorder("<")
         for first in range(0, len(flat), PIECE):
