@@ -350,10 +350,10 @@ class SaysSettings(Section):
     """Whether updates have the mean training loss, and rows and entries a mean of them; with null,
     they do but for `privacy`, under which none leaves a client."""
     examples: Literal["exact", "rounded", "withheld"] | None = None
-    """Number of examples that a client says it has, and has its weight by: the `exact` one,
-    `rounded` up to a power of two, or `withheld`, which is 1 for each, so that all weigh the same;
-    its own test rows are counted so, too. With null, it is exact; with `privacy` of level `client`,
-    where it counts for nothing, withheld."""
+    """Number of examples that a client says it has, and is weighed by: the `exact` one, `rounded`
+    up to a power of two, or `withheld`, which is 1 for each, so that all weigh the same; its own
+    test rows are counted so, too. With null, it is exact; with `privacy` of level `client`, where
+    it counts for nothing, withheld."""
     failures: Literal["full", "kind"] | None = None
     """Sentence of a client that has no update: in `full`, or only of which `kind` its failure is,
     without a number, while the client's own log has all of it. With null, it is in full; with
