@@ -5,6 +5,7 @@ import datetime
 import itertools
 import json
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -36,7 +37,7 @@ from hedgerow.engines.flower.messages import (
 from hedgerow.engines.flower.server import _main, serve
 from hedgerow.engines.flower.site import Site
 from hedgerow.engines.flower.worker import Host, WorkerRequest
-from hedgerow.errors import InvalidMessage, RunFailed, UserError
+from hedgerow.errors import Diverged, InvalidMessage, RunFailed, UserError
 from hedgerow.experiment import load
 from hedgerow.ledger import Ledger
 from hedgerow.methods.standalone import Standalone
@@ -44,6 +45,7 @@ from hedgerow.model import Model
 from hedgerow.runs.preparation import load_test
 from hedgerow.runs.rollback import roll_back
 from hedgerow.settings import ClientFile
+from hedgerow.training import first_order
 from hedgerow.wire import Entry
 
 CLIENTS = ["client-000", "client-001", "client-002"]
@@ -245,7 +247,7 @@ def test_a_site_keeps_to_its_own_largest_epsilon(make, capsys):
     made.nodes[1].config["epsilon"] = 3.9
     rows = made.run()
     assert [list(row["failures"]) for row in rows[1:]] == [[], ["client-001"]]
-    assert "would exceed privacy.epsilon 3.9" in rows[2]["failures"]["client-001"]
+    assert rows[2]["failures"]["client-001"] == "its privacy budget is spent"
 
 
 @pytest.mark.parametrize("privacy", ["null", "seeded"])
@@ -981,6 +983,12 @@ def test_sites_score_as_one_process_does(tested, hedgerow, tmp_path, name):
     assert "own_" not in (made.out / "experiment.yaml").read_text()
 
 
+def test_sites_say_of_their_test_rows_no_more_than_of_others(tested):
+    made = tested(*OWN["ditto"], "federation.rounds=1", "federation.says.examples=rounded")
+    for row in made.run():
+        assert list(row["test_rows_by_client"].values()) == [2, 4, 4]  # 2, 3 and 4
+
+
 @pytest.mark.parametrize("name", ["fedsa_lora", "ditto"])
 def test_a_client_s_own_model_is_looked_at_at_its_site(tested, hedgerow, tmp_path, name):
     made = tested(*OWN[name], "federation.rounds=2")
@@ -1235,3 +1243,68 @@ def test_a_site_sends_no_plain_update_where_sums_are_secure(make, demand):
     )
     reply = host.handle(request).reply
     assert reply.refused == "the server asks otherwise than federation.secure says"
+
+
+SAYS = [
+    "federation.says={losses: false, examples: rounded, failures: kind}",
+    "federation.says={examples: withheld}",
+    "federation.says={losses: false, examples: rounded} federation.secure=true",
+]
+
+
+def said_of(reply):
+    """All that is said in a reply: its words, and the metadata of its update."""
+    yield reply.config_records["words"]["json"]
+    for record in reply.array_records.values():
+        data = b"".join(record[piece].data for piece in sorted(record))
+        length = int.from_bytes(data[:8], "little")
+        yield json.dumps(json.loads(data[8 : 8 + length])["__metadata__"])
+
+
+@pytest.mark.parametrize("change", SAYS)
+def test_sites_say_as_one_process_does_and_no_more(make, hedgerow, tmp_path, capsys, change):
+    changes = ["method.name=fedavg", "federation.rounds=2", *re.split(" (?=federation)", change)]
+    made = make(*changes)
+    local = tmp_path / "local"
+    bare = [each.replace("secure=true", "secure={masks: false}") for each in changes]
+    assert hedgerow("run", made.path, "data.test=null", *bare, "--out", local).code == 0
+    said = []
+    for node in made.nodes:
+        node.answer = lambda reply: said.extend(said_of(reply)) or reply
+    capsys.readouterr()
+    rows = made.run()
+    assert ledger(made.out) == ledger(local)
+    for row, other in zip(rows, rows_of(local), strict=True):
+        for key in ("train_loss", "participants", "failures", "sent_by_client"):
+            assert row.get(key) == other.get(key)
+        assert row.get("train_loss_by_client") == other.get("train_loss_by_client")
+    numbers = [1] if "withheld" in change else [8, 16]
+    assert sum("hedgerow.update/1" in text for text in said) == 6
+    for text in said:
+        words = json.loads(text)
+        if words.get("num_examples"):
+            assert int(words["num_examples"]) in numbers
+        assert ("train_loss" in words) <= ("losses: false" not in change)
+    out = capsys.readouterr().out
+    assert not any(f"{size} examples" in out for size in (5, 9, 14))
+    assert ("examples" in out) == ("withheld" not in change)
+
+
+def test_a_site_says_why_it_failed_in_its_own_log(make, monkeypatch, capsys):
+    trained = first_order.train
+
+    def diverges(job, parameters, **options):
+        if len(job.data) == 9:
+            raise Diverged("its loss was nan at step 1")
+        return trained(job, parameters, **options)
+
+    monkeypatch.setattr(first_order, "train", diverges)
+    made = make("method={name: fedit, ranks: 2}", "federation.says.failures=kind")
+    said = []
+    for node in made.nodes:
+        node.answer = lambda reply: said.extend(said_of(reply)) or reply
+    assert made.run()[1]["failures"] == {"client-001": "its training diverged"}
+    assert not any("nan" in text for text in said)
+    shown = capsys.readouterr()
+    assert "client-001: round 1: its loss was nan at step 1" in shown.err
+    assert "nan" not in shown.out

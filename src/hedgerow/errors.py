@@ -30,11 +30,23 @@ class RunFailed(Exception):
 
 
 class ClientFailed(Exception):
-    """A client has no update to send in this round; the text says why, and what may help."""
+    """A client has no update to send in this round; the text says why, and what may help.
+
+    Args:
+        text: for whoever may know all of it.
+        kind: a sentence that is the same whatever data the client has, for everybody else.
+    """
+
+    def __init__(self, text: str, kind: str = "its own log says why") -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class Diverged(ClientFailed):
     """A client's loss or update is no longer a number; the text says when, and what may help."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, "its training diverged")
 
 
 class InvalidMessage(ValueError):

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from hedgerow.errors import did_you_mean
+from hedgerow.errors import ClientFailed, did_you_mean
 from hedgerow.names import NAME
 from hedgerow.sentences import check_no_boolean
 
@@ -353,6 +353,36 @@ COORDINATE_WISE = ("median", "trimmed_mean")
 """Values of `federation.weights` that take the middle of each coordinate."""
 
 
+class SaysSettings(Section):
+    """Words beside an update: what a client says of itself, by which it counts or is followed."""
+
+    decide: ClassVar = ("losses", "examples")
+    """Keys that the entries of a run depend on."""
+
+    losses: bool | None = None
+    """Whether updates have the mean training loss, and rows and entries a mean of them; with null,
+    they do but for `privacy`, under which none leaves a client."""
+    examples: Literal["exact", "rounded", "withheld"] | None = None
+    """Number of examples that a client says it has, and is weighed by: the `exact` one, `rounded`
+    up to a power of two, or `withheld`, which is 1 for each, so that all weigh the same; its own
+    test rows are counted so, too. With null, it is exact; with `privacy` of level `client`, where
+    it counts for nothing, withheld."""
+    failures: Literal["full", "kind"] | None = None
+    """Sentence of a client that has no update: in `full`, or only of which `kind` its failure is,
+    without a number, while the client's own log has all of it. With null, it is in full; with
+    `privacy` of level `example`, the kind."""
+
+    def count(self, examples: int) -> int:
+        """Number that a client with so many examples says."""
+        if self.examples == "withheld":
+            return 1
+        return 1 << (examples - 1).bit_length() if self.examples == "rounded" else examples
+
+    def sentence(self, failure: ClientFailed) -> str:
+        """Sentence that a client says of its failure."""
+        return failure.kind if self.failures == "kind" else str(failure)
+
+
 class FederationSettings(Section):
     """Rounds: how many there are, and who takes part."""
 
@@ -413,6 +443,7 @@ class FederationSettings(Section):
     secure: SecureSettings | None = None
     """Secure sums, `true` or as {bits: 32, largest: 1.0}: the server learns the sum of a round's
     updates, and none of them alone; with null, it sees each."""
+    says: SaysSettings = SaysSettings()
     keep_updates: bool = False
     """Whether what each client sent is kept, under `updates/` in the run's directory."""
 

@@ -38,7 +38,7 @@ def methods(
     if name is None:
         known = reference.listed("method")
         if as_json:
-            _print_json([asdict(method) for method in known])
+            _print_json([{**asdict(m), "abilities": reference.abilities_of(m.name)} for m in known])
             return
         rows = [(method.name, method.summary, method.reference) for method in known]
         console.table("", ["method", "what it does", "paper"], rows, numbers=False)
@@ -47,15 +47,20 @@ def methods(
     method = reference.about("method", name)
     description = reference.description("method", name)
     own, shared = reference.plugin_options("method", name)
+    able = reference.abilities_of(name)
     if as_json:
         options = {"own_options": _plain(own), "shared_options": _plain(shared)}
-        _print_json({**asdict(method), "description": description, **options})
+        _print_json({**asdict(method), "abilities": able, "description": description, **options})
         return
     console.paragraphs(f"{name}: {method.summary}")
     if method.reference:
         console.paragraphs(f"paper: {method.reference}")
     console.out.print()
     console.paragraphs(description)
+    for answer, words in {True: "yes", False: "no"}.items():
+        if found := [title for title, given in able.items() if given is answer]:
+            console.out.print()
+            console.paragraphs(f"{words}, by default: {', '.join(found)}")
     for title, group in {"its own": own, "shared with other methods": shared}.items():
         if group:
             console.out.print(f"\nOptions, {title}:")

@@ -33,7 +33,19 @@ from hedgerow.wire import Entry
 class LocalFleet:
     """All clients of a run, in this process."""
 
-    def __init__(self, experiment: Experiment, prepared: Prepared, directory: RunDirectory) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        prepared: Prepared,
+        directory: RunDirectory,
+        say: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        """Have nobody train yet.
+
+        Args:
+            say: told what a client says in its own log alone.
+        """
+        self._say = say
         self._experiment, self._prepared, self._directory = experiment, prepared, directory
         self._model = prepared.model
         self._seeds = Seeds(experiment.federation.seed)
@@ -61,7 +73,7 @@ class LocalFleet:
                 answer = self._secure_of(client).answer(letter, round, parent)
                 yield ClientResult(client, answer=answer)
             except ClientFailed as error:
-                yield ClientResult(client, failure=str(error))
+                yield self._failed(client, round, error)
 
     def train(
         self,
@@ -83,7 +95,14 @@ class LocalFleet:
                 letter = None if letters is None else letters[client.name]
                 yield self._trained(client_round, examples, parent, clock, letter)
             except ClientFailed as error:
-                yield ClientResult(client, failure=str(error))
+                yield self._failed(client, round, error)
+
+    def _failed(self, client: Client, round: int, error: ClientFailed) -> ClientResult:
+        """Result of a client without an update, which says no more of it than it may."""
+        said = self._experiment.says.sentence(error)
+        if said != str(error):
+            self._say(f"{client.name}: round {round}: {error}")
+        return ClientResult(client, failure=said)
 
     def _trained(
         self,
@@ -119,7 +138,12 @@ class LocalFleet:
             directory = self._directory
             key_file, folder = directory.path / PRIVACY_KEY, directory.client_folder(client.name)
             self._privacy[client.name] = example_level(
-                self._experiment, client, directory.ledger, key_file, folder
+                self._experiment,
+                client.name,
+                len(self._prepared.shards[client.name]),
+                directory.ledger,
+                key_file,
+                folder,
             )
         return self._privacy[client.name]
 
@@ -185,4 +209,5 @@ def run(
         expected = experiment.expected(directory.ledger.trained)
         directory.ledger.replay(experiment.method, prepared.model, expected=expected)
         with tracking.tracked(experiment, directory, watcher) as tracked:
-            federation.run(experiment, fleet(experiment, prepared, directory), directory, tracked)
+            everybody = fleet(experiment, prepared, directory, say)
+            federation.run(experiment, everybody, directory, tracked)

@@ -19,8 +19,10 @@ from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.experiment import yaml
 from hedgerow.experiment.mistakes import (
+    check_says,
     check_secure,
     method_of,
+    says_of,
     with_kept,
     with_optimizer,
     with_privacy,
@@ -37,6 +39,7 @@ from hedgerow.settings import (
     FederationSettings,
     ModelSettings,
     PrivacySettings,
+    SaysSettings,
     Section,
     TrackingSettings,
     TrainingSettings,
@@ -110,6 +113,11 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _withheld_is_withheld(self) -> Experiment:
+        check_says(self.method, self.training, self.federation, self.privacy)
+        return self
+
+    @model_validator(mode="after")
     def _privacy_holds_for_all_rows(self) -> Experiment:
         if self.privacy is not None and self.data.client_test is not None:
             raise ValueError(
@@ -117,6 +125,11 @@ class Experiment(Section):
                 "noise, whatever `privacy` promises: leave it out, and give `data.test`"
             )
         return self
+
+    @property
+    def says(self) -> SaysSettings:
+        """What clients say beside their updates, in which nothing is null."""
+        return says_of(self.federation, self.privacy)
 
     def deciding(self) -> dict[str, Any]:
         """What the entries of a run depend on as it is said, by section, in one form each.
@@ -138,7 +151,10 @@ class Experiment(Section):
             "audit": None if self.audit is None else self.audit.model_dump(mode="json"),
             "method": self.method.model_dump(mode="json"),
             "training": training,
-            "federation": self.federation.model_dump(include=set(FederationSettings.decide)),
+            "federation": {
+                **self.federation.model_dump(include=set(FederationSettings.decide)),
+                "says": self.says.model_dump(include=set(SaysSettings.decide)),
+            },
         }
 
     def expected(self, shapes: Mapping[str, Sequence[int]]) -> Expected:
@@ -147,7 +163,8 @@ class Experiment(Section):
         Args:
             shapes: of what clients train (`Method.trained_shapes`).
         """
-        return Expected(Seeds(self.federation.seed), shapes, self.training)
+        silent = self.privacy is None and not self.says.losses
+        return Expected(Seeds(self.federation.seed), shapes, self.training, silent)
 
     def dump(self, include: set[str] | None = None) -> str:
         """Experiment (or some of its sections) as YAML, with every default written out."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -11,6 +10,13 @@ from pydantic import BaseModel, ValidationError
 from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.methods import METHODS
+from hedgerow.methods.abilities import (
+    able,
+    adds_unseen,
+    hides_clients,
+    hides_examples,
+    takes_given_weights,
+)
 from hedgerow.methods.base import Method
 from hedgerow.sentences import sentence
 from hedgerow.settings import (
@@ -18,6 +24,7 @@ from hedgerow.settings import (
     EvaluationSettings,
     FederationSettings,
     PrivacySettings,
+    SaysSettings,
     TrainingSettings,
 )
 from hedgerow.training.optimizers import SHORTHANDS, chosen, optimizer_of
@@ -109,18 +116,18 @@ def with_privacy(method: Method, privacy: PrivacySettings) -> Method:
         UserError: it cannot promise that.
     """
     if privacy.level == "example":
-        if not _hides_examples(method):
+        if not hides_examples(method):
             raise UserError(
                 f"privacy.level example: clients of {method.name} with these options tell of their "
                 "examples otherwise than by first-order steps, whose gradients noise could hide "
-                f"them in: with its defaults, take one of {_able(_hides_examples)}"
+                f"them in: with its defaults, take one of {able(hides_examples)}"
             )
         return method
-    if not _hides_clients(method):
+    if not hides_clients(method):
         raise UserError(
             f"privacy.level client: an entry of {method.name} with these options is made from more "
             f"than the sum of its clients' updates, on which noise could hide one of them: take "
-            f"one of {_able(_hides_clients)}"
+            f"one of {able(hides_clients)}"
         )
     return method.made_private()
 
@@ -147,15 +154,15 @@ def with_weights(method: Method, weights: str | None, largest_share: float | Non
             f"{key}: under privacy.level client all clients weigh the same, and the server sees "
             "no more than it needs for that: leave it out"
         )
-    if weights in COORDINATE_WISE and not _hides_clients(method):
+    if weights in COORDINATE_WISE and not hides_clients(method):
         raise UserError(
             f"federation.weights {weights}: updates of {method.name} with these options have no "
-            f"coordinates in common: take another rule, or one of {_able(_hides_clients)}"
+            f"coordinates in common: take another rule, or one of {able(hides_clients)}"
         )
-    if not _can_be_weighed(method):
+    if not takes_given_weights(method):
         raise UserError(
             f"federation.weights: updates of {method.name} with these options cannot be compared "
-            f"or weighed: leave it out, or take one of {_able(_can_be_weighed)}"
+            f"or weighed: leave it out, or take one of {able(takes_given_weights)}"
         )
     return method.made_weighed()
 
@@ -164,11 +171,11 @@ def check_secure(method: Method, federation: FederationSettings) -> None:
     """Raise a `UserError` where a method's updates cannot be summed unseen, as is asked for."""
     if federation.secure is None:
         return
-    if not method.communicates or not _hides_clients(method):
+    if not adds_unseen(method):
         raise UserError(
             f"federation.secure: an entry of {method.name} with these options is made from more "
             "than the sum of its clients' updates, which is all that the server would see: leave "
-            f"it out, or take one of {_able(_hides_clients)}"
+            f"it out, or take one of {able(adds_unseen)}"
         )
     if method.is_private:
         raise UserError(
@@ -177,24 +184,43 @@ def check_secure(method: Method, federation: FederationSettings) -> None:
         )
 
 
-def _hides_examples(method: Method) -> bool:
-    return method.learns_by_steps
+def says_of(federation: FederationSettings, privacy: PrivacySettings | None) -> SaysSettings:
+    """What clients say beside their updates, with what `privacy` makes of null."""
+    says, level = federation.says, None if privacy is None else privacy.level
+    asked = says.model_dump(exclude_none=True)
+    by_default = {
+        "losses": privacy is None,
+        "examples": "withheld" if level == "client" else "exact",
+        "failures": "kind" if level == "example" else "full",
+    }
+    return SaysSettings(**(by_default | asked))
 
 
-def _hides_clients(method: Method) -> bool:
-    return method.linear and not method.pools_data
-
-
-def _can_be_weighed(method: Method) -> bool:
-    return method.weighable and not method.pools_data
-
-
-def _able(hides: Callable[[Method], bool]) -> str:
-    """Names of the methods that with their defaults may promise something."""
-    names = []
-    for name, kind in METHODS.items():
-        # A plug-in may have an option without a default.
-        with suppress(UserError, ValidationError):
-            if hides(kind.model_validate({})):
-                names.append(name)
-    return ", ".join(names)
+def check_says(
+    method: Method,
+    training: TrainingSettings,
+    federation: FederationSettings,
+    privacy: PrivacySettings | None,
+) -> None:
+    """Raise a `UserError` where what is to be withheld would be said all the same, or needed."""
+    says = says_of(federation, privacy)
+    if says.losses and privacy is not None:
+        raise UserError(
+            "federation.says.losses: a training loss would leave a client without noise, whatever "
+            "`privacy` promises: leave it out"
+        )
+    if not says.losses and method.states_losses:
+        raise UserError(
+            f"federation.says.losses: updates of {method.name} with these options state losses, "
+            "which its weights need: leave it out, or give other weights (method.scaling)"
+        )
+    if federation.says.examples == "withheld" and federation.weights == "size":
+        raise UserError(
+            "federation.says.examples: weights by size need numbers of examples: give "
+            "federation.weights: uniform, or leave it out"
+        )
+    if says.examples != "exact" and training.epochs is not None and method.tells_steps:
+        raise UserError(
+            f"federation.says.examples: with training.epochs, an update of {method.name} tells by "
+            "its number of steps how many examples there are: give training.steps instead"
+        )

@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
@@ -26,6 +26,7 @@ from hedgerow.errors import UserError, did_you_mean
 from hedgerow.evaluation.metrics import METRICS
 from hedgerow.experiment.definition import Experiment
 from hedgerow.methods import METHODS
+from hedgerow.methods.abilities import ABILITIES, abilities
 from hedgerow.methods.parts.codec import CODECS
 from hedgerow.methods.parts.server_optimizers import SERVER_OPTIMIZERS
 from hedgerow.plugins import Plugin, Registry
@@ -172,6 +173,19 @@ def plugin_options(place: str, name: str) -> tuple[list[Option], list[Option]]:
         first = option.key.removeprefix(f"{place}.").partition(".")[0]
         (shared if first in inherited else own).append(option)
     return own, shared
+
+
+def abilities_of(name: str) -> dict[str, bool | None]:
+    """What a method allows with its default options, by the titles of `ABILITIES`.
+
+    None: the question does not arise. Empty where an option has no default, or where the method
+    cannot be imported.
+    """
+    try:
+        found = abilities(METHODS.find(name, "method.name").model_validate({}))
+    except (UserError, ValidationError):
+        return {}
+    return {ABILITIES[key].title: answer for key, answer in found.items()}
 
 
 def first_sentence(text: str) -> str:

@@ -59,7 +59,8 @@ class Inbox:
         self._notes: dict[str, str] = {}
         self._losses: dict[str, float | None] = {}
         self._level = None if experiment.privacy is None else experiment.privacy.level
-        self._says_loss = self._level is None
+        self._says = experiment.says
+        self._says_loss = self._says.losses is True
         self._needed = self._settings.min_clients
         # Of those who are away in a round, too: what they have spent is not less.
         self._epsilon = 0.0 if previous is None else previous.metrics.get("epsilon", 0.0)
@@ -122,7 +123,7 @@ class Inbox:
 
     @property
     def losses(self) -> dict[str, float | None]:
-        """Training loss of each client that has answered, in their order; None in private runs."""
+        """Training loss of each client that has answered, in their order; None where none is."""
         names = (client.name for client in self.clients)
         return {name: self._losses[name] for name in names if name in self._losses}
 
@@ -181,10 +182,11 @@ class Inbox:
             spent = self._privacy.account_for(entry.round, entry.parent, digest, losses)
             clip = None if self._private is None else self._private.next_clip
             return replace(entry, metrics={"epsilon": spent} | ({"clip": clip} if clip else {}))
-        if self._level is None:
-            learnt = {"train_loss": self._mean_loss(present)}
-        else:
+        learnt = {}
+        if self._level is not None:
             learnt = {"epsilon": self._epsilon}
+        elif self._says.losses:
+            learnt = {"train_loss": self._mean_loss(present)}
         return replace(entry, metrics={**learnt, "bytes_up": self._bytes, **aggregate.metrics})
 
     def _mean_loss(self, present: Sequence[Client]) -> float:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hedgerow.data import Tokenized
     from hedgerow.experiment import Experiment
     from hedgerow.ledger import Ledger
-    from hedgerow.methods.base import Client, ClientRound
+    from hedgerow.methods.base import ClientRound
     from hedgerow.model import Model
 
 
@@ -98,7 +98,7 @@ def _trained(
                 client=client.name,
                 parent=parent,
                 num_examples=client.num_examples,
-                train_loss=trained.loss if experiment.privacy is None else None,
+                train_loss=trained.loss if experiment.says.losses else None,
                 tensors=tensors,
                 about=about,
             )
@@ -107,11 +107,13 @@ def _trained(
             if method.clients_remember or experiment.training.keep_optimizer:
                 client_round.save()
     except InvalidMessage as error:
-        raise ClientFailed(f"method {method.name} made what cannot be written: {error}") from None
-    except torch.OutOfMemoryError:
         raise ClientFailed(
-            "the device ran out of memory: a smaller training.batch_size may help"
+            f"method {method.name} made what cannot be written: {error}",
+            kind=f"method {method.name} made what cannot be written",
         ) from None
+    except torch.OutOfMemoryError:
+        text = "the device ran out of memory: a smaller training.batch_size may help"
+        raise ClientFailed(text, kind=text) from None
     finally:
         with clock("start"):
             model.release()
@@ -119,11 +121,18 @@ def _trained(
 
 
 def example_level(
-    experiment: Experiment, client: Client, ledger: Ledger, key_file: Path, folder: Path
+    experiment: Experiment,
+    client: str,
+    num_examples: int,
+    ledger: Ledger,
+    key_file: Path,
+    folder: Path,
 ) -> ExampleLevel | None:
     """Example-level privacy of a client; None where the experiment has another, or none.
 
     Args:
+        client: its name.
+        num_examples: number of its examples, whatever it says of it.
         ledger: the client's copy.
         key_file: file of the key that its noise derives from.
         folder: of what the client keeps for itself.
@@ -135,14 +144,14 @@ def example_level(
     if settings is None or settings.level != "example":
         return None
     rounds = [r for r in range(1, len(ledger) + 1) if ledger.has(r)]
-    known = [(r, ledger.parent(r)) for r in rounds if ledger.took_part(client.name, r)]
+    known = [(r, ledger.parent(r)) for r in rounds if ledger.took_part(client, r)]
     return ExampleLevel.of(
         settings,
         experiment.training,
         rounds=experiment.federation.rounds,
         trainings=experiment.method.trainings,
-        client=client.name,
-        num_examples=client.num_examples,
+        client=client,
+        num_examples=num_examples,
         key_file=key_file,
         log_file=folder / RELEASES,
         known=known,

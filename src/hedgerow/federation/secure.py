@@ -116,7 +116,8 @@ class SumOfRound:
             except ValueError as error:
                 raise ClientFailed(
                     f"its update {error} (federation.secure.largest): a larger one, or a lower "
-                    "training.learning_rate, may help"
+                    "training.learning_rate, may help",
+                    kind="its update holds a number above federation.secure.largest",
                 ) from None
         if self.says_loss:
             loss = min(update.train_loss or 0.0, LARGEST_LOSS)
@@ -211,8 +212,8 @@ class SecureClient:
                 self._note(ask, round, parent)
                 return party.unmasking(ask)
         except InvalidMessage as error:
-            raise ClientFailed(f"secure sum: {error}") from None
-        raise ClientFailed("secure sum: masked codes are made of an update")
+            raise _no_part(str(error)) from None
+        raise _no_part("masked codes are made of an update")
 
     def masked(self, update: Update, ask: AskMasked, server_round: ServerRound) -> Update:
         """An update's masked codes, in its place.
@@ -227,7 +228,7 @@ class SecureClient:
         """
         most = ask.most_examples
         if update.num_examples > most:
-            raise ClientFailed(f"secure sum: it has more than {most} examples, and cannot weigh 1")
+            raise _no_part(f"it has more than {most} examples, and cannot weigh 1")
         codes = dict(sorted(self.sum_of.encode(update, server_round, most).items()))
         if self.sum_of.settings.masks:
             try:
@@ -236,7 +237,7 @@ class SecureClient:
                     raise InvalidMessage("weights must be those that shares were asked for with")
                 party.mask(ask, list(codes.values()))
             except InvalidMessage as error:
-                raise ClientFailed(f"secure sum: {error}") from None
+                raise _no_part(str(error)) from None
         return with_codes(update, codes)
 
     def _started(self, round: int, parent: str) -> Party:
@@ -271,6 +272,10 @@ class SecureClient:
             )
 
 
+def _no_part(why: str) -> ClientFailed:
+    return ClientFailed(f"secure sum: {why}", kind="it has no part in the secure sum")
+
+
 def sum_of_round(experiment: Experiment, clients: Callable[[], int]) -> SumOfRound | None:
     """What the sums of an experiment's rounds are of; None where they are not secure.
 
@@ -286,7 +291,7 @@ def sum_of_round(experiment: Experiment, clients: Callable[[], int]) -> SumOfRou
         settings=federation.secure,
         method=experiment.method,
         asked=min(count, federation.clients_per_round or count),
-        says_loss=experiment.privacy is None,
+        says_loss=experiment.says.losses is True,
     )
 
 

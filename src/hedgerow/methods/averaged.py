@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import model_validator
 
 from hedgerow.methods.composed import Composed, Parts
@@ -15,6 +17,8 @@ from hedgerow.methods.parts.uplink import Uplink
 
 class AveragedWeights(Composed):
     """All parameters; codecs, error feedback and a server optimiser are options."""
+
+    compresses_broadcast: ClassVar[bool] = True
 
     up: ChosenCodec = None
     """Codec of updates: `bits`, `top_k`, or one with options, as {name: top_k, k: 64}; with null,

@@ -44,7 +44,8 @@ class Client:
     """Its place in the experiment's list of clients (0, 1, …)."""
     name: str
     num_examples: int
-    """|D_k|, which its weight in an aggregate is proportional to."""
+    """|D_k| as the client says it (`federation.says`), which its weight in an aggregate is
+    proportional to."""
 
 
 class Memory(Protocol):
@@ -101,6 +102,8 @@ class Expected:
     shapes: Mapping[str, Sequence[int]]
     """Shapes of what clients train (`Method.trained_shapes`), as the ledger has them."""
     training: TrainingSettings
+    silent: bool = False
+    """Whether entries may have neither a training loss nor what privacy has cost."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,10 @@ class Method(Plugin, ABC):
     `aggregation_error` that a round's metrics state; `hedgerow.testing.check_method` checks it."""
     trainings: ClassVar[int] = 1
     """Number of times that a client trains in a round, which example-level privacy pays for."""
+    compresses_broadcast: ClassVar[bool] = False
+    """Whether the broadcast is smaller than what is trained, or an option makes it so."""
+    tells_steps: ClassVar[bool] = False
+    """Whether an update tells how many local steps it is of."""
     entries_accumulate: ClassVar[bool] = True
     """Whether a client that was away needs every entry that it missed, or only the last."""
 
@@ -262,6 +269,21 @@ class Method(Plugin, ABC):
     def is_mean(self) -> bool:
         """Whether it `averages` with these options, too: a codec, say, may prevent it."""
         return self.averages
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it `is_mean` without any `aggregation_error`, but for rounding."""
+        return self.is_mean
+
+    @property
+    def takes_different_ranks(self) -> bool | None:
+        """Whether clients' adapters may have different ranks; None: there are no adapters."""
+        return None
+
+    @property
+    def states_losses(self) -> bool:
+        """Whether updates state losses of the client's examples, beside its training loss."""
+        return False
 
     @property
     def linear(self) -> bool:
@@ -535,13 +557,14 @@ def check_fits(
     method.check_entry(entry, shapes)
     if expected is None:
         return
-    if not entry.metrics.keys() & _REQUIRED:
+    if not expected.silent and not entry.metrics.keys() & _REQUIRED:
         raise InvalidMessage("metrics must have train_loss, or epsilon in a private run")
     method.check_derived(entry, expected)
 
 
 _REQUIRED = {"train_loss", "epsilon"}
-"""Metrics of which every entry has one; where losses are private it has what privacy has cost."""
+"""Metrics of which every entry has one, unless losses are withheld: where they are private it has
+what privacy has cost."""
 
 
 def check_fixed_weights(participants: Sequence[Participant]) -> None:

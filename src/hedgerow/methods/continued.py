@@ -57,6 +57,11 @@ class AveragedAdapter(LoraMethod):
 
     entries_accumulate: ClassVar[bool] = False
 
+    @property
+    def is_exact(self) -> bool:
+        """No: the product of averages is not the average of products."""
+        return False
+
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """Attach the global adapter; in round 1 one that the run's seed draws for everybody."""
         return attach_global(model, self, self.rank(client_round.client), client_round.seeds)
@@ -126,6 +131,11 @@ class ContinuedAdapter(AveragedAdapter):
     def linear(self) -> bool:
         """Yes: the server averages what clients have changed of the factors."""
         return True
+
+    @property
+    def takes_different_ranks(self) -> bool | None:
+        """Whether they may be, and no server optimiser steps along factors of one shape."""
+        return super().takes_different_ranks and self.server is None
 
     @property
     def is_mean(self) -> bool:

@@ -66,6 +66,7 @@ class Ferret(CoordinateOptions, LoraOptions, Composed):
     name: str = "ferret"
     summary: ClassVar[str] = "all parameters trained, sent as coordinates on shared random bases"
     reference: ClassVar[str] = "Ferret, arXiv 2409.06277"
+    compresses_broadcast: ClassVar[bool] = True
 
     over: Literal["full", "lora"] = "full"
     """Parameters that are trained and sketched: `full`, all of the model's, or `lora`, those of one
@@ -127,6 +128,11 @@ class Ferret(CoordinateOptions, LoraOptions, Composed):
         if coordinates == "random":
             return {**lora, "coordinates: largest": cls.OF_LARGEST}
         return {**lora, "coordinates: random": cls.OF_RANDOM}
+
+    @property
+    def takes_different_ranks(self) -> bool | None:
+        """No, over an adapter; else there is none."""
+        return False if self.over == "lora" else None
 
     @property
     def keeps_optimizer(self) -> bool | None:

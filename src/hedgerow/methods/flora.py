@@ -67,6 +67,7 @@ class FLoRA(StackedAdapters, ResidualAdapter):
     bounded_by: ClassVar[str] = (
         "bound the broadcast, with `compress: true` or `compress: {rank: 24}`"
     )
+    compresses_broadcast: ClassVar[bool] = True
 
     restart: Literal["warm", "own", "shared", "zero"] = "warm"
     """Start of the adapters in a round. `zero`: anew, as in the paper; `own`: the client's own A

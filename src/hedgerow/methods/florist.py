@@ -41,6 +41,7 @@ class FLoRIST(StackedAdapters, ResidualAdapter):
     summary: ClassVar[str] = "LoRA of different ranks, stacked and cut by a threshold on the energy"
     reference: ClassVar[str] = "FLoRIST, arXiv 2506.09199"
     renews: ClassVar[bool] = True
+    compresses_broadcast: ClassVar[bool] = True
 
     threshold: float = Field(0.9, gt=0, le=1)
     """Share of the squared singular values of each matrix that is kept."""

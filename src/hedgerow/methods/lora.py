@@ -146,6 +146,11 @@ class LoraMethod(LoraOptions, Method):
     same_rank: ClassVar[bool] = False
     """The method needs one rank for all clients."""
 
+    @property
+    def takes_different_ranks(self) -> bool | None:
+        """Whether each client may have its own; nothing, where one participant has all data."""
+        return None if self.pools_data else not self.same_rank
+
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
         """Check that ranks fit the clients and the matrices, and that the modules are there."""
         self.check_adapter(

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 class OnePart(ContinuedAdapter):
     """One global adapter, of which clients train a part, and send it alone."""
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the parts' average is what is applied: the rest is the same for all."""
+        return self.is_mean
+
     def check_factors(self, client: Client, update: Update, expected: Expected) -> None:
         """Check the client's rank and scale, and for the trained part of each module."""
         rank = self.rank(client)

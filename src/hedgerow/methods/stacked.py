@@ -109,6 +109,17 @@ class StackedAdapters(LoraMethod):
         return super().is_mean and self.server is None
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the sums are broadcast whole, of factors that were sent as they are."""
+        parts = self.parts
+        return self.is_mean and parts.broadcast.is_whole and parts.up.is_plain
+
+    @property
+    def states_losses(self) -> bool:
+        """Whether weights ask for some."""
+        return self.parts.weigh.reads_examples
+
+    @property
     def server_remembers(self) -> bool:
         """Whether it owes what it has left out, or has a momentum."""
         return self.parts.broadcast.owes or (self.server is not None and bool(self.server.slots))

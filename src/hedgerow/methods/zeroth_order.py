@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -49,6 +49,9 @@ class ZerothOrderMethod(Method):
 
     A good learning rate is smaller than a first-order one by orders of magnitude.
     """
+
+    compresses_broadcast: ClassVar[bool] = True
+    tells_steps: ClassVar[bool] = True
 
     epsilon: float = Field(1e-3, gt=0)
     """Distance from the weights at which the two losses of a step are measured, ε, in multiples of

@@ -191,7 +191,8 @@ class ExampleLevel:
         if budget is not None and self._spent(count + 1) > budget:
             raise ClientFailed(
                 f"its privacy budget is spent: after {count} rounds, with epsilon "
-                f"{self.epsilon():.4g}, another would exceed privacy.epsilon {budget:g}"
+                f"{self.epsilon():.4g}, another would exceed privacy.epsilon {budget:g}",
+                kind="its privacy budget is spent",
             )
 
     def epsilon(self) -> float:

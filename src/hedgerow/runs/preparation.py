@@ -113,7 +113,7 @@ def prepare(
     check_fits(experiment, model, len(data.names))
     shards, left_out = _tokenized(data)
     clients = [
-        Client(index, name, len(shards[name]))
+        Client(index, name, experiment.says.count(len(shards[name])))
         for index, name in enumerate(data.names)
         if name in shards
     ]
@@ -124,12 +124,14 @@ def prepare(
     notes += untested
     if experiment.method.pools_data:
         shards = {"pooled": Tokenized.concatenate(list(shards.values()))}
-        clients = [Client(0, name, len(shard)) for name, shard in shards.items()]
+        clients = [
+            Client(0, name, experiment.says.count(len(shard))) for name, shard in shards.items()
+        ]
     else:
         _check_counts(experiment, len(data.names), len(clients))
         check_trusted(experiment, list(shards))
-    for client in clients:
-        check_privacy(experiment, client.name, client.num_examples)
+    for name, shard in shards.items():
+        check_privacy(experiment, name, len(shard))
     test = None
     if experiment.data.test is not None:
         test = load_test(experiment.data, experiment.evaluation, model, held.test)

@@ -81,7 +81,9 @@ class Scorer:
             }
             found = by_model(scored, settings.metrics)
         own = score_clients(models, self._model, self._tests, settings, progress)
-        return found | over_clients(own, settings.metrics)
+        count = self._experiment.says.count
+        said = {name: each._replace(rows=count(each.rows)) for name, each in own.items()}
+        return found | over_clients(said, settings.metrics)
 
 
 def score_clients(

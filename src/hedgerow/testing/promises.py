@@ -119,6 +119,10 @@ def check_mean(round: Round) -> None:
         "(`aggregation_error`); a method that does something else says "
         "`averages: ClassVar[bool] = False`"
     )
+    assert not method.is_exact or error <= EXACT, (
+        f"the method says that it `is_exact`, and the global model is off by {error:.3g} of the "
+        "clients' mean change"
+    )
 
 
 def check_runs(bench: Bench) -> None:

@@ -105,6 +105,7 @@ class FlowerFleet:
         self._grid, self._method, self._ledger = grid, experiment.method, ledger
         self._settings, self._names = experiment.federation, list(names)
         self._metrics = experiment.evaluation.metrics
+        self._is_told = experiment.says.examples != "withheld"
         self._has_tests = experiment.data.client_test is not None
         self._date = experiment.data.template.date
         self._run, self._folder, self._keys = run, folder, keys
@@ -213,7 +214,8 @@ class FlowerFleet:
         self._members[name] = Member(node, client, self._rounds_held(reply.held))
         key = self._keys.remember(name, about)
         by_key = "" if key is None else f", by the key {key}"
-        self._say(f"{name} joined, with {client.num_examples:,} examples{by_key}")
+        with_examples = f", with {client.num_examples:,} examples" if self._is_told else ""
+        self._say(f"{name} joined{with_examples}{by_key}")
 
     def _keeps(self, member: Member, nodes: dict[int, Any], rival: Any) -> bool:
         """Whether a member is connected, by no lesser right than a SuperNode of the same name."""

@@ -193,7 +193,7 @@ class Site:
         except InvalidMessage as error:
             raise Refused(f"the server sent an entry that it does not accept: {error}") from None
         held = Held(round=len(ledger), head=ledger.head)
-        reply = Reply(name=name, num_examples=len(examples), held=held)
+        reply = Reply(name=name, num_examples=self._client(name).num_examples, held=held)
         if request.score and complete:
             return reply.model_copy(update={"scores": self._own_scores(name, ledger)}), None
         secure, letter = self._secure_of(name), request.secure
@@ -213,7 +213,8 @@ class Site:
                 return reply.model_copy(update={"secure": answer}), None
         except ClientFailed as error:
             _say(name, f"round {len(ledger) + 1}: {error}")
-            return reply.model_copy(update={"failure": str(error)}), None
+            said = self._experiment.says.sentence(error)
+            return reply.model_copy(update={"failure": said}), None
         return reply.model_copy(update={"files": [info(update)]}), update
 
     def _begin(self, run: str, date: datetime.date | None) -> None:
@@ -273,6 +274,11 @@ class Site:
                 file.write(examples.digest().encode())
             self._examples[name] = examples
         return self._examples[name]
+
+    def _client(self, name: str) -> Client:
+        """A client, whose examples have been read, as the server knows it."""
+        count = self._experiment.says.count(len(self._examples[name]))
+        return Client(self._app.clients.index(name), name, count)
 
     def _read_settings(self, model: Model) -> ClientData:
         """The clients' data, which are read later; says what a run does of its model."""
@@ -356,7 +362,7 @@ class Site:
             return path
         _say(name, f"round {round}: training")
         model = self._advanced(ledger)
-        client = Client(self._app.clients.index(name), name, len(examples))
+        client = self._client(name)
         counts = partial(ledger.took_part, name)
         memory = RoundMemory(self._memories / name, round, counts, ledger.parent)
         self._check_memory(name, ledger, memory)
@@ -364,7 +370,9 @@ class Site:
             client, round, self._seeds, self._experiment.training, memory, ledger.read
         )
         own = self._memories / name
-        privacy = example_level(self._experiment, client, ledger, own / PRIVACY_KEY, own)
+        privacy = example_level(
+            self._experiment, name, len(examples), ledger, own / PRIVACY_KEY, own
+        )
         update = train_client(
             self._experiment, model, examples, client_round, parent, Clock(), privacy
         )
@@ -393,8 +401,7 @@ class Site:
         """The masked codes of an update, in a file beside it."""
         if not isinstance(letter, AskMasked):
             raise Refused("the server asks otherwise than federation.secure says")
-        client = Client(self._app.clients.index(name), name, len(self._examples[name]))
-        known = as_known(client, ledger, self._experiment.expected(self._shapes))
+        known = as_known(self._client(name), ledger, self._experiment.expected(self._shapes))
         masked = secure.masked(Update.read(update), letter, known)
         path = update.with_name(f"masked-{update.name}")
         with replacing(path) as file:
@@ -413,7 +420,10 @@ class Site:
         if memory.lacks(last):
             what = f"what it kept of round {last} is not there any more"
             if not method.clients_may_forget:
-                raise ClientFailed(f"{what}, without which {method.name} would go wrong")
+                raise ClientFailed(
+                    f"{what}, without which {method.name} would go wrong",
+                    kind="what it kept of its last round is not there any more",
+                )
             _say(name, f"round {len(ledger) + 1}: {what}, so that it begins anew without it")
 
     def _own_scores(self, name: str, ledger: Ledger) -> OwnScores | None:
@@ -427,7 +437,7 @@ class Site:
         finite = {key: value for key, value in found.values.items() if abs(value) <= LARGEST_SENT}
         shown = ", ".join(f"{key} {value:.4g}" for key, value in finite.items())
         _say(name, f"round {len(ledger)}: {found.rows} test rows: {shown or 'no finite score'}")
-        return OwnScores(rows=found.rows, values=finite)
+        return OwnScores(rows=self._experiment.says.count(found.rows), values=finite)
 
     def _test_of(self, name: str) -> TestSet | None:
         if name not in self._tests:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class Broadcast(ABC):
     """How an entry is made of the sums."""
 
+    is_whole: bool = False
+    """Whether nothing is left out."""
     owes: bool = False
     """Whether what is left out is owed, and sent later."""
     bound: int | None = None
@@ -52,15 +54,15 @@ class Whole(Broadcast):
     """Nothing is lost; or what is cut of each matrix is, and `aggregation_error` tells it."""
 
     def __init__(
-        self, cut: Callable[[Sum], Factors] = lambda each: each.exact, bound: int | None = None
+        self, cut: Callable[[Sum], Factors] | None = None, bound: int | None = None
     ) -> None:
         """Cut each matrix by itself.
 
         Args:
-            cut: makes the broadcast of a sum that has no averages.
+            cut: makes the broadcast of a sum that has no averages; None leaves it as it is.
             bound: largest rank that it leaves, if there is one.
         """
-        self._cut, self.bound = cut, bound
+        self._cut, self.bound, self.is_whole = cut, bound, cut is None
 
     def make(
         self, sums: Sums, owed: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
@@ -73,7 +75,7 @@ class Whole(Broadcast):
             for module, each in sums:
                 exact = each.exact
                 if each.average is None:
-                    residuals[module] = self._cut(each).float()
+                    residuals[module] = (self._cut(each) if self._cut else exact).float()
                     yield residuals[module], exact
                     continue
                 starts[module] = each.average.float()

@@ -42,6 +42,11 @@ class FactorBits:
         self._bits = bits
 
     @property
+    def is_plain(self) -> bool:
+        """Whether factors are sent as they are."""
+        return self._bits == 32
+
+    @property
     def statements(self) -> list[Statement]:
         """What updates state of their rounding, where there is some."""
         return [ROUNDING_ERROR] if self._bits < 32 else []
