@@ -330,21 +330,36 @@ def test_a_round_that_is_made_again_counts_once_and_another_counts(tmp_path):
 
 def test_what_is_said_once_more_costs_nothing_and_anything_else_does(tmp_path):
     """As on another processor, whose sums have other bits and so other noise."""
-    privacy = level(tmp_path, noise_multiplier=None, epsilon=2.0)
+    privacy = level(tmp_path, epsilon=2.5)
     for _ in range(2):
         privacy.begin(1, "a")
         privacy.account_for(1, "a", "update")
     assert privacy.log.count("north") == 1
-    again = level(tmp_path, noise_multiplier=None, epsilon=2.0, known=[(1, "a")])
+    again = level(tmp_path, epsilon=2.5, known=[(1, "a")])
     again.begin(1, "a")
     again.account_for(1, "a", "another update")
     again.account_for(1, "a", "update")
     assert again.log.count("north") == 2
-    assert again.epsilon() == pytest.approx(by_hand(10, 0.04, noise=again.release.noise_multiplier))
-    again.account_for(1, "a", "a third")
-    with pytest.raises(ClientFailed, match=r"its privacy budget is spent: after 3 rounds"):
-        again.account_for(1, "a", "a fourth")
-    assert level(tmp_path, noise_multiplier=None, epsilon=2.0).log.count("north") == 3
+    with pytest.raises(ClientFailed, match=r"its privacy budget is spent: after 2 rounds"):
+        again.account_for(1, "a", "a third")
+    assert level(tmp_path, epsilon=2.5).log.count("north") == 2
+
+
+def test_releases_of_one_round_have_the_same_samples_and_cost_more_than_two_rounds(tmp_path):
+    """Each step's two sums are one mechanism with half the variance, amplified by sampling once."""
+    privacy = level(tmp_path)
+    samples = [list(privacy.begin(1, "a").sampled(100, step)) for step in range(5)]
+    assert [list(privacy.begin(1, "a").sampled(100, step)) for step in range(5)] == samples
+    for sha256 in ("update", "another update"):
+        privacy.account_for(1, "a", sha256)
+    expected = by_hand(5, 0.04, noise=1 / math.sqrt(2))
+    assert privacy.epsilon() == pytest.approx(expected)
+    assert expected > 2 * by_hand(10, 0.04)
+    privacy.begin(2, "b")
+    account = rdp.RdpAccountant()
+    for steps, noise in ((5, 1 / math.sqrt(2)), (5, 1.0)):
+        account.compose(PoissonSampledDpEvent(0.04, GaussianDpEvent(noise)), steps)
+    assert privacy.epsilon() == pytest.approx(account.get_epsilon(1e-3))
 
 
 @pytest.mark.parametrize("damage", [None, b"[[1", b"[1]", b'[["x", 3]]', b"[]"])
@@ -522,7 +537,7 @@ def test_a_round_made_again_with_other_bits_counts_again(experiment, tmp_path, m
     monkeypatch.setattr(NoiseKey, "beside", beside)
     made = hr.run(path, **options, resume=True)
     if level["level"] == "example":
-        expected = by_hand(4, 4 / 5)
+        expected = by_hand(2, 4 / 5, noise=1 / math.sqrt(2))
     else:
         account = rdp.RdpAccountant()
         account.compose(GaussianDpEvent(1.0), 2)

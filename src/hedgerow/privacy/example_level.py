@@ -3,12 +3,16 @@
 Of two neighbours, one has a row of a client's data where the other has none, so that one row
 changes a step's sum by at most C; who takes part in a step is drawn in secret, each row with
 probability q. So a round is so many sampled Gaussian mechanisms, and whatever its update says costs
-nothing more.
+nothing more. A round that is made again with other bits has the same samples, and other noise: m
+releases of it are as many mechanisms with noise z/√m, which is more than m rounds cost.
+
 Each client has its own account, by its own number of rows, and the noise that this asks for.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -155,7 +159,7 @@ class ExampleLevel:
             ClientFailed: the round would spend more than the budget.
         """
         if not self.log.has(round, parent):
-            self._check_budget()
+            self._check_budget(round, parent)
             self.log.begin(round, parent, [self.client])
         return GaussianSteps(
             clip=self.settings.clip,
@@ -171,7 +175,7 @@ class ExampleLevel:
     def account_for(self, round: int, parent: str, sha256: str) -> None:
         """Account for what the client is about to say of a round that it began.
 
-        The same once more costs nothing; anything else has independent noise, and costs as much.
+        The same once more costs nothing; anything else has independent noise, and costs more.
 
         Args:
             round: from 1.
@@ -182,13 +186,15 @@ class ExampleLevel:
             ClientFailed: it would spend more than the budget, and must not be said.
         """
         if self.log.costs(round, parent, sha256):
-            self._check_budget()
+            self._check_budget(round, parent)
         self.log.add(round, parent, sha256, [self.client])
 
-    def _check_budget(self) -> None:
-        """Raise `ClientFailed` unless there is budget for one more release."""
-        budget, count = self.settings.epsilon, self.log.count(self.client)
-        if budget is not None and self._spent(count + 1) > budget:
+    def _check_budget(self, round: int, parent: str) -> None:
+        """Raise `ClientFailed` unless there is budget for one more release of a round."""
+        budget, releases = self.settings.epsilon, self.log.by_round(self.client)
+        count = releases.total()
+        releases[round, parent] += 1
+        if budget is not None and self._spent(releases) > budget:
             raise ClientFailed(
                 f"its privacy budget is spent: after {count} rounds, with epsilon "
                 f"{self.epsilon():.4g}, another would exceed privacy.epsilon {budget:g}",
@@ -197,19 +203,23 @@ class ExampleLevel:
 
     def epsilon(self) -> float:
         """Privacy loss ε of the rounds so far."""
-        return self._spent(self.log.count(self.client))
+        return self._spent(self.log.by_round(self.client))
 
-    def _spent(self, rounds: int) -> float:
-        times = Release(
-            self.release.noise_multiplier, self.release.sampling_rate, self.release.count * rounds
-        )
-        return _spent(times, self.settings.delta, self.settings.accountant)
+    def _spent(self, releases: Counter[tuple[int, str]]) -> float:
+        """Privacy loss ε of so many releases by round, those of one round with the same samples."""
+        rounds = sorted(Counter(releases.values()).items())
+        own = self.release
+        mechanisms = [
+            Release(own.noise_multiplier / math.sqrt(times), own.sampling_rate, own.count * count)
+            for times, count in rounds
+        ]
+        return _spent(tuple(mechanisms), self.settings.delta, self.settings.accountant)
 
 
 @cache
-def _spent(release: Release, delta: float, accountant: Accountant) -> float:
+def _spent(releases: tuple[Release, ...], delta: float, accountant: Accountant) -> float:
     """`spent`, which clients of one size ask for each."""
-    return spent([release], delta, accountant)
+    return spent(releases, delta, accountant)
 
 
 def check_example_level(

@@ -7,6 +7,7 @@ costs as much as any. Which of the two it was, only the hashes of what was hande
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -66,6 +67,10 @@ class ReleaseLog:
     def count(self, client: str) -> int:
         """Number of releases of a client's data, with one that was only begun."""
         return sum(client in line.clients for line in self._lines)
+
+    def by_round(self, client: str) -> Counter[tuple[int, str]]:
+        """Number of releases of a client's data by round and hash of the entry before."""
+        return Counter((line.round, line.parent) for line in self._lines if client in line.clients)
 
     @property
     def most(self) -> int:
