@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from markupsafe import escape
 from playwright.sync_api import Page, sync_playwright
 from support.experiments import write_experiment
 from support.runs import rows_of
@@ -453,3 +454,25 @@ def test_runs_can_be_hidden_and_marks_say_what_they_are(opened):
     assert failed.count() == 1
     assert NASTY in failed.get_attribute("aria-label")
     assert events == []
+
+
+def test_a_page_says_what_privacy_cost_and_who_was_weighed_otherwise(
+    hedgerow, experiment, tmp_path
+):
+    private = '{"level": "client", "clip": 0.5, "noise_multiplier": 1, "delta": 1e-3, "seed": 5}'
+    runs = {
+        "private": ["method=fedavg", f"privacy={private}"],
+        "robust": ["method={name: fedavg}", "federation.weights=krum"],
+    }
+    for name, arguments in runs.items():
+        assert hedgerow("run", experiment(), *arguments, "--out", tmp_path / name).code == 0
+    row = rows_of(tmp_path / "robust")[-1]["weighed_otherwise"]
+    client, reason = next(iter(row.items()))
+    for name, told in (("private", True), ("robust", False)):
+        page = tmp_path / f"{name}.html"
+        assert hedgerow("report", tmp_path / name, "--out", page).code == 0
+        html = page.read_text()
+        assert (">Privacy</h2>" in html) == told
+        assert ("Clients that were weighed otherwise" in html) != told
+        assert (f"<td>{escape(reason)}</td>" in html) != told
+        assert (f'<th scope="row">{client}</th>' in html) != told

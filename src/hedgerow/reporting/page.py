@@ -21,6 +21,7 @@ from hedgerow.reporting import by_client, charts, models, tables
 from hedgerow.reporting.audits import audits
 from hedgerow.reporting.gather import Series, gather, told
 from hedgerow.reporting.sections import drawn_scores, rounds_of, sections, standing_in
+from hedgerow.reporting.weights import weighed_otherwise
 from hedgerow.runs.changes import flat
 from hedgerow.runs.lender import Lender
 from hedgerow.settings import TextSettings
@@ -123,6 +124,7 @@ def render(
         ],
         sections=sections(series, inspection, rounds),
         numbers=_numbers(rounds, drawn),
+        weighed=weighed_otherwise(series),
         audit_title=TITLE,
         audits=audits(series),
         without_folders=lambda sentence: _without_folders(sentence, series),

@@ -26,6 +26,12 @@ NOISE = (
 )
 """The relative errors of an aggregate, in metrics.jsonl."""
 
+PRIVACY = (
+    Score("epsilon", label="ε spent", direction="lower"),
+    Score("clipped", label="share of updates that were cut", direction="lower"),
+)
+"""What rows of private runs have, in metrics.jsonl."""
+
 _MOST_CELLS = 1500
 """Of one chart of clients by rounds; beyond, they are counted by round."""
 _MOST_NAMES = 60
@@ -66,6 +72,7 @@ def sections(
         _by_category(series, names),
         _by_client(series, names),
         _noise(rounds, names),
+        _privacy(rounds, names),
         _spectra(series, inspection, names),
         _participation(series),
     ]
@@ -80,7 +87,7 @@ def measured_scores(series: Sequence[Series]) -> dict[str, Score]:
 
 def drawn_scores(series: Sequence[Series]) -> dict[str, Score]:
     """All that is drawn by round, by their keys, where it was measured."""
-    others = {score.key: score for score in (console.TRAINING, *NOISE)}
+    others = {score.key: score for score in (console.TRAINING, *NOISE, *PRIVACY)}
     return measured_scores(series) | others
 
 
@@ -225,6 +232,21 @@ def _noise(rounds: pd.DataFrame, names: list[str]) -> Section:
         f"{charts.LEAST:.0e} is drawn there."
     )
     return Section("Noise of the aggregate", about, drawn)
+
+
+def _privacy(rounds: pd.DataFrame, names: list[str]) -> Section:
+    drawn = []
+    for score in PRIVACY:
+        frame = over_seeds(rounds, "round", score.key)
+        if len(frame):
+            svg = charts.lines(frame, names, x="round", y=score.title)
+            drawn.append(_lines(frame, svg, score.label, "round"))
+    about = (
+        "Privacy loss ε so far, of the client that has spent most: the smaller, the less anybody "
+        "can tell from all that was sent whether a row, or a client, took part at all. It only "
+        "grows; below 1 is strong, above 10 promises little."
+    )
+    return Section("Privacy", about, drawn)
 
 
 def _spectra(series: Sequence[Series], inspection: models.Inspection, names: list[str]) -> Section:
