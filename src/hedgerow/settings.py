@@ -339,6 +339,13 @@ class SecureSettings(Section):
     """Whether codes are masked; without, they add up to the same, and the server sees each, for
     comparisons."""
 
+    def needed(self, asked: int) -> int:
+        """Number of clients without which there is no sum, of so many that are asked.
+
+        At least 2: the sum of one is its update.
+        """
+        return self.threshold or max(2, 2 * asked // 3 + 1)
+
 
 COORDINATE_WISE = ("median", "trimmed_mean")
 """Values of `federation.weights` that take the middle of each coordinate."""

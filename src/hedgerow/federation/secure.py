@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from hedgerow.ledger import Ledger
 
 LARGEST_LOSS = 1000.0
-"""Largest training loss that counts in a sum; a larger one counts as this."""
+"""Largest magnitude of a training loss in a sum; a larger one counts as this."""
 
 _LOSS = "train_loss"
 _CHANGE = "change/"
@@ -67,7 +67,7 @@ class SumOfRound:
     @property
     def threshold(self) -> int:
         """Number of clients without which there is no sum, t."""
-        return self.settings.threshold or 2 * self.asked // 3 + 1
+        return self.settings.needed(self.asked)
 
     @property
     def point(self) -> FixedPoint:
@@ -105,7 +105,7 @@ class SumOfRound:
             most_examples: as in `AskShares`.
 
         Raises:
-            ClientFailed: a number of it is too large.
+            ClientFailed: a number of it is too large, or its loss is none.
         """
         codes: dict[str, Codes] = {}
         weight, share = self.weights(update.num_examples, most_examples)
@@ -113,13 +113,17 @@ class SumOfRound:
             assert isinstance(each, torch.Tensor), "changes of linear methods are tensors"
             try:
                 codes[f"{_CHANGE}{name}"] = self.point.encode(each.numpy() * np.float64(weight))
-            except ValueError as error:
+            except ValueError:
+                # How large it is would tell the server of this client alone.
                 raise ClientFailed(
-                    f"its update {error} (federation.secure.largest): a larger one, or a lower "
+                    f"its update has a number above {self.settings.largest:g} in magnitude "
+                    "(federation.secure.largest): a larger one, or a lower "
                     "training.learning_rate, may help"
                 ) from None
         if self.says_loss:
-            loss = min(update.train_loss or 0.0, LARGEST_LOSS)
+            loss = float(np.clip(update.train_loss or 0.0, -LARGEST_LOSS, LARGEST_LOSS))
+            if np.isnan(loss):
+                raise ClientFailed("its training loss is NaN")
             codes[_LOSS] = self.loss_point.encode(np.array([loss * share]))
         return codes
 
@@ -204,8 +208,9 @@ class SecureClient:
                 self._most_examples = ask.most_examples
                 return party.shares(ask)
             if isinstance(ask, AskUnmasking):
+                shares = party.unmasking(ask)
                 self._note(ask, round, parent)
-                return party.unmasking(ask)
+                return shares
         except InvalidMessage as error:
             raise ClientFailed(f"secure sum: {error}") from None
         raise ClientFailed("secure sum: masked codes are made of an update")
@@ -241,7 +246,7 @@ class SecureClient:
         return self._party
 
     def _note(self, ask: AskUnmasking, round: int, parent: str) -> None:
-        """Have a record of whose sum is unmasked, before it is.
+        """Have a record of whose sum is unmasked, before any share of it is handed on.
 
         Of two sums of one round that differ by a client, the difference is that client's update.
 

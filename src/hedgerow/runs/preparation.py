@@ -128,6 +128,7 @@ def prepare(
     else:
         _check_counts(experiment, len(data.names), len(clients))
         check_trusted(experiment, list(shards))
+        check_sums(experiment, len(shards))
     for client in clients:
         check_privacy(experiment, client.name, client.num_examples)
     test = None
@@ -460,12 +461,31 @@ def _left_out(names: Sequence[str], why: str) -> str:
 
 
 def check_trusted(experiment: Experiment, names: Sequence[str]) -> None:
-    """Raise a `UserError` where the client that is trusted is none of these."""
-    trusted = experiment.federation.trusted
+    """Raise a `UserError` where the client that is trusted is none of these, or not in a round."""
+    trusted, per_round = experiment.federation.trusted, experiment.federation.clients_per_round
     if trusted is not None and trusted not in names:
         known = ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
         raise UserError(
             f"federation.trusted: there is no client {trusted!r} (the clients: {known})"
+        )
+    if trusted is not None and per_round is not None and per_round < len(names):
+        raise UserError(
+            f"federation.clients_per_round: {trusted}, which others are weighed by, has to take "
+            "part in every round: leave clients_per_round out"
+        )
+
+
+def check_sums(experiment: Experiment, num_clients: int) -> None:
+    """Raise a `UserError` where a round of so many clients asks too few for a secure sum."""
+    secure, per_round = experiment.federation.secure, experiment.federation.clients_per_round
+    if secure is None:
+        return
+    asked = min(num_clients, per_round or num_clients)
+    if (needed := secure.needed(asked)) > asked:
+        key = "secure" if secure.threshold is None else "secure.threshold"
+        raise UserError(
+            f"federation.{key}: a sum needs {needed} clients, of which each round asks {asked}: "
+            "have more take part, or give a lower threshold, of at least 2"
         )
 
 

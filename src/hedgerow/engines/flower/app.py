@@ -20,6 +20,7 @@ from hedgerow.model import Model
 from hedgerow.runs.preparation import (
     check_audit,
     check_fits,
+    check_sums,
     check_trusted,
     notes_on_model,
     with_date,
@@ -134,6 +135,7 @@ def init(
         )
     check_audit(experiment, clients)
     check_trusted(experiment, clients)
+    check_sums(experiment, len(clients))
     model = Model.load(experiment.model)
     base = Base.of(model)
     check_fits(experiment, model, len(clients))
