@@ -15,13 +15,14 @@ from support.configurations import METHOD_OPTIONS, method_of
 from support.runs import ledger_bytes, rows_of
 
 import hedgerow as hr
+from hedgerow.errors import RunFailed
 from hedgerow.ledger import Ledger
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import ServerRound, check_fixed_weights
 from hedgerow.model import Model
-from hedgerow.privacy.client_level import RATE, GaussianMean
+from hedgerow.privacy.client_level import RATE, ClientLevel, GaussianMean
 from hedgerow.privacy.noise import NoiseKey
-from hedgerow.settings import ModelSettings
+from hedgerow.settings import ModelSettings, PrivacySettings
 from hedgerow.testing.case import Case
 from hedgerow.testing.doubles import Forgetful
 from hedgerow.wire import Participant, Update
@@ -325,6 +326,19 @@ def test_a_budget_chooses_the_noise_and_holds_for_the_rounds_it_was_made_for(
     more = hedgerow("run", *arguments, "federation.rounds=3", "--resume")
     assert more.code == 2
     assert "privacy.rounds=2, not 3" in more.err
+
+
+def test_an_entry_that_the_budget_does_not_bear_is_not_counted_as_released(tmp_path):
+    """So that the run goes on where its rounds come to the bits that they had."""
+    settings = PrivacySettings(level="client", clip=1.0, epsilon=4.0, delta=1e-3)
+    privacy = ClientLevel.of(settings, rounds=1, clients=3, folder=tmp_path, known=[])
+    spent = privacy.account_for(1, "a", "entry", ["north"])
+    assert 3.9 < spent <= 4
+    with pytest.raises(RunFailed, match="round 1 was made again with other noise"):
+        privacy.account_for(1, "a", "another", ["north", "south"])
+    assert privacy.account_for(1, "a", "another", ["south"]) == spent
+    again = ClientLevel.of(settings, rounds=1, clients=3, folder=tmp_path, known=[(1, "a")])
+    assert again.account_for(1, "a", "entry", ["north"]) == spent
 
 
 def test_the_keys_are_given_one_by_one_or_from_python(hedgerow, experiment, tmp_path):

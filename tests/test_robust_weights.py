@@ -74,6 +74,15 @@ def test_a_trusted_client_leaves_out_who_points_away(seed):
     assert shortened <= np.linalg.norm(vectors[1]) / 2
 
 
+@pytest.mark.parametrize("trusted", [[0.0, 0.0], [1.0, 0.0]])
+def test_updates_of_zeros_have_weights(trusted):
+    vectors = np.array([trusted, [0.0, 0.0], [1.0, 1.0]])
+    found = trust(vectors @ vectors.T, 0)
+    assert np.isfinite(found.weights).all()
+    assert found.weights[0] > 0
+    assert found.weights[1] == 0
+
+
 @pytest.mark.parametrize("rule", RULES)
 @given(seed=st.integers(0, 1000), count=st.integers(5, 12))
 @settings(max_examples=25)
@@ -368,6 +377,22 @@ REFUSED = {
     "a stranger to trust": (
         ["federation.weights=trust", "federation.trusted=north"],
         "federation.trusted: there is no client 'north' (the clients: client-000, client-001,",
+    ),
+    "nobody to trust in some rounds": (
+        [
+            "federation.weights=trust",
+            "federation.trusted=client-001",
+            "federation.clients_per_round=2",
+        ],
+        "federation.clients_per_round: client-001, which others are weighed by, has to take part",
+    ),
+    "no claims to bound": (
+        ["method=fedavg", "federation.weights=uniform", "federation.largest_share=0.5"],
+        "federation.largest_share bounds what clients weigh by their numbers of examples",
+    ),
+    "no claims to bound by the method": (
+        ["method.name=scaffold", "federation.largest_share=0.5"],
+        "federation.largest_share bounds what clients weigh by their numbers of examples",
     ),
     "another rule": (["method.name=flora", "federation.weights=mode"], "federation.weights"),
 }

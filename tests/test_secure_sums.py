@@ -20,7 +20,7 @@ from hedgerow.ledger import Ledger
 from hedgerow.privacy.secure import masks
 from hedgerow.privacy.secure.coordinator import Coordinator
 from hedgerow.privacy.secure.fixed_point import PIECE, FixedPoint
-from hedgerow.privacy.secure.letters import AskKeys, Unmasking
+from hedgerow.privacy.secure.letters import AskKeys, AskUnmasking, Unmasking
 from hedgerow.privacy.secure.party import Party
 from hedgerow.privacy.secure.shares import combine, split
 
@@ -238,6 +238,18 @@ def test_a_wrong_share_is_found_out():
         server.unmask(answers)
 
 
+@pytest.mark.parametrize("key", ["sealing", "masking"])
+def test_a_key_that_nobody_can_agree_with_is_its_owners_failure_alone(key):
+    """A point of small order, at which every other client would fail."""
+    server = Coordinator(2, "run 1 parent", SESSION, most_examples=9)
+    keys = parties(1, 2)["client-0"].keys(AskKeys(session=SESSION))
+    for bad in ("0" * 64, "01" + "0" * 62, "ec" + "f" * 60 + "7f"):
+        with pytest.raises(InvalidMessage, match="its keys are none"):
+            server.add_keys("client-0", keys.model_copy(update={key: bad}))
+    server.add_keys("client-0", keys)
+    assert list(server.asks_shares.keys) == ["client-0"]
+
+
 def test_parties_of_another_mind_have_masks_that_do_not_cancel():
     """As where the server tells them other weights, so that one of them would count alone."""
     people = parties(3, 2)
@@ -312,6 +324,45 @@ def test_any_who_are_enough_get_the_sum_of_those_who_arrived(data):
 
 
 # --- through the command line ---------------------------------------------------------------------
+
+
+def test_of_a_number_without_a_code_the_server_learns_no_more(hedgerow, experiment, tmp_path):
+    path = experiment(federation={"rounds": 1, "attempts": 1})
+    secure = "federation.secure={largest: 1.0e-9}"
+    result = hedgerow("run", path, "method=fedavg", secure, "--out", tmp_path / "run")
+    assert result.code != 0
+    assert "its update has a number above 1e-09 in magnitude (federation" in result.err
+
+
+def test_another_try_is_of_the_clients_whose_sum_was_to_be_unmasked(
+    hedgerow, experiment, tmp_path, monkeypatch
+):
+    """Two sums of one round that differ by a client would tell of it."""
+    asked, trained, answered = [], LocalFleet.train, LocalFleet.ask
+
+    def train(self, round, parent, clients, clock, letters=None):
+        for result in trained(self, round, parent, clients, clock, letters):
+            away = asked and result.client.name == "client-002"
+            yield ClientResult(result.client, failure="away", absent=True) if away else result
+
+    def ask(self, round, parent, letters, clock):
+        for client, letter in letters:
+            if isinstance(letter, AskUnmasking):
+                asked.append(tuple(letter.arrived))
+                if client.index:
+                    yield ClientResult(client, failure="away", absent=True)
+                    continue
+            yield from answered(self, round, parent, [(client, letter)], clock)
+
+    monkeypatch.setattr(LocalFleet, "train", train)
+    monkeypatch.setattr(LocalFleet, "ask", ask)
+    path = experiment(federation={"rounds": 1, "attempts": 2, "backoff": 0.0})
+    secure = "federation.secure={threshold: 2}"
+    result = hedgerow("run", path, "method=fedavg", secure, "--out", tmp_path / "run")
+    assert result.code != 0
+    assert "2 of the 3 clients that it takes stayed to the end in 2 tries" in result.err
+    assert set(asked) == {("client-000", "client-001", "client-002")}
+
 
 METHODS_OF_SUMS = [
     "{name: fedavg}",

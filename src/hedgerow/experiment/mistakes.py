@@ -154,6 +154,11 @@ def with_weights(method: Method, weights: str | None, largest_share: float | Non
             f"{key}: under privacy.level client all clients weigh the same, and the server sees "
             "no more than it needs for that: leave it out"
         )
+    if own and (weights or getattr(method, option or "", "size")) != "size":
+        raise UserError(
+            "federation.largest_share bounds what clients weigh by their numbers of examples, by "
+            f"which {method.name} does not weigh here: leave it out, or have weights by size"
+        )
     if weights in COORDINATE_WISE and not hides_clients(method):
         raise UserError(
             f"federation.weights {weights}: updates of {method.name} with these options have no "

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from hedgerow.ledger import Ledger
 
 LARGEST_LOSS = 1000.0
-"""Largest training loss that counts in a sum; a larger one counts as this."""
+"""Largest magnitude of a training loss in a sum; a larger one counts as this."""
 
 _LOSS = "train_loss"
 _CHANGE = "change/"
@@ -105,7 +105,7 @@ class SumOfRound:
             most_examples: as in `AskShares`.
 
         Raises:
-            ClientFailed: a number of it is too large.
+            ClientFailed: a number of it is too large, or its loss is none.
         """
         codes: dict[str, Codes] = {}
         weight, share = self.weights(update.num_examples, most_examples)
@@ -113,14 +113,18 @@ class SumOfRound:
             assert isinstance(each, torch.Tensor), "changes of linear methods are tensors"
             try:
                 codes[f"{_CHANGE}{name}"] = self.point.encode(each.numpy(), weight)
-            except ValueError as error:
+            except ValueError:
+                # How large it is would tell the server of this client alone.
                 raise ClientFailed(
-                    f"its update {error} (federation.secure.largest): a larger one, or a lower "
+                    f"its update has a number above {self.settings.largest:g} in magnitude "
+                    "(federation.secure.largest): a larger one, or a lower "
                     "training.learning_rate, may help",
                     kind="its update holds a number above federation.secure.largest",
                 ) from None
         if self.says_loss:
-            loss = min(update.train_loss or 0.0, LARGEST_LOSS)
+            loss = float(np.clip(update.train_loss or 0.0, -LARGEST_LOSS, LARGEST_LOSS))
+            if np.isnan(loss):
+                raise ClientFailed("its training loss is NaN")
             codes[_LOSS] = self.loss_point.encode(np.array([loss * share]))
         return codes
 
@@ -209,8 +213,9 @@ class SecureClient:
                 self._most_examples = ask.most_examples
                 return party.shares(ask)
             if isinstance(ask, AskUnmasking):
+                shares = party.unmasking(ask)
                 self._note(ask, round, parent)
-                return party.unmasking(ask)
+                return shares
         except InvalidMessage as error:
             raise _no_part(str(error)) from None
         raise _no_part("masked codes are made of an update")
@@ -246,7 +251,7 @@ class SecureClient:
         return self._party
 
     def _note(self, ask: AskUnmasking, round: int, parent: str) -> None:
-        """Have a record of whose sum is unmasked, before it is.
+        """Have a record of whose sum is unmasked, before any share of it is handed on.
 
         Of two sums of one round that differ by a client, the difference is that client's update.
 

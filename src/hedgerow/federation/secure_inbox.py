@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
@@ -45,6 +45,8 @@ class SecureInbox(Inbox):
         self._sum_of = sum_of
         self._says_loss = False
         self._needed = max(self._needed, sum_of.threshold)
+        self._members = {client.name for client in clients}
+        """Clients that a sum may be of: once one was asked to be unmasked, those of that one."""
         self._loss = 0.0
         self._stayed = 0
         self._letter_bytes = 0
@@ -52,7 +54,9 @@ class SecureInbox(Inbox):
     def aggregate(self, fleet: Fleet, clock: Clock) -> Aggregate:
         """What the method makes of the mean of the updates, of which none is seen.
 
-        Each try is a sum of its own, with new keys.
+        Each try is a sum of its own, with new keys. Once a sum was asked to be unmasked, another
+        try is of the same clients: whoever helps may have told the server enough, and of two sums
+        that differ by a client the difference is its update.
 
         Raises:
             RunFailed: too few clients took part to the end, in as many tries as there may be.
@@ -77,7 +81,8 @@ class SecureInbox(Inbox):
 
     def _try(self, fleet: Fleet, clock: Clock) -> dict[str, Tensor] | None:
         """The mean of those who took part to the end; None where they are too few."""
-        sum_of, present = self._sum_of, list(self.clients)
+        sum_of = self._sum_of
+        present = [client for client in self.clients if client.name in self._members]
         server = Coordinator(
             threshold=sum_of.threshold,
             about=about(self._round, self._ledger.head),
@@ -87,17 +92,12 @@ class SecureInbox(Inbox):
         if sum_of.settings.masks:
             asks: list[tuple[Client, Ask]]
             asks = [(client, AskKeys(session=server.session)) for client in present]
-            for client, keys in self._answers(fleet, asks, Keys, clock):
-                server.add_keys(client.name, keys)
+            self._collect(fleet, asks, Keys, server.add_keys, clock)
             present = self._left(present)
             if not self._are_enough(len(present)):
                 return None
             asks = [(client, server.asks_shares) for client in present]
-            for client, shares in self._answers(fleet, asks, Shares, clock):
-                try:
-                    server.add_shares(client.name, shares)
-                except InvalidMessage as error:
-                    self.failures[client.name] = str(error)
+            self._collect(fleet, asks, Shares, server.add_shares, clock)
             present = self._left(present)
             if not self._are_enough(len(present)):
                 return None
@@ -111,8 +111,10 @@ class SecureInbox(Inbox):
         if not self._are_enough(len(server.arrived)):
             return None
         if sum_of.settings.masks:
-            asks = [(c, server.asks_unmasking) for c in present if c.name in server.arrived]
-            helped = {c.name: a for c, a in self._answers(fleet, asks, Unmasking, clock)}
+            self._members, self._needed = set(server.arrived), len(server.arrived)
+            asks = [(c, server.asks_unmasking) for c in present if c.name in self._members]
+            helped: dict[str, Unmasking] = {}
+            self._collect(fleet, asks, Unmasking, helped.__setitem__, clock)
             try:
                 server.unmask(helped)
             except InvalidMessage as error:
@@ -127,17 +129,26 @@ class SecureInbox(Inbox):
         )
         return mean
 
-    def _answers(
-        self, fleet: Fleet, asks: Sequence[tuple[Client, Ask]], kind: type[_A], clock: Clock
-    ) -> Iterator[tuple[Client, _A]]:
-        """Answers of one kind; whoever has none has failed."""
+    def _collect(
+        self,
+        fleet: Fleet,
+        asks: Sequence[tuple[Client, Ask]],
+        kind: type[_A],
+        take: Callable[[str, _A], None],
+        clock: Clock,
+    ) -> None:
+        """Have `take` each client's answer of one kind; whoever has none that fits has failed."""
         self._letter_bytes += sum(size_of(ask) for _, ask in asks)
         for each in fleet.ask(self._round, self._ledger.head, asks, clock):
-            if isinstance(each.answer, kind):
-                self._letter_bytes += size_of(each.answer)
-                yield each.client, each.answer
-            else:
-                self.failures[each.client.name] = each.failure or "it gave no answer"
+            name = each.client.name
+            if not isinstance(each.answer, kind):
+                self.failures[name] = each.failure or "it gave no answer"
+                continue
+            self._letter_bytes += size_of(each.answer)
+            try:
+                take(name, each.answer)
+            except InvalidMessage as error:
+                self.failures[name] = str(error)
 
     def _are_enough(self, count: int) -> bool:
         """Whether so many clients suffice to go on."""

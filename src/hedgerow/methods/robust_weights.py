@@ -116,7 +116,7 @@ def trust(products: np.ndarray, trusted: int) -> Weighed:
         trusted: place of the trusted update.
     """
     lengths = np.maximum(_lengths(products), np.finfo(float).tiny)
-    cosines = products[trusted] / (lengths * lengths[trusted])
+    cosines = products[trusted] / lengths / lengths[trusted]  # of zeros 0, their product is none
     scores = np.clip(cosines, 0, 1)
     scores[trusted] = 1.0
     weights = scores * np.minimum(1.0, lengths[trusted] / lengths) / scores.sum()

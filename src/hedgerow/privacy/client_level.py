@@ -193,9 +193,11 @@ class ClientLevel:
         Raises:
             RunFailed: it would exceed the budget.
         """
-        self.log.add(round, parent, sha256, clients)
+        names = list(clients)
+        more = 0 if self.log.has(round, parent, sha256) else 1
+        most = max([self.log.most, *(self.log.count(name) + more for name in names)])
         found = spent(
-            [Release(self.noise_multiplier, count=self.log.most)],
+            [Release(self.noise_multiplier, count=most)],
             self.settings.delta,
             self.settings.accountant,
         )
@@ -205,4 +207,5 @@ class ClientLevel:
                 f"round {round} was made again with other noise, and epsilon would be {found:.4g} "
                 f"with both, above privacy.epsilon {budget:g}: nothing of it is released"
             )
+        self.log.add(round, parent, sha256, names)
         return found

@@ -480,12 +480,17 @@ def _left_out(names: Sequence[str], why: str) -> str:
 
 
 def check_trusted(experiment: Experiment, names: Sequence[str]) -> None:
-    """Raise a `UserError` where the client that is trusted is none of these."""
-    trusted = experiment.federation.trusted
+    """Raise a `UserError` where the client that is trusted is none of these, or not in a round."""
+    trusted, per_round = experiment.federation.trusted, experiment.federation.clients_per_round
     if trusted is not None and trusted not in names:
         known = ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
         raise UserError(
             f"federation.trusted: there is no client {trusted!r} (the clients: {known})"
+        )
+    if trusted is not None and per_round is not None and per_round < len(names):
+        raise UserError(
+            f"federation.clients_per_round: {trusted}, which others are weighed by, has to take "
+            "part in every round: leave clients_per_round out"
         )
 
 

@@ -110,9 +110,11 @@ class FlowerFleet:
         self._date = experiment.data.template.date
         self._run, self._folder, self._keys = run, folder, keys
         self._scorer, self._say = scorer, say
-        # Of float32 numbers; an adapter of full rank has up to twice as many as its matrix.
+        # Of float32 numbers, or codes; an adapter of full rank has up to twice its matrix.
         numbers = sum(math.prod(shape) for shape in ledger.trained.values())
-        self._largest = 2 * 4 * numbers + 2 * MAX_HEADER_BYTES
+        secure = experiment.federation.secure
+        width = 4 if secure is None else max(4, secure.bits // 8)
+        self._largest = 2 * width * numbers + 2 * MAX_HEADER_BYTES
         self._members: dict[str, Member] = {}
         self._known: dict[int, str] = {}
         self._joining: dict[str, Errand] = {}

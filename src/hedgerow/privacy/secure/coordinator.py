@@ -42,7 +42,14 @@ class Coordinator:
     _shares: dict[str, Shares] = field(default_factory=dict)
 
     def add_keys(self, name: str, keys: Keys) -> None:
-        """Note a client's public keys."""
+        """Note a client's public keys.
+
+        Raises:
+            InvalidMessage: they are none, so that everybody else would fail for them.
+        """
+        for key in (keys.sealing, keys.masking):
+            if not masks.is_key(bytes.fromhex(key)):
+                raise InvalidMessage("its keys are none that others could agree on masks with")
         self._keys[name] = keys
 
     @property

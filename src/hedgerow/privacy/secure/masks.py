@@ -57,6 +57,18 @@ def agreed(private: bytes, public: bytes, context: bytes) -> bytes:
     return bytes(derive.derive(shared))
 
 
+def is_key(public: bytes) -> bool:
+    """Whether others can agree on a secret with the owner of a public key.
+
+    Not so with points of small order, with which all that anybody agrees on is 0 (RFC 7748, 6.1).
+    """
+    try:
+        agreed(new_key(), public, b"")
+    except ValueError:
+        return False
+    return True
+
+
 def sealed(secret: bytes, text: bytes, about: bytes) -> bytes:
     """Text that only who has the secret can read or make (ChaCha20-Poly1305).
 
