@@ -111,7 +111,6 @@ class Sites:
         for name in names:
             place = self.network.folder / "sites" / name
             place.mkdir(parents=True, exist_ok=True)
-            (place / "met").unlink(missing_ok=True)
             (place / "doom").write_text(f"{whose} {AFTER[stage]}")
 
     def met(self):
@@ -119,7 +118,7 @@ class Sites:
         return [name for name in CLIENTS if (self.network.folder / "sites" / name / "met").exists()]
 
     def app(self, out, *changes):
-        """An app of the experiment."""
+        """An app of the experiment, made once for each run."""
         app = out.with_name(f"{out.name}-app")
         if not app.exists():
             run_hedgerow("flower", "init", self.experiment, app, *changes)
@@ -132,14 +131,22 @@ class Sites:
         status = self.network.finish(run)
         return status, " ".join(self.network.run_log(run).split())
 
-    def bare(self, out, *changes, gone=()):
-        """The same fixed-point run in one process, without masks; some clients send nothing."""
+    def bare(self, out, *changes, gone=(), at_first=()):
+        """The same fixed-point run in one process, without masks; some clients send nothing.
+
+        Args:
+            gone: those who never do.
+            at_first: those who do not when they are asked for the first time.
+        """
+        waiting = set(at_first)
 
         class Fleet(local.LocalFleet):
             def train(self, round, parent, clients, clock, letters=None):
                 for result in super().train(round, parent, clients, clock, letters):
                     lost = ClientResult(result.client, failure="gone", absent=True)
-                    yield lost if result.client.name in gone else result
+                    is_lost = result.client.name in {*gone, *waiting}
+                    waiting.discard(result.client.name)
+                    yield lost if is_lost else result
 
         changes = [*changes, "federation.secure.masks=false", "federation.backoff=0"]
         local.run(load(self.experiment, changes), out, Unwatched(), fleet=Fleet)
@@ -162,8 +169,9 @@ def sites(tmp_path_factory, tiny_model):
 @pytest.fixture(autouse=True)
 def _no_doom(sites):
     yield
-    for doom in (sites.network.folder / "sites").glob("*/doom"):
-        doom.unlink()
+    for file in ("doom", "met"):
+        for each in (sites.network.folder / "sites").glob(f"*/{file}"):
+            each.unlink()
     (sites.hooks / "doom").unlink(missing_ok=True)
 
 
@@ -214,7 +222,8 @@ def test_a_second_try_is_a_sum_of_its_own(sites, tmp_path):
     assert status == "finished:completed", log
     assert sites.met() == CLIENTS[:4]
     assert rows_of(out)[1]["failures"] == {}
-    assert ledger_bytes(out) == sites.bare(tmp_path / "bare")
+    # Of which bytes_up knows, too.
+    assert ledger_bytes(out) == sites.bare(tmp_path / "bare", *changes, at_first=CLIENTS[:4])
 
 
 def test_four_of_ten_gone_leave_a_sentence_and_no_result(sites, tmp_path):
@@ -242,8 +251,10 @@ def test_a_killed_coordinator_gets_the_same_sum_again_and_no_other(sites, tmp_pa
     sites.doom(GONE[:1], "keys")
     status, log = sites.run(out)
     assert status.startswith("finished:failed"), log
-    assert "0 of the 7 clients that it takes stayed to the end" in log
-    assert "the sum of other clients of this round was unmasked before" in log
+    assert (
+        "0 of the 7 clients that it takes stayed to the end: client-000 and 8 more failed because "
+        "secure sum: the sum of other clients of this round was unmasked before"
+    ) in log
     status, log = sites.run(out)
     assert status == "finished:completed", log
     assert rows_of(out)[1]["failures"] == {}

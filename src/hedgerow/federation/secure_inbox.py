@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -142,13 +143,21 @@ class SecureInbox(Inbox):
         for each in fleet.ask(self._round, self._ledger.head, asks, clock):
             name = each.client.name
             if not isinstance(each.answer, kind):
-                self.failures[name] = each.failure or "it gave no answer"
+                self._fails(name, each.failure or "it gave no answer")
                 continue
             self._letter_bytes += size_of(each.answer)
             try:
                 take(name, each.answer)
             except InvalidMessage as error:
-                self.failures[name] = str(error)
+                self._fails(name, str(error))
+
+    def _fails(self, name: str, why: str) -> None:
+        """Note that a client has not answered a letter."""
+        self.failures[name] = why
+        if name in self._losses:  # its numbers have arrived, and it was seen to finish
+            self._watcher.say(f"{name} failed: {why}")
+        else:
+            self._watcher.client_finished(name, why)
 
     def _are_enough(self, count: int) -> bool:
         """Whether so many clients suffice to go on."""
@@ -163,8 +172,12 @@ class SecureInbox(Inbox):
         check_masked(update, self._sum_of, self.server_round.expected)
 
     def _too_few(self, attempts: int) -> str:
-        reasons = [f"{client} failed because {why}" for client, why in self.failures.items()]
-        reason = (reasons or [f"only {len(self.clients)} had joined"])[0]
+        reason = f"only {len(self.clients)} had joined"
+        if failed := [c.name for c in self.clients if c.name in self.failures]:
+            why, count = Counter(self.failures[name] for name in failed).most_common(1)[0]
+            first = next(name for name in failed if self.failures[name] == why)
+            others = f" and {count - 1} more" if count > 1 else ""
+            reason = f"{first}{others} failed because {why}"
         tries = f" in {attempts} tries" if attempts > 1 else ""
         return (
             f"round {self._round} has no secure sum: {self._stayed} of the {self._needed} clients "
