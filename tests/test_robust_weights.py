@@ -21,6 +21,7 @@ from hedgerow.ledger import Ledger
 from hedgerow.lowrank import Factors
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import ServerRound
+from hedgerow.methods.continued import ContinuedAdapter
 from hedgerow.methods.robust_weights import RULES, bounded_shares, trust
 from hedgerow.model import Model
 from hedgerow.settings import ModelSettings
@@ -343,6 +344,25 @@ def test_middles_are_numpys(vectors):
     cut = max(len(vectors) // 4, len(vectors) > 2)
     expected = stats.trim_mean(np.float64(vectors), cut / len(vectors), axis=0)
     np.testing.assert_allclose(trimmed, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("up", ["null", "bits"])
+def test_clients_are_compared_beside_one_copy_of_the_last_adapter(
+    hedgerow, experiment, tmp_path, monkeypatch, up
+):
+    """Whatever their number; the other is the aggregate's."""
+    calls, before = [], ContinuedAdapter.before
+
+    def counted(self, server_round):
+        calls.append(server_round.round)
+        return before(self, server_round)
+
+    monkeypatch.setattr(ContinuedAdapter, "before", counted)
+    path = experiment(federation={"rounds": 1, "weights": "geometric_median"})
+    method = f"method={{name: fedit, ranks: 2, up: {up}}}"
+    result = hedgerow("run", path, method, "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert calls == [1, 1]
 
 
 def test_a_share_is_bounded_without_a_rule(hedgerow, experiment, tmp_path):

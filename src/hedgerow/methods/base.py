@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 from pydantic import PrivateAttr
 
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from hedgerow.training.first_order import AfterBackward
     from hedgerow.training.job import Job
     from hedgerow.wire import Entry, Participant, Update
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,16 @@ class ServerRound:
 
     given_weights: Mapping[str, float] | None = None
     """Weights w_k of the updates by client, where a rule of the experiment's has given them."""
+    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, name: str, make: Callable[[], _T]) -> _T:
+        """What `make` makes, made once in the round, whoever asks for it by this name.
+
+        It is not to be changed.
+        """
+        if name not in self._made:
+            self._made[name] = make()
+        return cast(_T, self._made[name])
 
     def weights(self, clients: Sequence[str], *, uniform: bool) -> list[float] | None:
         """Weights of these clients' updates; None: p_k = n_k / Σ n.

@@ -324,23 +324,27 @@ class ContinuedAdapter(AveragedAdapter):
     def changes(
         self, update: Update, server_round: ServerRound
     ) -> Iterable[tuple[str, Tensor | Factors]]:
-        """Changes of the factors."""
-        before = self.before(server_round)
-        if self.up is not None:
-            update = self._decoded(self.up, update, before, server_round)
-        return self._changes(update, before, server_round)
+        """Changes of the factors, made one by one: those of all clients are compared at once."""
+        before = server_round.once("before", lambda: self.before(server_round))
+        return self._changes(update, before, server_round, self.up)
 
     def _changes(
-        self, update: Update, before: Mapping[str, Tensor], server_round: ServerRound
+        self,
+        update: Update,
+        before: Mapping[str, Tensor],
+        server_round: ServerRound,
+        up: Codec | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Changes of the factors, with their scale in B.
+        """Changes of the factors, with their scale in B; `up` is what is still to be undone.
 
         Where a client's rank is lower than the largest, the rest of its factors is zeros.
         """
         trained = self.sent(server_round.expected.shapes, self.largest_rank, server_round.round)
         s = update_scale(update)
-        for name, kind in sorted(trained.items()):
-            whole, own = torch.zeros(kind.shape), update.tensors[name]
+        plain = ((name, update.tensors[name]) for name in sorted(trained))
+        sent = plain if up is None else self._factors(up, update, before, server_round)
+        for (name, kind), (_, own) in zip(sorted(trained.items()), sent, strict=True):
+            whole = torch.zeros(kind.shape)
             whole[tuple(slice(size) for size in own.shape)] = own
             yield name, (whole if ".lora_A." in name else whole * s) - before[name]
 
@@ -356,11 +360,15 @@ class ContinuedAdapter(AveragedAdapter):
         self, codec: Codec, update: Update, before: Mapping[str, Tensor], server_round: ServerRound
     ) -> Update:
         """A coded update as one with the client's factors."""
+        return replace(update, tensors=dict(self._factors(codec, update, before, server_round)))
+
+    def _factors(
+        self, codec: Codec, update: Update, before: Mapping[str, Tensor], server_round: ServerRound
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The client's factors in a coded update, in the order of their names."""
         rank, s = int(update.about["r"]), update_scale(update)
         shapes = self._shapes(server_round.expected.shapes, rank, update.round)
         piece = self._uplink(codec).decode(update.tensors, shapes)
-        factors = {}
         for name, change in piece.values:
             start = before[name][tuple(slice(size) for size in change.shape)]
-            factors[name] = change + (start if ".lora_A." in name else start / s)
-        return replace(update, tensors=factors)
+            yield name, change + (start if ".lora_A." in name else start / s)
