@@ -6,18 +6,18 @@
 
     client   the built-in tasks over 500 clients, two rows each; 4 rounds, of 250 clients that take
              one step of plain SGD on all that they have; δ = 1e-3
-    example  ten clients, 5 rounds of 5 private steps of plain SGD, each on 16 rows on average. With
-             `--data demo` they have the built-in tasks between them (δ = 1e-3), with `--data dolly`
-             they are those of DOLLY, a folder with local_training_0.json … and global_test.json,
-             and MODEL is a model's folder (δ = 1e-4)
+    example  ten clients, 4 rounds of 4 steps of AdamW, each on 16 rows (on average, where they are
+             private). With `--data demo` they have the built-in tasks between them (δ = 1e-3), with
+             `--data dolly` they are those of DOLLY, a folder with local_training_0.json … and
+             global_test.json, and MODEL is a model's folder (δ = 1e-4)
 
 `--choose` finds learning rates and clips with the first seed, on rows that are taken from the
-clients' own, and keeps them in OUT/chosen.json, which the runs proper read. A private step is about
-as long as its clip, and is the noisier, the less of it the clip binds: the clip is walked up and
-down by factors of two to the least loss, then the learning rate by factors of four; a smaller ε
-begins at the larger one's. Without privacy the learning rate alone is walked, and
-gradients of a step are at most 1 long. Ferret has FedAvg's
-clip, noise and local learning rate, and a learning rate of the server that is walked instead.
+clients' own, and keeps them in OUT/chosen.json, which the runs proper read. What a step's length
+follows is walked up and down by factors of two to the least loss: the clip at the level of clients,
+whose updates it binds, and else the learning rate. At the largest ε the other of the two is then
+walked by factors of four. A smaller ε begins at the larger one's. Without privacy, gradients are at
+most 1 long, and there is no clip. Ferret has FedAvg's clip, noise and local learning rate, and a
+learning rate of the server that is walked instead.
 
 Each run is a line of OUT/results.jsonl, and none is made twice: the script can be stopped and
 started at will. Everything runs on one thread. At the end there is a table for each level: loss on
@@ -55,8 +55,10 @@ class Candidate:
 
     options: dict[str, Any]
     rate: float = 1.0
-    """Learning rate; of the server, where it follows FedAvg."""
+    """Learning rate of plain SGD; of the server, where it follows FedAvg."""
     clip: float = 1.0
+    """Of an update by plain SGD."""
+    adam_rate: float = 2e-3
     follows: bool = False
     """Whether it has FedAvg's clip and local learning rate."""
 
@@ -72,12 +74,14 @@ METHODS = {
         },
         follows=True,
     ),
-    "fedit": Candidate({"name": "fedit", **RANK}, rate=4.0, clip=4.0),
-    "ffa_lora": Candidate({"name": "ffa_lora", **RANK}, rate=4.0, clip=4.0),
-    "fed_sb": Candidate({"name": "fed_sb", "ranks": 8}, rate=4.0, clip=4.0),
-    "flora": Candidate({"name": "flora", **RANK}, rate=4.0, clip=4.0),
+    "fedit": Candidate({"name": "fedit", **RANK}, 4.0, 4.0, 1e-2),
+    "ffa_lora": Candidate({"name": "ffa_lora", **RANK}, 4.0, 4.0, 1e-2),
+    "fed_sb": Candidate({"name": "fed_sb", "ranks": 8}, 4.0, 4.0, 3e-2),
+    "flora": Candidate({"name": "flora", **RANK}, 4.0, 4.0, 1e-2),
 }
 """FedAvg comes first, since others follow it."""
+EXAMPLES_CLIP = 0.5
+"""Clip of an example's gradient where the walk begins."""
 NOT_LINEAR = {"flora"}
 """Methods that client-level privacy is not for."""
 HELD_OUT = {"demo": 10, "dolly": 30}
@@ -171,16 +175,16 @@ class Bench:
         """The experiment of a cell."""
         level, data = cell.setting.split()
         method: dict[str, Any] = METHODS[cell.method].options
-        training: dict[str, Any] = {"optimizer": "sgd", "learning_rate": cell.rate}
+        training: dict[str, Any] = {"learning_rate": cell.rate}
         if cell.server_rate is not None:
             method = {**method, "server_learning_rate": cell.server_rate}
         federation: dict[str, Any] = {"seed": cell.seed}
         if level == "client":
-            training |= {"steps": 1, "batch_size": 2}
+            training |= {"optimizer": "sgd", "steps": 1, "batch_size": 2}
             federation |= {"rounds": 4, "clients_per_round": 250}
         else:
-            training |= {"steps": 5, "batch_size": 16}
-            federation |= {"rounds": 5}
+            training |= {"steps": 4, "batch_size": 16}
+            federation |= {"rounds": 4}
         content: dict[str, Any] = {
             "model": {"path": "demo" if data == "demo" else str(self._path), "device": "cpu"},
             "data": self._data(level, data, cell.held_out),
@@ -199,7 +203,7 @@ class Bench:
         return content
 
     def _data(self, level: str, data: str, held_out: bool) -> dict[str, Any]:
-        common: dict[str, Any] = {"prompt": "plain", "max_length": 96}
+        common: dict[str, Any] = {"prompt": "plain", "max_length": 96 if data == "demo" else 128}
         if data == "dolly":
             assert self.dolly is not None
             fields = {"instruction": "instruction", "input": None, "output": "response"}
@@ -266,8 +270,12 @@ def main() -> None:
 
 def choose(bench: Bench, setting: str, method: str, epsilons: Sequence[float]) -> None:
     """Choose clip and learning rates of a method, without privacy and from a large ε to a small."""
-    candidate = METHODS[method]
-    found = Choice(candidate.clip, candidate.rate, candidate.rate if candidate.follows else None)
+    candidate, keys = METHODS[method], ("clip", "rate")
+    found = Choice(candidate.clip, candidate.rate)
+    if setting.startswith("example"):
+        found, keys = Choice(EXAMPLES_CLIP, candidate.adam_rate), ("rate", "clip")
+    if candidate.follows:
+        found = found._replace(server_rate=candidate.rate)
     for epsilon in (None, *epsilons):
 
         def loss(choice: Choice, epsilon: float | None = epsilon) -> float:
@@ -282,9 +290,9 @@ def choose(bench: Bench, setting: str, method: str, epsilons: Sequence[float]) -
         elif epsilon is None:
             found = walked(found, "rate", 2, loss)
         else:
-            found = walked(found, "clip", 2, loss)
+            found = walked(found, keys[0], 2, loss)
             if epsilon == epsilons[0]:
-                found = walked(found, "rate", 4, loss)
+                found = walked(found, keys[1], 4, loss)
         bench.choose(setting, method, epsilon, found)
 
 
