@@ -100,7 +100,7 @@ def test_the_global_model_is_the_average_of_the_clients_models(model, name):
             method.check_update(client, sent[-1], expected)
             model.release()
         server_round = ServerRound(round, present, previous, expected, Forgetful())
-        tensors, metrics, _ = method.aggregate(sent, server_round)
+        tensors, metrics, *_ = method.aggregate(sent, server_round)
         assert metrics["aggregation_error"] < 1e-6
         participants = [
             Participant(c.name, c.num_examples, c.num_examples / total) for c in present
@@ -320,9 +320,10 @@ def test_stacking_is_exact_where_each_matrix_has_a_rank_of_its_own():
             sums[module] += (client + 1) / 6 * 2 * (B @ A).double()
         about = {"r": "3", "lora_alpha": "6"}
         sent.append(Update("flora_adalora", 1, f"c{client}", "p", client + 1, 1.0, tensors, about))
-    aggregate = METHODS["flora_adalora"]().aggregate(sent, SERVER_ROUND)
-    assert error(aggregate, sums) < 1e-6
-    assert [pair.rank for _, pair in adapter_pairs(aggregate.tensors)] == [7, 7]
+    for broadcast, ranks in (("stack", [7, 7]), ("orthogonal", [5, 3])):
+        aggregate = METHODS["flora_adalora"](broadcast=broadcast).aggregate(sent, SERVER_ROUND)
+        assert error(aggregate, sums) < 1e-6
+        assert [pair.rank for _, pair in adapter_pairs(aggregate.tensors)] == ranks
 
 
 # --- end to end -----------------------------------------------------------------------------------

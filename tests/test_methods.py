@@ -32,8 +32,10 @@ def test_flora_is_exact_for_any_ranks_alphas_and_sizes(clients, rslora, seed):
     assert aggregate.metrics["aggregation_error"] < 1e-6
     stacked = sum(rank for rank, _, _ in clients)
     for module, pair in adapter_pairs(aggregate.tensors):
-        assert pair.rank == min(stacked, *SHAPES[module])
-    as_sent = FLoRA(restart="zero").aggregate(updates(seed, clients, rslora), SERVER_ROUND)
+        assert pair.rank <= min(stacked, *SHAPES[module])
+    as_sent = FLoRA(restart="zero", broadcast="stack").aggregate(
+        updates(seed, clients, rslora), SERVER_ROUND
+    )
     assert error(as_sent, exact(seed, clients, rslora)) < 1e-6
     assert {pair.rank for _, pair in adapter_pairs(as_sent.tensors)} == {stacked}
 

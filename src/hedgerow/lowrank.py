@@ -111,6 +111,19 @@ def fitted(pair: Factors) -> Factors:
     return Factors(small.A.to(pair.A.dtype), small.B.to(pair.B.dtype))
 
 
+def rounded(pair: Factors) -> tuple[Factors, float]:
+    """The pair in float32, and the Frobenius norm of what that changes of its product.
+
+    Args:
+        pair: in float64.
+    """
+    small = pair.float()
+    A, B = small.A.double(), pair.B
+    # B'·A' - B·A = (B' - B)·A' + B·(A' - A), from which nothing cancels.
+    A, B = torch.cat([A, A - pair.A]), torch.cat([small.B.double() - B, B], dim=1)
+    return small, float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
+
+
 class SpooledFactors:
     """Stacked pairs that arrive one by one, and wait on disk until they are read.
 
@@ -213,7 +226,12 @@ def relative_error(pairs: Iterable[tuple[Factors, Factors]]) -> float:
     for applied, exact in pairs:
         error += distance(applied, exact) ** 2
         size += norm(exact) ** 2
-    return (error / size) ** 0.5 if size else 0.0 if not error else float("inf")
+    return relative(error, size)
+
+
+def relative(error: float, size: float) -> float:
+    """Root of a squared error relative to a squared size; 0 where both are zero."""
+    return (error / size) ** 0.5 if size else 0.0 if not error else math.inf
 
 
 class Svd(NamedTuple):

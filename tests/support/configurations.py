@@ -7,7 +7,8 @@ from typing import Any
 TARGETS = ["q_proj", "v_proj"]
 
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
-    "flora": {"ranks": [4, 2, 1], "targets": TARGETS, "restart": "own"},
+    "flora": {"ranks": [4, 2, 1], "targets": TARGETS, "restart": "own", "broadcast": "stack"},
+    "flora orthogonal": {"ranks": [4, 2, 1], "targets": TARGETS, "restart": "own"},
     "flora shared": {"ranks": [4, 2, 1], "targets": TARGETS, "restart": "shared"},
     "flora shared, cut": {
         **{"ranks": [4, 2, 1], "targets": TARGETS, "restart": "shared"},
@@ -23,7 +24,10 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "flexlora": {"ranks": [4, 2, 1], "targets": TARGETS},
     "florist": {"ranks": [4, 2, 1], "targets": TARGETS},
     # Nothing is pruned here, so that what there is at first has to be within the budget.
-    "flora_adalora": {"ranks": [4, 2, 1], "initial": 1, "targets": TARGETS},
+    "flora_adalora": {
+        **{"ranks": [4, 2, 1], "initial": 1, "targets": TARGETS, "broadcast": "stack"},
+    },
+    "flora_adalora orthogonal": {"ranks": [4, 2, 1], "initial": 1, "targets": TARGETS},
     "fedex_lora": {"ranks": 2, "targets": TARGETS},
     "ffa_lora": {"ranks": [4, 2, 1], "targets": TARGETS},
     "rolora": {"ranks": 2, "targets": TARGETS},
@@ -64,16 +68,21 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 MORE_OPTIONS: dict[str, dict[str, Any]] = {
-    "flora zero": {"ranks": [4, 2, 1], "restart": "zero"},
+    "flora zero": {"ranks": [4, 2, 1], "restart": "zero", "broadcast": "stack"},
+    "flora zero, orthogonal": {"ranks": [4, 2, 1], "restart": "zero"},
     "flora warm": {"ranks": [4, 2, 1], "dropout": 0.1, "rslora": True},
     "flora zero, rank": {"ranks": 4, "restart": "zero", "compress": {"rank": 3, "bits": 16}},
     "flora zero, energy": {"ranks": 4, "restart": "zero", "compress": {"energy": 0.9, "bits": 32}},
     "flora own, nothing carried": {
         **{"ranks": [4, 2, 1], "restart": "own", "compress": {"rank": 2, "carry": False}},
     },
-    "flora adaptive": {"ranks": [4, 2, 1], "scaling": "adaptive", "restart": "own"},
+    "flora adaptive": {
+        **{"ranks": [4, 2, 1], "scaling": "adaptive", "restart": "own", "broadcast": "stack"},
+    },
     "flora uniform": {"ranks": [4, 2, 1], "scaling": "uniform", "alpha": 8},
-    "flora by a list": {"ranks": 2, "scaling": [0.5, 0.25, 0.5], "restart": "zero"},
+    "flora by a list": {
+        **{"ranks": 2, "scaling": [0.5, 0.25, 0.5], "restart": "zero", "broadcast": "stack"},
+    },
     "ferret with error feedback": {
         "coordinates": "random",
         "compression": 64,
@@ -125,7 +134,7 @@ MORE_OPTIONS: dict[str, dict[str, Any]] = {
     "ditto in bits": {"ranks": 2, "up": {"name": "bits", "bits": 8}, "proximal": 1.0},
     "fed_sb with nesterov": {"ranks": 2, "up": {"name": "bits", "bits": 8}, "server": "nesterov"},
     "florist at 0.5": {"ranks": [4, 2, 1], "threshold": 0.5},
-    "flora_adalora, pruned": {"ranks": [4, 2, 1]},
+    "flora_adalora, pruned": {"ranks": [4, 2, 1], "broadcast": "stack"},
 }
 """More configurations, whose ledgers are pinned too: other numbers of the same kinds."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hedgerow.methods import METHODS
 from hedgerow.methods.lora import LoraOptions
 
 
@@ -29,6 +30,11 @@ def upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
         training = {"keep_optimizer": kept, **training}
         if method.get("name") == "ferret":
             method = _ferret(method)
+    name = method.get("name")
+    known = isinstance(name, str) and (name in METHODS or ":" in name)
+    if known:
+        kind = METHODS.find(name, "method.name")
+        method = {**kind.before_choice(method), **method}
     return {**content, "method": method, "training": training}
 
 

@@ -14,7 +14,7 @@ from hedgerow.experiment import Experiment
 from hedgerow.federation import robust
 from hedgerow.federation.fleet import ClientResult, Fleet, Watcher
 from hedgerow.federation.traffic import contents
-from hedgerow.methods.base import Aggregate, Client, ServerRound
+from hedgerow.methods.base import Aggregate, Client, ServerRound, revealed_by_sum
 from hedgerow.privacy.client_level import ClientLevel
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.runs.rows import SENT_BY_CLIENT
@@ -138,6 +138,21 @@ class Inbox:
         if self._notes:
             seen["weighed_otherwise"] = self._notes
         return {"train_loss_by_client": self.losses, **seen} if self._says_loss else seen
+
+    def revealed(self, aggregate: Aggregate) -> int | None:
+        """Number of clients of whose update everybody gets a piece apart from the others'.
+
+        None: nothing is sent, or the method does not say. Noise on the sum leaves no update as it
+        was.
+        """
+        if not self._method.communicates:
+            return None
+        if self._private is not None:
+            return 0
+        if aggregate.revealed is None and self._method.linear:
+            weights = [1.0] * len(self._losses) if aggregate.weights is None else aggregate.weights
+            return revealed_by_sum(weights)
+        return aggregate.revealed
 
     def entry(self, aggregate: Aggregate) -> Entry:
         """The round's entry; who answered weighs p_k = n_k / Σ n, or what the aggregate says.

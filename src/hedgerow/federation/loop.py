@@ -20,7 +20,7 @@ from hedgerow.federation.traffic import Traffic, row_of
 from hedgerow.methods.base import Client
 from hedgerow.privacy.client_level import ClientLevel
 from hedgerow.runs.directory import RunDirectory
-from hedgerow.runs.rows import ROWS_BY_CLIENT
+from hedgerow.runs.rows import REVEALED, ROWS_BY_CLIENT
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry
 
@@ -94,6 +94,7 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
             previous = entry = ledger.append(
                 inbox.entry(aggregate), method, inbox.server_round.expected
             )
+        revealed = {REVEALED: inbox.revealed(aggregate)}
         del aggregate  # from here on the entry's tensors are read from its file
         with clock("apply"):
             fleet.advance(entry)
@@ -104,7 +105,7 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         parts = {f"{part}_seconds": seconds for part, seconds in clock.seconds.items()}
         seconds = {"seconds": time.perf_counter() - began, **parts}
         row = row_of(entry, traffic, inbox.failures)
-        finish(row | scored | inbox.seen | seconds)
+        finish(row | scored | revealed | inbox.seen | seconds)
 
 
 def client_level(
@@ -134,8 +135,8 @@ def _lost(first: int, last: int) -> str:
     return (
         f"metrics.jsonl has no row of {rounds}, as where a run is killed between an entry and its "
         "row: what the ledger has not is not known there (times, train_loss_by_client, "
-        "sent_by_client, why clients "
-        f"failed, and scores before round {last})"
+        f"sent_by_client, {REVEALED}, why clients failed, and "
+        f"scores before round {last})"
     )
 
 

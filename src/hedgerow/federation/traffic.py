@@ -10,6 +10,7 @@ from typing import Any
 
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Method
+from hedgerow.runs.rows import REVEALED
 from hedgerow.wire import Entry, Update, kinds
 
 
@@ -83,6 +84,7 @@ def row_of(entry: Entry | None, traffic: Traffic, failures: dict[str, str]) -> d
         "seconds": None,
         "train_seconds": None,
         "aggregation_error": None,
+        REVEALED: None,
         "clients": len(names),
         "failed": len(failures),
         "participants": names,

@@ -180,6 +180,9 @@ class Aggregate(NamedTuple):
     metrics: dict[str, float]
     weights: Sequence[float] | None = None
     """Weight of each update, in their order, where that is not p_k = n_k / Σ n."""
+    revealed: int | None = None
+    """Number of clients of whose update there is a piece apart from the others', as rows of a
+    stack; None: there is one sum alone, where the method is `linear`, else it is not known."""
 
 
 class Method(Plugin, ABC):
@@ -307,6 +310,17 @@ class Method(Plugin, ABC):
         sums that nobody can look into.
         """
         return False
+
+    @classmethod
+    def before_choice(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of options for a run of a version that did not have them yet.
+
+        What was done before there was a choice, where the default is something else.
+
+        Args:
+            options: those of the run, as its experiment.yaml has them.
+        """
+        return {}
 
     def changed(self, round: int, expected: Expected) -> Mapping[str, Sequence[int]]:
         """Shapes of what `changes` yields, in its order, the same for all clients (`linear`)."""
@@ -510,6 +524,11 @@ class Method(Plugin, ABC):
 
     def merge(self, model: Model, client: str | None) -> None:
         """Put what the model still holds beside its weights into them, for export."""
+
+
+def revealed_by_sum(weights: Iterable[float]) -> int:
+    """Number of clients whose update a weighted sum is alone: 1 where only one counts, else 0."""
+    return int(sum(weight != 0 for weight in weights) == 1)
 
 
 def check_entry(

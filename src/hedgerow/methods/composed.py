@@ -196,7 +196,8 @@ class Composed(Method):
         elif given is not None:
             mean.divide_by(1)
         made = self._aggregate(mean, clients, server_round)
-        return made._replace(tensors=made.tensors | gathered)
+        revealed = mean.alone if parts.through.adds else len(clients)
+        return made._replace(tensors=made.tensors | gathered, revealed=revealed)
 
     def aggregate_mean(
         self, mean: Mapping[str, Tensor], clients: Sequence[str], server_round: ServerRound

@@ -78,9 +78,10 @@ def check_pairs(
             )
         expected |= factor_kinds({module: shape}, ranks[module])
     check_kinds(given, quantized_kinds(expected, bits))
-    for module, rank in (least or {}).items():
-        if ranks[module] < rank:
-            raise InvalidMessage(f"rank of {module} must be at least {rank}, got {ranks[module]}")
+    for module, rank in ranks.items():
+        fewest = 1 if least is None else least[module]
+        if rank < fewest:
+            raise InvalidMessage(f"rank of {module} must be at least {fewest}, got {rank}")
     return ranks
 
 

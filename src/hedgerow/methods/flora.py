@@ -8,7 +8,8 @@ not ask that all clients have one rank.
     every round:
       client k:  attach an adapter of its own rank r_k that changes nothing (B_k = 0), and train it
       server:    A = [p_1 s_1 A_1; …; p_N s_N A_N],  B = [B_1 … B_N],  so B·A = Σ p_k s_k B_k A_k,
-                 or their product where that is smaller; with `compress` cut by small SVDs
+                 or their product where that is smaller; by default √S·Vᵀ and U·√S of the product
+                 U·S·Vᵀ, by small SVDs, which `compress` cuts
       everybody: W <- W + B·A
 
 What a client's adapter starts from is `restart`. In the paper it is a new random A_k (`zero`). Warm
@@ -28,21 +29,24 @@ merged as the stacked factors are:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.methods.base import Expected
 from hedgerow.methods.factors import check_factors, check_pairs, factor_kinds
-from hedgerow.methods.parts.broadcast import Truncated, Whole
+from hedgerow.methods.parts.broadcast import Truncated
 from hedgerow.methods.parts.factor_bits import FactorBits
 from hedgerow.methods.parts.scaling import Scaling
 from hedgerow.methods.parts.start_and_residual import split
 from hedgerow.methods.parts.starts import New, Own, Shared, Starts
-from hedgerow.methods.parts.sums import ExactSums, StackedSums
+from hedgerow.methods.parts.sums import ExactSums
 from hedgerow.methods.parts.truncation import ChosenCompress
 from hedgerow.methods.quantization import Bits, check_step_sizes, quantized_kinds
 from hedgerow.methods.residual import ResidualAdapter
-from hedgerow.methods.stacked import StackedAdapters, StackedParts
+from hedgerow.methods.stacked import ExactlyStacked, StackedParts
 from hedgerow.methods.weighting import Weighting
 from hedgerow.wire import LARGEST_BROADCAST, check_kinds, kinds
 
@@ -58,7 +62,7 @@ what it was chosen by."""
 STARTS: dict[str, type[Starts]] = {"zero": New, "own": Own, "shared": Shared}
 
 
-class FLoRA(StackedAdapters, ResidualAdapter):
+class FLoRA(ExactlyStacked, ResidualAdapter):
     """Adapters of any ranks: the aggregate is exact, and clients go on from where they were."""
 
     name: str = "flora"
@@ -85,6 +89,21 @@ class FLoRA(StackedAdapters, ResidualAdapter):
     upload_bits: Bits = 32
     """Number of bits of each number of an update; 32 sends it as it is."""
 
+    @model_validator(mode="after")
+    def _stack_is_sent(self) -> Self:
+        if self.broadcast == "stack" and (self.compress or self.restart == "shared"):
+            other = "`compress`" if self.compress else "`restart: shared`"
+            raise ValueError(
+                f"`broadcast: stack`: {other} broadcasts no stack: leave one of both out"
+            )
+        return self
+
+    @classmethod
+    def before_choice(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The stack, where one was sent."""
+        otherwise = options.get("compress") or options.get("restart") == "shared"
+        return {} if otherwise else super().before_choice(options)
+
     @property
     def clients_remember(self) -> bool:
         """Whether they start warm."""
@@ -98,13 +117,11 @@ class FLoRA(StackedAdapters, ResidualAdapter):
     @property
     def parts(self) -> StackedParts:
         """Stacks, or averages and a residual; whole, or cut and carried."""
-        as_sent = self.restart == "zero" and self.compress is None
-        return StackedParts(
-            up=FactorBits(self.upload_bits),
-            weigh=Scaling(self.scaling),
-            sums=StackedSums if as_sent else ExactSums,
-            broadcast=Truncated(self.compress, self.largest_rank) if self.compress else Whole(),
-        )
+        parts = replace(super().parts, up=FactorBits(self.upload_bits), weigh=Scaling(self.scaling))
+        if self.compress:
+            cut = Truncated(self.compress, self.largest_rank)
+            return replace(parts, sums=ExactSums, broadcast=cut)
+        return parts if self.restart == "zero" else replace(parts, sums=ExactSums)
 
     def starts(self, training: TrainingSettings) -> Starts:
         """B_k = 0 and a new or the client's own A_k, or its rows of the global adapter."""
@@ -130,14 +147,15 @@ class FLoRA(StackedAdapters, ResidualAdapter):
         fewest, most = self.possible_sums(len(entry.participants))
         if start or self.compress:
             check_pairs(residual, shapes, {m: min(shape) for m, shape in shapes.items()}, bits)
-        elif self.restart == "zero":
+        elif self.restart == "zero" and self.broadcast == "stack":
             check_factors(residual, shapes, range(fewest, most + 1))
         else:
             least, largest = (
                 {module: min(rank, *shape) for module, shape in shapes.items()}
                 for rank in (fewest, most)
             )
-            check_pairs(residual, shapes, largest, least=least)
+            stacked = self.broadcast == "stack"
+            check_pairs(residual, shapes, largest, least=least if stacked else None)
         check_step_sizes(entry.tensors, bits, LARGEST_BROADCAST)
 
     def check_derived(self, entry: Entry, expected: Expected) -> None:

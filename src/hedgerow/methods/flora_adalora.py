@@ -7,7 +7,8 @@ Wang et al., FLoRA, arXiv 2409.05976, with clients that train as in Zhang et al.
       client k:  attach ΔW = s_k·P·Λ·Q of rank initial·r_k to each matrix (Λ = 0), train it, and
                  set the least important of all matrices' singular values to zero, down to r_k
                  a matrix on average; A_k = Λ·Q and B_k = P of those that are left
-      server:    A = [p_1 s_1 A_1; …; p_N s_N A_N],  B = [B_1 … B_N], of a rank for each matrix
+      server:    A = [p_1 s_1 A_1; …; p_N s_N A_N],  B = [B_1 … B_N], of a rank for each matrix;
+                 or, by default, √S·Vᵀ and U·√S of their product U·S·Vᵀ
       everybody: W <- W + B·A
 """
 
@@ -21,7 +22,7 @@ from pydantic import Field
 from hedgerow.methods.base import Client, ClientRound, Expected, Payload, Trained
 from hedgerow.methods.parts.svd_factors import NewSvd, as_pairs
 from hedgerow.methods.residual import ResidualAdapter
-from hedgerow.methods.stacked import StackedAdapters
+from hedgerow.methods.stacked import ExactlyStacked
 from hedgerow.training import adalora
 from hedgerow.wire import kinds
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from hedgerow.wire import Entry, Update
 
 
-class FLoRAAdaLoRA(StackedAdapters, ResidualAdapter):
+class FLoRAAdaLoRA(ExactlyStacked, ResidualAdapter):
     """Adapters whose ranks differ by client and by matrix, stacked: the aggregate is exact."""
 
     name: str = "flora_adalora"

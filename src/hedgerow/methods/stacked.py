@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -27,10 +27,11 @@ from hedgerow.methods.base import (
     Payload,
     ServerRound,
     Trained,
+    revealed_by_sum,
 )
 from hedgerow.methods.lora import LoraMethod, update_scale
 from hedgerow.methods.parts import low_rank_steps
-from hedgerow.methods.parts.broadcast import Broadcast, Whole
+from hedgerow.methods.parts.broadcast import Broadcast, Orthogonal, Whole
 from hedgerow.methods.parts.factor_bits import FactorBits
 from hedgerow.methods.parts.low_rank_steps import SteppedSums
 from hedgerow.methods.parts.server_optimizers import ChosenServerOptimizer
@@ -182,7 +183,8 @@ class StackedAdapters(LoraMethod):
         metrics |= sent.metrics | parts.up.metrics(arrived.said) | steps.metrics
         if isinstance(arrived, SketchedSums):
             metrics["sketch_error"] = arrived.relative_error
-        return Aggregate(sent.tensors, finite(metrics), weights)
+        revealed = len(weights) if sent.apart else revealed_by_sum(weights)
+        return Aggregate(sent.tensors, finite(metrics), weights, revealed)
 
     @property
     def weighable(self) -> bool:
@@ -229,3 +231,24 @@ class StackedAdapters(LoraMethod):
         """The bytes of all clients' factors."""
         rows = sum(self.rank(client) for client in server_round.clients)
         return 4 * rows * sum(sum(shape) for shape in server_round.expected.shapes.values())
+
+
+class ExactlyStacked(StackedAdapters):
+    """Stacked adapters whose exact sum is broadcast, unless something else is made of it."""
+
+    broadcast: Literal["orthogonal", "stack"] = "orthogonal"
+    """Factors of the exact sum that everybody gets. `orthogonal`: by its singular value
+    decomposition, in which no client's own factors are left, and not larger; `stack`: all clients'
+    own, one after the other, as in FLoRA's paper."""
+
+    @classmethod
+    def before_choice(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The stack, as in FLoRA's paper."""
+        return {"broadcast": "stack"}
+
+    @property
+    def parts(self) -> StackedParts:
+        """Exact sums as they are broadcast."""
+        if self.broadcast == "stack":
+            return StackedParts()
+        return StackedParts(sums=ExactSums, broadcast=Orthogonal())

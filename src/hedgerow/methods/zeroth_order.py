@@ -28,6 +28,7 @@ from hedgerow.methods.base import (
 )
 from hedgerow.methods.parts.along_seeds import (
     check_steps,
+    revealed,
     steps_of_tensors,
     steps_to_tensors,
     summed,
@@ -128,13 +129,15 @@ class ZerothOrderMethod(Method):
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Sum coordinates, Σ p_k c_k, direction by direction."""
-        total, weighted = 0, []
+        total, weighted, directions = 0, [], list[set[int]]()
         for update in updates:
             total += update.num_examples
-            for seed, coordinate in steps_of_tensors(update.tensors).items():
+            steps = steps_of_tensors(update.tensors)
+            directions.append(set(steps))
+            for seed, coordinate in steps.items():
                 weighted.append((seed, coordinate * update.num_examples))
-        total_steps = summed(weighted)
-        return Aggregate(steps_to_tensors({seed: c / total for seed, c in total_steps.items()}), {})
+        tensors = steps_to_tensors({seed: c / total for seed, c in summed(weighted).items()})
+        return Aggregate(tensors, {}, revealed=revealed(directions))
 
     def apply(self, model: Model, entry: Entry) -> None:
         """Add the steps, w <- w + Σ c_z z, weight by weight."""

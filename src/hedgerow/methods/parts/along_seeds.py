@@ -7,7 +7,8 @@ coordinates    c_z, float32
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 from hedgerow.errors import InvalidMessage
@@ -24,6 +25,16 @@ def summed(steps: Iterable[tuple[int, float]]) -> dict[int, float]:
     for seed, coordinate in steps:
         sums[seed] = sums.get(seed, 0.0) + coordinate
     return sums
+
+
+def revealed(directions: Sequence[Set[int]]) -> int:
+    """Number of clients with a direction that no other client took.
+
+    Args:
+        directions: seeds of each client's.
+    """
+    taken = Counter(seed for own in directions for seed in own)
+    return sum(any(taken[seed] == 1 for seed in own) for own in directions)
 
 
 def steps_to_tensors(steps: Mapping[int, float]) -> dict[str, Tensor]:

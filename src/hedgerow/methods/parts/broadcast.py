@@ -1,6 +1,7 @@
 """What the server broadcasts of the sums: all, a part of each, or what fits a size.
 
 whole:      B·A = the sum, or its averages and, by SVD, the residual that they lack of it
+orthogonal: the same, but where the sum is a stack of the clients' factors, √S·Vᵀ and U·√S of it
 cut:        B·A = what a function of one matrix leaves of the sum
 truncated:  B·A = the leading components that are large for their bytes, of the sum and of what is
             owed, in few bits; and what this leaves out is owed (error feedback)
@@ -8,8 +9,9 @@ truncated:  B·A = the leading components that are large for their bytes, of the
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hedgerow import lowrank
@@ -64,29 +66,66 @@ class Whole(Broadcast):
         """
         self._cut, self.bound, self.is_whole = cut, bound, cut is None
 
+    def shows_parts(self, each: Sum) -> bool:
+        """Whether the broadcast of a sum that has no averages has clients' own factors in it."""
+        return each.apart and self._cut is None
+
+    def sent(self, each: Sum) -> tuple[Factors, float, float]:
+        """The broadcast of a sum that has no averages, in float32.
+
+        Returns:
+            Its factors; how far they are from the sum; and the sum's norm (Frobenius, both).
+        """
+        pair = (each.exact if self._cut is None else self._cut(each)).float()
+        return pair, lowrank.distance(pair, each.exact), lowrank.norm(each.exact)
+
     def make(
         self, sums: Sums, owed: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
     ) -> Sent:
         """The averages, where there are some, and by SVD, at its numeric rank, what they lack."""
         starts: dict[str, Factors] = {}
         residuals: dict[str, Factors] = {}
-
-        def applied_and_exact() -> Iterator[tuple[Factors, Factors]]:
-            for module, each in sums:
-                exact = each.exact
-                if each.average is None:
-                    residuals[module] = (self._cut(each) if self._cut else exact).float()
-                    yield residuals[module], exact
-                    continue
-                starts[module] = each.average.float()
+        error = size = 0.0
+        apart = False
+        for module, each in sums:
+            exact = each.exact
+            if each.average is None:
+                apart |= self.shows_parts(each)
+                residuals[module], missed, norm = self.sent(each)
+            else:
+                starts[module], norm = each.average.float(), lowrank.norm(exact)
                 lacking = lowrank.svd(lowrank.difference(exact, starts[module]))
-                rank = lacking.rank(beside=lowrank.norm(exact))
+                rank = lacking.rank(beside=norm)
                 residuals[module] = lacking.factors(max(rank, 1)).float()
-                yield lowrank.stack([starts[module], residuals[module]]), exact
-
-        error = lowrank.relative_error(applied_and_exact())
+                both = lowrank.stack([starts[module], residuals[module]])
+                missed = lowrank.distance(both, exact)
+            error, size = error + missed**2, size + norm**2
+        relative = lowrank.relative(error, size)
         tensors = {START + key: factor for key, factor in adapter_tensors(starts).items()}
-        return Sent(tensors | adapter_tensors(residuals), {}, {"aggregation_error": error})
+        tensors |= adapter_tensors(residuals)
+        return Sent(tensors, {}, {"aggregation_error": relative}, apart)
+
+
+class Orthogonal(Whole):
+    """Nothing is lost, and of single clients' factors nothing is left but their sum.
+
+    The singular value decomposition of a sum follows from the sum alone, whatever it is a stack of;
+    its factors are as large as the stack, or smaller.
+    """
+
+    def shows_parts(self, each: Sum) -> bool:
+        """No."""
+        return False
+
+    def sent(self, each: Sum) -> tuple[Factors, float, float]:
+        """Stacked factors by SVD, at their numeric rank; a product, which is a sum, as it is."""
+        if not each.apart:
+            return super().sent(each)
+        found = lowrank.svd(each.exact)
+        norm = float(found.values.norm())
+        rank = max(found.rank(beside=norm), 1)
+        pair, missed = lowrank.rounded(found.factors(rank))
+        return pair, math.hypot(missed, float(found.values[rank:].norm())), norm
 
 
 class Truncated(Broadcast):

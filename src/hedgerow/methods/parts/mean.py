@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,10 +23,12 @@ class Mean:
     def __init__(self) -> None:
         self._total = 0.0
         self._sums: dict[Basis, dict[str, Tensor]] = {}
+        self._counts: Counter[Basis] = Counter()
 
     def add(self, basis: Basis, values: Values, weight: float) -> None:
         """Add a client's values, times its weight relative to the others."""
         self._total += weight
+        self._counts[basis] += weight != 0
         sums = self._sums.setdefault(basis, {})
         for name, each in values:
             if name not in sums:
@@ -37,6 +40,11 @@ class Mean:
                 sums[name] = torch.nn.functional.pad(sums[name], (0, more))
             whole = sums[name] if more >= 0 else sums[name][: len(each)]
             whole.add_(each, alpha=weight)
+
+    @property
+    def alone(self) -> int:
+        """Number of bases with one client's values alone."""
+        return sum(count == 1 for count in self._counts.values())
 
     def make_private(self, private: GaussianMean) -> None:
         """Add noise to the sums of bounded values, whose weights then sum to a fixed number."""

@@ -77,6 +77,10 @@ class StackedFactors(Arrived):
         """Shape of the adapted matrix, (m, n)."""
         return self._spooled[module].shape
 
+    def rank(self, module: str) -> int:
+        """Rank of all factors of a module together, Σ r_k."""
+        return sum(self._ranks[module])
+
     def shares(self) -> list[float]:
         """Weights by size, p_k = n_k / Σ n."""
         total = sum(self.num_examples)

@@ -29,6 +29,8 @@ class Sum(NamedTuple):
     """Adapter that they went on from, (A_0, B_0); None: each began at zero."""
     largest: int = 0
     """Largest rank of a client whose factors are in it; 0 where that is not kept."""
+    apart: bool = False
+    """Whether the rows of `exact` are single clients' own, one client after the other."""
 
     def step(self) -> Factors:
         """Change of the global function by the round: `exact` - B_0 A_0."""
@@ -106,7 +108,7 @@ class StackedSums:
             start = self._start.get(module)
             largest = max(part.rows.stop - part.rows.start for part in parts)
             average = self.average(stacked, parts)
-            yield module, Sum(exact_sum(stacked, parts), average, start, largest)
+            yield module, Sum(exact_sum(stacked, parts), average, start, largest, apart=True)
 
     def average(self, stacked: Factors, parts: Sequence[Part]) -> Factors | None:
         """Adapter that clients go on from; here none that is not the sum itself."""
@@ -148,8 +150,9 @@ class ExactSums:
             averages = Factors(torch.zeros_like(start.A), torch.zeros_like(start.B))
             continued = Continued(start, averages, torch.zeros_like(start.A[:, 0]))
 
+        most = min(self._arrived.shape(module))
+
         def pieces() -> Iterator[Factors]:
-            most = min(self._arrived.shape(module))
             for stacked, parts in self._arrived.pieces(module, self._weights, most):
                 piece = stacked.double()
                 if continued is not None:
@@ -157,7 +160,9 @@ class ExactSums:
                 yield exact_sum(piece, parts)
 
         trained = lowrank.total(pieces())
-        return Sum(trained) if continued is None else continued.sum(trained)
+        if continued is not None:
+            return continued.sum(trained)
+        return Sum(trained, apart=self._arrived.rank(module) <= most)
 
 
 class SketchedSums(Arrived):

@@ -79,6 +79,8 @@ class Sent(NamedTuple):
     """What is to be sent in later rounds, by PEFT's keys; maybe nothing."""
     metrics: dict[str, float]
     """Errors relative to the exact sums, or to where the server steps instead of them."""
+    apart: bool = False
+    """Whether each client's own factors stand in the entry, beside the others'."""
 
 
 def truncate_sums(
