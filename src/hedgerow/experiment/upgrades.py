@@ -31,8 +31,7 @@ def upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
         if method.get("name") == "ferret":
             method = _ferret(method)
     name = method.get("name")
-    known = isinstance(name, str) and (name in METHODS or ":" in name)
-    if known:
+    if isinstance(name, str) and (name in METHODS or ":" in name):
         kind = METHODS.find(name, "method.name")
         method = {**kind.before_choice(method), **method}
     return {**content, "method": method, "training": training}
