@@ -423,6 +423,14 @@ def ten(experiment, tmp_path):
     return path
 
 
+def test_half_of_the_clients_are_no_threshold(hedgerow, ten, tmp_path):
+    """Either half could help a server that lies with another set."""
+    secure = "federation.secure.threshold=5"
+    result = hedgerow("run", ten, secure, "--out", tmp_path / "run")
+    assert result.code == 2
+    assert "5 is not more than half of the 10 clients of a round: take from 6 to 10" in result.err
+
+
 @pytest.mark.parametrize("stage", STAGES[:3])
 def test_three_of_ten_that_are_gone(ten, tmp_path, stage):
     """The ledger is that of the same sums without masks: of seven, or of all."""

@@ -193,19 +193,24 @@ def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
 
 
 def _check_secure(federation: FederationSettings, num_clients: int) -> None:
-    """Raise a `UserError` where a round has fewer clients than a secure sum takes."""
+    """Raise a `UserError` where a round has fewer clients than a secure sum takes, or twice them.
+
+    A server that lies could have either half help with another set of clients, and take away all
+    masks.
+    """
     secure = federation.secure
     asked = min(num_clients, federation.clients_per_round or num_clients)
-    if secure is None or secure.needed(asked) <= asked:
+    if secure is None or asked / 2 < secure.needed(asked) <= asked:
         return
     if asked == 1:
         raise UserError(
             "federation.secure: a round has one client, and a sum of one is its update: have more "
             "take part"
         )
+    beside = "above the" if secure.needed(asked) > asked else "not more than half of the"
     raise UserError(
-        f"federation.secure.threshold: {secure.needed(asked)} is above the {asked} clients of a "
-        f"round: take from 2 to {asked}, or leave it out"
+        f"federation.secure.threshold: {secure.needed(asked)} is {beside} {asked} clients of a "
+        f"round: take from {asked // 2 + 1} to {asked}, or leave it out"
     )
 
 
