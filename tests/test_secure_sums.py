@@ -455,7 +455,7 @@ def test_four_of_ten_that_are_gone(ten, hedgerow, monkeypatch, tmp_path, stage):
     result = hedgerow("run", ten, *arguments)
     said = " ".join(result.err.split())
     assert result.code == 1
-    # Another try after one that was to be unmasked is of the same clients, or their difference tells.
+    # Another try after one that was to be unmasked is of the same clients.
     needed = 10 if stage == "masked" else 7
     sentence = f"no secure sum: 6 of the {needed} clients that it takes stayed to the end"
     assert f"round 1 has {sentence}" in said
