@@ -49,7 +49,8 @@ class SecureInbox(Inbox):
         self._members = {client.name for client in clients}
         """Clients that a sum may be of: once one was asked to be unmasked, those of that one."""
         self._loss = 0.0
-        self._stayed = 0
+        self._stayed, self._takes = 0, self._needed
+        """Clients that were there at the end of a try, and that its last stage takes."""
         self._letter_bytes = 0
 
     def aggregate(self, fleet: Fleet, clock: Clock) -> Aggregate:
@@ -120,7 +121,7 @@ class SecureInbox(Inbox):
                 server.unmask(helped)
             except InvalidMessage as error:
                 self._watcher.say(f"round {self._round}: {error}")
-                self._stayed = len(helped)
+                self._stayed, self._takes = len(helped), sum_of.threshold
                 return None
         sizes = [c.num_examples for c in self.clients if c.name in server.arrived]
         each = [sum_of.weights(size, server.most_examples) for size in sizes]
@@ -161,7 +162,7 @@ class SecureInbox(Inbox):
 
     def _are_enough(self, count: int) -> bool:
         """Whether so many clients suffice to go on."""
-        self._stayed = count
+        self._stayed, self._takes = count, self._needed
         return count >= self._needed
 
     def _left(self, clients: Sequence[Client]) -> list[Client]:
@@ -180,7 +181,7 @@ class SecureInbox(Inbox):
             reason = f"{first}{others} failed because {why}"
         tries = f" in {attempts} tries" if attempts > 1 else ""
         return (
-            f"round {self._round} has no secure sum: {self._stayed} of the {self._needed} clients "
+            f"round {self._round} has no secure sum: {self._stayed} of the {self._takes} clients "
             f"that it takes stayed to the end{tries}: {reason}"
         )
 
