@@ -14,7 +14,7 @@ from hedgerow.adapters import adapter_pairs, adapter_tensors
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.ledger import Ledger
 from hedgerow.lowrank import Factors
-from hedgerow.methods.base import Expected, ServerRound, revealed_by_sum
+from hedgerow.methods.base import REVEALED, Expected, ServerRound, revealed_by_sum
 from hedgerow.methods.flora import FLoRA
 from hedgerow.methods.flora_adalora import FLoRAAdaLoRA
 from hedgerow.methods.parts.along_seeds import revealed
@@ -136,7 +136,7 @@ def test_a_product_is_a_sum_and_stays_one():
     assert all(
         torch.equal(made[0].tensors[name], made[1].tensors[name]) for name in made[0].tensors
     )
-    assert [each.revealed for each in made] == [0, 0]
+    assert [each.metrics[REVEALED] for each in made] == [0, 0]
 
 
 def test_what_nobody_counts_in_is_not_sent():
@@ -151,7 +151,7 @@ def test_what_nobody_counts_in_is_not_sent():
     }
     ranks = {name: dict(adapter_pairs(s.tensors))["q"].rank for name, s in sums.items()}
     assert ranks == {"stack": 9, "orthogonal": 6}
-    assert {name: s.revealed for name, s in sums.items()} == {"stack": 3, "orthogonal": 0}
+    assert {name: s.metrics[REVEALED] for name, s in sums.items()} == {"stack": 3, "orthogonal": 0}
 
 
 @settings(max_examples=40, deadline=None)

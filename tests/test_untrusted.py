@@ -203,13 +203,17 @@ def test_an_update_of_another_client_round_or_model_is_named(case):
             update.check(*asked[:place], other, *asked[place + 1 :])
 
 
+STACK = {"broadcast": "stack"}
+
+
 @pytest.mark.parametrize(
     ("method", "participants", "possible"),
     [
-        ({"name": "flora", "ranks": 4}, 3, {12}),
-        ({"name": "flora", "ranks": [4, 2, 1]}, 3, {7}),
-        ({"name": "flora", "ranks": [4, 2, 1]}, 2, {3, 4, 5, 6}),
-        ({"name": "flora", "ranks": [4, 2, 1], "restart": "zero"}, 2, {3, 4, 5, 6}),
+        ({"name": "flora", "ranks": 4, **STACK}, 3, {12}),
+        ({"name": "flora", "ranks": [4, 2, 1], **STACK}, 3, {7}),
+        ({"name": "flora", "ranks": [4, 2, 1], **STACK}, 2, {3, 4, 5, 6}),
+        ({"name": "flora", "ranks": [4, 2, 1], "restart": "zero", **STACK}, 2, {3, 4, 5, 6}),
+        ({"name": "flora", "ranks": [4, 2, 1]}, 3, set(range(1, 8))),
         ({"name": "fedit", "ranks": 4}, 3, {4}),
         ({"name": "zero_padding", "ranks": [4, 2, 1]}, 3, {4}),
         ({"name": "zero_padding", "ranks": [4, 2, 1]}, 2, {2, 4}),

@@ -14,7 +14,7 @@ from hedgerow.experiment import Experiment
 from hedgerow.federation import robust
 from hedgerow.federation.fleet import ClientResult, Fleet, Watcher
 from hedgerow.federation.traffic import contents
-from hedgerow.methods.base import Aggregate, Client, ServerRound, revealed_by_sum
+from hedgerow.methods.base import REVEALED, Aggregate, Client, ServerRound, revealed_by_sum
 from hedgerow.privacy.client_level import ClientLevel
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.runs.rows import SENT_BY_CLIENT
@@ -149,10 +149,11 @@ class Inbox:
             return None
         if self._private is not None:
             return 0
-        if aggregate.revealed is None and self._method.linear:
+        if REVEALED not in aggregate.metrics and self._method.linear:
             weights = [1.0] * len(self._losses) if aggregate.weights is None else aggregate.weights
             return revealed_by_sum(weights)
-        return aggregate.revealed
+        told = aggregate.metrics.get(REVEALED)
+        return None if told is None else int(told)
 
     def entry(self, aggregate: Aggregate) -> Entry:
         """The round's entry; who answered weighs p_k = n_k / Σ n, or what the aggregate says.
@@ -202,7 +203,8 @@ class Inbox:
             learnt = {"epsilon": self._epsilon}
         elif self._says.losses:
             learnt = {"train_loss": self._mean_loss(present)}
-        return replace(entry, metrics={**learnt, "bytes_up": self._bytes, **aggregate.metrics})
+        own = {key: value for key, value in aggregate.metrics.items() if key != REVEALED}
+        return replace(entry, metrics={**learnt, "bytes_up": self._bytes, **own})
 
     def _mean_loss(self, present: Sequence[Client]) -> float:
         """Mean of the training losses, without those that cannot be, of which people are told."""

@@ -17,10 +17,10 @@ from hedgerow.federation.inbox import Inbox
 from hedgerow.federation.secure import sum_of_round
 from hedgerow.federation.secure_inbox import SecureInbox
 from hedgerow.federation.traffic import Traffic, row_of
-from hedgerow.methods.base import Client
+from hedgerow.methods.base import REVEALED, Client
 from hedgerow.privacy.client_level import ClientLevel
 from hedgerow.runs.directory import RunDirectory
-from hedgerow.runs.rows import REVEALED, ROWS_BY_CLIENT
+from hedgerow.runs.rows import ROWS_BY_CLIENT
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry
 

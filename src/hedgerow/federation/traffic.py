@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hedgerow.ledger import Ledger
-from hedgerow.methods.base import Method
-from hedgerow.runs.rows import REVEALED
+from hedgerow.methods.base import REVEALED, Method
 from hedgerow.wire import Entry, Update, kinds
 
 

@@ -180,9 +180,12 @@ class Aggregate(NamedTuple):
     metrics: dict[str, float]
     weights: Sequence[float] | None = None
     """Weight of each update, in their order, where that is not p_k = n_k / Σ n."""
-    revealed: int | None = None
-    """Number of clients of whose update there is a piece apart from the others', as rows of a
-    stack; None: there is one sum alone, where the method is `linear`, else it is not known."""
+
+
+REVEALED = "revealed_clients"
+"""Key, among an aggregate's metrics, of the number of clients of whose update there is a piece
+apart from the others', as rows of a stack; it is in the round's row, and not in the entry. Without
+it there is one sum alone, where the method is `linear`, else it is not known."""
 
 
 class Method(Plugin, ABC):

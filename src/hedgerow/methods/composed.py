@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.methods import weighting
 from hedgerow.methods.base import (
+    REVEALED,
     Aggregate,
     Client,
     ClientRound,
@@ -197,7 +198,9 @@ class Composed(Method):
             mean.divide_by(1)
         made = self._aggregate(mean, clients, server_round)
         revealed = mean.alone if parts.through.adds else len(clients)
-        return made._replace(tensors=made.tensors | gathered, revealed=revealed)
+        return made._replace(
+            tensors=made.tensors | gathered, metrics=made.metrics | {REVEALED: revealed}
+        )
 
     def aggregate_mean(
         self, mean: Mapping[str, Tensor], clients: Sequence[str], server_round: ServerRound

@@ -20,6 +20,7 @@ from pydantic import model_validator
 from hedgerow.adapters import adapter_pairs
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import (
+    REVEALED,
     Aggregate,
     Client,
     ClientRound,
@@ -184,7 +185,7 @@ class StackedAdapters(LoraMethod):
         if isinstance(arrived, SketchedSums):
             metrics["sketch_error"] = arrived.relative_error
         revealed = len(weights) if sent.apart else revealed_by_sum(weights)
-        return Aggregate(sent.tensors, finite(metrics), weights, revealed)
+        return Aggregate(sent.tensors, finite(metrics) | {REVEALED: revealed}, weights)
 
     @property
     def weighable(self) -> bool:

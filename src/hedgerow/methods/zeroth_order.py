@@ -17,6 +17,7 @@ from pydantic import Field
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.lazy import torch
 from hedgerow.methods.base import (
+    REVEALED,
     Aggregate,
     Client,
     ClientRound,
@@ -137,7 +138,7 @@ class ZerothOrderMethod(Method):
             for seed, coordinate in steps.items():
                 weighted.append((seed, coordinate * update.num_examples))
         tensors = steps_to_tensors({seed: c / total for seed, c in summed(weighted).items()})
-        return Aggregate(tensors, {}, revealed=revealed(directions))
+        return Aggregate(tensors, {REVEALED: revealed(directions)})
 
     def apply(self, model: Model, entry: Entry) -> None:
         """Add the steps, w <- w + Σ c_z z, weight by weight."""

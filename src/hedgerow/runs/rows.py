@@ -15,9 +15,6 @@ METRICS_FILE = "metrics.jsonl"
 ROWS_BY_CLIENT = "test_rows_by_client"
 """Key of the numbers of test rows of clients that were scored on their own."""
 
-REVEALED = "revealed_clients"
-"""Key of the number of clients of whose update the entry has a piece apart from the others'."""
-
 SENT_BY_CLIENT = "sent_by_client"
 """Key of what the update of each client holds, as `hedgerow.federation.traffic.contents` says."""
 

@@ -197,4 +197,6 @@ def _ranks_are_free(method: LoraMethod, direction: Direction) -> bool:
     if isinstance(method, FLoRA) and method.compress is not None:
         # Codes of integers have as many steps as there are rows, which one more does not fit.
         return direction == "down" and method.compress.bits == 32
+    if isinstance(method, FLoRA) and direction == "down" and method.broadcast == "orthogonal":
+        return True
     return isinstance(method, FLoRAAdaLoRA) or (isinstance(method, FLoRIST) and direction == "down")

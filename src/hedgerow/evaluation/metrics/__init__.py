@@ -32,7 +32,7 @@ _TAKEN = {
     *("participants", "failures", "by_client", "train_loss"),
     *("rows", "truncated", "dropped", "skipped"),
     *("method", "seed", "seeds", "series", "target", "bytes", "rounds_to_target"),
-    *("bytes_to_target", "epsilon", "clipped"),
+    *("bytes_to_target", "epsilon", "clipped", "clip", "revealed_clients", "secure_bytes"),
 }
 """Keys of other numbers in a row of metrics.jsonl, of `hedgerow evaluate`, or in tables of runs."""
 _ENDINGS = (
