@@ -112,6 +112,7 @@ def _stopped_by_signals() -> Iterator[list[int]]:
     The first ends it as an exception does, so that what is open is closed; a second, whatever the
     first is waiting for, at once.
     """
+    advisers.clear()  # of a command before, in this process
     signals: list[int] = [signal.SIGINT]
 
     def interrupt(number: int, frame: object) -> None:

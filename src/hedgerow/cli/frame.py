@@ -88,9 +88,12 @@ def advising(advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        # It stays: who interrupts again, while this ends the command, is told the same.
         raise KeyboardInterrupt(*filter(None, [advice()])) from None
-    finally:
+    except BaseException:
         advisers.remove(advice)
+        raise
+    advisers.remove(advice)
 
 
 class Engine(StrEnum):
