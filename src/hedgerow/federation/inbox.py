@@ -80,9 +80,7 @@ class Inbox:
         asked = list(self.clients)
         for attempt in range(self._settings.attempts):
             if attempt:
-                seconds = self._settings.backoff * 2 ** (attempt - 1)
-                self._watcher.tries_again([client.name for client in asked], seconds)
-                time.sleep(seconds)
+                self._wait(attempt, asked)
             for result in fleet.train(self._round, self._ledger.head, asked, clock):
                 with clock("wire"):
                     self._receive(result)
@@ -96,6 +94,12 @@ class Inbox:
             raise RunFailed(self._too_few(attempt + 1))
         for client in waiting:
             yield from self._hand_on(client.name)
+
+    def _wait(self, attempt: int, asked: Sequence[Client]) -> None:
+        """Wait before these clients are asked once more, twice as long as the time before."""
+        seconds = self._settings.backoff * 2 ** (attempt - 1)
+        self._watcher.tries_again([client.name for client in asked], seconds)
+        time.sleep(seconds)
 
     def aggregate(self, fleet: Fleet, clock: Clock) -> Aggregate:
         """What the method makes of the usable updates, weighed by the experiment's rule if any.

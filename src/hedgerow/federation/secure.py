@@ -31,7 +31,7 @@ from hedgerow.privacy.secure.letters import (
 )
 from hedgerow.privacy.secure.party import Party
 from hedgerow.settings import SecureSettings
-from hedgerow.wire import Kind, Update, check_kinds
+from hedgerow.wire import Kind, Update, check_kinds, kinds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,8 +170,7 @@ def with_codes(update: Update, codes: Mapping[str, Codes]) -> Update:
 def check_masked(update: Update, sum_of: SumOfRound, expected: Expected) -> None:
     """Raise `InvalidMessage` unless an update has masked codes of what the method changes."""
     update.check_about({})
-    given = {name: Kind(each.dtype, tuple(each.shape)) for name, each in update.tensors.items()}
-    check_kinds(given, sum_of.kinds(update.round, expected))
+    check_kinds(kinds(update.tensors), sum_of.kinds(update.round, expected))
 
 
 @dataclass

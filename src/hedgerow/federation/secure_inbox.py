@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,9 +65,7 @@ class SecureInbox(Inbox):
         """
         for attempt in range(self._settings.attempts):
             if attempt:
-                seconds = self._settings.backoff * 2 ** (attempt - 1)
-                self._watcher.tries_again([client.name for client in self.clients], seconds)
-                time.sleep(seconds)
+                self._wait(attempt, self.clients)
             self.failures.clear()
             self._losses.clear()
             mean = self._try(fleet, clock)
