@@ -19,6 +19,7 @@ from hedgerow.wire.files import (
     FileTensors,
     check_numbers,
     header_of,
+    sha256_of,
     to_safetensors,
 )
 from hedgerow.wire.metadata import LONGEST_TEXT, natural, read_json, take
@@ -77,10 +78,7 @@ class Entry:
 
     def digest(self) -> str:
         """SHA-256 of the entry as a file, but for `metrics`."""
-        digest = hashlib.sha256()
-        for part in to_safetensors(self.tensors, replace(self, metrics={})._metadata()):
-            digest.update(part)
-        return digest.hexdigest()
+        return sha256_of(self.tensors, replace(self, metrics={})._metadata())
 
     def write(self, file: BinaryIO) -> tuple[str, int]:
         """Write the entry as a safetensors file; returns its SHA-256 and its size in bytes.

@@ -11,6 +11,7 @@ tensor.
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import math
@@ -149,6 +150,18 @@ def to_safetensors(
     for name in _in_order(kinds(tensors)):
         tensor = tensors[name].detach().contiguous().cpu()
         yield memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def sha256_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the safetensors file that there would be of these, which is never whole in memory.
+
+    Raises:
+        InvalidMessage: nobody could read the file; see `header_of`.
+    """
+    digest = hashlib.sha256()
+    for part in to_safetensors(tensors, metadata):
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from hedgerow.errors import InvalidMessage
-from hedgerow.wire.files import MAX_HEADER_BYTES, FileTensors, header_of, to_safetensors
+from hedgerow.wire.files import MAX_HEADER_BYTES, FileTensors, header_of, sha256_of, to_safetensors
 from hedgerow.wire.metadata import LONGEST_TEXT, check_equal, natural, take
 
 if TYPE_CHECKING:
@@ -53,10 +52,7 @@ class Update:
 
     def digest(self) -> str:
         """SHA-256 of the update as a file, but for `epsilon`."""
-        digest = hashlib.sha256()
-        for part in replace(self, epsilon=None)._parts():
-            digest.update(part)
-        return digest.hexdigest()
+        return sha256_of(self.tensors, replace(self, epsilon=None)._metadata())
 
     @staticmethod
     def from_bytes(
