@@ -8,6 +8,7 @@ those commands enter take torch and its like from here. Type checkers see the li
 from __future__ import annotations
 
 import importlib
+from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,11 @@ class _Lazy(ModuleType):
     """A library's stand-in, which hands on what it is asked for."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self.__name__), name)
+        return getattr(self._library, name)
+
+    @cached_property
+    def _library(self) -> ModuleType:
+        return importlib.import_module(self.__name__)
 
 
 if TYPE_CHECKING:
