@@ -191,7 +191,7 @@ def distance(first: Factors, second: Factors) -> float:
     return norm(difference(first, second))
 
 
-def inner_products(pairs: Sequence[Factors], rows: int = 4096) -> Tensor:
+def inner_products(pairs: Sequence[Factors], rows: int = 1024) -> Tensor:
     """Inner products ⟨B_i A_i, B_j A_j⟩ = tr(A_iᵀ B_iᵀ B_j A_j) of pairs of any ranks.
 
     Args:
