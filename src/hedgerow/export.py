@@ -313,6 +313,8 @@ def _write_card(
     rows = read_rows(run) if run.is_dir() else []
     score = rows[round].get("eval_loss") if round < len(rows) else None
     loss = "" if score is None else f"\n- loss on the test data: {score:.4f}"
+    secret = any(ledger.names_all(each) for each in range(1, round + 1) if ledger.has(each))
+    took = "may have taken" if secret else "took"
     # Where the data lies is nobody's business but the owner's.
     settings = experiment.dump(include={"method", "training", "federation"})
     (folder / "README.md").write_text(
@@ -329,7 +331,7 @@ Made with hedgerow: {method.summary} ({method.reference}).
 
 - base: {base} ({ledger.base.architecture}, {ledger.base.parameters:,} parameters)
 - fingerprint of the base: `{ledger.base.fingerprint}`
-- rounds: {round}, clients that took part: {len(ledger.clients(round))}{loss}
+- rounds: {round}, clients that {took} part: {len(ledger.clients(round))}{loss}
 
 How it was trained:
 

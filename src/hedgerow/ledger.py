@@ -257,7 +257,7 @@ class Ledger:
         return (self.folder / self.records[round - 1].file).is_file()
 
     def clients(self, until: int | None = None) -> list[str]:
-        """Everybody who took part in rounds 1 … `until` (default: all), by name.
+        """Everybody who took part in rounds 1 … `until` (default: all), or may have, by name.
 
         Of rounds whose entries are not here, nobody.
         """
@@ -266,23 +266,31 @@ class Ledger:
         return sorted({p.client for entry in here for p in entry.participants})
 
     def took_part(self, client: str, round: int) -> bool:
-        """Whether a client's update is in the entry of a round; yes where that is not here.
+        """Whether a client's update is in the entry of a round, or may be.
 
-        The entry's header alone is read, unchecked: `read` has checked the file before.
+        It may where the entry is not here, or does not say who took part (`Entry.names_all`). The
+        entry's header alone is read, unchecked: `read` has checked the file before.
         """
         return not self.has(round) or client in self.participants(round)
 
     def last_round(self, client: str) -> int:
-        """The last round whose entry is here and has a client's update; 0 where there is none."""
+        """The last round whose entry is here and says that it has a client's update; 0: none."""
         for round in range(len(self), 0, -1):
-            if self.has(round) and client in self.participants(round):
+            if self.has(round) and not self.names_all(round) and client in self.participants(round):
                 return round
         return 0
 
     def participants(self, round: int) -> list[str]:
-        """Names of the clients whose updates are in the entry of a round; as in `took_part`."""
-        entry = Entry.read(self.folder / self.records[round - 1].file)
-        return [participant.client for participant in entry.participants]
+        """Names of the clients whose updates are, or may be, in an entry; as in `took_part`."""
+        return [participant.client for participant in self._header(round).participants]
+
+    def names_all(self, round: int) -> bool:
+        """Whether an entry names all that might have taken part (`Entry.names_all`)."""
+        return self._header(round).names_all
+
+    def _header(self, round: int) -> Entry:
+        """An entry whose tensors nobody asks for."""
+        return Entry.read(self.folder / self.records[round - 1].file)
 
     def replay(
         self,

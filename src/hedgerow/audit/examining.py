@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -348,24 +349,28 @@ class _Auditor:
     def _left(self) -> list[Left]:
         """What left each client, by the ledger and the rows of metrics."""
         rows = read_rows(self._path)
-        rounds: dict[str, int] = {}
+        rounds, failures = Counter[str](), Counter[str]()
+        unknown: set[str] = set()  # who may have sent something that is not known
         for round in range(1, len(self._ledger) + 1):
-            for name in self._ledger.participants(round):
-                rounds[name] = rounds.get(name, 0) + 1
-        failures: dict[str, int] = {}
-        for row in rows:
-            for name in row["failures"]:
-                failures[name] = failures.get(name, 0) + 1
+            row = rows[round] if round < len(rows) else {}
+            names, failed = self._ledger.participants(round), row.get("failures", {})
+            if self._ledger.names_all(round):  # then the server's own rows alone know
+                if not row or (SENT_BY_CLIENT not in row and failed):  # and this was written again
+                    unknown.update(failed if row else names)
+                    failed = {}
+                names = row.get("participants", [])
+            rounds.update(names)
+            failures.update(failed)
         return [
-            self._left_of(name, rounds.get(name, 0), failures.get(name, 0), rows)
-            for name in sorted({*rounds, *failures})
+            self._left_of(name, rounds[name], failures[name], rows, known=name not in unknown)
+            for name in sorted({*rounds, *failures, *unknown})
         ]
 
     def _left_of(
-        self, name: str, rounds: int, failures: int, rows: Sequence[dict[str, Any]]
+        self, name: str, rounds: int, failures: int, rows: Sequence[dict[str, Any]], *, known: bool
     ) -> Left:
         sent = [own for row in rows if (own := row.get(SENT_BY_CLIENT, {}).get(name)) is not None]
-        complete = len(sent) == rounds or not self._experiment.method.communicates
+        complete = (known and len(sent) == rounds) or not self._experiment.method.communicates
         last = sent[-1] if sent else {}
         said = dict.fromkeys(word for own in sent for word in own["said"])
         if any(name in row.get(ROWS_BY_CLIENT, {}) for row in rows):

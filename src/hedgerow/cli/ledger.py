@@ -36,7 +36,8 @@ def ledger_show(run: RunPath) -> None:
                 entry.method,
                 record.sha256[:12],
                 entry.parent[:12],
-                str(len(entry.participants)),
+                # Of those that are named it is not told who took part.
+                f"{'of ' * entry.names_all}{len(entry.participants)}",
                 console.size(record.bytes),
                 # Private runs say none, and neither do entries of other programs.
                 "" if (loss := entry.metrics.get("train_loss")) is None else console.score(loss),

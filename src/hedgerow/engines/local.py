@@ -60,6 +60,11 @@ class LocalFleet:
         return self._prepared.clients
 
     @property
+    def names(self) -> Sequence[str]:
+        """Names of all clients of the experiment, in their order, also of those left out."""
+        return self._prepared.names
+
+    @property
     def population(self) -> int:
         """Number of clients of the run."""
         return len(self._prepared.clients)

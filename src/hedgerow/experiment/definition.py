@@ -164,7 +164,9 @@ class Experiment(Section):
             shapes: of what clients train (`Method.trained_shapes`).
         """
         silent = self.privacy is None and not self.says.losses
-        return Expected(Seeds(self.federation.seed), shapes, self.training, silent)
+        secret = self.privacy is not None and self.privacy.level == "client"
+        drawn = self.federation.clients_per_round if secret else None
+        return Expected(Seeds(self.federation.seed), shapes, self.training, silent, drawn)
 
     def dump(self, include: set[str] | None = None) -> str:
         """Experiment (or some of its sections) as YAML, with every default written out."""

@@ -40,6 +40,13 @@ class Fleet(Protocol):
     """Those who have the model and the data, as the round loop sees them."""
 
     @property
+    def names(self) -> Sequence[str]:
+        """Names of all clients that the experiment has, in their order.
+
+        Whether they have joined or not, and whether they have something to learn from.
+        """
+
+    @property
     def population(self) -> int:
         """Number of clients of the experiment, whether they have joined or not."""
 

@@ -20,7 +20,7 @@ from hedgerow.runs.directory import RunDirectory
 from hedgerow.runs.rows import SENT_BY_CLIENT
 from hedgerow.runs.scoring import plausible
 from hedgerow.settings import COORDINATE_WISE
-from hedgerow.wire import Entry, Participant, Update, header_limit
+from hedgerow.wire import SAMPLING_RATE, Entry, Participant, Update, header_limit
 
 
 class Inbox:
@@ -62,6 +62,9 @@ class Inbox:
         self._says = experiment.says
         self._says_loss = self._says.losses is True
         self._needed = self._settings.min_clients
+        if privacy is not None and privacy.sampling is not None:
+            # Whoever was drawn: that they are few is neither a failure nor to be told.
+            self._needed = min(self._needed, len(clients))
         # Of those who are away in a round, too: what they have spent is not less.
         self._epsilon = 0.0 if previous is None else previous.metrics.get("epsilon", 0.0)
         self._bytes = 0
@@ -108,6 +111,10 @@ class Inbox:
             RunFailed: as in `usable`.
             InvalidMessage: the method could not make anything of them.
         """
+        if self._private is not None and not self.clients:
+            changed = self._method.changed(self._round, self.server_round.expected)
+            mean = self._private.of_nobody(changed)
+            return self._method.aggregate_mean(mean, [], self.server_round)
         updates = self.usable(fleet, clock)
         if not self._method.is_weighed:
             return self._method.aggregate(updates, self.server_round)
@@ -163,6 +170,7 @@ class Inbox:
         """The round's entry; who answered weighs p_k = n_k / Σ n, or what the aggregate says.
 
         With client-level privacy it says nothing that depends on clients' data but through noise.
+        Where clients are drawn in secret, that is also true of who they are: it names all.
 
         Raises:
             RunFailed: it says that of more or fewer than there are, or cannot be written; or its
@@ -183,6 +191,10 @@ class Inbox:
             Participant(client.name, size, float(weight))
             for client, size, weight in zip(present, sizes, weights, strict=True)
         ]
+        sampling = None if self._privacy is None else self._privacy.sampling
+        if sampling is not None:
+            share = 1 / len(sampling.names)
+            participants = [Participant(name, 1, share) for name in sampling.names]
         entry = Entry(
             method=self._method.name,
             round=self._round,
@@ -199,9 +211,12 @@ class Inbox:
                 raise RunFailed(
                     f"method {entry.method} made an entry that cannot be written: {error}"
                 ) from None
-            spent = self._privacy.account_for(entry.round, entry.parent, digest, losses)
+            names = [participant.client for participant in participants]
+            spent = self._privacy.account_for(entry.round, entry.parent, digest, names)
             clip = None if self._private is None else self._private.next_clip
-            return replace(entry, metrics={"epsilon": spent} | ({"clip": clip} if clip else {}))
+            metrics = {"epsilon": spent} | ({"clip": clip} if clip else {})
+            rate = {} if sampling is None else {SAMPLING_RATE: sampling.rate}
+            return replace(entry, metrics=metrics | rate)
         learnt = {}
         if self._level is not None:
             learnt = {"epsilon": self._epsilon}

@@ -38,8 +38,11 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
     privacy = client_level(experiment, fleet, directory)
     sum_of = sum_of_round(experiment, lambda: fleet.population)
 
-    def participants(round: int) -> list[Client]:
-        return draw(fleet.gather(), settings.clients_per_round, seeds, round)
+    def asked_in(round: int, everybody: Sequence[Client]) -> list[Client]:
+        if privacy is None or privacy.sampling is None:
+            return draw(everybody, settings.clients_per_round, seeds, round)
+        names = set(privacy.sampling.drawn(round, ledger.parent(round)))
+        return [client for client in everybody if client.name in names]
 
     def finish(row: dict[str, Any]) -> None:
         directory.write_row(row)
@@ -50,8 +53,7 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         return fleet.evaluate(watcher.evaluated) if due else {}
 
     def inbox_of(round: int, everybody: Sequence[Client], previous: Entry | None) -> Inbox:
-        asked = draw(everybody, settings.clients_per_round, seeds, round)
-        population = len(everybody)
+        asked, population = asked_in(round, everybody), len(everybody)
         if sum_of is not None:
             return SecureInbox(
                 experiment, round, asked, population, previous, directory, watcher, sum_of
@@ -64,18 +66,21 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         asked = [*row["participants"], *row["failures"], *row.get(ROWS_BY_CLIENT, [])]
         traffic.down(asked, row["round"])
     if len(ledger) and len(rows) <= len(ledger):
-        watcher.say(_lost(len(rows), len(ledger)))
+        drawn = privacy is not None and privacy.sampling is not None
+        watcher.say(_lost(len(rows), len(ledger), drawn_in_secret=drawn))
     # Before the first round; or the run was killed between an entry and its row, or rows are gone.
     for round in range(len(rows), len(ledger) + 1):
         entry = ledger.read(round) if round else None
-        drawn = [client.name for client in participants(round)] if entry else []
-        present = {p.client for p in entry.participants} if entry else set()
-        absent = [name for name in drawn if name not in present]
-        failures = dict.fromkeys(absent, "not known: the run was stopped before it was written")
         scored = scores(round) if round == len(ledger) else {}
-        if entry is not None:
-            traffic.down([*drawn, *scored.get(ROWS_BY_CLIENT, [])], round)
-        finish(row_of(entry, traffic, failures) | scored)
+        if entry is None:
+            finish(row_of(entry, traffic) | scored)
+            continue
+        asked = [client.name for client in asked_in(round, fleet.gather())]
+        present = [] if entry.names_all else [p.client for p in entry.participants]
+        absent = [name for name in asked if name not in present]
+        failures = dict.fromkeys(absent, _UNKNOWN_PART if entry.names_all else _UNKNOWN_REASON)
+        traffic.down([*asked, *scored.get(ROWS_BY_CLIENT, [])], round)
+        finish(row_of(entry, traffic, present, failures) | scored)
 
     previous = ledger.read(len(ledger)) if len(ledger) else None
     for round in range(len(ledger) + 1, settings.rounds + 1):
@@ -104,44 +109,59 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
 
         parts = {f"{part}_seconds": seconds for part, seconds in clock.seconds.items()}
         seconds = {"seconds": time.perf_counter() - began, **parts}
-        row = row_of(entry, traffic, inbox.failures)
+        row = row_of(entry, traffic, list(inbox.losses), inbox.failures)
         finish(row | scored | revealed | inbox.seen | seconds)
+
+
+_UNKNOWN_REASON = "not known: the run was stopped before it was written"
+_UNKNOWN_PART = "not known whether it failed: the run was stopped before that was written"
 
 
 def client_level(
     experiment: Experiment, fleet: Fleet, directory: RunDirectory
 ) -> ClientLevel | None:
-    """Client-level privacy of a run that has rounds to go; None where it has none.
+    """Client-level privacy of a run; None where it has none, or does not need it any more.
 
     Raises:
         UserError: what is promised cannot be kept.
     """
-    settings, rounds = experiment.privacy, experiment.federation.rounds
-    if settings is None or settings.level != "client" or len(directory.ledger) >= rounds:
+    settings, federation, ledger = experiment.privacy, experiment.federation, directory.ledger
+    if settings is None or settings.level != "client":
         return None
-    ledger = directory.ledger
+    expected, names = federation.clients_per_round, fleet.names
+    sampled = expected is not None and expected < len(names)
+    # Rows that are missing say who was asked, which the key alone knows.
+    missing = len(directory.rows()) <= len(ledger)
+    if len(ledger) >= federation.rounds and not (sampled and missing):
+        return None
     return ClientLevel.of(
         settings,
-        rounds=rounds,
+        rounds=federation.rounds,
         clients=len(fleet.gather()),
         folder=directory.path,
         known=[(round, ledger.parent(round)) for round in range(1, len(ledger) + 1)],
+        sampled=names if sampled else (),
+        expected=expected or 0,
     )
 
 
-def _lost(first: int, last: int) -> str:
+def _lost(first: int, last: int, *, drawn_in_secret: bool) -> str:
     """Sentence on rows of metrics.jsonl that are not there, though their entries are."""
     rounds = f"round {first}" if first == last else f"rounds {first} to {last}"
+    who = "who took part of those that were drawn, " if drawn_in_secret else ""
     return (
         f"metrics.jsonl has no row of {rounds}, as where a run is killed between an entry and its "
         "row: what the ledger has not is not known there (times, train_loss_by_client, "
-        f"sent_by_client, {REVEALED}, why clients failed, and "
+        f"sent_by_client, {REVEALED}, {who}why clients failed, and "
         f"scores before round {last})"
     )
 
 
 def draw(clients: Sequence[Client], count: int | None, seeds: Seeds, round: int) -> list[Client]:
-    """The clients that take part in a round: all, or `count` of them at random, in their order."""
+    """The clients that take part in a round: all, or `count` of them at random, in their order.
+
+    Everybody can know them, by the run's seed.
+    """
     if count is None or count >= len(clients):
         return list(clients)
     chosen = seeds.numpy("participants", round).choice(len(clients), count, replace=False)

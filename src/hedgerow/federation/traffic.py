@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from hedgerow.ledger import Ledger
@@ -71,9 +72,20 @@ def _name(name: str) -> str:
     return re.sub(r"(?<![A-Za-z])\d+", "*", last)
 
 
-def row_of(entry: Entry | None, traffic: Traffic, failures: dict[str, str]) -> dict[str, Any]:
-    """A row of metrics.jsonl, for an entry or for the base; clock and scores come on top."""
-    names = [p.client for p in entry.participants] if entry else []
+def row_of(
+    entry: Entry | None,
+    traffic: Traffic,
+    participants: Sequence[str] = (),
+    failures: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """A row of metrics.jsonl, for an entry or for the base; clock and scores come on top.
+
+    Args:
+        entry: None for the base.
+        traffic: has accounted for the round.
+        participants: names of the clients whose updates are in the entry, which may not say so.
+        failures: why others that were asked have none there, by their names.
+    """
     return {
         "round": entry.round if entry else 0,
         "eval_loss": None,
@@ -84,9 +96,9 @@ def row_of(entry: Entry | None, traffic: Traffic, failures: dict[str, str]) -> d
         "train_seconds": None,
         "aggregation_error": None,
         REVEALED: None,
-        "clients": len(names),
+        "clients": len(participants),
         "failed": len(failures),
-        "participants": names,
-        "failures": failures,
+        "participants": list(participants),
+        "failures": dict(failures),
         **(entry.metrics if entry else {}),
     }

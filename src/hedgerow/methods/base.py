@@ -18,6 +18,7 @@ from hedgerow.wire import (
     LARGEST_BROADCAST,
     LARGEST_SENT,
     LONGEST_TEXT,
+    SAMPLING_RATE,
     check_equal,
     check_numbers,
     check_participants,
@@ -107,6 +108,13 @@ class Expected:
     training: TrainingSettings
     silent: bool = False
     """Whether entries may have neither a training loss nor what privacy has cost."""
+    drawn: int | None = None
+    """Number of clients that are drawn in secret for a round, on average, where there are more;
+    None: entries say who took part."""
+
+    def sampling_rate(self, clients: int) -> float | None:
+        """Probability with which each of so many clients takes part; None: all that are asked."""
+        return None if self.drawn is None or self.drawn >= clients else self.drawn / clients
 
 
 @dataclass(frozen=True)
@@ -310,7 +318,8 @@ class Method(Plugin, ABC):
 
         Then `aggregate` bounds them and adds noise where `ServerRound.private` says so, which
         client-level privacy needs, and `aggregate_mean` makes the entry of their mean alone, for
-        sums that nobody can look into.
+        sums that nobody can look into. How many updates there are, it may depend on only where
+        clients may not forget (`clients_may_forget`), since such are not drawn in secret.
         """
         return False
 
@@ -592,6 +601,10 @@ def check_fits(
     method.check_entry(entry, shapes)
     if expected is None:
         return
+    check_equal(
+        {SAMPLING_RATE: entry.metrics.get(SAMPLING_RATE)},
+        {SAMPLING_RATE: expected.sampling_rate(len(entry.participants))},
+    )
     if not expected.silent and not entry.metrics.keys() & _REQUIRED:
         raise InvalidMessage("metrics must have train_loss, or epsilon in a private run")
     method.check_derived(entry, expected)
@@ -603,7 +616,7 @@ what privacy has cost."""
 
 
 def check_fixed_weights(participants: Sequence[Participant]) -> None:
-    """Raise `InvalidMessage` unless all weigh 1/D, of the D clients that were asked."""
+    """Raise `InvalidMessage` unless all weigh 1/D, of the D clients that were or may be asked."""
     first = participants[0].weight
     if not 0 < first <= (1 + 1e-9) / len(participants):
         raise InvalidMessage(f"weights must be above 0, and sum to at most 1, got {first} each")

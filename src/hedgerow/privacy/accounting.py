@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -37,6 +38,26 @@ class Release:
     sampling); 1: all are."""
     count: int = 1
     """Number of times."""
+
+
+def of_samples(release: Release, times: Iterable[int]) -> tuple[Release, ...]:
+    """Mechanisms of several samples, some of which were released more than once.
+
+    m releases of one sample, each with noise z of its own, are one sampled Gaussian mechanism with
+    noise z/√m: a record is in all of them or in none. That is more than m samples cost.
+
+    Args:
+        release: what is applied to each sample.
+        times: of each sample, the number of times that it was released.
+    """
+    return tuple(
+        replace(
+            release,
+            noise_multiplier=release.noise_multiplier / math.sqrt(number),
+            count=release.count * samples,
+        )
+        for number, samples in sorted(Counter(times).items())
+    )
 
 
 def spent(releases: Sequence[Release], delta: float, accountant: Accountant = "rdp") -> float:

@@ -8,26 +8,41 @@ algorithm 1 (DP-FedAvg), with a fixed denominator:
 Of two neighbours, one has all of a client's updates and the other has zeros in their place, so one
 client changes a round's sum by at most C. What is made of x afterwards costs nothing.
 
+Where n of N clients are to take part in a round, each does with probability q = n/N, independently
+of the others and as the server's secret key says, and D = n whoever was drawn. Then a round is a
+sampled Gaussian mechanism (Mironov et al., arXiv 1908.10530), which costs less, as long as nothing
+that is released says who was drawn, or how many. Each round counts for all clients.
+
 With a quantile γ, C follows the lengths of updates (Andrew et al., "Differentially Private Learning
 with Adaptive Clipping", arXiv 1905.03871, algorithm 1):
 
     server:  b = 1/2 + (Σ_k (1[‖x_k‖ ≤ C] - 1/2) + N(0, σ²)) / D,      C <- C·exp(-0.2·(b - γ))
 
-One client changes that sum by 1/2. So that both together cost as much as z says, x has noise of
-(1/z² - 1/(2σ)²)^(-1/2) in the place of z, and σ = max(D/20, z).
+One client changes that sum by 1/2, where it has zero in its place there, too. So that both together
+cost as much as z says, x has noise of (1/z² - 1/(2σ)²)^(-1/2) in the place of z, and
+σ = max(D/20, z). Both are of one sample, so that this holds for sampled rounds as well.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hedgerow.errors import RunFailed, UserError
 from hedgerow.lazy import torch
-from hedgerow.privacy.accounting import Release, affordable, least_noise, spent
+from hedgerow.privacy.accounting import (
+    Accountant,
+    Release,
+    affordable,
+    least_noise,
+    of_samples,
+    spent,
+)
 from hedgerow.privacy.noise import PRIVACY_KEY, NoiseKey
 from hedgerow.privacy.releases import RELEASES, ReleaseLog
 from hedgerow.settings import PrivacySettings
@@ -49,7 +64,8 @@ class GaussianMean:
     noise_multiplier: float
     """Standard deviation z of the noise on the sum, in units of `clip`."""
     denominator: int
-    """Number D of clients that were asked, whether they answer or not."""
+    """Number D of clients that were asked, whether they answer or not; of those that are drawn
+    in secret, the number n that it is on average."""
     round: int
     key: NoiseKey = field(repr=False)
     quantile: float | None = None
@@ -77,6 +93,16 @@ class GaussianMean:
         deviation = self._of_sum * self.clip
         for name, noise in self.key.beside(sums, "round", self.round, *use):
             sums[name].add_(noise.mul_(deviation).to(sums[name].device))
+
+    def of_nobody(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Mean of a round for which nobody was drawn: noise alone.
+
+        Args:
+            shapes: of the tensors of which updates are made, by name.
+        """
+        sums = {name: torch.zeros(tuple(shape)) for name, shape in shapes.items()}
+        self.add_noise(sums)
+        return {name: each.div_(self.denominator) for name, each in sums.items()}
 
     @property
     def next_clip(self) -> float | None:
@@ -107,14 +133,45 @@ class GaussianMean:
 
 
 @dataclass(frozen=True)
+class PoissonSampling:
+    """Secret sampling of the clients of rounds, each of them independently of the others."""
+
+    names: Sequence[str]
+    """Names of all N clients, whether they are there or not."""
+    expected: int
+    """Number n of clients that a round has on average, below N."""
+    key: NoiseKey = field(repr=False)
+
+    @property
+    def rate(self) -> float:
+        """Probability q = n/N with which a client takes part in a round."""
+        return self.expected / len(self.names)
+
+    def drawn(self, round: int, parent: str) -> list[str]:
+        """Names of the clients that take part in a round, in their order; maybe nobody.
+
+        The same once more where a round is made again from the same entry.
+
+        Args:
+            round: from 1.
+            parent: hash of the entry before.
+        """
+        numbers = self.key.generator("participants", round, parent).random(len(self.names))
+        return [name for name, at in zip(self.names, numbers, strict=True) if at < self.rate]
+
+
+@dataclass(frozen=True)
 class ClientLevel:
     """Client-level privacy of a run, as its server keeps it."""
 
     settings: PrivacySettings
-    noise_multiplier: float
+    release: Release
+    """The mechanism of one round."""
     key: NoiseKey = field(repr=False)
     log: ReleaseLog
     """Entries that were made, each of the updates of some clients."""
+    sampling: PoissonSampling | None = None
+    """How the clients of a round are drawn in secret; None: everybody knows who they are."""
 
     @staticmethod
     def of(
@@ -123,6 +180,8 @@ class ClientLevel:
         clients: int,
         folder: Path,
         known: Iterable[tuple[int, str]],
+        sampled: Sequence[str] = (),
+        expected: int = 0,
     ) -> ClientLevel:
         """Privacy of a run of so many rounds and clients; its key is made where there is none.
 
@@ -132,6 +191,8 @@ class ClientLevel:
             clients: number of clients that may be asked.
             folder: of the key and the log.
             known: rounds that the ledger has, each with the hash of the entry before.
+            sampled: names of all clients, where those of a round are drawn in secret; else none.
+            expected: number of those that a round has on average, below that of all.
 
         Raises:
             UserError: the rounds spend more than the budget; δ is too large for so many clients;
@@ -142,14 +203,13 @@ class ClientLevel:
                 f"privacy.delta {settings.delta:g} is not below 1/{clients}, one over the number "
                 "of clients, so that it would promise little: give a smaller one"
             )
+        rate = expected / len(sampled) if sampled else 1.0
         noise = settings.noise_multiplier
         if noise is None:
             assert settings.epsilon is not None
-            noise = least_noise(
-                settings.epsilon, settings.delta, rounds, accountant=settings.accountant
-            )
+            noise = least_noise(settings.epsilon, settings.delta, rounds, rate, settings.accountant)
         elif settings.epsilon is not None:
-            release = Release(noise, count=rounds)
+            release = Release(noise, rate, rounds)
             most = affordable(release, settings.epsilon, settings.delta, settings.accountant)
             if most < rounds:
                 raise UserError(
@@ -159,20 +219,22 @@ class ClientLevel:
                 )
         log = ReleaseLog(folder / RELEASES, known)
         key = NoiseKey.of(settings.seed, folder / PRIVACY_KEY, used=bool(log))
-        return ClientLevel(settings, noise, key, log)
+        sampling = PoissonSampling(sampled, expected, key) if sampled else None
+        return ClientLevel(settings, Release(noise, rate), key, log, sampling)
 
     def mean(self, round: int, asked: int, clip: float | None) -> GaussianMean:
-        """Mean of a round for which so many clients were asked.
+        """Mean of a round.
 
         Args:
             round: from 1.
-            asked: number of clients.
+            asked: number of clients that were asked, which counts where they were not drawn in
+                secret.
             clip: as the round before has left it; None: as it was in the beginning.
         """
         return GaussianMean(
             clip=self.settings.clip if clip is None else clip,
-            noise_multiplier=self.noise_multiplier,
-            denominator=asked,
+            noise_multiplier=self.release.noise_multiplier,
+            denominator=asked if self.sampling is None else self.sampling.expected,
             round=round,
             key=self.key,
             quantile=self.settings.quantile,
@@ -185,21 +247,23 @@ class ClientLevel:
             round: from 1.
             parent: hash of the entry before.
             sha256: digest of the entry.
-            clients: names of those whose updates it is made from.
+            clients: names of those whose updates it is made from; where they were drawn in secret,
+                of all that might have been.
 
         Returns:
-            Privacy loss ε so far, of the client that is in most entries.
+            Privacy loss ε so far, of the client that has lost most.
 
         Raises:
             RunFailed: it would exceed the budget.
         """
-        names = list(clients)
-        more = 0 if self.log.has(round, parent, sha256) else 1
-        most = max([self.log.most, *(self.log.count(name) + more for name in names)])
-        found = spent(
-            [Release(self.noise_multiplier, count=most)],
-            self.settings.delta,
-            self.settings.accountant,
+        names, releases = list(clients), self.log.by_client()
+        if not self.log.has(round, parent, sha256):
+            for name in names:
+                releases.setdefault(name, Counter())[round, parent] += 1
+        # A round from one entry has one sample, however often it is made.
+        accounts = {of_samples(self.release, own.values()) for own in releases.values()}
+        found = max(
+            _spent(account, self.settings.delta, self.settings.accountant) for account in accounts
         )
         budget = self.settings.epsilon
         if budget is not None and found > budget:
@@ -209,3 +273,9 @@ class ClientLevel:
             )
         self.log.add(round, parent, sha256, names)
         return found
+
+
+@cache
+def _spent(releases: tuple[Release, ...], delta: float, accountant: Accountant) -> float:
+    """`spent`, which is asked again for what was released before."""
+    return spent(releases, delta, accountant)

@@ -11,7 +11,6 @@ Each client has its own account, by its own number of rows, and the noise that t
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hedgerow.errors import ClientFailed, UserError
-from hedgerow.privacy.accounting import Accountant, Release, least_noise, spent
+from hedgerow.privacy.accounting import Accountant, Release, least_noise, of_samples, spent
 from hedgerow.privacy.noise import NoiseKey
 from hedgerow.privacy.releases import ReleaseLog
 from hedgerow.settings import PrivacySettings, TrainingSettings
@@ -207,13 +206,8 @@ class ExampleLevel:
 
     def _spent(self, releases: Counter[tuple[int, str]]) -> float:
         """Privacy loss ε of so many releases by round, those of one round with the same samples."""
-        rounds = sorted(Counter(releases.values()).items())
-        own = self.release
-        mechanisms = [
-            Release(own.noise_multiplier / math.sqrt(times), own.sampling_rate, own.count * count)
-            for times, count in rounds
-        ]
-        return _spent(tuple(mechanisms), self.settings.delta, self.settings.accountant)
+        mechanisms = of_samples(self.release, releases.values())
+        return _spent(mechanisms, self.settings.delta, self.settings.accountant)
 
 
 @cache

@@ -64,19 +64,17 @@ class ReleaseLog:
         """Whether there is any release."""
         return bool(self._lines)
 
-    def count(self, client: str) -> int:
-        """Number of releases of a client's data, with one that was only begun."""
-        return sum(client in line.clients for line in self._lines)
-
     def by_round(self, client: str) -> Counter[tuple[int, str]]:
         """Number of releases of a client's data by round and hash of the entry before."""
         return Counter((line.round, line.parent) for line in self._lines if client in line.clients)
 
-    @property
-    def most(self) -> int:
-        """Number of releases of the client that has most."""
-        names = {name for line in self._lines for name in line.clients}
-        return max(map(self.count, names), default=0)
+    def by_client(self) -> dict[str, Counter[tuple[int, str]]]:
+        """What `by_round` says of each client that there are releases of."""
+        found: dict[str, Counter[tuple[int, str]]] = {}
+        for line in self._lines:
+            for name in line.clients:
+                found.setdefault(name, Counter())[line.round, line.parent] += 1
+        return found
 
     def has(self, round: int, parent: str, sha256: str | None = None) -> bool:
         """Whether a release of a round was begun, or was one with this digest."""

@@ -234,10 +234,16 @@ class RunDirectory:
         if experiment.method.server_remembers:
             yield None, self.server_memory(after + 1), after
         if experiment.method.clients_remember or experiment.training.keep_optimizer:
-            rounds = range(1, after + 1)
-            last = {name: n for n in rounds for name in self.ledger.participants(n)}
+            rounds, rows = range(1, after + 1), self.rows()
+            last = {name: n for n in rounds for name in self._took_part(n, rows)}
             for client in clients:
                 yield client, self.memory(client, after + 1), last.get(client, 0)
+
+    def _took_part(self, round: int, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Names of those whose updates are in an entry, as far as that is known here."""
+        if not self.ledger.names_all(round):
+            return self.ledger.participants(round)
+        return list(rows[round]["participants"]) if round < len(rows) else []
 
     def remove_later(self) -> None:
         """Remove what is of rounds after the ledger's last, but for rows, logs and keys."""
@@ -347,11 +353,17 @@ def _check_data(path: Path, before: Digests, now: Digests, other_date: str | Non
 
 
 def _check_participants(path: Path, rows: Sequence[Mapping[str, Any]], ledger: Ledger) -> None:
-    """Raise a `UserError` unless rows name those who took part, as the ledger has them."""
+    """Raise a `UserError` unless rows name those who took part, as the ledger has them.
+
+    Where it does not say who did, they have to be some of those who might have.
+    """
     for row in rows[1:]:
-        if row["participants"] != ledger.participants(row["round"]):
+        names, round = ledger.participants(row["round"]), row["round"]
+        if ledger.names_all(round):
+            names = [name for name in names if name in row["participants"]]
+        if row["participants"] != names:
             raise UserError(
-                f"{path / METRICS_FILE} was altered: its row of round {row['round']} names other "
+                f"{path / METRICS_FILE} was altered: its row of round {round} names other "
                 "participants than the ledger; restore it from a copy"
             )
 

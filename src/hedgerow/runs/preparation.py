@@ -190,6 +190,7 @@ def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
     check_max_length(model, experiment.data.max_length)
     experiment.method.check(model, num_clients, experiment.training)
     _check_secure(experiment.federation, num_clients)
+    _check_sampling(experiment, num_clients)
 
 
 def _check_secure(federation: FederationSettings, num_clients: int) -> None:
@@ -212,6 +213,18 @@ def _check_secure(federation: FederationSettings, num_clients: int) -> None:
         f"federation.secure.threshold: {secure.needed(asked)} is {beside} {asked} clients of a "
         f"round: take from {asked // 2 + 1} to {asked}, or leave it out"
     )
+
+
+def _check_sampling(experiment: Experiment, num_clients: int) -> None:
+    """Raise a `UserError` where clients count on knowing who took part, and nobody may know."""
+    method, drawn = experiment.method, experiment.federation.clients_per_round
+    counts = method.clients_remember and not method.clients_may_forget
+    if method.is_private and counts and drawn is not None and drawn < num_clients:
+        raise UserError(
+            "federation.clients_per_round: under privacy.level client nobody is told who was drawn "
+            f"for a round, which clients of {method.name} need to know: leave it out, so that all "
+            "take part"
+        )
 
 
 def check_audit(experiment: Experiment, clients: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ Nothing that is read is trusted, and nothing here knows a method.
 from hedgerow.wire.entries import (
     LARGEST_BROADCAST,
     LARGEST_WEIGHT,
+    SAMPLING_RATE,
     Entry,
     Participant,
     check_participants,
@@ -28,6 +29,7 @@ __all__ = [
     "LARGEST_WEIGHT",
     "LONGEST_TEXT",
     "MAX_HEADER_BYTES",
+    "SAMPLING_RATE",
     "Entry",
     "FileTensors",
     "Kind",

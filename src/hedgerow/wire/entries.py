@@ -37,6 +37,10 @@ float32's range."""
 LARGEST_WEIGHT = 100.0
 """Largest weight of an update in an entry; weights mostly sum to 1."""
 
+SAMPLING_RATE = "client_sampling_rate"
+"""Metric of entries whose clients were drawn in secret: the probability with which each of the
+participants took part."""
+
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -63,6 +67,11 @@ class Entry:
     tensors: Mapping[str, Tensor]
     options: Mapping[str, Any] = field(default_factory=dict)
     """The options of the method without which the tensors mean something else."""
+
+    @property
+    def names_all(self) -> bool:
+        """Whether its participants are all that might have taken part, and not those who did."""
+        return SAMPLING_RATE in self.metrics
 
     def check(self) -> None:
         """Raise `InvalidMessage` unless what `write` writes can be read, and says the same then."""

@@ -226,6 +226,11 @@ class FlowerFleet:
     # --- rounds ---------------------------------------------------------------------------------
 
     @property
+    def names(self) -> Sequence[str]:
+        """Names of all clients of the experiment, in their order."""
+        return self._names
+
+    @property
     def population(self) -> int:
         """Number of clients of the experiment, whether they have joined or not."""
         return len(self._names)

@@ -33,6 +33,7 @@ _TAKEN = {
     *("rows", "truncated", "dropped", "skipped"),
     *("method", "seed", "seeds", "series", "target", "bytes", "rounds_to_target"),
     *("bytes_to_target", "epsilon", "clipped", "clip", "revealed_clients", "secure_bytes"),
+    "client_sampling_rate",
 }
 """Keys of other numbers in a row of metrics.jsonl, of `hedgerow evaluate`, or in tables of runs."""
 _ENDINGS = (
