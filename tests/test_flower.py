@@ -100,17 +100,19 @@ def test_the_simulation_s_ledger_is_the_local_one_s(experiment, hedgerow, tmp_pa
 @pytest.mark.slow
 def test_a_private_simulation_s_ledger_is_the_local_one_s(experiment, hedgerow, tmp_path):
     """The server's noise is the same wherever clients train, and no site refuses its weights."""
-    path = experiment(federation={"rounds": 2}, method={"name": "fedavg"})
+    federation = {"rounds": 2, "clients_per_round": 2}
+    path = experiment(federation=federation, method={"name": "fedavg"})
     path.write_text(path.read_text().replace("ranks:\n  - 4\n  - 2\n  - 1\n", "up: bits\n"))
     privacy = "privacy={level: client, clip: 0.1, epsilon: 8, delta: 1e-3, seed: 3}"
     assert hedgerow("run", path, privacy, "--out", tmp_path / "local").code == 0
     run_hedgerow("run", path, privacy, "--engine", "flower", "--out", tmp_path / "flower")
     assert len(entries(tmp_path / "local")) == 2
     assert entries(tmp_path / "flower") == entries(tmp_path / "local")
-    for name in ("local", "flower"):
-        assert [row.get("epsilon") is not None for row in rows_of(tmp_path / name)] == [
-            *(False, True, True)
-        ]
+    local, flower = rows_of(tmp_path / "local"), rows_of(tmp_path / "flower")
+    for rows in (local, flower):
+        assert [row.get("epsilon") is not None for row in rows] == [False, True, True]
+    assert [row["participants"] for row in local] == [row["participants"] for row in flower]
+    assert {row["client_sampling_rate"] for row in flower[1:]} == {2 / 3}
 
 
 def test_a_mistake_in_a_simulation_is_one_sentence(experiment, hedgerow, tmp_path):

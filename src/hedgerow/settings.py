@@ -399,9 +399,12 @@ class FederationSettings(Section):
     rounds: int = Field(10, ge=1)
     """Number of rounds of the whole run; a finished run goes on where it is raised (`--resume`)."""
     clients_per_round: int | None = Field(None, ge=1)
-    """Number of clients that are drawn at random for each round; with null, all take part."""
+    """Number of clients that are drawn at random for each round; with null, all take part. With
+    `privacy` of level `client`, each is drawn in secret and independently of the others, so that it
+    is their number on average, and rounds cost less ε."""
     min_clients: int = Field(1, ge=1)
-    """Number of usable updates that a round needs at least."""
+    """Number of usable updates that a round needs at least; where fewer clients were drawn in
+    secret, all of theirs."""
     deadline: float | None = Field(None, gt=0)
     """Seconds that a run waits for its clients to join, and a round for their updates, on networks;
     with null, it waits for all but sites that refuse to take part. In one process clients train one

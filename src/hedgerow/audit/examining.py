@@ -360,7 +360,7 @@ class _Auditor:
                     failed = {}
                 names = row.get("participants", [])
             rounds.update(names)
-            failures.update(failed)
+            failures.update(list(failed))
         return [
             self._left_of(name, rounds[name], failures[name], rows, known=name not in unknown)
             for name in sorted({*rounds, *failures, *unknown})

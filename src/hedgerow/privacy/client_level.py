@@ -191,8 +191,8 @@ class ClientLevel:
             clients: number of clients that may be asked.
             folder: of the key and the log.
             known: rounds that the ledger has, each with the hash of the entry before.
-            sampled: names of all clients, where those of a round are drawn in secret; else none.
-            expected: number of those that a round has on average, below that of all.
+            sampled: names of all clients where those of a round are drawn in secret; else nobody.
+            expected: number of those that a round then has on average, below that of all.
 
         Raises:
             UserError: the rounds spend more than the budget; δ is too large for so many clients;
