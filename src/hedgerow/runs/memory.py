@@ -25,7 +25,8 @@ class RoundMemory:
     What was saved in a round that did not count, as that of a client whose update was lost, is not
     loaded: what its update had sent would be taken as received. Neither is what was saved in
     another history of the run, as before it was rolled back. Beside the last round that counts the
-    latest two stay, so that a run that is resumed at an earlier round finds that round's.
+    latest two stay, so that a run that is resumed at an earlier round finds that round's; or more,
+    where earlier rounds are needed, too.
 
     A file says whose it is, of which round, from which entry that began, and the SHA-256 of all
     that and of its tensors. Those of earlier versions do not, and are believed.
@@ -37,6 +38,9 @@ class RoundMemory:
         round: int,
         counts: Callable[[int], bool] = lambda _: True,
         parent: Callable[[int], str] | None = None,
+        *,
+        stay: int = 2,
+        is_secret: bool = False,
     ) -> None:
         """The memory in a round.
 
@@ -45,9 +49,12 @@ class RoundMemory:
             round: from 1.
             counts: whether an earlier round counts for whom the memory belongs to.
             parent: hash of the entry that a round begins from, by the ledger; None does not ask.
+            stay: number of the latest files that stay.
+            is_secret: whether nobody but their owner may read them.
         """
         self._folder, self._round = folder, round
         self._counts, self._parent = counts, parent
+        self._stay, self._is_secret = stay, is_secret
         self._loaded: Mapping[str, Tensor] | None = None
 
     def load(self) -> Mapping[str, Tensor]:
@@ -108,14 +115,14 @@ class RoundMemory:
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
         """Save tensors of this round; files of later rounds are removed."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700 if self._is_secret else 0o777, parents=True, exist_ok=True)
         parent = None if self._parent is None else self._parent(self._round)
         with replacing(self._folder / f"{self._round:04d}.safetensors") as file:
             for part in to_safetensors(tensors, self._stamp(tensors, self._round, parent)):
                 file.write(part)
         self.remove_later()
         latest = self._latest()
-        for path in self._files()[:-2]:
+        for path in self._files()[: -self._stay]:
             if path != latest:
                 path.unlink()
 
