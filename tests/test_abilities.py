@@ -32,6 +32,9 @@ def test_the_table_of_the_documentation_is_that_of_the_declarations():
 ASKS = {
     "example_privacy": "privacy={level: example, clip: 1, noise_multiplier: 1, delta: 1e-3}",
     "client_privacy": "privacy={level: client, clip: 1, noise_multiplier: 1, delta: 1e-3}",
+    "client_bands": (
+        "privacy={level: client, clip: 1, noise_multiplier: 1, delta: 1e-3, bands: 2}"
+    ),
     "secure": "federation.secure=true",
     "weights": "federation.weights=krum",
 }
@@ -120,14 +123,14 @@ def test_a_plugin_has_the_abilities_that_it_declares(monkeypatch, hedgerow):
     assert "demanding" not in dict(with_defaults())
     assert "cautious" not in able(ABILITIES["secure"].of).split(", ")
     words = " ".join(hedgerow("methods", "cautious").out.split())
-    assert "no, by default: DP of clients, secure sums, robust weights" in words
+    assert "no, by default: DP of clients, correlated noise, secure sums, robust weights" in words
     assert "by default:" not in hedgerow("methods", "demanding").out
 
 
 def test_the_command_line_says_what_a_method_allows(hedgerow):
     words = " ".join(hedgerow("methods", "flora").out.split())
     assert "yes, by default: exact aggregate, different ranks, DP of examples" in words
-    assert "no, by default: DP of clients, secure sums" in words
+    assert "no, by default: DP of clients, correlated noise, secure sums" in words
     listed = {m["name"]: m["abilities"] for m in json.loads(hedgerow("methods", "--json").out)}
     one = json.loads(hedgerow("methods", "fedavg", "--json").out)["abilities"]
     assert one == listed["fedavg"]

@@ -506,6 +506,11 @@ class PrivacySettings(Section):
     quantile: float | None = Field(None, gt=0, lt=1)
     """Share of the clients that `clip` is to leave as they are: from round to round it follows the
     lengths of updates, by a count with noise (level `client`); with null, it stays as it is."""
+    bands: int | None = Field(None, ge=2)
+    """Number b of rounds over which noise is correlated, so that later rounds take back most of
+    what one adds, and the final model has less of it for the same ε (level `client`). Clients take
+    part in turns, one of b groups in each round; `noise_multiplier` is of the independent noise
+    that this is made of. With null, all may take part in each round, whose noise is its own."""
     noise_multiplier: float | None = Field(None, ge=0.01)
     """Standard deviation of the noise, in units of `clip`; with null, the least with which all
     rounds together keep to `epsilon`, which each client finds for its own number of examples
@@ -530,6 +535,13 @@ class PrivacySettings(Section):
             raise ValueError("give `epsilon`, the budget, or `noise_multiplier`, or both")
         if self.quantile is not None and self.level != "client":
             raise ValueError("`quantile` counts with `level: client` alone: leave it out")
+        if self.bands is not None and self.level != "client":
+            raise ValueError("`bands` counts with `level: client` alone: leave it out")
+        if self.bands is not None and self.quantile is not None:
+            raise ValueError(
+                "`bands` correlates the noise of rounds whose `clip` is the same, and `quantile` "
+                "changes it: leave one of them out"
+            )
         return self
 
 

@@ -21,6 +21,7 @@ from hedgerow.experiment import yaml
 from hedgerow.experiment.mistakes import (
     check_says,
     check_secure,
+    check_turns,
     method_of,
     says_of,
     with_kept,
@@ -92,6 +93,7 @@ class Experiment(Section):
         if federation is not None:
             method = with_weights(method, federation.weights, federation.largest_share)
             check_secure(method, federation)
+            check_turns(privacy, federation)
         return method
 
     @field_validator("training")

@@ -13,6 +13,7 @@ from hedgerow.methods import METHODS
 from hedgerow.methods.abilities import (
     able,
     adds_unseen,
+    correlates_noise,
     hides_clients,
     hides_examples,
     takes_given_weights,
@@ -123,13 +124,30 @@ def with_privacy(method: Method, privacy: PrivacySettings) -> Method:
                 f"them in: with its defaults, take one of {able(hides_examples)}"
             )
         return method
+    wanted = hides_clients if privacy.bands is None else correlates_noise
     if not hides_clients(method):
         raise UserError(
             f"privacy.level client: an entry of {method.name} with these options is made from more "
             f"than the sum of its clients' updates, on which noise could hide one of them: take "
-            f"one of {able(hides_clients)}"
+            f"one of {able(wanted)}"
+        )
+    if not wanted(method):
+        raise UserError(
+            f"privacy.bands: rounds of {method.name} with these options sum its clients' updates "
+            "on other coordinates each, so that noise cannot make up for an earlier round's: "
+            f"leave it out, or take one of {able(wanted)}"
         )
     return method.made_private()
+
+
+def check_turns(privacy: PrivacySettings | None, federation: FederationSettings) -> None:
+    """Raise a `UserError` where clients that take part in turns are to be drawn as well."""
+    if privacy is None or privacy.bands is None or federation.clients_per_round is None:
+        return
+    raise UserError(
+        "federation.clients_per_round: with privacy.bands clients take part in turns, one of "
+        f"{privacy.bands} groups in each round, so that none is drawn: leave one of them out"
+    )
 
 
 def with_weights(method: Method, weights: str | None, largest_share: float | None) -> Method:

@@ -62,7 +62,8 @@ class Inbox:
         self._says = experiment.says
         self._says_loss = self._says.losses is True
         self._needed = self._settings.min_clients
-        if privacy is not None and privacy.sampling is not None:
+        self._is_sampled = privacy is not None and privacy.sampling is not None
+        if self._is_sampled:
             # Whoever was drawn: that they are few is neither a failure nor to be told.
             self._needed = min(self._needed, len(clients))
         # Of those who are away in a round, too: what they have spent is not less.
@@ -111,7 +112,7 @@ class Inbox:
             RunFailed: as in `usable`.
             InvalidMessage: the method could not make anything of them.
         """
-        if self._private is not None and not self.clients:
+        if self._private is not None and self._is_sampled and not self.clients:
             changed = self._method.changed(self._round, self.server_round.expected)
             mean = self._private.of_nobody(changed)
             return self._method.aggregate_mean(mean, [], self.server_round)
@@ -205,8 +206,9 @@ class Inbox:
             options=self._method.entry_options(),
         )
         if self._privacy is not None:
+            counted = replace(entry, parent=self._privacy.begins_from(entry.parent))
             try:
-                digest = entry.digest()
+                digest = counted.digest()
             except InvalidMessage as error:
                 raise RunFailed(
                     f"method {entry.method} made an entry that cannot be written: {error}"

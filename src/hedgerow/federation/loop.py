@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from hedgerow.clock import Clock
@@ -18,6 +19,7 @@ from hedgerow.federation.secure import sum_of_round
 from hedgerow.federation.secure_inbox import SecureInbox
 from hedgerow.federation.traffic import Traffic, row_of
 from hedgerow.methods.base import REVEALED, Client
+from hedgerow.privacy.bands import Turns
 from hedgerow.privacy.client_level import ClientLevel
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.runs.rows import ROWS_BY_CLIENT
@@ -35,10 +37,13 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
     method, ledger = experiment.method, directory.ledger
     settings, seeds = experiment.federation, Seeds(experiment.federation.seed)
     traffic = Traffic(method, ledger)
-    privacy = client_level(experiment, fleet, directory)
+    turns = turns_of(experiment, fleet, directory)
+    privacy = client_level(experiment, fleet, directory, turns)
     sum_of = sum_of_round(experiment, lambda: fleet.population)
 
     def asked_in(round: int, everybody: Sequence[Client]) -> list[Client]:
+        if turns is not None:
+            return [client for client in everybody if turns.has(client.name, round)]
         if privacy is None or privacy.sampling is None:
             return draw(everybody, settings.clients_per_round, seeds, round)
         names = set(privacy.sampling.drawn(round, ledger.parent(round)))
@@ -117,8 +122,17 @@ _UNKNOWN_REASON = "not known: the run was stopped before it was written"
 _UNKNOWN_PART = "not known whether it failed: the run was stopped before that was written"
 
 
+def turns_of(experiment: Experiment, fleet: Fleet, directory: RunDirectory) -> Turns | None:
+    """Turns in which clients take part (`privacy.bands`); None where each may in every round."""
+    bands = None if experiment.privacy is None else experiment.privacy.bands
+    if bands is None:
+        return None
+    memory = partial(directory.noise_memory, bands)
+    return Turns.of(fleet.names, bands, Seeds(experiment.federation.seed), memory)
+
+
 def client_level(
-    experiment: Experiment, fleet: Fleet, directory: RunDirectory
+    experiment: Experiment, fleet: Fleet, directory: RunDirectory, turns: Turns | None = None
 ) -> ClientLevel | None:
     """Client-level privacy of a run; None where it has none, or does not need it any more.
 
@@ -142,6 +156,7 @@ def client_level(
         known=[(round, ledger.parent(round)) for round in range(1, len(ledger) + 1)],
         sampled=names if sampled else (),
         expected=expected or 0,
+        turns=turns,
     )
 
 

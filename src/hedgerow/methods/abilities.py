@@ -40,6 +40,11 @@ def hides_clients(method: Method) -> Answer:
     return method.linear and not method.pools_data
 
 
+def correlates_noise(method: Method) -> Answer:
+    """Whether noise may be correlated from round to round (`privacy.bands`)."""
+    return bool(hides_clients(method)) and method.keeps_coordinates
+
+
 def adds_unseen(method: Method) -> Answer:
     """Whether the server may add updates of which it sees none (`federation.secure`)."""
     return method.linear if method.communicates else None
@@ -70,6 +75,7 @@ ABILITIES: Mapping[str, Ability] = {
     "ranks": Ability("different ranks", takes_different_ranks),
     "example_privacy": Ability("DP of examples", hides_examples),
     "client_privacy": Ability("DP of clients", hides_clients),
+    "client_bands": Ability("correlated noise", correlates_noise),
     "secure": Ability("secure sums", adds_unseen),
     "weights": Ability("robust weights", takes_given_weights),
     "broadcast": Ability("compressed broadcast", compresses_broadcast),

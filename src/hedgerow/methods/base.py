@@ -351,6 +351,15 @@ class Method(Plugin, ABC):
         raise NotImplementedError(f"method {self.name}: linear methods define `aggregate_mean`")
 
     @property
+    def keeps_coordinates(self) -> bool:
+        """Whether all rounds sum `changes` of the same coordinates, in one sum each (`linear`).
+
+        Not where they are on other bases in each round, say, or of parameters that train in turns.
+        Then noise of one round can make up for that of another, as `privacy.bands` has it.
+        """
+        return False
+
+    @property
     def weighable(self) -> bool:
         """Whether updates can be compared, and `aggregate` takes `ServerRound.given_weights`."""
         return self.linear
@@ -616,10 +625,16 @@ what privacy has cost."""
 
 
 def check_fixed_weights(participants: Sequence[Participant]) -> None:
-    """Raise `InvalidMessage` unless all weigh 1/D, of the D clients that were or may be asked."""
+    """Raise `InvalidMessage` unless all weigh 1/D, of the D clients that were or may be asked.
+
+    Where groups take turns, D is their mean size, and a group may be larger by less than one.
+    """
     first = participants[0].weight
-    if not 0 < first <= (1 + 1e-9) / len(participants):
-        raise InvalidMessage(f"weights must be above 0, and sum to at most 1, got {first} each")
+    if not (0 < first <= 1 and first * (len(participants) - 1) < 1):
+        raise InvalidMessage(
+            "weights must be above 0, and those of all but one sum to less than 1, got "
+            f"{first} each"
+        )
     for p in participants:
         if p.weight != first:
             raise InvalidMessage(f"weight of {p.client} must be {first}, got {p.weight}")

@@ -128,6 +128,11 @@ class Composed(Method):
         return self.parts.through.is_one_sum
 
     @property
+    def keeps_coordinates(self) -> bool:
+        """Whether what updates pass through is the same map in every round."""
+        return self.linear and self.parts.through.is_fixed
+
+    @property
     def clients_remember(self) -> bool:
         """Whether there is error feedback: clients remember what their codecs have lost."""
         return self.parts.up.feedback is not None

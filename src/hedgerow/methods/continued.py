@@ -133,6 +133,11 @@ class ContinuedAdapter(AveragedAdapter):
         return True
 
     @property
+    def keeps_coordinates(self) -> bool:
+        """Whether the server leaves the factors that clients train as they are averaged."""
+        return not self.refactors
+
+    @property
     def takes_different_ranks(self) -> bool | None:
         """Whether they may be, and no server optimiser steps along factors of one shape."""
         return super().takes_different_ranks and self.server is None

@@ -30,6 +30,11 @@ class RoLoRA(OneFactor):
     reference: ClassVar[str] = "RoLoRA, arXiv 2409.02346, 2502.01755"
     same_rank: ClassVar[bool] = True
 
+    @property
+    def keeps_coordinates(self) -> bool:
+        """No: rounds sum changes of B and of A in turns."""
+        return False
+
     def trained_factor(self, round: int) -> Factor:
         """B first: while it is zero, A has no gradient."""
         return "lora_B" if round % 2 else "lora_A"

@@ -21,6 +21,11 @@ with Adaptive Clipping", arXiv 1905.03871, algorithm 1):
 One client changes that sum by 1/2, where it has zero in its place there, too. So that both together
 cost as much as z says, x has noise of (1/z² - 1/(2σ)²)^(-1/2) in the place of z, and
 σ = max(D/20, z). Both are of one sample, so that this holds for sampled rounds as well.
+
+With b bands, noise is correlated from round to round (`hedgerow.privacy.bands`), of clients that
+take part in turns, in one of b groups. D is the mean size of a group, N/b, in every round: so all
+clients weigh the same, the mean over b rounds is that of all, and noise is taken back as it was
+added.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +48,7 @@ from hedgerow.privacy.accounting import (
     of_samples,
     spent,
 )
+from hedgerow.privacy.bands import BandedNoise, Turns, column_norm
 from hedgerow.privacy.noise import PRIVACY_KEY, NoiseKey
 from hedgerow.privacy.releases import RELEASES, ReleaseLog
 from hedgerow.settings import PrivacySettings
@@ -63,13 +69,15 @@ class GaussianMean:
     """Largest 2-norm C of an update."""
     noise_multiplier: float
     """Standard deviation z of the noise on the sum, in units of `clip`."""
-    denominator: int
+    denominator: float
     """Number D of clients that were asked, whether they answer or not; of those that are drawn
-    in secret, the number n that it is on average."""
+    in secret, or take turns, the number that it is on average."""
     round: int
     key: NoiseKey = field(repr=False)
     quantile: float | None = None
     """Share γ of the clients that `clip` is to leave as they are; None: it stays as it is."""
+    bands: BandedNoise | None = None
+    """Correlates the noise with that of other rounds; None: each has its own."""
     count: int = 0
     """Number of updates so far."""
     clipped: int = 0
@@ -91,7 +99,8 @@ class GaussianMean:
             use: tells several sums of one round apart.
         """
         deviation = self._of_sum * self.clip
-        for name, noise in self.key.beside(sums, "round", self.round, *use):
+        drawn = self.key.beside(sums, "round", self.round, *use)
+        for name, noise in drawn if self.bands is None else self.bands.of(drawn):
             sums[name].add_(noise.mul_(deviation).to(sums[name].device))
 
     def of_nobody(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -172,6 +181,8 @@ class ClientLevel:
     """Entries that were made, each of the updates of some clients."""
     sampling: PoissonSampling | None = None
     """How the clients of a round are drawn in secret; None: everybody knows who they are."""
+    turns: Turns | None = None
+    """Turns in which clients take part, with `settings.bands`; None: each may in every round."""
 
     @staticmethod
     def of(
@@ -182,6 +193,7 @@ class ClientLevel:
         known: Iterable[tuple[int, str]],
         sampled: Sequence[str] = (),
         expected: int = 0,
+        turns: Turns | None = None,
     ) -> ClientLevel:
         """Privacy of a run of so many rounds and clients; its key is made where there is none.
 
@@ -193,6 +205,7 @@ class ClientLevel:
             known: rounds that the ledger has, each with the hash of the entry before.
             sampled: names of all clients where those of a round are drawn in secret; else nobody.
             expected: number of those that a round then has on average, below that of all.
+            turns: in which clients take part, with `settings.bands`.
 
         Raises:
             UserError: the rounds spend more than the budget; δ is too large for so many clients;
@@ -204,23 +217,29 @@ class ClientLevel:
                 "of clients, so that it would promise little: give a smaller one"
             )
         rate = expected / len(sampled) if sampled else 1.0
-        noise = settings.noise_multiplier
+        noise, bands = settings.noise_multiplier, 1 if turns is None else turns.bands
+        times = math.ceil(rounds / bands)  # that the client which is in most rounds takes part
         if noise is None:
             assert settings.epsilon is not None
-            noise = least_noise(settings.epsilon, settings.delta, rounds, rate, settings.accountant)
-        elif settings.epsilon is not None:
-            release = Release(noise, rate, rounds)
-            most = affordable(release, settings.epsilon, settings.delta, settings.accountant)
-            if most < rounds:
+            least = least_noise(settings.epsilon, settings.delta, times, rate, settings.accountant)
+            release = Release(least, rate)
+        else:
+            release = Release(noise / column_norm(bands), rate)
+        if noise is not None and settings.epsilon is not None:
+            all_times = replace(release, count=times)
+            most = affordable(all_times, settings.epsilon, settings.delta, settings.accountant)
+            if most < times:
                 raise UserError(
-                    f"privacy.epsilon {settings.epsilon:g} is spent after {most} of the {rounds} "
-                    f"rounds with noise_multiplier {noise:g}: give fewer rounds, more noise, or "
-                    "leave noise_multiplier out"
+                    f"privacy.epsilon {settings.epsilon:g} is spent after {most * bands} of the "
+                    f"{rounds} rounds with noise_multiplier {noise:g}: give fewer rounds, more "
+                    "noise, or leave noise_multiplier out"
                 )
+        if turns is not None:
+            known = [(round, "") for round, _ in known]
         log = ReleaseLog(folder / RELEASES, known)
         key = NoiseKey.of(settings.seed, folder / PRIVACY_KEY, used=bool(log))
         sampling = PoissonSampling(sampled, expected, key) if sampled else None
-        return ClientLevel(settings, Release(noise, rate), key, log, sampling)
+        return ClientLevel(settings, release, key, log, sampling, turns)
 
     def mean(self, round: int, asked: int, clip: float | None) -> GaussianMean:
         """Mean of a round.
@@ -231,14 +250,24 @@ class ClientLevel:
                 secret.
             clip: as the round before has left it; None: as it was in the beginning.
         """
+        turns = self.turns
         return GaussianMean(
             clip=self.settings.clip if clip is None else clip,
-            noise_multiplier=self.release.noise_multiplier,
-            denominator=asked if self.sampling is None else self.sampling.expected,
+            noise_multiplier=self.release.noise_multiplier * self._norm,
+            denominator=self._denominator(asked),
             round=round,
             key=self.key,
             quantile=self.settings.quantile,
+            bands=None if turns is None else turns.noise(round),
         )
+
+    def begins_from(self, parent: str) -> str:
+        """What counts, of the hash of the entry before, in the log and in an entry's digest.
+
+        Nothing where noise is correlated: a round is then released once, from whatever entry it
+        begins. After a rollback that may be another, whose account has more rounds, and no more.
+        """
+        return parent if self.turns is None else ""
 
     def account_for(self, round: int, parent: str, sha256: str, clients: Iterable[str]) -> float:
         """Account for an entry before it is written.
@@ -246,7 +275,7 @@ class ClientLevel:
         Args:
             round: from 1.
             parent: hash of the entry before.
-            sha256: digest of the entry.
+            sha256: digest of the entry, with what counts of that (`begins_from`) as its parent.
             clients: names of those whose updates it is made from; where they were drawn in secret,
                 of all that might have been.
 
@@ -254,9 +283,13 @@ class ClientLevel:
             Privacy loss ε so far, of the client that has lost most.
 
         Raises:
-            RunFailed: it would exceed the budget.
+            RunFailed: it would exceed the budget; or noise is correlated, and the account of that
+                would not hold.
         """
-        names, releases = list(clients), self.log.by_client()
+        names, parent = list(clients), self.begins_from(parent)
+        if self.turns is not None:
+            self._check_turn(self.turns, round, parent, sha256, names)
+        releases = self.log.by_client()
         if not self.log.has(round, parent, sha256):
             for name in names:
                 releases.setdefault(name, Counter())[round, parent] += 1
@@ -273,6 +306,36 @@ class ClientLevel:
             )
         self.log.add(round, parent, sha256, names)
         return found
+
+    @property
+    def _norm(self) -> float:
+        """What a client's part in a round changes, in units of its update; 1 without bands."""
+        return 1.0 if self.turns is None else column_norm(self.turns.bands)
+
+    def _denominator(self, asked: int) -> float:
+        """What a round's sum is divided by, where so many clients were asked."""
+        if self.turns is not None:
+            return self.turns.mean_size
+        return asked if self.sampling is None else self.sampling.expected
+
+    def _check_turn(
+        self, turns: Turns, round: int, parent: str, sha256: str, names: Iterable[str]
+    ) -> None:
+        """Raise `RunFailed` where correlated noise hides less than a sum over rounds says."""
+        if self.log.has(round, parent) and not self.log.has(round, parent, sha256):
+            raise RunFailed(
+                f"round {round} was made again and came to other bits, as on another processor or "
+                "with other clients, but noise that is correlated (privacy.bands) hides a round "
+                "once only: nothing of it is released; go on where and with whom it was made, or "
+                "begin anew with another --out"
+            )
+        for name in names:
+            near = [n for n, _ in self.log.by_round(name) if 0 < abs(n - round) < turns.bands]
+            if near:
+                raise RunFailed(
+                    f"round {round}: {name} took part in round {near[0]}, fewer than privacy.bands "
+                    f"{turns.bands} rounds away: nothing of it is released"
+                )
 
 
 @cache

@@ -27,7 +27,7 @@ class Logged(BaseModel):
 
     round: int
     parent: str
-    """Hash of the entry before, from which the round began."""
+    """Hash of the entry before, from which the round began; empty where that does not count."""
     sha256: str | None
     """Digest of what was released; None: begun, and nothing yet."""
     clients: list[str]

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from pydantic import TypeAdapter
 
@@ -43,6 +43,21 @@ that of the test data, where there are some."""
 _DIGESTS = TypeAdapter(Digests)
 
 LOCK = ".lock"
+
+NOISE = "noise"
+"""Folder of the last rounds' noise, where it is correlated; as secret as the key."""
+
+
+class Needed(NamedTuple):
+    """Memory that a run needs to go on."""
+
+    client: str | None
+    """Client that remembers; None is the server."""
+    memory: RoundMemory
+    since: int
+    """Last round in which something was saved that counts; 0 where there is none."""
+    may_be_lost: bool
+    """Whether its owner may begin anew without it."""
 
 
 class RunDirectory:
@@ -182,8 +197,8 @@ class RunDirectory:
         )
         directory = RunDirectory(path, ledger, lock, said)
         here = [name for name in clients if data[name]]
-        for _, memory, since in directory.needed(experiment, here, len(ledger)):
-            memory.check(since)
+        for needed in directory.needed(experiment, here, len(ledger)):
+            needed.memory.check(needed.since)
         # A network's server does not know its clients' digests, and must not forget them.
         kept = {name: began_with.get(name) for name, digest in data.items() if digest is None}
         directory.remove_later()  # of a rollback that was killed
@@ -208,6 +223,15 @@ class RunDirectory:
         """The server's memory in a round."""
         return RoundMemory(self.path / "server", round, parent=self.ledger.parent)
 
+    def noise_memory(self, bands: int, round: int) -> RoundMemory:
+        """The memory of a round's noise, where it is correlated over so many rounds.
+
+        Whoever reads the noise of all of them can take some away.
+        """
+        return RoundMemory(
+            self.path / NOISE, round, parent=self.ledger.parent, stay=bands, is_secret=True
+        )
+
     def memory(self, client: str, round: int) -> RoundMemory:
         """The memory of a client of this engine in a round."""
         counts = partial(self.ledger.took_part, client)
@@ -219,25 +243,26 @@ class RunDirectory:
 
     def needed(
         self, experiment: Experiment, clients: Iterable[str], after: int
-    ) -> Iterator[tuple[str | None, RoundMemory, int]]:
+    ) -> Iterator[Needed]:
         """Memories that a run needs to go on after a round.
 
         Args:
             experiment: says who remembers something.
             clients: those whose memory is in this directory.
             after: number of the round.
-
-        Yields:
-            The client, None for the server; its memory in the next round; and the last round in
-            which it saved something that counts, 0 where there is none.
         """
-        if experiment.method.server_remembers:
-            yield None, self.server_memory(after + 1), after
-        if experiment.method.clients_remember or experiment.training.keep_optimizer:
+        method, privacy = experiment.method, experiment.privacy
+        if method.server_remembers:
+            yield Needed(None, self.server_memory(after + 1), after, True)
+        if privacy is not None and privacy.bands is not None:
+            for round in range(max(1, after - privacy.bands + 2), after + 1):
+                yield Needed(None, self.noise_memory(privacy.bands, round + 1), round, False)
+        if method.clients_remember or experiment.training.keep_optimizer:
             rounds, rows = range(1, after + 1), self.rows()
             last = {name: n for n in rounds for name in self._took_part(n, rows)}
             for client in clients:
-                yield client, self.memory(client, after + 1), last.get(client, 0)
+                memory = self.memory(client, after + 1)
+                yield Needed(client, memory, last.get(client, 0), method.clients_may_forget)
 
     def _took_part(self, round: int, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """Names of those whose updates are in an entry, as far as that is known here."""
@@ -249,7 +274,7 @@ class RunDirectory:
         """Remove what is of rounds after the ledger's last, but for rows, logs and keys."""
         last = len(self.ledger)
         self.ledger.remove_later()
-        for folder in [self.path / "server", *(self.path / CLIENTS).glob("*/")]:
+        for folder in [self.path / "server", self.path / NOISE, *(self.path / CLIENTS).glob("*/")]:
             RoundMemory(folder, last).remove_later()
         for folder in (self.path / "updates").glob("round-*/"):
             round = folder.name.removeprefix("round-")

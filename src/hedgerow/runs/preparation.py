@@ -8,7 +8,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from hedgerow.loading import check_adds
 from hedgerow.methods.base import Client, Method
 from hedgerow.model import Model, max_positions
 from hedgerow.names import MEMORY
+from hedgerow.privacy.bands import groups_of
 from hedgerow.privacy.example_level import check_example_level
 from hedgerow.runs.directory import CLIENT_TESTS, EXPERIMENT, TEST_DATA, Digests
 from hedgerow.seeds import Seeds
@@ -129,6 +131,7 @@ def prepare(
         ]
     else:
         _check_counts(experiment, len(data.names), len(clients))
+        check_groups(experiment, data.names, shards)
         check_trusted(experiment, list(shards))
     for name, shard in shards.items():
         check_privacy(experiment, name, len(shard))
@@ -522,4 +525,32 @@ def _check_counts(experiment: Experiment, named: int, there: int) -> None:
     if needed > there:
         raise UserError(
             f"federation.min_clients: {needed} is above the {there} clients that have examples"
+        )
+
+
+def check_groups(experiment: Experiment, names: Sequence[str], there: Collection[str]) -> None:
+    """Raise a `UserError` where clients are too few to take part in turns (`privacy.bands`).
+
+    Args:
+        experiment: says in how many groups.
+        names: of all clients that it has.
+        there: names of those that have something to learn from.
+    """
+    bands = None if experiment.privacy is None else experiment.privacy.bands
+    if bands is None:
+        return
+    if len(names) < bands:
+        raise UserError(
+            f"privacy.bands: {len(names)} clients cannot take part in {bands} groups, one after "
+            "another: give a smaller number"
+        )
+    needed = experiment.federation.min_clients
+    groups = groups_of(names, bands, Seeds(experiment.federation.seed))
+    sizes = Counter(groups[name] for name in there)
+    smallest = min(sizes[group] for group in range(bands))
+    if needed > smallest:
+        raise UserError(
+            f"federation.min_clients: {needed} is above the {smallest} clients with examples of "
+            f"the smallest of the {bands} groups that take part in turns: give fewer "
+            "privacy.bands, or fewer of the other"
         )

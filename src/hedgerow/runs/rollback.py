@@ -33,7 +33,7 @@ def roll_back(path: Path, round: int) -> list[str]:
 
     Raises:
         UserError: there is no such run or round, another process has it open, a file of it is
-            damaged, or a client could not begin anew; nothing has been changed.
+            damaged, or somebody could not begin anew; nothing has been changed.
     """
     if path.is_file():
         raise UserError(f"{path} is a packed ledger: roll the run's directory back, and pack that")
@@ -66,18 +66,20 @@ def _lost(
     """Who has not kept what a run needs after a round, and where it would be; None is the server.
 
     Raises:
-        UserError: a client could not begin anew without it, or a file is damaged.
+        UserError: somebody could not begin anew without it, or a file is damaged.
     """
     lost: dict[str | None, RoundMemory] = {}
-    for client, memory, since in directory.needed(experiment, clients, round):
+    for client, memory, since, may_be_lost in directory.needed(experiment, clients, round):
         if not memory.lacks(since):
             memory.load()  # sees that it is whole
             continue
-        if client is not None and not experiment.method.clients_may_forget:
+        if not may_be_lost:
+            owner = "the server" if client is None else client
+            wrong = "noise (privacy.bands)" if client is None else experiment.method.name
             raise UserError(
-                f"--round {round}: what {client} kept of round {since} is not there any more, "
-                f"without which {experiment.method.name} would go wrong; the last two rounds are "
-                "kept: give one of these, or 0"
+                f"--round {round}: what {owner} kept of round {since} is not there any more, "
+                f"without which {wrong} would go wrong; the last two rounds are kept: give one of "
+                "these, or 0"
             )
         lost[client] = (
             directory.server_memory(since) if client is None else directory.memory(client, since)

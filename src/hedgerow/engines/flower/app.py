@@ -20,6 +20,7 @@ from hedgerow.model import Model
 from hedgerow.runs.preparation import (
     check_audit,
     check_fits,
+    check_groups,
     check_trusted,
     notes_on_model,
     with_date,
@@ -132,6 +133,7 @@ def init(
             f"federation.min_clients: {experiment.federation.min_clients} is above the "
             f"{len(clients)} clients there are"
         )
+    check_groups(experiment, clients, clients)
     check_audit(experiment, clients)
     check_trusted(experiment, clients)
     model = Model.load(experiment.model)

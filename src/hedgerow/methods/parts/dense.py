@@ -20,6 +20,7 @@ class Dense(Through):
     """The identity; the seed of a codec's rotations travels, where it has some."""
 
     is_dense: ClassVar[bool] = True
+    is_fixed: ClassVar[bool] = True
 
     def common(self, shapes: Shapes, message: Message) -> Mapping[str, Tensor]:
         """Nothing."""

@@ -38,6 +38,8 @@ class Through(ABC):
     """Whether the server adds updates on equal bases; else each stays a piece of its own."""
     is_dense: ClassVar[bool] = False
     """Whether the server has the sum of the changes themselves at hand, and can step along it."""
+    is_fixed: ClassVar[bool] = False
+    """Whether it is the same map in every round."""
 
     @property
     def is_one_sum(self) -> bool:
