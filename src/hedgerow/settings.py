@@ -88,7 +88,7 @@ class Fields(Section):
     null, `output` names it."""
     messages: str | None = None
     """Column of conversations, instead of all others: lists of {role, content} or of {from, value},
-    whose last answer counts; with null, there is none."""
+    whose last answer counts, or all with `loss_on: turns`; with null, there is none."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Fields:
@@ -184,8 +184,10 @@ class TextSettings(Section):
     max_length: int = Field(512, ge=2)
     """Number of tokens of prompt and answer together; what is longer is cut at the end, and
     counted."""
-    loss_on: Literal["answer", "all"] = "answer"
-    """Tokens that the training loss counts: those of the `answer`, or `all`, with the prompt's."""
+    loss_on: Literal["answer", "turns", "all"] = "answer"
+    """Tokens that the training loss counts: those of the `answer`, the last one of a conversation;
+    of all answers of its `turns`, each of which is scored too; or `all`, with the prompt's. With
+    `turns`, every answer in a prompt that is no tokenizer's own ends with EOS."""
 
     @property
     def fields_of_test(self) -> Fields:
