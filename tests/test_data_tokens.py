@@ -60,9 +60,11 @@ def test_an_example():
     example = tokenize([Row("w0 w1", output="w7")])[0]
     assert example.tokens.tolist() == [BOS, 3, 4, 10, EOS]
     assert example.tokens.dtype == np.int32
-    assert (example.prompt_length, example.loss_from) == (3, 3)
+    assert example.prompt_length == 3
+    assert example.learnt.tolist() == [False] * 3 + [True] * 2
     example = tokenize([Row("w0 w1", output="w7")], loss_on="all")[0]
-    assert (example.prompt_length, example.loss_from) == (3, 0)
+    assert example.prompt_length == 3
+    assert example.learnt.all()
 
 
 def test_eos_stands_at_the_end_and_nowhere_else():

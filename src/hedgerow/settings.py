@@ -139,7 +139,12 @@ class Partition(Section):
 
 
 class TemplateSettings(Section):
-    """The tokenizer's chat template, for `prompt: chat`."""
+    """The tokenizer's chat template, for `prompt: chat`, and variables that it reads.
+
+    A key that is not below is such a variable, as `enable_thinking: false`.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     name: str | None = None
     """Name of the chat template, of a tokenizer that has several; with null, its default."""
@@ -156,6 +161,47 @@ class TemplateSettings(Section):
             return datetime.date.fromisoformat(str(date))
         except ValueError:
             raise ValueError(f"{date!r} is no day: write it as 2026-11-25") from None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Variables that the template is given."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _usable(self) -> TemplateSettings:
+        for name, value in self.variables.items():
+            if not name.isidentifier() or name in _TAKEN or name.endswith(("_token", "_tokens")):
+                why = (
+                    "is hedgerow's or the tokenizer's to give" if name.isidentifier() else "is none"
+                )
+                raise ValueError(f"{name!r} {why}, and no variable of yours: choose another name")
+            if not _is_plain(value):
+                raise ValueError(
+                    f"the variable {name!r} must be text, a finite number, true, false or null, or "
+                    "a list or mapping of these"
+                )
+        return self
+
+
+_TAKEN = frozenset(
+    {
+        *("messages", "message", "tools", "documents", "conversation", "conversations"),
+        *("chat_template", "add_generation_prompt", "continue_final_message"),
+        *("return_assistant_tokens_mask", "date_string", "strftime_now", "raise_exception"),
+        *("hedgerow_day", "loop", "namespace", "range", "dict", "self", "variables"),
+    }
+)
+"""Names that a chat template is given anyway, or that Jinja has a meaning for."""
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is one that JSON has."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return value is None or isinstance(value, str) or is_number
 
 
 class TextSettings(Section):
@@ -188,6 +234,16 @@ class TextSettings(Section):
     """Tokens that the training loss counts: those of the `answer`, the last one of a conversation;
     of all answers of its `turns`, each of which is scored too; or `all`, with the prompt's. With
     `turns`, every answer in a prompt that is no tokenizer's own ends with EOS."""
+
+    @model_validator(mode="after")
+    def _has_a_chat_template(self) -> TextSettings:
+        if self.prompt != "chat" and self.template.variables:
+            name = next(iter(self.template.variables))
+            raise ValueError(
+                f"`template.{name}` is a variable of the tokenizer's chat template, which is used "
+                "with `prompt: chat` alone: set that, or leave it out"
+            )
+        return self
 
     @property
     def fields_of_test(self) -> Fields:

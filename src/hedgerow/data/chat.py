@@ -121,12 +121,14 @@ class ChatTemplate:
         """Find out what the template does.
 
         Args:
-            settings: which one it is, and the day that it is given.
+            settings: which one it is, and the day and the variables that it is given.
             message: gives the user's message of a row.
             every_turn: whether earlier answers are to be learnt, so that it is told of them.
         """
         self._tokenizer, self._message = tokenizer, message
         self._source = _chosen(tokenizer, settings.name)
+        self._given = settings.variables
+        _check_read(self._source, self._given)
         file = _file_of(tokenizer, self._source)
         self._what = "the tokenizer's chat template" + (f" ({file})" if file else "")
         self._in_parts = False
@@ -235,9 +237,13 @@ class ChatTemplate:
                 said = yield from self._marked([*messages, ("assistant", row.output)], prompt)
             else:
                 said = yield from self._told_apart(messages, prompt)
+        # What an answer begins with in generation, and what ends it, is learnt with it, as the last
+        # one's is.
         earlier = [
-            # What ends an answer is learnt with it, as after the last one.
-            (start, stop + len(end) if prompt.startswith(end, stop) else stop)
+            (
+                start - len(self._lead) * prompt.endswith(self._lead, 0, start),
+                stop + len(end) * prompt.startswith(end, stop),
+            )
             for start, stop in said
             if self._token.sub("", prompt[start:stop]).strip()
         ]
@@ -380,7 +386,7 @@ class ChatTemplate:
     @property
     def _variables(self) -> dict[str, Any]:
         """What the template is told beside the messages."""
-        told: dict[str, Any] = {}
+        told = dict(self._given)
         if self._clock is not None:
             told["hedgerow_day"] = _written_as(self._clock)
         if self._day is not None:
@@ -546,6 +552,17 @@ def _chosen(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
             f"of {known}"
         )
     return templates[name or "default"]
+
+
+def _check_read(source: str, variables: Iterable[str]) -> None:
+    """Raise a `UserError` for a variable that a template does not mention, and so cannot read."""
+    known = set(re.findall(r"[^\W\d]\w*", source))
+    for name in variables:
+        if name not in known:
+            raise UserError(
+                f"`data.template.{name}`: the chat template reads no {name!r}"
+                f"{did_you_mean(name, [*known, 'name', 'date'])}: leave it out"
+            )
 
 
 def _file_of(tokenizer: PreTrainedTokenizerBase, source: str) -> Path | None:

@@ -292,7 +292,7 @@ class _Reader:
     ) -> tuple[Ids, list[tuple[int, int]]]:
         """The tokens of a text, and from where to where in them each of its parts stands.
 
-        A token that reaches over the edge of a part is none of it.
+        A token that reaches over the edge of a part is none of it, but for spaces before it.
 
         Args:
             spans: the parts, in order: from where to where in the text's characters.
@@ -312,6 +312,9 @@ class _Reader:
         for start, stop in spans:
             begin, end = len(self._read(text[:start])), len(self._read(text[:stop]))
             while first < len(offsets) and offsets[first][0] < begin:
+                before, after = offsets[first]
+                if after > begin and not read[before:begin].strip():
+                    break
                 first += 1
             last = first
             while last < len(offsets) and offsets[last][0] < end and offsets[last][1] <= end:

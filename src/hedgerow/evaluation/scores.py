@@ -261,9 +261,10 @@ def _column(rows: Sequence[Row], column: str, name: str) -> list[str]:
     for row in rows:
         if column not in row.columns:
             known = ", ".join(repr(other) for other in sorted(row.columns))
+            turns = ", or set `data.loss_on: turns`" if column == "turn" else ""
             raise UserError(
                 f"`evaluation.by`: row {row.number} of {name} has no column {column!r}: name one "
-                f"of {known}"
+                f"of {known}{turns}"
             )
     return [_group(row.columns[column]) for row in rows]
 
