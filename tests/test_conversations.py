@@ -317,10 +317,11 @@ def two_turns(rows, more):
 @pytest.fixture
 def talks(tmp_path):
     """A folder with a small set of conversations for each of two clients, and test data."""
-    rows = tasks.test_rows(per_kind=4)
+    rows, folder = tasks.test_rows(per_kind=4), tmp_path / "talks"
+    folder.mkdir()
     for name, part in (("north", rows[:16]), ("south", rows[16:32]), ("test", rows[32:])):
-        (tmp_path / f"{name}.json").write_text(json.dumps(two_turns(part, part[::-1])))
-    return tmp_path
+        (folder / f"{name}.json").write_text(json.dumps(two_turns(part, part[::-1])))
+    return folder
 
 
 def chosen(folder, **more):
@@ -353,6 +354,10 @@ def test_a_run_learns_and_scores_every_turn(talks, experiment, hedgerow, tmp_pat
     assert scores["eval_loss"] == pytest.approx(row["eval_loss"])
     last = hedgerow("evaluate", run, "data.loss_on=answer", "evaluation.by=null", "--json")
     assert json.loads(last.out)["rows"] == 8
+    result = hedgerow("report", run, "--out", tmp_path / "page.html")
+    assert result.code == 0, result.err
+    audit = hedgerow("audit", run, "--rows", "4")
+    assert audit.code == 0, audit.err
     result = hedgerow("run", path, *chosen(talks), "federation.rounds=2", "--out", run, "--resume")
     assert result.code == 0, result.err
     changed = chosen(talks, **{"data.loss_on": "answer", "evaluation.by": None})

@@ -614,8 +614,9 @@ class EvaluationSettings(Section):
     metrics: list[str] = ["loss"]
     """Names of the metrics of the global model, each once; your own is `package.module:Class`."""
     by: str | None = None
-    """Column of the test data for each of whose values there are scores too; with null, there are
-    those of all rows alone."""
+    """Column of the test data for each of whose values there are scores too; with `data.loss_on:
+    turns`, `turn` is the place of an answer in its conversation, from 1. With null, there are those
+    of all rows alone."""
     batch_size: int = Field(16, ge=1)
     """Number of sequences in one forward pass."""
     max_new_tokens: int = Field(64, ge=1)

@@ -100,11 +100,9 @@ class TestSet:
             name = settings.test
         needs = {metric.needs: metric.name for metric in metrics_of(evaluation.metrics)}
         encoder = Encoder(load_template(settings, tokenizer), tokenizer, vocabulary_size)
-        last = np.arange(len(rows))
-        if settings.loss_on == "turns":
-            by_row = [answered_turns(row) for row in rows]
-            rows = list(itertools.chain.from_iterable(by_row))
-            last = np.cumsum([len(turns) for turns in by_row]) - 1
+        by_row = [scored_rows(row, settings) for row in rows]
+        rows = list(itertools.chain.from_iterable(by_row))
+        last = np.cumsum([len(turns) for turns in by_row]) - 1
         # Uncut, since a prompt that leaves no room for its answer's loss can still be answered.
         examples = (spool or Spool()).tokenize(name, rows, encoder, sys.maxsize, "answer")
         if examples.dropped or (
@@ -163,6 +161,11 @@ class TestSet:
     def skipped(self) -> int:
         """Rows that do not count for multiple choice, since their options cannot be told."""
         return self.choices.skipped if self.choices else 0
+
+
+def scored_rows(row: Row, settings: TextSettings) -> Sequence[Row]:
+    """The rows that a row is scored as: itself, or with `loss_on: turns` one for each answer."""
+    return answered_turns(row) if settings.loss_on == "turns" else [row]
 
 
 @torch.inference_mode()
