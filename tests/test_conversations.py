@@ -70,11 +70,8 @@ def test_every_answer_is_learnt_as_the_chat_template_writes_it(name):
     alone = learnt(encoder, talk("Hi", "Hello!"))
     assert last.startswith(("Yes.", " Yes."))
     assert alone == [last.replace("Yes.", "Hello!")]
-    assert (
-        first == ("Hello!" if name in ("olmo", "gpt-oss") else alone[0].removesuffix("</s>"))
-        if name in OTHER_ENDS
-        else first == alone[0]
-    )
+    end = {"olmo": "</s>", "gpt-oss": "<|return|>", "falcon": "</s>"}.get(name, "")
+    assert first == alone[0].removesuffix(end)
     notes = " ".join(encoder.template.notes)
     assert ("does not end earlier answers as it ends the last" in notes) == (name in OTHER_ENDS)
     assert ("writes other text before earlier answers" in notes) == (name in OTHER_BEGINS)
