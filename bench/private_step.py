@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hedgerow import console
-from hedgerow.data.tokens import Example
+from hedgerow.data.tokens import Example, learnt_from
 from hedgerow.privacy.example_level import GaussianSteps
 from hedgerow.privacy.noise import NoiseKey
 from hedgerow.settings import TrainingSettings
@@ -49,7 +49,8 @@ class Texts:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Example:
-        return Example(self._texts[index], prompt_length=0, loss_from=1)
+        tokens = self._texts[index]
+        return Example(tokens, prompt_length=0, learnt=learnt_from(1, len(tokens)))
 
 
 @dataclass(frozen=True)

@@ -186,3 +186,28 @@ def test_a_template_that_does_harm_is_refused(
         result.err
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_keeps_the_variables_of_its_template(chatty, experiment, hedgerow, tmp_path):
+    source = THINKS.replace("{{ bos_token }}", "{{ bos_token }}{{ 'brief' if brief }}")
+    path = experiment(model={"path": str(chatty(source))})
+    run = tmp_path / "run"
+    chosen = ["data.prompt=chat", "data.max_length=128", "federation.rounds=1"]
+    result = hedgerow("run", path, *chosen, "data.template.brief=true", "--out", run)
+    assert result.code == 0, result.err
+    template = yaml.safe_load((run / "experiment.yaml").read_text())["data"]["template"]
+    assert template == {"name": None, "date": None, "brief": True}
+    before = json.loads(hedgerow("evaluate", run, "--json").out)
+    other = json.loads(hedgerow("evaluate", run, "data.template.brief=false", "--json").out)
+    assert other["eval_loss"] != before["eval_loss"]
+    result = hedgerow("run", path, *chosen, "data.template.bref=true", "--out", tmp_path / "other")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "`data.template.bref`: the chat template reads no 'bref', did you mean `brief`" in (
+        result.err
+    )
+    assert not (tmp_path / "other").exists()
+    result = hedgerow(
+        "run", path, *chosen, "data.template.messages=[]", "--out", tmp_path / "other"
+    )
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "data.template" in result.err

@@ -57,22 +57,19 @@ def test_order_is_seeded_random_and_saves_padding():
         assert means != sorted(means)
 
 
-@given(
-    st.lists(
-        st.integers(1, 20).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))),
-        min_size=1,
-        max_size=9,
-    )
-)
-def test_collate(shapes):
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=9))
+def test_collate(masks):
     examples = [
-        Example(np.arange(10, 10 + length, dtype=np.int32), prompt_length=0, loss_from=loss_from)
-        for length, loss_from in shapes
+        Example(
+            np.arange(10, 10 + len(mask), dtype=np.int32), prompt_length=0, learnt=np.array(mask)
+        )
+        for mask in masks
     ]
     batch = {name: tensor.tolist() for name, tensor in collate(examples, pad_id=0).items()}
     assert list(batch) == ["input_ids", "labels"]
-    longest = max(length for length, _ in shapes)
-    for k, (length, loss_from) in enumerate(shapes):
-        tokens, padding = list(range(10, 10 + length)), longest - length
-        assert batch["input_ids"][k] == tokens + [0] * padding
-        assert batch["labels"][k] == [-100] * loss_from + tokens[loss_from:] + [-100] * padding
+    longest = max(map(len, masks))
+    for k, mask in enumerate(masks):
+        padding = longest - len(mask)
+        assert batch["input_ids"][k] == [*range(10, 10 + len(mask)), *[0] * padding]
+        labels = [10 + n if is_learnt else -100 for n, is_learnt in enumerate(mask)]
+        assert batch["labels"][k] == labels + [-100] * padding

@@ -214,3 +214,51 @@ def test_the_file_of_a_template_is_named(tmp_path, place):
         f"`data.prompt`: the tokenizer's chat template ({file}) needs more than 512 MB of memory: "
         "choose another `data.prompt`, as alpaca"
     )
+
+
+THINKER = CHATML.replace(
+    "<|assistant|>{% endif %}",
+    "<|assistant|>{% if enable_thinking is defined and not enable_thinking %}<think></think>"
+    "{% endif %}{{ style.tone if style }}{% endif %}",
+)
+
+
+def test_a_template_is_given_variables():
+    assert named("chat", THINKER).notes == ()
+    template = named("chat", THINKER, enable_thinking=False, style={"tone": "warm"})
+    assert "opens '<think></think>warm' in generation" in template.notes[0]
+    settings = TextSettings(prompt="chat", template={"enable_thinking": False})
+    assert settings.model_dump(mode="json")["template"] == {
+        "name": None,
+        "date": None,
+        "enable_thinking": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"messages": []}, "'messages' is hedgerow's or the tokenizer's to give"),
+        ({"add_generation_prompt": True}, "no variable of yours"),
+        ({"bos_token": "<s>"}, "no variable of yours"),
+        ({"date_string": "today"}, "no variable of yours"),
+        ({"a b": 1}, "'a b' is none"),
+        ({"style": float("nan")}, "the variable 'style' must be text, a finite number"),
+        ({"style": {"a": [{1: 2}]}}, "the variable 'style' must be"),
+        ({"style": object()}, "the variable 'style' must be"),
+    ],
+)
+def test_variables_that_no_template_may_have(variables, message):
+    with pytest.raises(ValueError, match=message):
+        TemplateSettings(**variables)
+
+
+def test_variables_that_are_not_read():
+    with pytest.raises(
+        UserError, match=r"`data\.template\.enable_thinkin`: .* reads no .*enable_th"
+    ):
+        named("chat", THINKER, enable_thinkin=False)
+    with pytest.raises(UserError, match=r"`data\.template\.nmae`: .*did you mean `name`"):
+        named("chat", CHATML, nmae="rag")
+    with pytest.raises(ValueError, match=r"`template\.enable_thinking` .* `prompt: chat` alone"):
+        TextSettings(template={"enable_thinking": False})

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from support.tokenizers import BOS, EOS, TOKENIZER, UNKNOWN, build, words
 
 from hedgerow.data.encoding import Encoder
 from hedgerow.data.rows import Row
@@ -16,29 +15,6 @@ from hedgerow.data.tokens import Spool, Tokenized
 from hedgerow.errors import UserError
 
 TEMPLATE = TextTemplate("{instruction}", "test")
-UNKNOWN, BOS, EOS = 0, 1, 2
-
-
-def build(special="<s> $A", **tokens):
-    """A tokenizer of one id a word (`w0` is 3, `w1` is 4 …) that adds `special`."""
-    words = {"<unk>": 0, "<s>": BOS, "</s>": EOS} | {f"w{i}": i + 3 for i in range(50)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=special, special_tokens=[("<s>", BOS), ("</s>", EOS)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=4,
-        **{"eos_token": "</s>", "unk_token": "<unk>"} | tokens,
-    )
-
-
-TOKENIZER = build()
-
-
-def words(count):
-    return " ".join(f"w{i % 50}" for i in range(count))
 
 
 def row(prompt, answer):
@@ -60,9 +36,11 @@ def test_an_example():
     example = tokenize([Row("w0 w1", output="w7")])[0]
     assert example.tokens.tolist() == [BOS, 3, 4, 10, EOS]
     assert example.tokens.dtype == np.int32
-    assert (example.prompt_length, example.loss_from) == (3, 3)
+    assert example.prompt_length == 3
+    assert example.learnt.tolist() == [False] * 3 + [True] * 2
     example = tokenize([Row("w0 w1", output="w7")], loss_on="all")[0]
-    assert (example.prompt_length, example.loss_from) == (3, 0)
+    assert example.prompt_length == 3
+    assert example.learnt.all()
 
 
 def test_eos_stands_at_the_end_and_nowhere_else():

@@ -88,7 +88,7 @@ class Fields(Section):
     null, `output` names it."""
     messages: str | None = None
     """Column of conversations, instead of all others: lists of {role, content} or of {from, value},
-    whose last answer counts; with null, there is none."""
+    whose last answer counts, or all with `loss_on: turns`; with null, there is none."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Fields:
@@ -139,7 +139,12 @@ class Partition(Section):
 
 
 class TemplateSettings(Section):
-    """The tokenizer's chat template, for `prompt: chat`."""
+    """The tokenizer's chat template, for `prompt: chat`, and variables that it reads.
+
+    A key that is not below is such a variable, as `enable_thinking: false`.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     name: str | None = None
     """Name of the chat template, of a tokenizer that has several; with null, its default."""
@@ -156,6 +161,47 @@ class TemplateSettings(Section):
             return datetime.date.fromisoformat(str(date))
         except ValueError:
             raise ValueError(f"{date!r} is no day: write it as 2026-11-25") from None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Variables that the template is given."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _usable(self) -> TemplateSettings:
+        for name, value in self.variables.items():
+            if not name.isidentifier() or name in _TAKEN or name.endswith(("_token", "_tokens")):
+                why = (
+                    "is hedgerow's or the tokenizer's to give" if name.isidentifier() else "is none"
+                )
+                raise ValueError(f"{name!r} {why}, and no variable of yours: choose another name")
+            if not _is_plain(value):
+                raise ValueError(
+                    f"the variable {name!r} must be text, a finite number, true, false or null, or "
+                    "a list or mapping of these"
+                )
+        return self
+
+
+_TAKEN = frozenset(
+    {
+        *("messages", "message", "tools", "documents", "conversation", "conversations"),
+        *("chat_template", "add_generation_prompt", "continue_final_message"),
+        *("return_assistant_tokens_mask", "date_string", "strftime_now", "raise_exception"),
+        *("hedgerow_day", "loop", "namespace", "range", "dict", "self", "variables"),
+    }
+)
+"""Names that a chat template is given anyway, or that Jinja has a meaning for."""
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is one that JSON has."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return value is None or isinstance(value, str) or is_number
 
 
 class TextSettings(Section):
@@ -184,8 +230,20 @@ class TextSettings(Section):
     max_length: int = Field(512, ge=2)
     """Number of tokens of prompt and answer together; what is longer is cut at the end, and
     counted."""
-    loss_on: Literal["answer", "all"] = "answer"
-    """Tokens that the training loss counts: those of the `answer`, or `all`, with the prompt's."""
+    loss_on: Literal["answer", "turns", "all"] = "answer"
+    """Tokens that the training loss counts: those of the `answer`, the last one of a conversation;
+    of all answers of its `turns`, each of which is scored too; or `all`, with the prompt's. With
+    `turns`, every answer in a prompt that is no tokenizer's own ends with EOS."""
+
+    @model_validator(mode="after")
+    def _has_a_chat_template(self) -> TextSettings:
+        if self.prompt != "chat" and self.template.variables:
+            name = next(iter(self.template.variables))
+            raise ValueError(
+                f"`template.{name}` is a variable of the tokenizer's chat template, which is used "
+                "with `prompt: chat` alone: set that, or leave it out"
+            )
+        return self
 
     @property
     def fields_of_test(self) -> Fields:
@@ -568,8 +626,9 @@ class EvaluationSettings(Section):
     metrics: list[str] = ["loss"]
     """Names of the metrics of the global model, each once; your own is `package.module:Class`."""
     by: str | None = None
-    """Column of the test data for each of whose values there are scores too; with null, there are
-    those of all rows alone."""
+    """Column of the test data for each of whose values there are scores too; with `data.loss_on:
+    turns`, `turn` is the place of an answer in its conversation, from 1. With null, there are those
+    of all rows alone."""
     batch_size: int = Field(16, ge=1)
     """Number of sequences in one forward pass."""
     max_new_tokens: int = Field(64, ge=1)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from hedgerow.bounded.process import Exceeded, Process
 
-__all__ = ["Exceeded", "Failure", "matches", "render"]
+__all__ = ["Exceeded", "Failure", "Marked", "matches", "render"]
 
 _process = Process()
 
@@ -23,9 +23,23 @@ class Failure(str):
     __slots__ = ()
 
 
+class Marked(str):
+    """A text, parts of which its template has marked as generated (`{% generation %}`)."""
+
+    __slots__ = ("parts",)
+
+    parts: list[tuple[int, int]]
+    """From where to where in the text each of them stands, in order."""
+
+    def __new__(cls, text: str, parts: list[tuple[int, int]]) -> Marked:
+        marked = super().__new__(cls, text)
+        marked.parts = parts
+        return marked
+
+
 def render(
     template: str,
-    asked: Sequence[tuple[Sequence[Mapping[str, Any]], bool]],
+    asked: Sequence[tuple[Sequence[Mapping[str, Any]], bool | None]],
     variables: Mapping[str, Any],
     *,
     continued: bool = False,
@@ -37,7 +51,8 @@ def render(
 
     Args:
         template: its source, in Jinja.
-        asked: conversations, each with whether an answer is to follow (`add_generation_prompt`).
+        asked: conversations, each with whether an answer is to follow (`add_generation_prompt`);
+            with None, none is, and its text is to be `Marked`.
         variables: what the template is told beside them, as the tokenizer's special tokens.
         continued: whether what the last message says is to be continued
             (`continue_final_message`).
@@ -54,7 +69,13 @@ def render(
         "variables": variables,
         "continued": continued,
     }
-    return [_outcome(each) for each in _process.ask("render", request)]
+    outcomes = (_outcome(each) for each in _process.ask("render", request))
+    return [
+        Marked(each[0], [(start, stop) for start, stop in each[1]])
+        if isinstance(each, list)
+        else each
+        for each in outcomes
+    ]
 
 
 def matches(

@@ -88,15 +88,16 @@ def _renderer() -> _Handler:
     sys.modules["torch"] = cast("ModuleType", None)
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    def render(request: Mapping[str, Any], size: int) -> list[dict[str, str]]:
-        outcomes = []
+    def render(request: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
+        outcomes: list[dict[str, Any]] = []
         room = _WRITTEN * len(request["asked"]) + 10 * size
         for conversation, generation in request["asked"]:
             try:
-                [text], _ = render_jinja_template(
+                [text], parts = render_jinja_template(
                     conversations=[conversation],
                     chat_template=request["template"],
-                    add_generation_prompt=generation,
+                    add_generation_prompt=bool(generation),
+                    return_assistant_tokens_mask=generation is None,
                     continue_final_message=request["continued"],
                     **request["variables"],
                 )
@@ -108,7 +109,7 @@ def _renderer() -> _Handler:
             room -= len(text)
             if room < 0:
                 raise _TooLong
-            outcomes.append({"done": text})
+            outcomes.append({"done": text if generation is not None else [text, parts[0]]})
         return outcomes
 
     return render

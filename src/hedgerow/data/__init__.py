@@ -6,11 +6,11 @@ from hedgerow.data.clients import ClientData
 from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held, as_records
 from hedgerow.data.partition import partition
-from hedgerow.data.rows import Message, Records, Remarks, Row, Rows, check
+from hedgerow.data.rows import Message, Records, Remarks, Row, Rows, answered_turns, check
 from hedgerow.data.sources import client_files, read
 from hedgerow.data.templates import Template, in_turns
 from hedgerow.data.templates import load as load_template
-from hedgerow.data.tokens import Example, Spool, Tokenized
+from hedgerow.data.tokens import Example, Spool, Tokenized, learnt_from
 
 __all__ = [
     "Canaries",
@@ -26,6 +26,7 @@ __all__ = [
     "Spool",
     "Template",
     "Tokenized",
+    "answered_turns",
     "as_records",
     "batches",
     "check",
@@ -33,6 +34,7 @@ __all__ = [
     "collate",
     "epoch",
     "in_turns",
+    "learnt_from",
     "load_template",
     "partition",
     "read",

@@ -71,7 +71,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
 
     Returns:
         `input_ids` and `labels`, each int64 of shape (examples, longest); labels are -100 on
-        padding and before each example's `loss_from`. There is no attention mask: see
+        padding and on tokens that carry no loss. There is no attention mask: see
         `training.loss`.
     """
     shape = (len(examples), max(len(example.tokens) for example in examples))
@@ -80,7 +80,8 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
     for row, example in enumerate(examples):
         tokens = torch.from_numpy(example.tokens.astype(np.int64))
         input_ids[row, : len(tokens)] = tokens
-        labels[row, example.loss_from : len(tokens)] = tokens[example.loss_from :]
+        learnt = torch.from_numpy(example.learnt)
+        labels[row, : len(tokens)][learnt] = tokens[learnt]
     return {"input_ids": input_ids, "labels": labels}
 
 

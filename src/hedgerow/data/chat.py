@@ -16,10 +16,10 @@ import json
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from hedgerow import bounded
-from hedgerow.data.rows import Row
+from hedgerow.data.rows import Message, Row
 from hedgerow.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -30,13 +30,15 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _Messages = Sequence[tuple[str, str]]
 """Role and text of each message."""
-_Asked = tuple[_Messages, bool]
-"""Messages that the template is to write, and whether an answer is to follow (in generation)."""
+_Asked = tuple[_Messages, bool | None]
+"""Messages that the template is to write, and whether an answer is to follow (in generation); None
+is for a text in which the parts are marked that it marks as generated."""
 _Steps = Generator[_Asked, Any, _T]
 """Has one thing after another written, is sent the text, and returns what it makes of that."""
 
-_QUESTION, _REPLY = "Question8Wd3Xy", "Reply4Qm7Zk"
+_QUESTION, _REPLY, _TURN = "Question8Wd3Xy", "Reply4Qm7Zk", "Turn6Jc1Vb"
 """Texts that no row holds; the last place where the reply stands is the answer's."""
+_PLACES = re.compile(f"{_TURN}[0-9]+\\.")
 _AWKWARD = " <b>&\"'{}$ é\n\n  - item\n" + "a long text goes on and on. " * 200
 """A text that is altered wherever texts are escaped, cut, or change their case or their spaces."""
 _DAYS = (datetime.date(2001, 2, 3), datetime.date(2012, 11, 12))
@@ -46,6 +48,8 @@ _SAME = 8
 _RULE = ("system", "You are asked to answer.")
 _ASKED = [("user", _QUESTION), ("assistant", _REPLY)]
 _OTHER = "choose another `data.prompt`, as alpaca"
+_LAST = "set `data.loss_on` to answer, or choose another `data.prompt`, as alpaca"
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TOGETHER = (256, 1_000_000)
 """Largest number of rows, and of characters, that are written at once."""
 _CLOCK = (
@@ -68,6 +72,19 @@ _DIRECTIVES = [
     for letter in "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZf"
     for flag in ("-", "")
 ]
+
+
+class Conversation(NamedTuple):
+    """The text of a row, all of whose answers are to be learnt."""
+
+    prompt: str
+    """What stands before the last answer."""
+    answer: str
+    """The last answer."""
+    end: str
+    """What ends it."""
+    earlier: list[tuple[int, int]]
+    """From where to where in the prompt each earlier answer stands, with what ends it."""
 
 
 class _Fails(UserError):
@@ -98,15 +115,20 @@ class ChatTemplate:
         tokenizer: PreTrainedTokenizerBase,
         settings: TemplateSettings,
         message: Callable[[Row], str],
+        *,
+        every_turn: bool = False,
     ) -> None:
         """Find out what the template does.
 
         Args:
-            settings: which one it is, and the day that it is given.
+            settings: which one it is, and the day and the variables that it is given.
             message: gives the user's message of a row.
+            every_turn: whether earlier answers are to be learnt, so that it is told of them.
         """
         self._tokenizer, self._message = tokenizer, message
         self._source = _chosen(tokenizer, settings.name)
+        self._given = settings.variables
+        _check_read(self._source, self._given)
         file = _file_of(tokenizer, self._source)
         self._what = "the tokenizer's chat template" + (f" ({file})" if file else "")
         self._in_parts = False
@@ -125,6 +147,8 @@ class ChatTemplate:
             self._probe_clock(settings.date)
             self._probe_chance()
             self._probe_answer()
+            if every_turn:
+                self._probe_turns()
             if settings.date is not None and self.date is None:
                 self.notes += ("data.template.date: the chat template writes no date",)
         except UserError as error:
@@ -146,6 +170,10 @@ class ChatTemplate:
     def examples(self, rows: Iterable[Row]) -> Iterator[tuple[str, str, str]]:
         """Of each row the text that the model is given, what should follow, and what ends that."""
         return self._together(self._example, rows)
+
+    def conversations(self, rows: Iterable[Row]) -> Iterator[Conversation]:
+        """The texts of each row as `examples` has them, and where its earlier answers stand."""
+        return self._together(self._conversation, rows)
 
     def _together(self, steps: Callable[[Row], _Steps[_T]], rows: Iterable[Row]) -> Iterator[_T]:
         """What comes of each row, in their order; many rows are written at once.
@@ -199,6 +227,67 @@ class ChatTemplate:
                 return begun, said, end
         # Some leave out thoughts, or read them wrongly: the answer is learnt as it stands.
         return before, self._lead + row.output, end
+
+    def _conversation(self, row: Row) -> _Steps[Conversation]:
+        prompt, answer, end = yield from self._example(row)
+        messages = self._asked(row)
+        said: list[tuple[int, int]] = []
+        if any(role == "assistant" for role, _ in messages):
+            if _MARKS.search(self._source):
+                said = yield from self._marked([*messages, ("assistant", row.output)], prompt)
+            else:
+                said = yield from self._told_apart(messages, prompt)
+        # What an answer begins with in generation, and what ends it, is learnt with it, as the last
+        # one's is.
+        earlier = [
+            (
+                start - len(self._lead) * prompt.endswith(self._lead, 0, start),
+                stop + len(end) * prompt.startswith(end, stop),
+            )
+            for start, stop in said
+            if self._token.sub("", prompt[start:stop]).strip()
+        ]
+        return Conversation(prompt, answer, end, earlier)
+
+    def _marked(self, messages: _Messages, prompt: str) -> _Steps[list[tuple[int, int]]]:
+        """Where in a prompt the template's own marks say that the assistant speaks.
+
+        Raises:
+            UserError: it writes another text with an answer after the prompt.
+        """
+        whole: bounded.Marked = yield messages, None
+        parts = [(start, min(stop, len(prompt))) for start, stop in whole.parts]
+        parts = [(start, stop) for start, stop in parts if start < stop]
+        if parts and not prompt.startswith(whole[: parts[-1][1]]):
+            raise UserError(f"{self._what} writes earlier answers in two ways: {_LAST}")
+        return parts
+
+    def _told_apart(self, messages: _Messages, prompt: str) -> _Steps[list[tuple[int, int]]]:
+        """Where in a prompt its answers stand, by what the template writes around others.
+
+        They are found as they stand there: without thoughts, say, as many templates write all
+        answers but the last.
+
+        Raises:
+            UserError: what the template writes around an answer depends on it, or it writes the
+                answer otherwise than it is given.
+        """
+        others = [
+            (role, f"{_TURN}{n}." if role == "assistant" else text)
+            for n, (role, text) in enumerate(messages)
+        ]
+        written: str = yield [*others, ("assistant", _REPLY)], False
+        found = _answers(prompt, written.rpartition(_REPLY)[0].removesuffix(self._lead), messages)
+        if found is None:
+            # As where the prompt is what the template writes in generation.
+            written = yield others, True
+            found = _answers(prompt, written, messages)
+        if found is None:
+            raise UserError(
+                f"{self._what} writes earlier answers so that they cannot be told from what stands "
+                f"around them: {_LAST}"
+            )
+        return found
 
     def _asked(self, row: Row) -> list[tuple[str, str]]:
         """The messages of a row, up to the one that is to be answered."""
@@ -297,7 +386,7 @@ class ChatTemplate:
     @property
     def _variables(self) -> dict[str, Any]:
         """What the template is told beside the messages."""
-        told: dict[str, Any] = {}
+        told = dict(self._given)
         if self._clock is not None:
             told["hedgerow_day"] = _written_as(self._clock)
         if self._day is not None:
@@ -388,6 +477,36 @@ class ChatTemplate:
             notes.append(f"the chat template opens {opened!r} in generation: prompts {instead}")
         self.notes = tuple(notes)
 
+    def _probe_turns(self) -> None:
+        """Find out whether earlier answers are learnt as the last one is.
+
+        A template that cannot write several turns, or not so that they can be told apart, is
+        refused for the first row that has some.
+        """
+        opening = tuple(Message("system", text) for _, text in self._opening)
+        asked, said = "first", "an earlier answer"
+        history = (*opening, Message("user", asked), Message("assistant", said))
+        alone = Row(asked, output=said, history=opening)
+        try:
+            [(before, _, _)] = self.examples([alone])
+            [whole] = self.conversations([Row("last", output=_REPLY, history=history)])
+        except UserError:
+            return
+        if not whole.earlier:
+            self.notes += ("the chat template marks no earlier answers: the last is learnt alone",)
+            return
+        start, stop = whole.earlier[0]
+        if whole.prompt[:start] != before:
+            self.notes += (
+                "the chat template writes other text before earlier answers than before the last: "
+                "they are learnt as they stand there",
+            )
+        if not whole.end or not whole.prompt[start:stop].rstrip().endswith(whole.end.strip()):
+            self.notes += (
+                "the chat template does not end earlier answers as it ends the last: they are "
+                "learnt without an end",
+            )
+
     def _attempt(self, messages: _Messages, *, generation: bool = False) -> str | None:
         """What the template makes of messages; None where it fails."""
         try:
@@ -433,6 +552,17 @@ def _chosen(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
             f"of {known}"
         )
     return templates[name or "default"]
+
+
+def _check_read(source: str, variables: Iterable[str]) -> None:
+    """Raise a `UserError` for a variable that a template does not mention, and so cannot read."""
+    known = set(re.findall(r"[^\W\d]\w*", source))
+    for name in variables:
+        if name not in known:
+            raise UserError(
+                f"`data.template.{name}`: the chat template reads no {name!r}"
+                f"{did_you_mean(name, [*known, 'name', 'date'])}: leave it out"
+            )
 
 
 def _file_of(tokenizer: PreTrainedTokenizerBase, source: str) -> Path | None:
@@ -500,6 +630,46 @@ def _between(before: str, whole: str, after: str) -> str | None:
     if not (whole.startswith(before) and whole.endswith(after)):
         return None
     return whole[len(before) : len(whole) - len(after)]
+
+
+def _answers(prompt: str, written: str, messages: _Messages) -> list[tuple[int, int]] | None:
+    """Where the answers among messages stand in a prompt; None where that cannot be told.
+
+    Args:
+        written: the same prompt, with other texts in the answers' places.
+    """
+    gaps = _PLACES.split(written)
+    answers = [text for role, text in messages if role == "assistant"]
+    if len(gaps) != len(answers) + 1 or not prompt.startswith(gaps[0]):
+        return None
+    place, found = len(gaps[0]), []
+    for answer, gap in zip(answers, gaps[1:], strict=True):
+        stop = _end_of(answer, prompt, place, gap)
+        if stop is None:
+            return None
+        found.append((place, stop))
+        place = stop + len(gap)
+    return found
+
+
+def _end_of(answer: str, prompt: str, start: int, gap: str) -> int | None:
+    """Where an answer ends that begins somewhere in a prompt, before a gap; None if nowhere.
+
+    Its spaces may be others, and its thoughts may be missing. Where an answer holds what stands
+    after it as well, the longest reading is right.
+    """
+    if prompt.startswith(answer + gap, start):
+        return start + len(answer)
+    letters, last = _letters(answer), None
+    stop = prompt.find(gap, start)
+    while stop >= 0:
+        said = _letters(prompt[start:stop])
+        if len(said) > len(letters):
+            break
+        if letters.endswith(said):
+            last = stop
+        stop = prompt.find(gap, stop + 1)
+    return last
 
 
 def _same(one: str, other: str) -> int:

@@ -149,4 +149,4 @@ class ClientData:
             records = share_of(held, share)
         else:
             records = read(source, settings.split, settings.subset, share)
-        return check(records, settings.fields)
+        return check(records, settings.fields, every_turn=settings.loss_on == "turns")

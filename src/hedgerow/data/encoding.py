@@ -39,6 +39,14 @@ class Encoded:
     """Begins where the prompt ends, and has its end (EOS, or the template's end of a turn)."""
     spelt: bool
     """Whether the row's text spells a control token, which is text here."""
+    earlier: tuple[tuple[int, int], ...] = ()
+    """From where to where in the prompt each earlier answer stands that is to be learnt."""
+
+    @property
+    def learnt(self) -> list[tuple[int, int]]:
+        """From where to where in prompt and answer the answers stand that are to be learnt."""
+        start = len(self.prompt)
+        return [*self.earlier, (start, start + len(self.answer))]
 
 
 @dataclass(frozen=True)
@@ -61,17 +69,21 @@ class Encoder:
         """Tokens that end an answer in this template, beside the model's own."""
         return self.template.ends
 
-    def examples(self, rows: Sequence[Row], where: str) -> list[Encoded]:
+    def examples(
+        self, rows: Sequence[Row], where: str, *, every_turn: bool = False
+    ) -> list[Encoded]:
         """Tokenise rows as prompt and answer with its end.
 
         The prompt's tokens are those that it has alone, as in generation, where nothing follows it.
 
         Args:
             where: the file or source that the rows are from, for messages.
+            every_turn: whether the earlier answers of a conversation are to be learnt too.
 
         Raises:
             UserError: naming the row that the template cannot write, or that has a token which the
-                model has no embedding for; or the tokenizer has no EOS.
+                model has no embedding for, or an earlier answer that cannot be told from what
+                stands around it; or the tokenizer has no EOS.
         """
         eos = self.tokenizer.eos_token_id
         if eos is None:
@@ -81,15 +93,24 @@ class Encoder:
             )
         found: list[Encoded | None] = [None] * len(rows)
         for reader, numbers, shown in self._readable(rows):
-            texts = [
-                (prompt, answer + (end if self.writes_ends else ""))
-                for prompt, answer, end in _written(self.template.examples, shown, where)
-            ]
+            earlier: list[tuple[tuple[int, int], ...]] = [()] * len(shown)
+            if every_turn:
+                written = _written(self.template.conversations, shown, where)
+                texts = [(each.prompt, self._ended(each.answer, each.end)) for each in written]
+                for place, (row, each) in enumerate(zip(shown, written, strict=True)):
+                    if each.earlier:
+                        with _named(row, where):
+                            earlier[place] = self._within(reader, each.prompt, each.earlier)
+            else:
+                examples = _written(self.template.examples, shown, where)
+                texts = [(prompt, self._ended(answer, end)) for prompt, answer, end in examples]
             prompts, answers = self._pairs(reader, texts)
-            for number, prompt, answer in zip(numbers, prompts, answers, strict=True):
+            for number, prompt, answer, spans in zip(
+                numbers, prompts, answers, earlier, strict=True
+            ):
                 if not answer or answer[-1] not in (eos, *self.ends):
                     answer.append(eos)
-                found[number] = Encoded(prompt, answer, reader is not self._plain)
+                found[number] = Encoded(prompt, answer, reader is not self._plain, spans)
         encoded = [each for each in found if each is not None]
         self._check(rows, [each.prompt + each.answer for each in encoded], where)
         return encoded
@@ -154,6 +175,24 @@ class Encoder:
         careful = [number for number, it in enumerate(spelt) if it]
         if careful:
             yield self._careful, careful, [self._careful.hide(rows[number]) for number in careful]
+
+    def _ended(self, answer: str, end: str) -> str:
+        return answer + end if self.writes_ends else answer
+
+    def _within(
+        self, reader: _Reader, prompt: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[tuple[int, int], ...]:
+        """Which tokens of a prompt are parts of it: from where to where in its tokens.
+
+        Args:
+            spans: the parts, in order: from where to where in its characters.
+
+        Raises:
+            UserError: that cannot be told.
+        """
+        ids, places = reader.within(prompt, spans)
+        before = len(self._begun([ids])[0]) - len(ids)
+        return tuple((start + before, stop + before) for start, stop in places if start < stop)
 
     def _begun(self, prompts: list[Ids]) -> list[Ids]:
         """Prompts with what the tokenizer begins texts with, unless the template writes that."""
@@ -248,6 +287,56 @@ class _Reader:
         """The tokens of texts, without any at their beginning or end that they do not hold."""
         return _ids(self.tokenizer, texts)
 
+    def within(
+        self, text: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[Ids, list[tuple[int, int]]]:
+        """The tokens of a text, and from where to where in them each of its parts stands.
+
+        A token that reaches over the edge of a part is none of it, but for spaces before it.
+
+        Args:
+            spans: the parts, in order: from where to where in the text's characters.
+
+        Raises:
+            UserError: a slow tokenizer joins a part with what stands around it.
+        """
+        if not self.tokenizer.is_fast:
+            ids = self.ids([text])[0]
+            until = {place: self._until(text, place, ids) for span in spans for place in span}
+            return ids, [(until[start], until[stop]) for start, stop in spans]
+        read = self._read(text)
+        found = _call(self.tokenizer, [read], return_offsets_mapping=True)
+        offsets: list[tuple[int, int]] = found["offset_mapping"][0]
+        places = []
+        first = 0
+        for start, stop in spans:
+            begin, end = len(self._read(text[:start])), len(self._read(text[:stop]))
+            while first < len(offsets) and offsets[first][0] < begin:
+                before, after = offsets[first]
+                if after > begin and not read[before:begin].strip():
+                    break
+                first += 1
+            last = first
+            while last < len(offsets) and offsets[last][0] < end and offsets[last][1] <= end:
+                last += 1
+            places.append((first, last))
+            first = last
+        return found["input_ids"][0], places
+
+    def _until(self, text: str, place: int, ids: Ids) -> int:
+        """Number of a text's tokens up to a place in it, where they are those of what is before."""
+        before = self.ids([text[:place]])[0]
+        if ids[: len(before)] != before:
+            raise UserError(
+                "the tokenizer joins an earlier answer with the text around it, so that its tokens "
+                "cannot be told: take another `data.prompt`, or `data.loss_on: answer`"
+            )
+        return len(before)
+
+    def _read(self, text: str) -> str:
+        """A text as its tokenizer is given it."""
+        return text
+
     def offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
         """Where each token of texts begins and ends; of slow tokenizers, nothing."""
         if not self.tokenizer.is_fast:
@@ -326,13 +415,13 @@ class _Renamed(_Hiding):
         return super().hide(row)
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
-        return super().ids([self._swapped(text) for text in texts])
+        return super().ids([self._read(text) for text in texts])
 
     def offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
         # Names have other lengths, so that offsets are of another text.
         return [[] for _ in texts]
 
-    def _swapped(self, text: str) -> str:
+    def _read(self, text: str) -> str:
         names = self._hidden | self._shown
         return self._either.sub(lambda found: names[found[0]], text)
 

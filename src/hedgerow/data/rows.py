@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from hedgerow.errors import NothingToLearn, UserError
@@ -176,7 +176,37 @@ class _LeftOut(Exception):
     """A row that cannot be used; the text says why, as in "2 rows left out: …"."""
 
 
-def check(records: Records, fields: Fields, *, answered: bool = True) -> Rows:
+def answered_turns(row: Row) -> list[Row]:
+    """A row for each answer of a conversation, in order, after the turns before it.
+
+    Its columns have `turn` as well, from 1, unless the source has such a column. Earlier answers
+    that are blank are left out; the last one has a row in any case.
+    """
+    turns = [*row.history, Message("user", row.instruction), Message("assistant", row.output)]
+    rows, number = [], 0
+    for place, turn in enumerate(turns):
+        if turn.role != "assistant":
+            continue
+        number += 1
+        columns = {"turn": number} | dict(row.columns)
+        if place == len(turns) - 1:
+            rows.append(replace(row, columns=columns))
+        elif turn.content.strip():
+            rows.append(
+                Row(
+                    instruction=turns[place - 1].content,
+                    output=turn.content,
+                    history=tuple(turns[: place - 1]),
+                    columns=columns,
+                    number=row.number,
+                )
+            )
+    return rows
+
+
+def check(
+    records: Records, fields: Fields, *, answered: bool = True, every_turn: bool = False
+) -> Rows:
     """Rows of records.
 
     Rows that are empty, that ask nothing or that answer nothing are left out and counted, and so
@@ -188,6 +218,7 @@ def check(records: Records, fields: Fields, *, answered: bool = True) -> Rows:
             the defaults and the records have `messages`, `conversations` or `prompt` and
             `completion` instead, those are read.
         answered: whether a row without an answer is of no use.
+        every_turn: whether all answers of a conversation count, or the last one alone.
 
     Raises:
         UserError: naming the source, the row and the column of what cannot be used.
@@ -204,7 +235,7 @@ def check(records: Records, fields: Fields, *, answered: bool = True) -> Rows:
     read_from = fields.messages or f"{fields.instruction}, {fields.output}"
     _check_known(records, fields, known, answered)
     ignored = [c for c in known if c.lower() in _LIKE_AN_INPUT and c not in _named(fields)]
-    reader = _Reader(records, fields, remarks)
+    reader = _Reader(records, fields, remarks, every_turn)
     rows: list[Row] = []
     for number, record in zip(records.numbers, records.rows, strict=True):
         try:
@@ -345,8 +376,10 @@ def is_empty(value: Any) -> bool:
 class _Reader:
     """Makes rows of the records of one source."""
 
-    def __init__(self, records: Records, fields: Fields, remarks: Remarks) -> None:
-        self._fields, self._remarks = fields, remarks
+    def __init__(
+        self, records: Records, fields: Fields, remarks: Remarks, every_turn: bool
+    ) -> None:
+        self._fields, self._remarks, self._every_turn = fields, remarks, every_turn
         self._where, self._classes = records.where, records.classes
 
     def read(self, record: Record, number: int) -> Row:
@@ -414,7 +447,7 @@ class _Reader:
             what = "with a question at the end that has no answer, and is not used"
             self._remarks.add(what, self._where, number)
             turns.pop()
-        if len(turns) > 2:
+        if len(turns) > 2 and not self._every_turn:
             what = "with several answers, of which only the last counts"
             self._remarks.add(what, self._where, number)
         *history, asked, answer = turns

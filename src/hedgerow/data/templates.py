@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from hedgerow.data.chat import ChatTemplate
+from hedgerow.data.chat import ChatTemplate, Conversation
 from hedgerow.data.rows import Message, Row
 from hedgerow.errors import UserError
 
@@ -73,6 +73,9 @@ class Template(Protocol):
     def examples(self, rows: Iterable[Row]) -> Iterator[tuple[str, str, str]]:
         """Of each row the text that the model is given, what should follow, and what ends that."""
 
+    def conversations(self, rows: Iterable[Row]) -> Iterator[Conversation]:
+        """The texts of each row as `examples` has them, and where its earlier answers stand."""
+
 
 def in_turns(texts: Sequence[str]) -> Row:
     """The row of a conversation, of the texts of user, assistant, user … up to the user's."""
@@ -89,14 +92,15 @@ def load(text: TextSettings, tokenizer: PreTrainedTokenizerBase) -> Template:
     Raises:
         UserError: there is no such template, or it cannot be used.
     """
-    name = text.prompt
+    name, every_turn = text.prompt, text.loss_on == "turns"
     if name == "chat":
         message = TextTemplate(_USER_MESSAGE, "chat")
-        return ChatTemplate(tokenizer, text.template, message.asked)
+        return ChatTemplate(tokenizer, text.template, message.asked, every_turn=every_turn)
+    end = (tokenizer.eos_token or "") if every_turn else ""
     if name in TEXTS:
-        return TextTemplate(TEXTS[name], name)
+        return TextTemplate(TEXTS[name], name, end)
     try:
-        return TextTemplate(Path(name).read_text(encoding="utf-8-sig"), name)
+        return TextTemplate(Path(name).read_text(encoding="utf-8-sig"), name, end)
     except OSError:
         known = ", ".join([*TEXTS, "chat"])
         raise UserError(
@@ -112,6 +116,7 @@ class TextTemplate:
     Args:
         text: the template.
         where: the template's name or file, for messages.
+        end: token that ends an earlier answer, as EOS ends the last one; empty is none.
 
     Raises:
         UserError: a placeholder is missing or unknown, or a section is not closed.
@@ -122,14 +127,14 @@ class TextTemplate:
     date = None
     notes = ()
 
-    def __init__(self, text: str, where: str) -> None:
+    def __init__(self, text: str, where: str, end: str = "") -> None:
         if _JINJA.search(text):
             raise UserError(
                 f"{where}: is written in Jinja, as tokenizers' chat templates are: write "
                 "{instruction} and {input} where a row's texts stand; or put it into the model's "
                 "folder as chat_template.jinja, and set data.prompt=chat"
             )
-        self.written = text
+        self.written, self._end = text + end, end
         self.with_input = _SECTION.sub(lambda section: section[1], text)
         self.without_input = _SECTION.sub("", text)
         for mark in _MARK.findall(self.with_input):
@@ -151,17 +156,7 @@ class TextTemplate:
         What comes before the instruction's own paragraph, as alpaca's introduction, stands once;
         what follows it is repeated for each turn. An empty line ends each other turn.
         """
-        if not row.history:
-            return self.asked(row)
-        introduction, turn = _parts(self.without_input)
-        told = [f"{each.content}\n\n" for each in row.history if each.role == "system"]
-        turns = [
-            _filled(turn, each.content) if each.role == "user" else f"{each.content}\n\n"
-            for each in row.history
-            if each.role != "system"
-        ]
-        last = _filled(_parts(self._text(row))[1], row.instruction, row.input)
-        return "".join([*told, _filled(introduction), *turns, last])
+        return self._conversation(row).prompt
 
     def prompts(self, rows: Iterable[Row]) -> Iterator[str]:
         """The text that the model is given, of each row."""
@@ -170,6 +165,28 @@ class TextTemplate:
     def examples(self, rows: Iterable[Row]) -> Iterator[tuple[str, str, str]]:
         """Of each row the text that the model is given, what should follow, and what ends that."""
         return ((self.prompt(row), row.output, "") for row in rows)
+
+    def conversations(self, rows: Iterable[Row]) -> Iterator[Conversation]:
+        """The texts of each row as `examples` has them, and where its earlier answers stand."""
+        return map(self._conversation, rows)
+
+    def _conversation(self, row: Row) -> Conversation:
+        if not row.history:
+            return Conversation(self.asked(row), row.output, "", [])
+        introduction, turn = _parts(self.without_input)
+        told = [f"{each.content}\n\n" for each in row.history if each.role == "system"]
+        prompt = "".join([*told, _filled(introduction)])
+        earlier = []
+        for each in row.history:
+            if each.role == "user":
+                prompt += _filled(turn, each.content)
+            elif each.role == "assistant":
+                said = each.content + self._end
+                if each.content.strip():
+                    earlier.append((len(prompt), len(prompt) + len(said)))
+                prompt += f"{said}\n\n"
+        prompt += _filled(_parts(self._text(row))[1], row.instruction, row.input)
+        return Conversation(prompt, row.output, "", earlier)
 
     def asked(self, row: Row) -> str:
         """The text of a row without its earlier turns."""

@@ -21,6 +21,8 @@ from hedgerow.errors import NothingToLearn, UserError
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+LossOn = Literal["answer", "turns", "all"]
 
 _CHUNK = 256
 """Rows tokenised at once: as fast as a thousand, and in less memory."""
@@ -29,14 +31,15 @@ _TOKEN = np.dtype(np.int32)
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One tokenised example: a prompt, then its answer."""
+    """One tokenised example: a prompt, then its answer; or a conversation."""
 
     tokens: Int32
-    """Shape (length,), read-only."""
+    """Shape (length,), not to be written to."""
     prompt_length: int
-    """`tokens[:prompt_length]` is what the model is given to generate the answer."""
-    loss_from: int
-    """`tokens[loss_from:]` carry loss."""
+    """`tokens[:prompt_length]` is what the model is given to generate the answer, or the first
+    answer that is learnt of a conversation."""
+    learnt: Bool
+    """Shape (length,): whether each token carries loss."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +58,9 @@ class Tokenized:
     """Shape (n,): tokens of each example's prompt."""
     rows: Int32
     """Shape (n,): which row of its client's data each example is, as some rows may be dropped."""
-    loss_on: Literal["answer", "all"]
+    loss_on: LossOn
+    """The tokens that carry loss. With `turns`, a token t of the spool that carries none is ~t, so
+    that no mask takes up any room."""
     truncated: int
     """Examples that are here, but were cut at `max_length`."""
     dropped: int
@@ -69,15 +74,15 @@ class Tokenized:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Example:
+        tokens = self.spool.read(int(self.starts[index]), int(self.lengths[index]))
         prompt_length = int(self.prompt_lengths[index])
-        return Example(
-            tokens=self.spool.read(int(self.starts[index]), int(self.lengths[index])),
-            prompt_length=prompt_length,
-            loss_from=prompt_length if self.loss_on == "answer" else 0,
-        )
+        if self.loss_on == "turns":
+            return Example(np.maximum(tokens, ~tokens), prompt_length, learnt=tokens >= 0)
+        loss_from = prompt_length if self.loss_on == "answer" else 0
+        return Example(tokens, prompt_length, learnt=learnt_from(loss_from, len(tokens)))
 
     def digest(self) -> str:
-        """SHA-256 of the tokens and of where the answers begin: what training depends on."""
+        """SHA-256 of the tokens and of which carry loss: what training depends on."""
         digest = hashlib.sha256(self.loss_on.encode())
         for array in (self.lengths, self.prompt_lengths):
             digest.update(array.tobytes())
@@ -126,9 +131,11 @@ class Spool:
         rows: Sequence[Row],
         encoder: Encoder,
         max_length: int,
-        loss_on: Literal["answer", "all"],
+        loss_on: LossOn,
     ) -> Tokenized:
         """Tokenise rows as prompt, answer and its end, and keep the tokens on disk.
+
+        An example ends with a token that carries loss: what would follow changes no loss.
 
         Args:
             name: whose rows they are, for messages.
@@ -150,19 +157,25 @@ class Spool:
         shortest_prompt = sys.maxsize
         for first in range(0, len(rows), _CHUNK):
             kept: list[list[int]] = []
-            encoded = encoder.examples(rows[first : first + _CHUNK], name)
+            every_turn = loss_on == "turns"
+            encoded = encoder.examples(rows[first : first + _CHUNK], name, every_turn=every_turn)
             for number, each in enumerate(encoded, start=first):
-                prompt, answer = each.prompt, each.answer
+                tokens, prompt_length = each.prompt + each.answer, each.learnt[0][0]
                 spelt += each.spelt
-                shortest_prompt = min(shortest_prompt, len(prompt))
-                tokens = (prompt + answer)[:max_length]
+                shortest_prompt = min(shortest_prompt, prompt_length)
+                learnt = [
+                    (start, min(stop, max_length))
+                    for start, stop in each.learnt
+                    if start < max_length
+                ]
+                length = learnt[-1][1] if learnt else 0
                 # Nothing predicts the very first token, so it cannot be all of the answer.
-                if len(tokens) > max(len(prompt), 1):
-                    truncated += len(prompt) + len(answer) > max_length
-                    prompt_lengths.append(len(prompt))
+                if length > 1:
+                    truncated += len(tokens) > max_length
+                    prompt_lengths.append(prompt_length)
                     kept_rows.append(number)
-                    kept.append(tokens)
-                    unknown += encoder.count_unknown(tokens)
+                    unknown += encoder.count_unknown(tokens[:length])
+                    kept.append(_signed(tokens, learnt) if every_turn else tokens[:length])
             starts += self._append(kept)
             lengths += map(len, kept)
         if not lengths:
@@ -207,3 +220,16 @@ class Spool:
                 "there, or set TMPDIR to a folder that has some"
             ) from None
         return [start, *(start + ends[:-1]).tolist()] if examples else []
+
+
+def learnt_from(start: int, length: int) -> Bool:
+    """Whether each token of so many carries loss, if those from `start` on do."""
+    return np.arange(length) >= start
+
+
+def _signed(tokens: Sequence[int], learnt: Sequence[tuple[int, int]]) -> list[int]:
+    """Tokens up to the last that carries loss; each t of those that carry none is ~t."""
+    signed = [~token for token in tokens[: learnt[-1][1]]]
+    for start, stop in learnt:
+        signed[start:stop] = tokens[start:stop]
+    return signed

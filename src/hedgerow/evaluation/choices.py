@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hedgerow.data import Encoder, Example, Row, Spool, Tokenized
+from hedgerow.data import Encoder, Example, Row, Spool, Tokenized, learnt_from
 from hedgerow.errors import UserError
 from hedgerow.evaluation.cache import keeps_keys_only
 from hedgerow.evaluation.likelihood import Float64, Int64, Tick, batch_losses
@@ -344,7 +344,7 @@ def _shared(
         # Without the output layer: nothing is predicted here.
         cache = network.base_model(input_ids=input_ids, use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(tails[0]))
-    examples = [Example(tail, prompt_length=1, loss_from=1) for each in tails for tail in each]
+    examples = [Example(tail, 1, learnt_from(1, len(tail))) for each in tails for tail in each]
     sums, _ = batch_losses(network, examples, past_key_values=cache)
     return sums
 
@@ -354,8 +354,9 @@ def _apart(
 ) -> npt.NDArray[np.float64]:
     """As `_shared`, with each tail's head read again."""
     examples = [
-        Example(np.concatenate([head, tail]), prompt_length=len(head) + 1, loss_from=len(head) + 1)
+        Example(np.concatenate([head, tail]), start, learnt_from(start, len(head) + len(tail)))
         for head, each in zip(heads, tails, strict=True)
+        for start in [len(head) + 1]
         for tail in each
     ]
     sums, _ = batch_losses(network, examples)

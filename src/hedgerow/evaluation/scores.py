@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hedgerow.data import Encoder, Example, Row, Spool, Template, Tokenized, load_template
+from hedgerow.data import (
+    Encoder,
+    Example,
+    Row,
+    Spool,
+    Template,
+    Tokenized,
+    answered_turns,
+    load_template,
+)
 from hedgerow.errors import NothingToScore, UserError
 from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.choices import Choices, log_likelihoods
@@ -38,7 +48,8 @@ class TestSet:
     __test__: ClassVar[bool] = False  # or pytest would collect it
 
     examples: Tokenized
-    """The prompt and answer of every row, in the rows' order, uncut."""
+    """The prompt and answer of every row, in the rows' order, uncut; with `loss_on: turns`, of
+    every answer of each row, which then counts as a row of its own."""
     template: Template
     """What made text of them."""
     max_length: int
@@ -89,6 +100,9 @@ class TestSet:
             name = settings.test
         needs = {metric.needs: metric.name for metric in metrics_of(evaluation.metrics)}
         encoder = Encoder(load_template(settings, tokenizer), tokenizer, vocabulary_size)
+        by_row = [scored_rows(row, settings) for row in rows]
+        rows = list(itertools.chain.from_iterable(by_row))
+        last = np.cumsum([len(turns) for turns in by_row]) - 1
         # Uncut, since a prompt that leaves no room for its answer's loss can still be answered.
         examples = (spool or Spool()).tokenize(name, rows, encoder, sys.maxsize, "answer")
         if examples.dropped or (
@@ -108,7 +122,10 @@ class TestSet:
             )
         choices = None
         if "choices" in needs:
-            choices = Choices.prepare(needs["choices"], name, rows, encoder)
+            # The columns that a question's options stand in are of its last turn.
+            questions = [rows[place] for place in last.tolist()]
+            choices = Choices.prepare(needs["choices"], name, questions, encoder)
+            choices = replace(choices, rows=last[choices.rows])
         return cls(
             examples=examples,
             template=encoder.template,
@@ -144,6 +161,11 @@ class TestSet:
     def skipped(self) -> int:
         """Rows that do not count for multiple choice, since their options cannot be told."""
         return self.choices.skipped if self.choices else 0
+
+
+def scored_rows(row: Row, settings: TextSettings) -> Sequence[Row]:
+    """The rows that a row is scored as: itself, or with `loss_on: turns` one for each answer."""
+    return answered_turns(row) if settings.loss_on == "turns" else [row]
 
 
 @torch.inference_mode()
@@ -213,7 +235,8 @@ def _likelihoods(model: Model, test: TestSet, batch_size: int, tick: Tick) -> Ev
 
     def read(index: int) -> Example:
         example = test.examples[int(test.scored[index])]
-        return Example(example.tokens[: test.max_length], example.prompt_length, example.loss_from)
+        cut = slice(test.max_length)
+        return Example(example.tokens[cut], example.prompt_length, example.learnt[cut])
 
     sums, tokens = losses(model.network, lengths, read, batch_size, tick)
     found = [Likelihood(*row) for row in zip(sums.tolist(), tokens.tolist(), strict=True)]
@@ -241,9 +264,10 @@ def _column(rows: Sequence[Row], column: str, name: str) -> list[str]:
     for row in rows:
         if column not in row.columns:
             known = ", ".join(repr(other) for other in sorted(row.columns))
+            turns = ", or set `data.loss_on: turns`" if column == "turn" else ""
             raise UserError(
                 f"`evaluation.by`: row {row.number} of {name} has no column {column!r}: name one "
-                f"of {known}"
+                f"of {known}{turns}"
             )
     return [_group(row.columns[column]) for row in rows]
 

@@ -15,7 +15,7 @@ from hedgerow.data import Records
 from hedgerow.data.templates import TEXTS, TextTemplate
 from hedgerow.errors import UserError
 from hedgerow.evaluation.answers import check_positions
-from hedgerow.evaluation.scores import TestSet, answers
+from hedgerow.evaluation.scores import TestSet, answers, scored_rows
 from hedgerow.experiment import Experiment
 from hedgerow.ledger import Ledger
 from hedgerow.model import Model
@@ -160,7 +160,7 @@ class _Questionnaire:
         check_positions(base, self._settings)
         self._test = TestSet.prepare(chosen, data, self._settings, base.tokenizer)
         words = TextTemplate(TEXTS["plain"], "plain")
-        prompts = [words.prompt(row).strip() for row in chosen]
+        prompts = [words.prompt(turn).strip() for row in chosen for turn in scored_rows(row, data)]
         texts = zip(prompts, self._test.references, self._answers(base), strict=True)
         self.questions = [Question(*each, {}) for each in texts]
 

@@ -164,7 +164,8 @@ def _title(series: Sequence[Series]) -> str:
 def _headline(series: Sequence[Series], table: Sequence[dict[str, Any]]) -> list[str]:
     """What the table says, in a sentence or two."""
     keys = {*TextSettings.model_fields, "client_test"} - {"loss_on"}
-    tests = {each.first.cell.experiment.data.model_dump_json(include=keys) for each in series}
+    data = [each.first.cell.experiment.data for each in series]
+    tests = {(each.model_dump_json(include=keys), each.loss_on == "turns") for each in data}
     if len(tests) > 1:
         return ["Not all runs were scored on the same test data: their scores do not compare."]
     if len(series) == 1:

@@ -381,7 +381,9 @@ def test_rows(
         records = read(text.test, text.test_split, text.test_subset, text.test_share)
     # Multiple choice alone needs no output: a question may name its answer otherwise.
     answered = any(metric.needs != "choices" for metric in metrics_of(settings.metrics))
-    return check(records, text.fields_of_test, answered=answered)
+    return check(
+        records, text.fields_of_test, answered=answered, every_turn=text.loss_on == "turns"
+    )
 
 
 def notes_on_model(
