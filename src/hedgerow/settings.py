@@ -407,7 +407,8 @@ class FederationSettings(Section):
     with null, it waits for all but sites that refuse to take part. In one process clients train one
     after another, and none is late."""
     attempts: int = Field(3, ge=1)
-    """Number of times that a round is tried where too few clients answer; then the run stops."""
+    """Number of times that a round is tried where too few clients answer, or not the `trusted`
+    one; then the run stops."""
     backoff: float = Field(10.0, ge=0)
     """Seconds before a round is tried again; twice as many before each further try."""
     seed: int = Field(0, ge=0)

@@ -93,7 +93,7 @@ class Watcher(Protocol):
         """Note that a client's update has arrived, or that the client has failed."""
 
     def tries_again(self, clients: Sequence[str], seconds: float) -> None:
-        """Note that these clients are asked again after so many seconds: updates are too few."""
+        """Note that these clients are asked again after so many seconds: updates are missing."""
 
     def evaluated(self, done: int, total: int) -> None:
         """Note how much of an evaluation is done."""
