@@ -10,7 +10,7 @@ import datetime
 import json
 import math
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -33,11 +33,25 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    by_word: ClassVar[bool] = False
+    """Whether it may be given as `true`, with all its defaults, or `false`, which is null."""
+
     @field_validator("*", mode="before")
     @classmethod
-    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _words(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            if any(section.by_word for section in sections(annotation)):
+                return {} if value else None
         check_no_boolean(value, cls, info.field_name)
         return value
+
+
+def sections(annotation: Any) -> list[type[Section]]:
+    """Sections that a value with such an annotation may be."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections(part)]
 
 
 class ModelSettings(Section):
@@ -326,6 +340,8 @@ class TrainingSettings(Section):
 class SecureSettings(Section):
     """Secure sums: of clients' updates the server learns their sum, and of none of them alone."""
 
+    by_word: ClassVar = True
+
     bits: Literal[16, 32, 64] = 32
     """Number of bits of a fixed-point code: 32 are as many as numbers of dense updates have."""
     largest: float = Field(10.0, gt=0)
@@ -447,11 +463,6 @@ class FederationSettings(Section):
     says: SaysSettings = SaysSettings()
     keep_updates: bool = False
     """Whether what each client sent is kept, under `updates/` in the run's directory."""
-
-    @field_validator("secure", mode="before")
-    @classmethod
-    def _by_word(cls, secure: Any) -> Any:
-        return {True: {}, False: None}[secure] if isinstance(secure, bool) else secure
 
     @model_validator(mode="after")
     def _weights_fit(self) -> FederationSettings:
