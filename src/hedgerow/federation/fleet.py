@@ -27,7 +27,7 @@ class ClientResult:
     scores: ClientScores | None = None
     """What its model scores on its own test rows, where that was asked instead of an update."""
     answer: Answer | None = None
-    """Answer to a letter of a secure sum, where there was one."""
+    """Answer to a letter of a secure sum, where there was one; beside an update, a complaint."""
 
     @property
     def nbytes(self) -> int:

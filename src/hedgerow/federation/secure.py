@@ -28,6 +28,7 @@ from hedgerow.privacy.secure.letters import (
     AskMasked,
     AskShares,
     AskUnmasking,
+    Unopened,
 )
 from hedgerow.privacy.secure.party import Party
 from hedgerow.settings import SecureSettings
@@ -189,6 +190,11 @@ class SecureClient:
     def has_part(self) -> bool:
         """Whether it has keys of a sum that it has not helped to unmask yet."""
         return self._party is not None and not self._party.is_done
+
+    @property
+    def unopened(self) -> Unopened | None:
+        """Complaint that goes with its masked update; None where there is none."""
+        return None if self._party is None else self._party.unopened
 
     def answer(self, ask: Ask, round: int, parent: str) -> Answer:
         """What a client answers to a letter.

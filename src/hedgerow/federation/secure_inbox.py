@@ -12,12 +12,12 @@ from pydantic import BaseModel
 from hedgerow.clock import Clock
 from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
-from hedgerow.federation.fleet import Fleet, Watcher
+from hedgerow.federation.fleet import ClientResult, Fleet, Watcher
 from hedgerow.federation.inbox import Inbox
 from hedgerow.federation.secure import SumOfRound, about, as_codes, check_masked
 from hedgerow.methods.base import Aggregate, Client
 from hedgerow.privacy.secure.coordinator import Coordinator
-from hedgerow.privacy.secure.letters import Ask, AskKeys, Keys, Shares, Unmasking
+from hedgerow.privacy.secure.letters import Ask, AskKeys, Keys, Shares, Unmasking, Unopened
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.wire import Entry, Update
 
@@ -47,9 +47,11 @@ class SecureInbox(Inbox):
         self._needed = max(self._needed, sum_of.threshold)
         self._members = {client.name for client in clients}
         """Clients that a sum may be of: once one was asked to be unmasked, those of that one."""
+        self._left_out: dict[str, str] = {}
+        """Clients that have no part in further tries of the round, and why."""
         self._loss = 0.0
-        self._stayed, self._takes = 0, self._needed
-        """Clients that were there at the end of a try, and that its last stage takes."""
+        self._found = ""
+        """How far a try went."""
         self._letter_bytes = 0
 
     def aggregate(self, fleet: Fleet, clock: Clock) -> Aggregate:
@@ -66,9 +68,7 @@ class SecureInbox(Inbox):
         for attempt in range(self._settings.attempts):
             if attempt:
                 self._wait(attempt, self.clients)
-            self.failures.clear()
-            self._losses.clear()
-            mean = self._try(fleet, clock)
+            mean = self._tried(fleet, clock)
             if mean is not None:
                 return self._method.aggregate_mean(mean, list(self.losses), self.server_round)
         raise RunFailed(self._too_few(attempt + 1))
@@ -78,10 +78,23 @@ class SecureInbox(Inbox):
         """As any round's, with the bytes of keys and shares, both ways."""
         return {**super().seen, "secure_bytes": self._letter_bytes}
 
+    def _tried(self, fleet: Fleet, clock: Clock) -> dict[str, Tensor] | None:
+        """As `_try`, which begins anew at once, and counts once, where it has left somebody out."""
+        while True:
+            before = len(self._left_out)
+            self.failures.clear()
+            self.failures.update(self._left_out)
+            self._losses.clear()
+            mean = self._try(fleet, clock)
+            if mean is not None or len(self._left_out) == before:
+                return mean
+
     def _try(self, fleet: Fleet, clock: Clock) -> dict[str, Tensor] | None:
         """The mean of those who took part to the end; None where they are too few."""
         sum_of = self._sum_of
-        present = [client for client in self.clients if client.name in self._members]
+        present = self._left([c for c in self.clients if c.name in self._members])
+        if not self._are_enough(len(present)):
+            return None
         server = Coordinator(
             threshold=sum_of.threshold,
             about=about(self._round, self._ledger.head),
@@ -107,7 +120,15 @@ class SecureInbox(Inbox):
                 self._receive(result)
                 for update in self._hand_on(result.client.name):
                     server.add(update.client, as_codes(update))
+                    self._complain(server, result)
         if not self._are_enough(len(server.arrived)):
+            return None
+        if at_odds := server.at_odds():
+            # Nobody was asked to unmask a sum of theirs, so that another is free to be made.
+            for name, why in at_odds.items():
+                if name not in self.failures:
+                    self._fails(name, why)
+                self._left_out[name] = self.failures[name]
             return None
         if sum_of.settings.masks:
             self._members, self._needed = set(server.arrived), len(server.arrived)
@@ -118,8 +139,11 @@ class SecureInbox(Inbox):
                 server.unmask(helped)
             except InvalidMessage as error:
                 self._watcher.say(f"round {self._round}: {error}")
-                self._stayed, self._takes = len(helped), sum_of.threshold
+                self._found = str(error)
                 return None
+            finally:
+                for name, why in server.faults.items():
+                    self._fails(name, why)
         sizes = [c.num_examples for c in self.clients if c.name in server.arrived]
         each = [sum_of.weights(size, server.most_examples) for size in sizes]
         weights = sum(weight for weight, _ in each), sum(share for _, share in each)
@@ -149,6 +173,20 @@ class SecureInbox(Inbox):
             except InvalidMessage as error:
                 self._fails(name, str(error))
 
+    def _complain(self, server: Coordinator, result: ClientResult) -> None:
+        """Note what a client that has sent its numbers says of the shares that it was sent."""
+        complaint, name = result.answer, result.client.name
+        if not isinstance(complaint, Unopened):
+            return
+        self._letter_bytes += size_of(complaint)
+        try:
+            server.add_unopened(name, complaint)
+        except InvalidMessage as error:
+            self._watcher.say(f"{name}: {error}")
+            return
+        senders = ", ".join(complaint.senders)
+        self._watcher.say(f"{name} cannot open the shares of {senders}: it does without, if it can")
+
     def _fails(self, name: str, why: str) -> None:
         """Note that a client has not answered a letter."""
         self.failures[name] = why
@@ -159,7 +197,7 @@ class SecureInbox(Inbox):
 
     def _are_enough(self, count: int) -> bool:
         """Whether so many clients suffice to go on."""
-        self._stayed, self._takes = count, self._needed
+        self._found = f"{count} of the {self._needed} clients that it takes stayed to the end"
         return count >= self._needed
 
     def _left(self, clients: Sequence[Client]) -> list[Client]:
@@ -177,10 +215,7 @@ class SecureInbox(Inbox):
             others = f" and {count - 1} more" if count > 1 else ""
             reason = f"{first}{others} failed because {why}"
         tries = f" in {attempts} tries" if attempts > 1 else ""
-        return (
-            f"round {self._round} has no secure sum: {self._stayed} of the {self._takes} clients "
-            f"that it takes stayed to the end{tries}: {reason}"
-        )
+        return f"round {self._round} has no secure sum: {self._found}{tries}: {reason}"
 
     def _mean_loss(self, present: Sequence[Client]) -> float:
         return self._loss
