@@ -14,9 +14,10 @@ from support.runs import ledger_bytes, rows_of
 
 from hedgerow.engines import local
 from hedgerow.engines.local import LocalFleet
-from hedgerow.errors import InvalidMessage
+from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import load
 from hedgerow.federation.fleet import ClientResult, Unwatched
+from hedgerow.federation.secure import UNMASKED
 from hedgerow.ledger import Ledger
 from hedgerow.privacy.secure import masks
 from hedgerow.privacy.secure.coordinator import Coordinator
@@ -518,6 +519,78 @@ def test_another_try_is_of_the_clients_whose_sum_was_to_be_unmasked(
     assert result.code != 0
     assert "2 of the 3 clients that it takes stayed to the end in 2 tries" in result.err
     assert set(asked) == {("client-000", "client-001", "client-002")}
+
+
+class Killed(BaseException):
+    """The process ends."""
+
+
+def test_a_killed_server_asks_for_the_same_sum_again_and_no_other(ten, tmp_path, monkeypatch):
+    """It may have had it, and the difference from one without a client would be its update."""
+    append, out = Ledger.append, tmp_path / "run"
+
+    def killed(*arguments):
+        raise Killed
+
+    gone, other = ["client-009"], ["client-002"]  # the former has most examples
+    settings = ["federation.secure=true", "federation.attempts=1"]
+    loaded = load(ten, settings)
+    monkeypatch.setattr(Ledger, "append", killed)
+    with pytest.raises(Killed):
+        local.run(loaded, out, Unwatched(), fleet=gone_after("keys", gone))
+    monkeypatch.setattr(Ledger, "append", append)
+    record = (out / UNMASKED).read_bytes()
+    (asked,) = json.loads(record).values()
+    assert asked == [f"client-{i:03d}" for i in range(9)]
+    with pytest.raises(RunFailed) as caught:
+        local.run(loaded, out, Unwatched(), resume=True, fleet=gone_after("keys", other))
+    assert str(caught.value) == (
+        "round 1 has no secure sum: 8 of the 9 clients that it takes stayed to the end: client-002 "
+        f"failed because gone. The sum of the 9 clients that {out / UNMASKED} names was to be "
+        "unmasked, and the difference from another would tell of single ones: go on with the run "
+        "when all of them are there, or begin another run where one will not be"
+    )
+    assert (out / UNMASKED).read_bytes() == record
+    local.run(loaded, out, Unwatched(), resume=True)  # client-009 is back, and left out
+    bare = load(ten, [*settings, "federation.secure.masks=false"])
+    local.run(bare, tmp_path / "bare", Unwatched(), fleet=gone_after("keys", gone))
+    assert ledger_bytes(out) == ledger_bytes(tmp_path / "bare")
+    failures = rows_of(out)[1]["failures"]
+    assert failures == {"client-009": "the sum of others of this round was to be unmasked before"}
+
+
+def test_who_is_drawn_when_others_have_joined_does_not_part_a_sum(ten, tmp_path, monkeypatch):
+    """A round of eight is finished with them, though others would be drawn of those there now."""
+    append, out = Ledger.append, tmp_path / "run"
+
+    def killed(*arguments):
+        raise Killed
+
+    class Nine(LocalFleet):
+        def gather(self):
+            return [client for client in super().gather() if client.name != "client-000"]
+
+    loaded = load(ten, ["federation.secure=true", "federation.clients_per_round=8"])
+    monkeypatch.setattr(Ledger, "append", killed)
+    with pytest.raises(Killed):
+        local.run(loaded, out, Unwatched(), fleet=Nine)
+    monkeypatch.setattr(Ledger, "append", append)
+    (asked,) = json.loads((out / UNMASKED).read_bytes()).values()
+    local.run(loaded, tmp_path / "whole", Unwatched())
+    assert rows_of(tmp_path / "whole")[1]["participants"] != asked
+    local.run(loaded, out, Unwatched(), resume=True)
+    assert rows_of(out)[1]["participants"] == asked
+
+
+def test_a_damaged_record_of_sums_is_not_written_over(hedgerow, experiment, tmp_path):
+    path, out = experiment(federation={"rounds": 1}), tmp_path / "run"
+    secure = ["method=fedavg", "federation.secure=true"]
+    assert hedgerow("run", path, *secure, "--out", out).code == 0
+    (out / UNMASKED).write_text("[]")
+    result = hedgerow("run", path, *secure, "federation.rounds=2", "--out", out, "--resume")
+    assert result.code == 2
+    assert "secure.json is damaged: restore it from a copy" in " ".join(result.err.split())
+    assert (out / UNMASKED).read_text() == "[]"
 
 
 METHODS_OF_SUMS = [

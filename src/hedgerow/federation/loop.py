@@ -14,7 +14,7 @@ from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import Fleet, Watcher
 from hedgerow.federation.inbox import Inbox
-from hedgerow.federation.secure import sum_of_round
+from hedgerow.federation.secure import UNMASKED, UnmaskedSums, sum_of_round
 from hedgerow.federation.secure_inbox import SecureInbox
 from hedgerow.federation.traffic import Traffic, row_of
 from hedgerow.methods.base import REVEALED, Client
@@ -37,6 +37,7 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
     traffic = Traffic(method, ledger)
     privacy = client_level(experiment, fleet, directory)
     sum_of = sum_of_round(experiment, lambda: fleet.population)
+    sums = UnmaskedSums(directory.path / UNMASKED)
 
     def participants(round: int) -> list[Client]:
         return draw(fleet.gather(), settings.clients_per_round, seeds, round)
@@ -53,8 +54,11 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         asked = draw(everybody, settings.clients_per_round, seeds, round)
         population = len(everybody)
         if sum_of is not None:
+            # Of a sum that was to be unmasked, all; who else has joined since changes who is drawn.
+            bound = sums.of(round, ledger.head) or ()
+            asked = [client for client in everybody if client in asked or client.name in bound]
             return SecureInbox(
-                experiment, round, asked, population, previous, directory, watcher, sum_of
+                experiment, round, asked, population, previous, directory, watcher, sum_of, sums
             )
         return Inbox(experiment, round, asked, population, previous, directory, watcher, privacy)
 
