@@ -503,6 +503,23 @@ def test_a_run_without_canaries_compares_rows_with_the_clients_own_test_rows(
     assert "scores on its own test rows" in found.left[0].said
 
 
+@pytest.mark.parametrize(("masks", "said"), [(True, True), (False, False)])
+def test_an_audit_says_that_what_left_was_masked(hedgerow, experiment, tmp_path, masks, said):
+    """Where it was: codes that the server adds in the open are the update itself."""
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    changes = ["method=fedavg", "federation.secure=true", f"federation.secure.masks={masks}"]
+    assert hedgerow("run", experiment(), *changes, "--out", run).code == 0
+    result = hedgerow("audit", run)
+    assert result.code == 0, result.err
+    assert hedgerow("report", run, "--out", page, "--answers", 0).code == 0
+    sentence = "All these numbers were masked before they left (federation.secure)"
+    for text in (result.out, page.read_text()):
+        assert (sentence in " ".join(text.split())) == said
+    audited = json.loads((run / "audit.json").read_bytes())
+    assert audited.pop("masked") == said
+    assert Audit.model_validate(audited).left  # as an earlier version wrote it
+
+
 def test_sizes_that_were_not_kept_are_not_made_up(hedgerow, experiment, tmp_path):
     """As of a run of an earlier version, or where rows were written again from the ledger."""
     run = tmp_path / "run"

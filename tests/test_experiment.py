@@ -49,6 +49,27 @@ def test_an_override_replaces_what_its_key_held(experiment):
         load(experiment(federation={"seed": 1}), ["federation.seed.x=3"])
 
 
+@pytest.mark.parametrize("word", [True, False, None])
+def test_an_override_reaches_into_a_section_that_is_given_by_a_word(experiment, word):
+    path = experiment(federation={"secure": word})
+
+    def secure(*overrides):
+        return load(path, ["method=fedavg", *overrides]).federation.secure
+
+    assert (secure() is not None) == bool(word)
+    after = secure("federation.secure.masks=false")
+    assert (after.masks, after.bits) == (False, 32)
+    both = ["federation.secure=true", "federation.secure.bits=16"]
+    assert secure(*both).bits == 16
+    assert secure(*both, "federation.secure=false") is None
+
+
+@pytest.mark.parametrize("key", ["method.ranks", "evaluation", "federation.says"])
+def test_a_word_where_there_is_no_such_section_stays_a_mistake(experiment, key):
+    with pytest.raises(UserError, match=f"`{key.split('.')[-1]}` is a value, it has no keys"):
+        load(experiment(), [f"{key}=true", f"{key}.x=3"])
+
+
 def test_scientific_notation_without_a_dot_is_a_number(experiment):
     assert load(experiment(), ["training.learning_rate=1e-4"]).training.learning_rate == 1e-4
 

@@ -251,10 +251,17 @@ def test_a_killed_coordinator_gets_the_same_sum_again_and_no_other(sites, tmp_pa
     sites.doom(GONE[:1], "keys")
     status, log = sites.run(out)
     assert status.startswith("finished:failed"), log
+    assert ("9 of the 10 clients that it takes stayed to the end: client-001 failed because") in log
+    assert f"The sum of the 10 clients that {out / 'secure.json'} names was to be unmasked" in log
+    # Sites do not rely on the server's record.
+    (out / "secure.json").unlink()
+    sites.doom(GONE[:1], "keys")
+    status, log = sites.run(out)
     assert (
-        "0 of the 7 clients that it takes stayed to the end: client-000 and 8 more failed because "
-        "secure sum: the sum of other clients of this round was unmasked before"
+        "client-000 and 8 more failed because secure sum: the sum of other clients of this round "
+        "was unmasked before"
     ) in log
+    (out / "secure.json").unlink()
     status, log = sites.run(out)
     assert status == "finished:completed", log
     assert rows_of(out)[1]["failures"] == {}

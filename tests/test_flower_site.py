@@ -481,7 +481,7 @@ def test_a_round_with_too_few_is_tried_again_and_then_given_up(make, capsys):
     made.grid.before = leave_for_a_try
     with pytest.raises(RunFailed, match=r"round 2 has 2 of the 3 usable updates .* in 2 tries"):
         made.run(min_clients=3, attempts=2)
-    assert "too few updates: client-000 will be asked again" in capsys.readouterr().out
+    assert "updates are missing: client-000 will be asked again" in capsys.readouterr().out
     made.grid.before = lambda message: None
     made.nodes[0].up = True
     rows = made.run(min_clients=3, attempts=2)  # the same run goes on

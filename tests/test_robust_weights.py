@@ -15,7 +15,11 @@ from support.configurations import METHOD_OPTIONS, method_of
 from support.runs import ledger_bytes, rows_of
 
 from hedgerow import lowrank
+from hedgerow.engines import local
 from hedgerow.engines.local import LocalFleet
+from hedgerow.errors import RunFailed
+from hedgerow.experiment import load
+from hedgerow.federation.fleet import ClientResult, Unwatched
 from hedgerow.federation.robust import inner_products, middle
 from hedgerow.ledger import Ledger
 from hedgerow.lowrank import Factors
@@ -363,6 +367,56 @@ def test_clients_are_compared_beside_one_copy_of_the_last_adapter(
     result = hedgerow("run", path, method, "--out", tmp_path / "run")
     assert result.code == 0, result.err
     assert calls == [1, 1]
+
+
+def away_at_first(tries):
+    """A fleet whose second client is away so many times, and the lists of whom it was asked for."""
+    asked = []
+
+    class Fleet(LocalFleet):
+        def train(self, round, parent, clients, clock):
+            asked.append([client.name for client in clients])
+            for client in clients:
+                if client.name == "client-001" and len(asked) <= tries:
+                    yield ClientResult(client, failure="it is away", absent=True)
+                else:
+                    yield from super().train(round, parent, [client], clock)
+
+    return Fleet, asked
+
+
+TRUST = ["federation.weights=trust", "federation.trusted=client-001", "federation.backoff=0"]
+
+
+def test_a_trusted_client_that_is_away_is_asked_again(experiment, tmp_path):
+    loaded = load(experiment(federation={"rounds": 1}), TRUST)
+    fleet, asked = away_at_first(2)
+    local.run(loaded, tmp_path / "late", Unwatched(), fleet=fleet)
+    assert asked == [["client-000", "client-001", "client-002"], ["client-001"], ["client-001"]]
+    local.run(loaded, tmp_path / "whole", Unwatched())
+    assert ledger_bytes(tmp_path / "late") == ledger_bytes(tmp_path / "whole")
+
+
+def test_a_run_without_its_trusted_client_ends_after_all_tries(experiment, tmp_path):
+    loaded = load(experiment(federation={"rounds": 1}), TRUST)
+    fleet, asked = away_at_first(3)
+    with pytest.raises(RunFailed, match="round 1 has no usable update of client-001, which the"):
+        local.run(loaded, tmp_path / "run", Unwatched(), fleet=fleet)
+    assert len(asked) == 3
+    assert not (tmp_path / "run/weighed").exists()
+
+
+def test_nobody_is_asked_where_the_trusted_client_has_not_joined(experiment, tmp_path):
+    fleet, asked = away_at_first(0)
+
+    class Without(fleet):
+        def gather(self):
+            return [client for client in super().gather() if client.name != "client-001"]
+
+    loaded = load(experiment(federation={"rounds": 1}), TRUST)
+    with pytest.raises(RunFailed, match="round 1 has no usable update of client-001, which the"):
+        local.run(loaded, tmp_path / "run", Unwatched(), fleet=Without)
+    assert asked == []
 
 
 def test_a_share_is_bounded_without_a_rule(hedgerow, experiment, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,14 +14,21 @@ from support.runs import ledger_bytes, rows_of
 
 from hedgerow.engines import local
 from hedgerow.engines.local import LocalFleet
-from hedgerow.errors import InvalidMessage
+from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import load
 from hedgerow.federation.fleet import ClientResult, Unwatched
+from hedgerow.federation.secure import UNMASKED
 from hedgerow.ledger import Ledger
 from hedgerow.privacy.secure import masks
 from hedgerow.privacy.secure.coordinator import Coordinator
 from hedgerow.privacy.secure.fixed_point import PIECE, FixedPoint
-from hedgerow.privacy.secure.letters import AskKeys, AskUnmasking, Unmasking
+from hedgerow.privacy.secure.letters import (
+    AskKeys,
+    AskUnmasking,
+    Shares,
+    Unmasking,
+    Unopened,
+)
 from hedgerow.privacy.secure.party import Party
 from hedgerow.privacy.secure.shares import combine, split
 
@@ -213,29 +221,178 @@ def test_clients_refuse_what_would_tell_of_one_of_them():
         fresh["client-0"].shares(server.asks_shares)
 
 
-def test_what_was_changed_on_its_way_is_refused():
-    people = parties(3, 2)
-    server = Coordinator(2, "run 1 parent", SESSION, most_examples=9)
+def tampered(shares, names, part="sealed"):
+    """A client's shares, with those for some spoilt."""
+    spoilt = {
+        name: ("0" if v[0] != "0" else "1") + v[1:] for name, v in getattr(shares, part).items()
+    }
+    return shares.model_copy(
+        update={part: getattr(shares, part) | {name: spoilt[name] for name in names}}
+    )
+
+
+def begun(count, threshold, spoil=lambda name, shares: shares):
+    """Clients and their server, when all have sent shares, some of which may be spoilt."""
+    people = parties(count, threshold)
+    server = Coordinator(threshold, "run 1 parent", SESSION, most_examples=9)
     for name, party in people.items():
         server.add_keys(name, party.keys(AskKeys(session=SESSION)))
     for name, party in people.items():
-        server.add_shares(name, party.shares(server.asks_shares))
-    ask = server.asks_masked("client-0")
-    first = ask.sealed["client-1"]
-    changed = ask.model_copy(
-        update={"sealed": {**ask.sealed, "client-1": ("0" if first[0] != "0" else "1") + first[1:]}}
+        server.add_shares(name, spoil(name, party.shares(server.asks_shares)))
+    return people, server
+
+
+def send(people, server, without=()):
+    """Have clients send ones, masked, and complaints."""
+    for name, party in people.items():
+        if name not in without:
+            codes = {"a": np.ones(5, np.uint32)}
+            party.mask(server.asks_masked(name), list(codes.values()))
+            server.add(name, codes.items())
+            if party.unopened:
+                server.add_unopened(name, party.unopened)
+
+
+@pytest.mark.parametrize("part", ["sealed", "digests"])
+@pytest.mark.parametrize("gone", [(), ("client-1",)])
+def test_shares_that_cannot_be_used_are_done_without(part, gone):
+    """Where enough others have theirs, whether their sender stays or not."""
+    spoilt = ["client-0", "client-4"]
+    people, server = begun(
+        9, 4, lambda name, shares: tampered(shares, spoilt, part) if name == "client-1" else shares
     )
-    with pytest.raises(InvalidMessage, match="shares from client-1: what is sealed was changed"):
-        people["client-0"].mask(changed, [])
+    send(people, server, gone)
+    assert people["client-0"].unopened.senders == ["client-1"]
+    assert people["client-2"].unopened is None
+    assert server.at_odds() == {}
+    unmask(people, server)
+    np.testing.assert_array_equal(server.total["a"], np.full(5, 9 - len(gone), np.uint32))
+    assert server.faults == {}
 
 
-def test_a_wrong_share_is_found_out():
-    people, _, _, server = masked()
+def test_who_deals_too_few_shares_that_can_be_opened_is_left_out():
+    people, server = begun(
+        6,
+        4,
+        lambda name, shares: (
+            tampered(shares, shares.sealed.keys()) if name == "client-1" else shares
+        ),
+    )
+    send(people, server)
+    (why,) = server.at_odds().values()
+    assert list(server.at_odds()) == ["client-1"]
+    assert "for client-0, client-2, client-3 and 2 more, or theirs for it, could not be" in why
+    with pytest.raises(InvalidMessage, match="1 of the 4 shares that it takes are there of what"):
+        unmask(people, server)
+    assert server.faults == {}
+
+
+def test_a_complaint_is_of_shares_that_were_sent():
+    people, server = begun(4, 3)
+    send(people, server)
+    for senders in (["client-0"], ["client-9"]):
+        with pytest.raises(InvalidMessage, match="it cannot open shares that it was not sent"):
+            server.add_unopened("client-0", Unopened(senders=senders))
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_few_who_are_hostile_neither_end_a_sum_nor_have_others_left_out(data):
+    """In whatever way they deal, complain, go and help."""
+    count = data.draw(st.integers(3, 10), "clients")
+    threshold = data.draw(st.integers(2, count), "threshold")
+    names = [f"client-{i}" for i in range(count)]
+    few = st.lists(st.sampled_from(names), max_size=(count - threshold) // 2, unique=True)
+    bad = set(data.draw(few, "hostile or away"))
+    away = {name for name in sorted(bad) if data.draw(st.booleans(), f"{name} is away")}
+    pairs = [(u, v) for u in names for v in names if u != v and bad & {u, v} and u not in away]
+    some = st.lists(st.sampled_from(pairs)) if pairs else st.just([])
+    complaints = set(data.draw(some, "who complains of whom"))
+    left = set(names)
+    while True:
+        server = Coordinator(threshold, "run 1 parent", SESSION, most_examples=9)
+        server.arrived = sorted(left - away)
+        none = Shares(sealed={}, digests={}, commitment="0" * 64)
+        server._shares = dict.fromkeys(sorted(left), none)
+        for name in server.arrived:
+            if senders := sorted(v for u, v in complaints if u == name and v in left):
+                server.add_unopened(name, Unopened(senders=senders))
+        found = server.at_odds().keys()
+        assert found <= bad
+        left -= found
+        if not found:
+            break
+    for owner in left:
+        assert sum((name, owner) not in complaints for name in left - bad) >= threshold
+
+
+def test_who_complains_of_all_is_left_out_itself():
+    server = Coordinator(3, "run 1 parent", SESSION, most_examples=9)
+    server.arrived = [f"client-{i}" for i in range(4)]
+    none = Shares(sealed={}, digests={}, commitment="0" * 64)
+    server._shares = dict.fromkeys(server.arrived, none)
+    server.add_unopened("client-2", Unopened(senders=["client-0", "client-1", "client-3"]))
+    assert list(server.at_odds()) == ["client-2"]
+
+
+def changed_answers(people, server, liars, kind, owner):
+    """Answers to the letter that asks to unmask a sum, with wrong shares of one secret."""
     answers = {name: people[name].unmasking(server.asks_unmasking) for name in server.arrived}
-    seeds = {**answers["client-0"].seeds, "client-2": "0" * 64}
-    answers["client-0"] = Unmasking(seeds=seeds, keys={})
-    with pytest.raises(InvalidMessage, match="shares of the mask of client-2 do not fit"):
-        server.unmask(answers)
+    for name in liars:
+        shares = getattr(answers[name], kind) | {owner: "0" * 64}
+        answers[name] = answers[name].model_copy(update={kind: shares})
+    return answers
+
+
+@pytest.mark.parametrize(("kind", "owner"), [("seeds", "client-2"), ("keys", "client-5")])
+def test_wrong_shares_are_found_out_and_done_without(kind, owner):
+    people, server = begun(6, 3)
+    send(people, server, without=["client-5"])
+    liars = ["client-0", "client-2"]
+    server.unmask(changed_answers(people, server, liars, kind, owner))
+    np.testing.assert_array_equal(server.total["a"], np.full(5, 5, np.uint32))
+    why = f"its shares of what masks {owner} are missing or wrong"
+    assert server.faults == dict.fromkeys(liars, why)
+
+
+def test_a_share_that_is_held_back_is_as_a_wrong_one():
+    people, server = begun(5, 3)
+    send(people, server)
+    answers = {name: people[name].unmasking(server.asks_unmasking) for name in server.arrived}
+    answers["client-1"] = Unmasking(seeds={}, keys={})
+    server.unmask(answers)
+    np.testing.assert_array_equal(server.total["a"], np.full(5, 5, np.uint32))
+    assert list(server.faults) == ["client-1"]
+
+
+def test_more_wrong_shares_than_are_to_spare_leave_the_sum_masked():
+    people, server = begun(5, 3)
+    send(people, server)
+    before = server.total["a"].copy()
+    liars = ["client-0", "client-1", "client-3"]
+    with pytest.raises(InvalidMessage, match="2 of the 3 shares that it takes are there of what m"):
+        server.unmask(changed_answers(people, server, liars, "seeds", "client-2"))
+    assert list(server.faults) == liars
+    np.testing.assert_array_equal(server.total["a"], before)
+
+
+def test_who_deals_shares_of_something_else_is_named():
+    """Each of them is what it has said of it, so that nobody else can be at fault."""
+    people, server = begun(
+        5,
+        3,
+        lambda name, shares: (
+            shares.model_copy(update={"commitment": "0" * 64}) if name == "client-4" else shares
+        ),
+    )
+    send(people, server)
+    before = server.total["a"].copy()
+    with pytest.raises(InvalidMessage, match="that clients have dealt do not unmask the sum"):
+        unmask(people, server)
+    assert server.faults == {
+        "client-4": "the shares that it has dealt do not restore what masks it"
+    }
+    np.testing.assert_array_equal(server.total["a"], before)
 
 
 @pytest.mark.parametrize("key", ["sealing", "masking"])
@@ -261,7 +418,7 @@ def test_parties_of_another_mind_have_masks_that_do_not_cancel():
         if name == "client-2":
             ask = ask.model_copy(update={"most_examples": 10**9})
         server.add_shares(name, party.shares(ask))
-    with pytest.raises(InvalidMessage, match="changed on its way"):
+    with pytest.raises(InvalidMessage, match="2 clients of one mind, and this one can use the sha"):
         people["client-2"].mask(server.asks_masked("client-2"), [])
 
 
@@ -364,6 +521,78 @@ def test_another_try_is_of_the_clients_whose_sum_was_to_be_unmasked(
     assert set(asked) == {("client-000", "client-001", "client-002")}
 
 
+class Killed(BaseException):
+    """The process ends."""
+
+
+def test_a_killed_server_asks_for_the_same_sum_again_and_no_other(ten, tmp_path, monkeypatch):
+    """It may have had it, and the difference from one without a client would be its update."""
+    append, out = Ledger.append, tmp_path / "run"
+
+    def killed(*arguments):
+        raise Killed
+
+    gone, other = ["client-009"], ["client-002"]  # the former has most examples
+    settings = ["federation.secure=true", "federation.attempts=1"]
+    loaded = load(ten, settings)
+    monkeypatch.setattr(Ledger, "append", killed)
+    with pytest.raises(Killed):
+        local.run(loaded, out, Unwatched(), fleet=gone_after("keys", gone))
+    monkeypatch.setattr(Ledger, "append", append)
+    record = (out / UNMASKED).read_bytes()
+    (asked,) = json.loads(record).values()
+    assert asked == [f"client-{i:03d}" for i in range(9)]
+    with pytest.raises(RunFailed) as caught:
+        local.run(loaded, out, Unwatched(), resume=True, fleet=gone_after("keys", other))
+    assert str(caught.value) == (
+        "round 1 has no secure sum: 8 of the 9 clients that it takes stayed to the end: client-002 "
+        f"failed because gone. The sum of the 9 clients that {out / UNMASKED} names was to be "
+        "unmasked, and the difference from another would tell of single ones: go on with the run "
+        "when all of them are there, or begin another run where one will not be"
+    )
+    assert (out / UNMASKED).read_bytes() == record
+    local.run(loaded, out, Unwatched(), resume=True)  # client-009 is back, and left out
+    bare = load(ten, [*settings, "federation.secure.masks=false"])
+    local.run(bare, tmp_path / "bare", Unwatched(), fleet=gone_after("keys", gone))
+    assert ledger_bytes(out) == ledger_bytes(tmp_path / "bare")
+    failures = rows_of(out)[1]["failures"]
+    assert failures == {"client-009": "the sum of others of this round was to be unmasked before"}
+
+
+def test_who_is_drawn_when_others_have_joined_does_not_part_a_sum(ten, tmp_path, monkeypatch):
+    """A round of eight is finished with them, though others would be drawn of those there now."""
+    append, out = Ledger.append, tmp_path / "run"
+
+    def killed(*arguments):
+        raise Killed
+
+    class Nine(LocalFleet):
+        def gather(self):
+            return [client for client in super().gather() if client.name != "client-000"]
+
+    loaded = load(ten, ["federation.secure=true", "federation.clients_per_round=8"])
+    monkeypatch.setattr(Ledger, "append", killed)
+    with pytest.raises(Killed):
+        local.run(loaded, out, Unwatched(), fleet=Nine)
+    monkeypatch.setattr(Ledger, "append", append)
+    (asked,) = json.loads((out / UNMASKED).read_bytes()).values()
+    local.run(loaded, tmp_path / "whole", Unwatched())
+    assert rows_of(tmp_path / "whole")[1]["participants"] != asked
+    local.run(loaded, out, Unwatched(), resume=True)
+    assert rows_of(out)[1]["participants"] == asked
+
+
+def test_a_damaged_record_of_sums_is_not_written_over(hedgerow, experiment, tmp_path):
+    path, out = experiment(federation={"rounds": 1}), tmp_path / "run"
+    secure = ["method=fedavg", "federation.secure=true"]
+    assert hedgerow("run", path, *secure, "--out", out).code == 0
+    (out / UNMASKED).write_text("[]")
+    result = hedgerow("run", path, *secure, "federation.rounds=2", "--out", out, "--resume")
+    assert result.code == 2
+    assert "secure.json is damaged: restore it from a copy" in " ".join(result.err.split())
+    assert (out / UNMASKED).read_text() == "[]"
+
+
 METHODS_OF_SUMS = [
     "{name: fedavg}",
     "{name: fed_sb, ranks: 4}",
@@ -446,6 +675,64 @@ def test_three_of_ten_that_are_gone(ten, tmp_path, stage):
     assert list(rows[0]["failures"]) == gone
 
 
+def hostile(spoil):
+    """A fleet in one process in which client-003 sends other letters than it should."""
+
+    class Fleet(LocalFleet):
+        stages: list[str] = []  # noqa: RUF012
+
+        def ask(self, round, parent, letters, clock):
+            self.stages.append(letters[0][1].stage)
+            for result in super().ask(round, parent, letters, clock):
+                if result.client.name == "client-003" and result.answer is not None:
+                    result = replace(result, answer=spoil(result.answer))
+                yield result
+
+    return Fleet
+
+
+SPOILT = {
+    "no share can be opened": (
+        lambda a: tampered(a, a.sealed) if isinstance(a, Shares) else a,
+        ["client-003"],
+        "or theirs for it, could not be opened: one of two is at fault",
+    ),
+    "one share cannot be opened": (
+        lambda a: tampered(a, ["client-000"]) if isinstance(a, Shares) else a,
+        [],
+        None,
+    ),
+    "its shares are wrong": (
+        lambda a: (
+            Unmasking(seeds=dict.fromkeys(a.seeds, "0" * 64), keys={})
+            if isinstance(a, Unmasking)
+            else a
+        ),
+        [],
+        "its shares of what masks client-000, client-001, client-002 and 7 more are missing or wro",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_hostile_client_does_not_end_a_run(ten, tmp_path, what):
+    """The sum is that of the others, or of all where it has harmed nobody but itself."""
+    spoil, gone, why = SPOILT[what]
+    fleet = hostile(spoil)
+    settings = ["federation.secure=true", "federation.attempts=1"]
+    local.run(load(ten, settings), tmp_path / "masked", Unwatched(), fleet=fleet)
+    bare = load(ten, [*settings, "federation.secure.masks=false"])
+    local.run(bare, tmp_path / "bare", Unwatched(), fleet=gone_after("shares", gone))
+    masked, plain = (Ledger.open(tmp_path / n / "ledger").read(1) for n in ("masked", "bare"))
+    assert masked.participants == plain.participants
+    for name, tensor in masked.tensors.items():
+        np.testing.assert_array_equal(tensor.numpy(), plain.tensors[name].numpy())
+    failures = rows_of(tmp_path / "masked")[1]["failures"]
+    assert list(failures) == (["client-003"] if why else [])
+    assert why is None or why in failures["client-003"]
+    assert fleet.stages == ["keys", "shares"] * (2 if gone else 1) + ["unmasking"]
+
+
 @pytest.mark.parametrize("stage", STAGES[:3])
 def test_four_of_ten_that_are_gone(ten, hedgerow, monkeypatch, tmp_path, stage):
     """Six are fewer than the threshold: a sentence, and no result."""
@@ -455,7 +742,8 @@ def test_four_of_ten_that_are_gone(ten, hedgerow, monkeypatch, tmp_path, stage):
     result = hedgerow("run", ten, *arguments)
     said = " ".join(result.err.split())
     assert result.code == 1
-    assert "round 1 has no secure sum: 6 of the 7 clients that it takes stayed to the end" in said
+    did = "have helped to unmask the sum" if stage == "masked" else "stayed to the end"
+    assert f"round 1 has no secure sum: 6 of the 7 clients that it takes {did}" in said
     assert "in 3 tries: client-000 and 3 more failed because gone" in said
     assert not list((tmp_path / "run/ledger").glob("*.safetensors"))
     assert [row["round"] for row in rows_of(tmp_path / "run")] == [0]

@@ -112,7 +112,7 @@ class ProgressWatcher:
     def tries_again(self, clients: Sequence[str], seconds: float) -> None:
         """Say who is asked again, and when."""
         self._progress.console.print(
-            f"too few updates: {', '.join(clients)} will be asked again in {seconds:.0f} s",
+            f"updates are missing: {', '.join(clients)} will be asked again in {seconds:.0f} s",
             style="yellow",
         )
 

@@ -10,7 +10,7 @@ import datetime
 import json
 import math
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -33,11 +33,25 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    by_word: ClassVar[bool] = False
+    """Whether it may be given as `true`, with all its defaults, or `false`, which is null."""
+
     @field_validator("*", mode="before")
     @classmethod
-    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _words(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            if any(section.by_word for section in sections(annotation)):
+                return {} if value else None
         check_no_boolean(value, cls, info.field_name)
         return value
+
+
+def sections(annotation: Any) -> list[type[Section]]:
+    """Sections that a value with such an annotation may be."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections(part)]
 
 
 class ModelSettings(Section):
@@ -384,6 +398,8 @@ class TrainingSettings(Section):
 class SecureSettings(Section):
     """Secure sums: of clients' updates the server learns their sum, and of none of them alone."""
 
+    by_word: ClassVar = True
+
     bits: Literal[16, 32, 64] = 32
     """Number of bits of a fixed-point code: 32 are as many as numbers of dense updates have."""
     largest: float = Field(10.0, gt=0)
@@ -468,7 +484,8 @@ class FederationSettings(Section):
     with null, it waits for all but sites that refuse to take part. In one process clients train one
     after another, and none is late."""
     attempts: int = Field(3, ge=1)
-    """Number of times that a round is tried where too few clients answer; then the run stops."""
+    """Number of times that a round is tried where too few clients answer, or not the `trusted`
+    one; then the run stops."""
     backoff: float = Field(10.0, ge=0)
     """Seconds before a round is tried again; twice as many before each further try."""
     seed: int = Field(0, ge=0)
@@ -507,11 +524,6 @@ class FederationSettings(Section):
     says: SaysSettings = SaysSettings()
     keep_updates: bool = False
     """Whether what each client sent is kept, under `updates/` in the run's directory."""
-
-    @field_validator("secure", mode="before")
-    @classmethod
-    def _by_word(cls, secure: Any) -> Any:
-        return {True: {}, False: None}[secure] if isinstance(secure, bool) else secure
 
     @model_validator(mode="after")
     def _weights_fit(self) -> FederationSettings:

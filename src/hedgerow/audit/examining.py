@@ -148,11 +148,12 @@ class _Auditor:
         sends: Literal["updates", "nothing", "rows"] = "updates"
         if not method.communicates:
             sends = "rows" if method.pools_data else "nothing"
-        promise = self._promise()
+        promise, secure = self._promise(), experiment.federation.secure
         return Audit(
             round=len(ledger),
             head=ledger.head,
             sends=sends,
+            masked=secure is not None and secure.masks,
             private=promise,
             left=self._left(),
             members=[_members(each) for each in clients],

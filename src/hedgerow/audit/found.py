@@ -107,6 +107,8 @@ class Audit(_Part):
     sends: Literal["updates", "nothing", "rows"]
     """What leaves clients: `nothing` where each trains by itself, `rows` where all data are put
     together."""
+    masked: bool = False
+    """Whether updates were masked (`federation.secure`); audits of earlier versions do not say."""
     private: Promise | None
     left: list[Left]
     members: list[Members]

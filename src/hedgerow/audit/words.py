@@ -56,6 +56,13 @@ def _left(audit: Audit) -> Words:
         "training has made of its rows: tables of numbers (tensors), whose sizes and names are "
         "here, and the few words beside them. Its name, and when it answers, can be seen too.",
     ]
+    if audit.masked:
+        sentences.append(
+            "All these numbers were masked before they left (federation.secure): to each, its "
+            "client added a random one, and these cancel only where the numbers of all clients are "
+            "added up, so that the server could read the sum, and of one client alone no more "
+            "than sizes and names."
+        )
     if any(each.bytes is None for each in audit.left):
         sentences.append("Sizes are not known of every round, as where the run was killed.")
     failed = sum(each.failures for each in audit.left)

@@ -121,13 +121,15 @@ class LocalFleet:
         update = train_client(
             self._experiment, self._model, examples, client_round, parent, clock, privacy
         )
-        client, ledger = client_round.client, self._directory.ledger
+        client, ledger, complaint = client_round.client, self._directory.ledger, None
         if letter is not None:
             with clock("update"):
                 known = as_known(client, ledger, self._experiment.expected(ledger.trained))
-                update = self._secure_of(client).masked(update, letter, known)
+                secure = self._secure_of(client)
+                update = secure.masked(update, letter, known)
+                complaint = secure.unopened
         with clock("wire"):
-            return ClientResult(client, update.to_bytes())
+            return ClientResult(client, update.to_bytes(), answer=complaint)
 
     def _secure_of(self, client: Client) -> SecureClient:
         """A client's part in secure sums."""

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 from hedgerow.errors import UserError, brief
 from hedgerow.experiment import yaml
+from hedgerow.experiment.definition import Experiment
 from hedgerow.experiment.mistakes import method_of
 from hedgerow.experiment.paths import make_paths_absolute
 from hedgerow.methods import METHODS
 from hedgerow.methods.parts.codec import CODECS
 from hedgerow.methods.parts.server_optimizers import SERVER_OPTIMIZERS
 from hedgerow.plugins import Registry
-from hedgerow.settings import TrainingSettings
+from hedgerow.settings import Section, TrainingSettings, sections
 from hedgerow.training.optimizers import OPTIMIZERS, SHORTHANDS
 
 Change = tuple[list[str], Any]
@@ -79,7 +80,8 @@ def changed(
             choice = _CHOICES.get(tuple(keys[:depth]))
             if choice is not None:
                 _open(section, key, choice, keys[depth:], value)
-            if section.get(key) is None:  # a section that is not there, as `privacy: null`
+            is_word = isinstance(section.get(key), bool) and _is_by_word(keys[:depth])
+            if is_word or section.get(key) is None:  # not there, as `privacy: null`
                 section[key] = {}
             section = section[key]
             if not isinstance(section, dict):
@@ -89,6 +91,15 @@ def changed(
         section[keys[-1]] = nested[keys[-1]]
     _drop_idle(content, before, changes)
     return content
+
+
+def _is_by_word(keys: Sequence[str]) -> bool:
+    """Whether keys lead to a section that may be given as `true` or `false`."""
+    kinds: list[type[Section]] = [Experiment]
+    for key in keys:
+        fields = [kind.model_fields[key] for kind in kinds if key in kind.model_fields]
+        kinds = [section for field in fields for section in sections(field.annotation)]
+    return any(kind.by_word for kind in kinds)
 
 
 def _drop_idle(content: dict[str, Any], before: Any, changes: Sequence[Change]) -> None:

@@ -27,7 +27,7 @@ class ClientResult:
     scores: ClientScores | None = None
     """What its model scores on its own test rows, where that was asked instead of an update."""
     answer: Answer | None = None
-    """Answer to a letter of a secure sum, where there was one."""
+    """Answer to a letter of a secure sum, where there was one; beside an update, a complaint."""
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +100,7 @@ class Watcher(Protocol):
         """Note that a client's update has arrived, or that the client has failed."""
 
     def tries_again(self, clients: Sequence[str], seconds: float) -> None:
-        """Note that these clients are asked again after so many seconds: updates are too few."""
+        """Note that these clients are asked again after so many seconds: updates are missing."""
 
     def evaluated(self, done: int, total: int) -> None:
         """Note how much of an evaluation is done."""

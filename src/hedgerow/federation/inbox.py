@@ -72,14 +72,16 @@ class Inbox:
         self._sent: dict[str, dict[str, Any]] = {}
 
     def usable(self, fleet: Fleet, clock: Clock) -> Iterator[Update]:
-        """Ask the clients, and those that are away again where too few answer.
+        """Ask the clients; those that are away again where too few answer, or one that it takes.
 
         Yields:
             The updates that pass the checks, in the clients' order.
 
         Raises:
-            RunFailed: there were too few of them, after as many tries as the experiment allows.
+            RunFailed: there were too few of them, or none of the client that others are weighed by,
+                after as many tries as the experiment allows.
         """
+        robust.check_trusted(self._settings, self._round, (c.name for c in self.clients))
         waiting = list(self.clients)  # in their order, those whose updates are not handed on
         asked = list(self.clients)
         for attempt in range(self._settings.attempts):
@@ -92,10 +94,12 @@ class Inbox:
                 while waiting and self._is_settled(waiting[0].name):
                     yield from self._hand_on(waiting.pop(0).name)
             asked = [client for client in self.clients if client.name in self._absent]
-            if len(self._losses) >= self._needed or not asked:
+            enough = len(self._losses) >= self._needed
+            if not asked or (enough and self._settings.trusted not in self._absent):
                 break
         if len(self._losses) < self._needed:
             raise RunFailed(self._too_few(attempt + 1))
+        robust.check_trusted(self._settings, self._round, self._losses)
         for client in waiting:
             yield from self._hand_on(client.name)
 

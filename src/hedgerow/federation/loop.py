@@ -15,7 +15,7 @@ from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import Fleet, Watcher
 from hedgerow.federation.inbox import Inbox
-from hedgerow.federation.secure import sum_of_round
+from hedgerow.federation.secure import UNMASKED, UnmaskedSums, sum_of_round
 from hedgerow.federation.secure_inbox import SecureInbox
 from hedgerow.federation.traffic import Traffic, row_of
 from hedgerow.methods.base import REVEALED, Client
@@ -40,6 +40,7 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
     turns = turns_of(experiment, fleet, directory)
     privacy = client_level(experiment, fleet, directory, turns)
     sum_of = sum_of_round(experiment, lambda: fleet.population)
+    sums = UnmaskedSums(directory.path / UNMASKED)
 
     def asked_in(round: int, everybody: Sequence[Client]) -> list[Client]:
         if turns is not None:
@@ -60,8 +61,11 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
     def inbox_of(round: int, everybody: Sequence[Client], previous: Entry | None) -> Inbox:
         asked, population = asked_in(round, everybody), len(everybody)
         if sum_of is not None:
+            # Of a sum that was to be unmasked, all; who else has joined since changes who is drawn.
+            bound = sums.of(round, ledger.head) or ()
+            asked = [client for client in everybody if client in asked or client.name in bound]
             return SecureInbox(
-                experiment, round, asked, population, previous, directory, watcher, sum_of
+                experiment, round, asked, population, previous, directory, watcher, sum_of, sums
             )
         return Inbox(experiment, round, asked, population, previous, directory, watcher, privacy)
 

@@ -60,16 +60,11 @@ def weigh(
     By a rule, clients that claim more examples do not count more, unless `largest_share` bounds
     their claims.
 
-    Raises:
-        RunFailed: the client that is trusted is not among them.
+    Args:
+        updates: with that of the client that is trusted, if one is (`check_trusted`).
     """
-    if settings.weights == "trust":
+    if settings.trusted is not None:
         names = [update.client for update in updates]
-        if settings.trusted not in names:
-            raise RunFailed(
-                f"round {server_round.round} has no usable update of {settings.trusted}, which the "
-                "others are weighed by (federation.trusted)"
-            )
         return trust(inner_products(method, updates, server_round), names.index(settings.trusted))
     sizes: list[float] = [update.num_examples for update in updates]
     if settings.largest_share is None:
@@ -79,6 +74,15 @@ def weigh(
     if rule is None:
         return Weighed(shares, {})
     return rule(inner_products(method, updates, server_round), np.array(shares))
+
+
+def check_trusted(settings: FederationSettings, round: int, names: Iterable[str]) -> None:
+    """Raise `RunFailed` unless the client that others are weighed by, if any, is among these."""
+    if settings.trusted is not None and settings.trusted not in names:
+        raise RunFailed(
+            f"round {round} has no usable update of {settings.trusted}, which the others are "
+            "weighed by (federation.trusted)"
+        )
 
 
 def middle(

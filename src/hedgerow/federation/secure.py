@@ -8,13 +8,13 @@ w_k is 1, or where weights are by size the client's number of examples beside th
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from hedgerow.errors import ClientFailed, InvalidMessage, UserError
 from hedgerow.files import replacing
@@ -28,6 +28,7 @@ from hedgerow.privacy.secure.letters import (
     AskMasked,
     AskShares,
     AskUnmasking,
+    Unopened,
 )
 from hedgerow.privacy.secure.party import Party
 from hedgerow.settings import SecureSettings
@@ -46,7 +47,7 @@ _LOSS = "train_loss"
 _CHANGE = "change/"
 
 UNMASKED = "secure.json"
-"""File of the sums that a client has helped to unmask."""
+"""File of a record of unmasked sums, in a run's directory, and in a client's folder."""
 
 
 Weights = tuple[float, float]
@@ -173,6 +174,56 @@ def check_masked(update: Update, sum_of: SumOfRound, expected: Expected) -> None
     check_kinds(kinds(update.tensors), sum_of.kinds(update.round, expected))
 
 
+class UnmaskedSums:
+    """Record of whose sums were to be unmasked, which only grows, whatever becomes of the ledger.
+
+    Of two sums of one round that differ by a client, the difference is that client's update.
+
+    Args:
+        file: of the record; none is there before the first sum.
+
+    Raises:
+        UserError: it is damaged.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            self._known = _SUMS.validate_json(file.read_bytes()) if file.exists() else {}
+        except ValueError:
+            raise UserError(f"{file} is damaged: restore it from a copy") from None
+
+    def of(self, round: int, parent: str) -> list[str] | None:
+        """Clients of the sum of a round that was to be unmasked; None where there was none.
+
+        Args:
+            round: from 1.
+            parent: hash of the entry before.
+        """
+        return self._known.get(f"{round} {parent}")
+
+    def note(self, round: int, parent: str, clients: Iterable[str]) -> None:
+        """Note whose sum is to be unmasked, before anybody is asked to, or hands on a share.
+
+        Raises:
+            InvalidMessage: it was that of others before.
+        """
+        names, before = sorted(clients), self.of(round, parent)
+        if before is None:
+            self._known[f"{round} {parent}"] = names
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.file) as file:
+                file.write(_SUMS.dump_json(self._known))
+        elif before != names:
+            raise InvalidMessage(
+                "the sum of other clients of this round was unmasked before, and the difference "
+                "would tell of single ones"
+            )
+
+
+_SUMS = TypeAdapter(dict[str, list[str]])
+
+
 @dataclass
 class SecureClient:
     """A client's part in the secure sums of a run."""
@@ -180,7 +231,8 @@ class SecureClient:
     name: str
     sum_of: SumOfRound
     record: Path | None = None
-    """File of the sums that it has helped to unmask, where the server is somebody else."""
+    """File of the sums that it has helped to unmask, where the server is somebody else
+    (`UnmaskedSums`)."""
     _party: Party | None = field(default=None, repr=False)
     _of: tuple[int, str] = (0, "")
     _most_examples: int = 0
@@ -189,6 +241,11 @@ class SecureClient:
     def has_part(self) -> bool:
         """Whether it has keys of a sum that it has not helped to unmask yet."""
         return self._party is not None and not self._party.is_done
+
+    @property
+    def unopened(self) -> Unopened | None:
+        """Complaint that goes with its masked update; None where there is none."""
+        return None if self._party is None else self._party.unopened
 
     def answer(self, ask: Ask, round: int, parent: str) -> Answer:
         """What a client answers to a letter.
@@ -213,7 +270,8 @@ class SecureClient:
                 return party.shares(ask)
             if isinstance(ask, AskUnmasking):
                 shares = party.unmasking(ask)
-                self._note(ask, round, parent)
+                if self.record is not None:
+                    UnmaskedSums(self.record).note(round, parent, ask.arrived)
                 return shares
         except InvalidMessage as error:
             raise _no_part(str(error)) from None
@@ -248,32 +306,6 @@ class SecureClient:
         if self._party is None or self._of != (round, parent):
             raise InvalidMessage("its keys are gone, as where its process was started anew")
         return self._party
-
-    def _note(self, ask: AskUnmasking, round: int, parent: str) -> None:
-        """Have a record of whose sum is unmasked, before any share of it is handed on.
-
-        Of two sums of one round that differ by a client, the difference is that client's update.
-
-        Raises:
-            InvalidMessage: it is another than that of this round before.
-            UserError: the record is damaged.
-        """
-        if self.record is None:
-            return
-        try:
-            known = json.loads(self.record.read_bytes()) if self.record.exists() else {}
-            before = known.get(f"{round} {parent}")
-        except (ValueError, AttributeError):
-            raise UserError(f"{self.record} is damaged: restore it from a copy") from None
-        if before is None:
-            self.record.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.record) as file:
-                file.write(json.dumps({**known, f"{round} {parent}": ask.arrived}).encode())
-        elif before != ask.arrived:
-            raise InvalidMessage(
-                "the sum of other clients of this round was unmasked before, and the difference "
-                "would tell of single ones"
-            )
 
 
 def _no_part(why: str) -> ClientFailed:

@@ -12,12 +12,12 @@ from pydantic import BaseModel
 from hedgerow.clock import Clock
 from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
-from hedgerow.federation.fleet import Fleet, Watcher
+from hedgerow.federation.fleet import ClientResult, Fleet, Watcher
 from hedgerow.federation.inbox import Inbox
-from hedgerow.federation.secure import SumOfRound, about, as_codes, check_masked
+from hedgerow.federation.secure import SumOfRound, UnmaskedSums, about, as_codes, check_masked
 from hedgerow.methods.base import Aggregate, Client
 from hedgerow.privacy.secure.coordinator import Coordinator
-from hedgerow.privacy.secure.letters import Ask, AskKeys, Keys, Shares, Unmasking
+from hedgerow.privacy.secure.letters import Ask, AskKeys, Keys, Shares, Unmasking, Unopened
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.wire import Entry, Update
 
@@ -40,16 +40,22 @@ class SecureInbox(Inbox):
         directory: RunDirectory,
         watcher: Watcher,
         sum_of: SumOfRound,
+        record: UnmaskedSums,
     ) -> None:
         super().__init__(experiment, round, clients, population, previous, directory, watcher)
         self._sum_of = sum_of
         self._says_loss = False
         self._needed = max(self._needed, sum_of.threshold)
-        self._members = {client.name for client in clients}
-        """Clients that a sum may be of: once one was asked to be unmasked, those of that one."""
+        self._record = record
+        self._members: set[str] | None = None
+        """Clients that a sum has to be of, once one was to be unmasked; before, it may be of any
+        that are enough."""
+        self._bind()
+        self._left_out: dict[str, str] = {}
+        """Clients that have no part in further tries of the round, and why."""
         self._loss = 0.0
-        self._stayed, self._takes = 0, self._needed
-        """Clients that were there at the end of a try, and that its last stage takes."""
+        self._found = ""
+        """How far a try went."""
         self._letter_bytes = 0
 
     def aggregate(self, fleet: Fleet, clock: Clock) -> Aggregate:
@@ -66,27 +72,47 @@ class SecureInbox(Inbox):
         for attempt in range(self._settings.attempts):
             if attempt:
                 self._wait(attempt, self.clients)
-            self.failures.clear()
-            self._losses.clear()
-            mean = self._try(fleet, clock)
+            mean = self._tried(fleet, clock)
             if mean is not None:
                 return self._method.aggregate_mean(mean, list(self.losses), self.server_round)
         raise RunFailed(self._too_few(attempt + 1))
+
+    def _bind(self) -> None:
+        """Have the round's sum be of those whose sum was to be unmasked before, if one was."""
+        asked = self._record.of(self._round, self._ledger.head)
+        if asked is not None:
+            self._members, self._needed = set(asked), len(asked)
 
     @property
     def seen(self) -> dict[str, Any]:
         """As any round's, with the bytes of keys and shares, both ways."""
         return {**super().seen, "secure_bytes": self._letter_bytes}
 
+    def _tried(self, fleet: Fleet, clock: Clock) -> dict[str, Tensor] | None:
+        """As `_try`, which begins anew at once, and counts once, where it has left somebody out."""
+        while True:
+            before = len(self._left_out)
+            self.failures.clear()
+            self.failures.update(self._left_out)
+            if self._members is not None:
+                others = {client.name for client in self.clients} - self._members
+                self.failures.update(dict.fromkeys(sorted(others), _OTHERS))
+            self._losses.clear()
+            mean = self._try(fleet, clock)
+            if mean is not None or len(self._left_out) == before:
+                return mean
+
     def _try(self, fleet: Fleet, clock: Clock) -> dict[str, Tensor] | None:
         """The mean of those who took part to the end; None where they are too few."""
         sum_of = self._sum_of
-        present = [client for client in self.clients if client.name in self._members]
+        present = self._left(self.clients)
+        if not self._are_enough(len(present)):
+            return None
         server = Coordinator(
             threshold=sum_of.threshold,
             about=about(self._round, self._ledger.head),
             session=secrets.token_hex(16),
-            most_examples=max(client.num_examples for client in present),
+            most_examples=max(client.num_examples for client in self.clients),
         )
         if sum_of.settings.masks:
             asks: list[tuple[Client, Ask]]
@@ -107,19 +133,31 @@ class SecureInbox(Inbox):
                 self._receive(result)
                 for update in self._hand_on(result.client.name):
                     server.add(update.client, as_codes(update))
+                    self._complain(server, result)
         if not self._are_enough(len(server.arrived)):
             return None
+        if at_odds := server.at_odds():
+            # Nobody was asked to unmask a sum of theirs, so that another is free to be made.
+            for name, why in at_odds.items():
+                if name not in self.failures:
+                    self._fails(name, why)
+                self._left_out[name] = self.failures[name]
+            return None
         if sum_of.settings.masks:
-            self._members, self._needed = set(server.arrived), len(server.arrived)
-            asks = [(c, server.asks_unmasking) for c in present if c.name in self._members]
+            self._record.note(self._round, self._ledger.head, server.arrived)
+            self._bind()
+            asks = [(c, server.asks_unmasking) for c in present if c.name in server.arrived]
             helped: dict[str, Unmasking] = {}
             self._collect(fleet, asks, Unmasking, helped.__setitem__, clock)
             try:
                 server.unmask(helped)
             except InvalidMessage as error:
                 self._watcher.say(f"round {self._round}: {error}")
-                self._stayed, self._takes = len(helped), sum_of.threshold
+                self._found = str(error)
                 return None
+            finally:
+                for name, why in server.faults.items():
+                    self._fails(name, why)
         sizes = [c.num_examples for c in self.clients if c.name in server.arrived]
         each = [sum_of.weights(size, server.most_examples) for size in sizes]
         weights = sum(weight for weight, _ in each), sum(share for _, share in each)
@@ -149,6 +187,20 @@ class SecureInbox(Inbox):
             except InvalidMessage as error:
                 self._fails(name, str(error))
 
+    def _complain(self, server: Coordinator, result: ClientResult) -> None:
+        """Note what a client that has sent its numbers says of the shares that it was sent."""
+        complaint, name = result.answer, result.client.name
+        if not isinstance(complaint, Unopened):
+            return
+        self._letter_bytes += size_of(complaint)
+        try:
+            server.add_unopened(name, complaint)
+        except InvalidMessage as error:
+            self._watcher.say(f"{name}: {error}")
+            return
+        senders = ", ".join(complaint.senders)
+        self._watcher.say(f"{name} cannot open the shares of {senders}: it does without, if it can")
+
     def _fails(self, name: str, why: str) -> None:
         """Note that a client has not answered a letter."""
         self.failures[name] = why
@@ -159,7 +211,7 @@ class SecureInbox(Inbox):
 
     def _are_enough(self, count: int) -> bool:
         """Whether so many clients suffice to go on."""
-        self._stayed, self._takes = count, self._needed
+        self._found = f"{count} of the {self._needed} clients that it takes stayed to the end"
         return count >= self._needed
 
     def _left(self, clients: Sequence[Client]) -> list[Client]:
@@ -170,20 +222,28 @@ class SecureInbox(Inbox):
         check_masked(update, self._sum_of, self.server_round.expected)
 
     def _too_few(self, attempts: int) -> str:
-        reason = f"only {len(self.clients)} had joined"
-        if failed := [c.name for c in self.clients if c.name in self.failures]:
+        members = self._members or {client.name for client in self.clients}
+        reason = f"only {len(members & {c.name for c in self.clients})} had joined"
+        if failed := [c.name for c in self.clients if c.name in self.failures.keys() & members]:
             why, count = Counter(self.failures[name] for name in failed).most_common(1)[0]
             first = next(name for name in failed if self.failures[name] == why)
             others = f" and {count - 1} more" if count > 1 else ""
             reason = f"{first}{others} failed because {why}"
         tries = f" in {attempts} tries" if attempts > 1 else ""
+        found = f"round {self._round} has no secure sum: {self._found}{tries}: {reason}"
+        if self._members is None:
+            return found
         return (
-            f"round {self._round} has no secure sum: {self._stayed} of the {self._takes} clients "
-            f"that it takes stayed to the end{tries}: {reason}"
+            f"{found}. The sum of the {len(self._members)} clients that {self._record.file} names "
+            "was to be unmasked, and the difference from another would tell of single ones: go on "
+            "with the run when all of them are there, or begin another run where one will not be"
         )
 
     def _mean_loss(self, present: Sequence[Client]) -> float:
         return self._loss
+
+
+_OTHERS = "the sum of others of this round was to be unmasked before"
 
 
 def size_of(letter: BaseModel) -> int:

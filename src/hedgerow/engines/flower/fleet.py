@@ -436,7 +436,7 @@ class FlowerFleet:
             if errand.batches:
                 return None
             if errand.asks is Action.train and reply.files:
-                return ClientResult(client, self._saved(arrived, client))
+                return ClientResult(client, self._saved(arrived, client), answer=reply.secure)
             if errand.asks is not Action.train and member.held == len(self._ledger):
                 return ClientResult(client, scores=self._scores(reply), answer=reply.secure)
             if errand.restarts == RESTARTS:

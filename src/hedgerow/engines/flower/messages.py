@@ -148,7 +148,7 @@ class Reply(Words):
     scores: OwnScores | None = None
     """What the client's model scores, where that was asked and it has test rows of its own."""
     secure: Answer | None = None
-    """Answer to a letter of a secure sum."""
+    """Answer to a letter of a secure sum, or complaint beside a masked update."""
     failure: Sentence | None = None
     """The site takes part, but has no update in this round, and why."""
 

@@ -208,6 +208,7 @@ class Site:
                 update = self._masked(
                     name, ledger, self._train(name, ledger, examples), secure, letter
                 )
+                reply = reply.model_copy(update={"secure": secure.unopened})
             else:
                 answer = secure.answer(letter, len(ledger) + 1, ledger.head)
                 return reply.model_copy(update={"secure": answer}), None

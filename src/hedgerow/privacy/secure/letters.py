@@ -37,8 +37,18 @@ class Shares(_Letter):
 
     sealed: dict[Name, Sealed]
     """For each of the others."""
+    digests: dict[Name, Secret]
+    """Of the two shares of each, its own too, one after the other (`digest`), by which a wrong one
+    is found out."""
     commitment: Secret
-    """SHA-256 of the seed of its own mask, by which a wrong share is found out."""
+    """SHA-256 of the seed of its own mask, by which wrong shares of it are found out."""
+
+
+class Unopened(_Letter):
+    """Complaint about shares that cannot be opened, or are not what their sender's digests say."""
+
+    senders: Annotated[list[Name], Field(min_length=1)]
+    """Whose they are."""
 
 
 class Unmasking(_Letter):
@@ -50,8 +60,8 @@ class Unmasking(_Letter):
     """Of the masking keys of those whose numbers did not."""
 
 
-Answer = Keys | Shares | Unmasking
-"""What a client answers."""
+Answer = Keys | Shares | Unopened | Unmasking
+"""What a client answers; `Unopened` comes beside its numbers, if at all."""
 
 
 class AskKeys(_Letter):
@@ -79,6 +89,8 @@ class AskMasked(_Letter):
     session: Session
     sealed: dict[Name, Sealed]
     """Shares for this client, by who has sent them; none where codes are not masked."""
+    digests: dict[Name, Secret]
+    """Of these, as their senders have told the server."""
     most_examples: Annotated[int, Field(ge=1, lt=2**63)]
     """As in `AskShares`."""
 
@@ -94,6 +106,15 @@ class AskUnmasking(_Letter):
 
 Ask = Annotated[AskKeys | AskShares | AskMasked | AskUnmasking, Field(discriminator="stage")]
 """What the server asks."""
+
+
+def digest(share: bytes) -> str:
+    """First half of a share's SHA-256, in hexadecimal digits.
+
+    To whoever has fewer than t shares of a secret, another is 32 bytes at random, of which a digest
+    tells nothing.
+    """
+    return hashlib.sha256(share).hexdigest()[:32]
 
 
 def terms(about: str, threshold: int, ask: AskShares) -> bytes:

@@ -18,6 +18,8 @@ from hedgerow.privacy.secure.letters import (
     Keys,
     Shares,
     Unmasking,
+    Unopened,
+    digest,
     terms,
 )
 from hedgerow.privacy.secure.shares import split
@@ -40,12 +42,18 @@ class Party:
     _terms: bytes = b""
     _kept: dict[str, tuple[bytes, bytes]] = field(default_factory=dict, repr=False)
     """Shares of each client's mask seed and masking key."""
+    _unopened: list[str] = field(default_factory=list)
     _masked: bool = False
 
     @property
     def is_done(self) -> bool:
         """Whether it has helped to unmask the sum, and has nothing left to say of it."""
         return self._masked and not self._kept
+
+    @property
+    def unopened(self) -> Unopened | None:
+        """Complaint about the shares that it could not use; None where there are none."""
+        return Unopened(senders=self._unopened) if self._unopened else None
 
     def keys(self, ask: AskKeys) -> Keys:
         """Draw keys; the public ones."""
@@ -79,37 +87,47 @@ class Party:
         self._own = secrets.token_bytes(masks.SECRET_BYTES)
         seeds = split(self._own, self.threshold, len(self._keys))
         keys = split(self._masking, self.threshold, len(self._keys))
-        found = {}
+        found, told = {}, {}
         for name, seed, key in zip(self._keys, seeds, keys, strict=True):
+            told[name] = digest(seed) + digest(key)
             if name == self.name:
                 self._kept[name] = seed, key
             else:
                 secret = self._secret_of_shares(self.name, name)
                 found[name] = masks.sealed(secret, seed + key, self._terms).hex()
         commitment = hashlib.sha256(self._own).hexdigest()
-        return Shares(sealed=found, commitment=commitment)
+        return Shares(sealed=found, digests=told, commitment=commitment)
 
     def mask(self, ask: AskMasked, codes: Sequence[Codes]) -> None:
         """Mask a client's codes, in place, once.
 
+        Shares that cannot be used are `unopened`: masks need none, and where enough others have
+        theirs, the sum can be unmasked without them.
+
         Raises:
-            InvalidMessage: too few take part; or what they have sent was changed on its way.
+            InvalidMessage: too few take part, or too few of them are of one mind with this client.
         """
         self._check(ask.session, begun=bool(self._keys), before=not self._masked)
         others = sorted(ask.sealed.keys())
-        if not set(others) < self._keys.keys() or self.name in others:
+        if (
+            not set(others) < self._keys.keys()
+            or self.name in others
+            or ask.digests.keys() != (ask.sealed.keys())
+        ):
             raise InvalidMessage("shares must be from the others who take part")
         if len(others) + 1 < self.threshold:
             raise InvalidMessage(
                 f"a sum needs {self.threshold} clients, got {len(others) + 1} that sent shares"
             )
-        for name in others:
-            secret = self._secret_of_shares(name, self.name)
-            try:
-                text = masks.opened(secret, bytes.fromhex(ask.sealed[name]), self._terms)
-            except ValueError as error:
-                raise InvalidMessage(f"shares from {name}: {error}") from None
-            self._kept[name] = text[: masks.SECRET_BYTES], text[masks.SECRET_BYTES :]
+        opened = {name: self._opened(name, ask.sealed[name], ask.digests[name]) for name in others}
+        usable = {name: shares for name, shares in opened.items() if shares is not None}
+        if len(usable) + 1 < self.threshold:
+            raise InvalidMessage(
+                f"a sum needs {self.threshold} clients of one mind, and this one can use the "
+                f"shares of {len(usable)} others"
+            )
+        self._kept |= usable
+        self._unopened = sorted(opened.keys() - usable.keys())
         self._masked = True
         masks.add_mask(codes, self._own, sign=1)
         for name in others:
@@ -124,7 +142,8 @@ class Party:
         """
         self._check(ask.session, begun=self._masked, before=bool(self._kept))
         arrived = set(ask.arrived)
-        if len(arrived) < self.threshold or not {self.name} <= arrived <= self._kept.keys():
+        partners = {*self._kept, *self._unopened}
+        if len(arrived) < self.threshold or not {self.name} <= arrived <= partners:
             raise InvalidMessage(
                 f"a sum needs {self.threshold} of those who take part, and this one, got "
                 f"{len(arrived)}"
@@ -134,6 +153,16 @@ class Party:
             seeds={name: seed.hex() for name, (seed, _) in kept.items() if name in arrived},
             keys={name: key.hex() for name, (_, key) in kept.items() if name not in arrived},
         )
+
+    def _opened(self, sender: str, content: str, told: str) -> tuple[bytes, bytes] | None:
+        """Another's shares for this client; None where they are not what it has told of them."""
+        secret = self._secret_of_shares(sender, self.name)
+        try:
+            text = masks.opened(secret, bytes.fromhex(content), self._terms)
+        except ValueError:
+            return None
+        seed, key = text[: masks.SECRET_BYTES], text[masks.SECRET_BYTES :]
+        return (seed, key) if digest(seed) + digest(key) == told else None
 
     def _secret_of_shares(self, sender: str, receiver: str) -> bytes:
         """What shares of one client for another are encrypted with."""
