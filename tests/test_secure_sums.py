@@ -597,7 +597,7 @@ METHODS_OF_SUMS = [
     "{name: fedavg}",
     "{name: fed_sb, ranks: 4}",
     "{name: fedit, ranks: 4, server: adam}",
-    "{name: ferret, coordinates: random, compression: 50}",
+    "{name: ferret, coordinates: random, compression: 50, bits: 32}",
     "{name: ferret, error_feedback: true, compression: 32}",
     "{name: scaffold}",
 ]
