@@ -4,8 +4,8 @@
         [--epsilons 1 3 8] [--data demo|dolly] [--dolly DOLLY] [--model MODEL]
     python bench/privacy.py OUT [the same] [--seeds 3]
 
-    client   the built-in tasks over 500 clients, two rows each; 4 rounds, of 250 clients that take
-             one step of plain SGD on all that they have; δ = 1e-3
+    client   the built-in tasks over 500 clients, two rows each; 4 rounds, of 250 clients (on
+             average, where private) that take one step of plain SGD on all that they have; δ = 1e-3
     example  ten clients, 4 rounds of 4 steps of AdamW, each on 16 rows (on average, where they are
              private). With `--data demo` they have the built-in tasks between them (δ = 1e-3), with
              `--data dolly` they are those of DOLLY, a folder with local_training_0.json … and
