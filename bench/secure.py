@@ -1,12 +1,15 @@
 """What secure sums cost beside plain updates: bytes, processor time and memory.
 
     python bench/secure.py [--rounds N] [--times N] [--numbers N] [--tensors N] [key.path=value …]
+    python bench/secure.py --clients N
 
 The built-in demo's rows, divided between ten clients, are trained on by each method with plain
 updates and with secure sums in turn; bytes are those of a round, and processor times the medians of
 the rounds after the first, evaluation left out. Then, each in a process of its own, a client makes
 its part of a sum of an update of so many numbers, beside serialising it plainly, and a server
 unmasks the sum, of all ten and of seven. All in one thread.
+
+With `--clients`, a server unmasks the sum of one number of each of so many, and that is all.
 """
 
 from __future__ import annotations
@@ -60,9 +63,13 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--numbers", type=int, default=10**8)
     parser.add_argument("--tensors", type=int, default=100)
+    parser.add_argument("--clients", type=int)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.clients:
+        many(options.clients)
+        return
     if options.one:
         print(json.dumps(PARTS[options.one](options.numbers, options.tensors)))
         return
@@ -220,10 +227,23 @@ def unmasked(numbers: int, count: int, gone: int = 0) -> dict[str, float]:
     return measured(work, held=4 * numbers)
 
 
-def begun() -> tuple[dict[str, Party], Coordinator]:
-    """Ten clients and their server, when all have sent shares."""
-    people = {f"client-{i}": Party(f"client-{i}", THRESHOLD, "a sum") for i in range(CLIENTS)}
-    server = Coordinator(THRESHOLD, "a sum", SESSION, most_examples=1)
+def many(count: int) -> None:
+    """Print what unmasking costs the server where there is next to nothing to unmask."""
+    people, server = begun(count, 2 * count // 3 + 1)
+    for name, party in people.items():
+        codes = np.ones(1, np.uint32)
+        party.mask(server.asks_masked(name), [codes])
+        server.add(name, [("", codes)])
+    answers = {name: people[name].unmasking(server.asks_unmasking) for name in server.arrived}
+    seconds = measured(lambda: server.unmask(answers), held=0)["seconds"]
+    assert server.total[""] == [count]
+    print(f"unmasking a sum of {count} clients: {seconds:.3f} s of processor time")
+
+
+def begun(count: int = CLIENTS, threshold: int = THRESHOLD) -> tuple[dict[str, Party], Coordinator]:
+    """Clients and their server, when all have sent shares."""
+    people = {f"client-{i}": Party(f"client-{i}", threshold, "a sum") for i in range(count)}
+    server = Coordinator(threshold, "a sum", SESSION, most_examples=1)
     for name, party in people.items():
         server.add_keys(name, party.keys(AskKeys(session=SESSION)))
     for name, party in people.items():

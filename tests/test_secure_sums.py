@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from Crypto.Protocol.SecretSharing import Shamir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -109,6 +110,24 @@ def test_any_shares_of_the_threshold_restore_a_secret(secret, threshold, data):
     chosen = data.draw(st.permutations(sorted(shares)))
     assert combine({number: shares[number] for number in chosen[:threshold]}) == secret
     assert combine({number: shares[number] for number in chosen[: threshold - 1]}) != secret
+
+
+@given(
+    st.dictionaries(st.integers(1, 1000), st.binary(min_size=32, max_size=32), min_size=1),
+)
+@settings(deadline=None)
+def test_shares_are_put_together_as_pycryptodome_does(shares):
+    """Whatever they are, and whichever clients they are from."""
+    expected = b"".join(
+        Shamir.combine([(number, share[part]) for number, share in shares.items()])
+        for part in (slice(16), slice(16, 32))
+    )
+    assert combine(shares) == expected
+
+
+def test_a_share_of_another_length_is_none():
+    with pytest.raises(ValueError, match="a share has 32 bytes"):
+        combine({1: bytes(32), 2: bytes(31)})
 
 
 # --- the protocol ---------------------------------------------------------------------------------
