@@ -258,7 +258,8 @@ def test_readmes_inline_options_are_explained():
 def test_readmes_commands_and_their_options_have_help():
     known = commands()
     options = {name for c in known.values() for p in c.params for name in (*p.opts, "--help")}
-    others = {"--logdir", "--only"}  # TensorBoard's, and of bench/bytes_to_loss.py
+    # TensorBoard's, and of bench/bytes_to_loss.py and bench/privacy.py
+    others = {"--logdir", "--only", "--choose", "--levels", "--dolly"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - others <= options
     used = re.findall(r"(?:^|/|`)hedgerow ([a-z-]+)", README, re.MULTILINE)
     assert len(used) > 20
