@@ -335,8 +335,8 @@ def test_an_entry_that_the_budget_does_not_bear_is_not_counted_as_released(tmp_p
     spent = privacy.account_for(1, "a", "entry", ["north"])
     assert 3.9 < spent <= 4
     with pytest.raises(RunFailed, match="round 1 was made again with other noise"):
-        privacy.account_for(1, "a", "another", ["north", "south"])
-    assert privacy.account_for(1, "a", "another", ["south"]) == spent
+        privacy.account_for(1, "b", "another", ["north", "south"])
+    assert privacy.account_for(1, "b", "another", ["south"]) == spent
     again = ClientLevel.of(settings, rounds=1, clients=3, folder=tmp_path, known=[(1, "a")])
     assert again.account_for(1, "a", "entry", ["north"]) == spent
 

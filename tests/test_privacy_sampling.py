@@ -163,32 +163,39 @@ def test_the_rounds_of_a_budget_are_those_of_samples(tmp_path):
         level(tmp_path, epsilon=12.0, rounds=20, expected=7)
 
 
-def test_two_releases_of_one_sample_cost_more_than_two_samples(tmp_path):
-    """They are one sampled mechanism with noise z/√2; the same release once more costs nothing."""
+def test_a_round_is_released_once_from_an_entry(tmp_path):
+    """Its bytes once more are the same release; others would tell by being others."""
     privacy = level(tmp_path)
     names = privacy.sampling.names
     once = privacy.account_for(1, "a", "entry", names)
     assert once == sampled_account(NOISE, 2 / 8, 1, 1e-5)
-    assert privacy.account_for(1, "a", "entry", names) == once  # which is the same release
-    twice = privacy.account_for(1, "a", "another", names)
-    assert twice == sampled_account(NOISE / math.sqrt(2), 2 / 8, 1, 1e-5)
-    assert twice > sampled_account(NOISE, 2 / 8, 2, 1e-5)
+    again = level(tmp_path, known=[(1, "a")])
+    assert again.account_for(1, "a", "entry", names) == once
+    with pytest.raises(RunFailed, match="round 1 was made again and came to other bits"):
+        again.account_for(1, "a", "another", names)
     # From another entry, as after a rollback, it has a sample of its own.
-    other = level(tmp_path / "other")
-    other.account_for(1, "a", "entry", names)
-    assert other.account_for(1, "b", "another", names) == sampled_account(NOISE, 2 / 8, 2, 1e-5)
+    assert again.account_for(1, "b", "another", names) == sampled_account(NOISE, 2 / 8, 2, 1e-5)
 
 
 def test_a_round_made_again_beyond_the_budget_is_not_released(tmp_path):
     budget = sampled_account(NOISE, 2 / 8, 2, 1e-5) * 1.001
     privacy = level(tmp_path, epsilon=budget, rounds=2)
     names = privacy.sampling.names
-    spent = privacy.account_for(1, "a", "entry", names)
+    privacy.account_for(1, "a", "entry", names)
+    assert privacy.account_for(1, "b", "entry", names) <= budget
     with pytest.raises(RunFailed, match="round 1 was made again with other noise"):
-        privacy.account_for(1, "a", "another", names)
-    again = level(tmp_path, epsilon=budget, rounds=2, known=[(1, "a")])
-    assert again.account_for(1, "a", "entry", names) == spent
-    assert again.account_for(2, "b", "entry", names) <= budget
+        privacy.account_for(1, "c", "entry", names)
+
+
+def test_noise_of_another_parent_is_another():
+    """Also that of the same sum, as of nobody's."""
+
+    def noise(parent):
+        mean = GaussianMean(1.0, 1.0, 2, 3, NoiseKey.of_seed(0), parent)
+        return mean.of_nobody({"w": (1000,)})["w"]
+
+    assert noise("a").equal(noise("a"))
+    assert abs(float(torch.corrcoef(torch.stack([noise("a"), noise("b")]))[0, 1])) < 0.2
 
 
 # --- what an entry is made of ---------------------------------------------------------------------

@@ -49,7 +49,9 @@ class Inbox:
         memory = directory.server_memory(round)
         self._privacy = privacy
         clip = None if previous is None else previous.metrics.get("clip")
-        self._private = None if privacy is None else privacy.mean(round, len(clients), clip)
+        self._private = None
+        if privacy is not None:
+            self._private = privacy.mean(round, self._ledger.head, len(clients), clip)
         self.server_round = ServerRound(
             round, clients, previous, expected, memory, population, self._private
         )

@@ -74,6 +74,8 @@ class GaussianMean:
     in secret, or take turns, the number that it is on average."""
     round: int
     key: NoiseKey = field(repr=False)
+    parent: str = ""
+    """Hash of the entry before: noise of a round that begins from another is another."""
     quantile: float | None = None
     """Share γ of the clients that `clip` is to leave as they are; None: it stays as it is."""
     bands: BandedNoise | None = None
@@ -99,7 +101,7 @@ class GaussianMean:
             use: tells several sums of one round apart.
         """
         deviation = self._of_sum * self.clip
-        drawn = self.key.beside(sums, "round", self.round, *use)
+        drawn = self.key.beside(sums, "round", self.round, self.parent, *use)
         for name, noise in drawn if self.bands is None else self.bands.of(drawn):
             sums[name].add_(noise.mul_(deviation).to(sums[name].device))
 
@@ -119,7 +121,7 @@ class GaussianMean:
         if self.quantile is None:
             return None
         bits = {"bits": torch.tensor(self.count / 2 - self.clipped, dtype=torch.float64)}
-        ((_, noise),) = self.key.beside(bits, "clip", self.round)
+        ((_, noise),) = self.key.beside(bits, "clip", self.round, self.parent)
         share = 0.5 + (float(bits["bits"]) + self._of_bits * float(noise)) / self.denominator
         return self.clip * math.exp(-RATE * (share - self.quantile))
 
@@ -241,11 +243,12 @@ class ClientLevel:
         sampling = PoissonSampling(sampled, expected, key) if sampled else None
         return ClientLevel(settings, release, key, log, sampling, turns)
 
-    def mean(self, round: int, asked: int, clip: float | None) -> GaussianMean:
+    def mean(self, round: int, parent: str, asked: int, clip: float | None) -> GaussianMean:
         """Mean of a round.
 
         Args:
             round: from 1.
+            parent: hash of the entry before.
             asked: number of clients that were asked, which counts where they were not drawn in
                 secret.
             clip: as the round before has left it; None: as it was in the beginning.
@@ -257,6 +260,7 @@ class ClientLevel:
             denominator=self._denominator(asked),
             round=round,
             key=self.key,
+            parent=self.begins_from(parent),
             quantile=self.settings.quantile,
             bands=None if turns is None else turns.noise(round),
         )
@@ -283,13 +287,20 @@ class ClientLevel:
             Privacy loss ε so far, of the client that has lost most.
 
         Raises:
-            RunFailed: it would exceed the budget; or noise is correlated, and the account of that
-                would not hold.
+            RunFailed: it would exceed the budget; or it was made before with other bits, where
+                clients are drawn in secret or noise is correlated, so that no account would hold.
         """
         names, parent = list(clients), self.begins_from(parent)
         if self.turns is not None:
             self._check_turn(self.turns, round, parent, sha256, names)
         releases = self.log.by_client()
+        if self._is_another(round, parent, sha256):
+            # That two releases differ at all may tell that a client's update does.
+            raise RunFailed(
+                f"round {round} was made again and came to other bits, as on another processor or "
+                "with other clients, but from one entry a round is released once: nothing of it is "
+                "released; go on where and with whom it was made, or begin anew with another --out"
+            )
         if not self.log.has(round, parent, sha256):
             for name in names:
                 releases.setdefault(name, Counter())[round, parent] += 1
@@ -307,6 +318,10 @@ class ClientLevel:
         self.log.add(round, parent, sha256, names)
         return found
 
+    def _is_another(self, round: int, parent: str, sha256: str) -> bool:
+        """Whether a round was released before, and this is not what was."""
+        return self.log.has(round, parent) and not self.log.has(round, parent, sha256)
+
     @property
     def _norm(self) -> float:
         """What a client's part in a round changes, in units of its update; 1 without bands."""
@@ -322,7 +337,7 @@ class ClientLevel:
         self, turns: Turns, round: int, parent: str, sha256: str, names: Iterable[str]
     ) -> None:
         """Raise `RunFailed` where correlated noise hides less than a sum over rounds says."""
-        if self.log.has(round, parent) and not self.log.has(round, parent, sha256):
+        if self._is_another(round, parent, sha256):
             raise RunFailed(
                 f"round {round} was made again and came to other bits, as on another processor or "
                 "with other clients, but noise that is correlated (privacy.bands) hides a round "
