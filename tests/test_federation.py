@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 from support.experiments import dolly
 from support.runs import rows_of
+from support.runs import run_with as run
 
-from hedgerow import federation
 from hedgerow.engines import local
 from hedgerow.errors import RunFailed, UserError
 from hedgerow.experiment import load
 from hedgerow.federation.fleet import ClientResult, Unwatched
-from hedgerow.runs.directory import RunDirectory
 from hedgerow.runs.scoring import ClientScores, over_clients, plausible
 from hedgerow.wire import Update
 
@@ -39,15 +38,6 @@ class Flaky(local.LocalFleet):
         present = [client for client in clients if client not in lost]
         yield from (ClientResult(client, failure="gone", absent=True) for client in lost)
         yield from super().train(round, parent, present, clock)
-
-
-def run(fleet, experiment, out):
-    """Run an experiment with a fleet of a class; returns the rows of its metrics."""
-    prepared = local.prepare(experiment)
-    trained = experiment.method.trained_shapes(prepared.model)
-    with RunDirectory.create(out, experiment, prepared.base, {}, trained) as directory:
-        federation.run(experiment, fleet(experiment, prepared, directory), directory, Unwatched())
-    return rows_of(out)
 
 
 @pytest.mark.parametrize("method", ["flora", "fedavg", "ferret"])

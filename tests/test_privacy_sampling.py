@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from support.configurations import METHOD_OPTIONS, method_of
 from support.runs import ledger_bytes, rows_of
+from support.runs import run_with as run
 
 import hedgerow as hr
-from hedgerow import demo, federation
+from hedgerow import demo
 from hedgerow.engines import local
 from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import load
-from hedgerow.federation.fleet import ClientResult, Unwatched
+from hedgerow.federation.fleet import ClientResult
 from hedgerow.ledger import Ledger
 from hedgerow.methods import METHODS
 from hedgerow.methods.base import Expected, ServerRound, check_fits
@@ -32,7 +33,6 @@ from hedgerow.model import Model
 from hedgerow.privacy.client_level import ClientLevel, GaussianMean, PoissonSampling
 from hedgerow.privacy.noise import NoiseKey
 from hedgerow.runs import RunModels
-from hedgerow.runs.directory import RunDirectory
 from hedgerow.settings import ModelSettings, PrivacySettings, TrainingSettings
 from hedgerow.testing.case import Case
 from hedgerow.testing.doubles import Forgetful
@@ -288,15 +288,6 @@ def test_the_count_of_short_updates_is_over_the_number_that_was_expected():
 
 
 # --- whole runs -----------------------------------------------------------------------------------
-
-
-def run(fleet, experiment, out):
-    """Run an experiment with a fleet of a class; returns the rows of its metrics."""
-    prepared = local.prepare(experiment)
-    trained = experiment.method.trained_shapes(prepared.model)
-    with RunDirectory.create(out, experiment, prepared.base, {}, trained) as directory:
-        federation.run(experiment, fleet(experiment, prepared, directory), directory, Unwatched())
-    return rows_of(out)
 
 
 def drawn_in(seed, count, round, parent):

@@ -11,6 +11,13 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hedgerow import federation
+from hedgerow.engines import local
+from hedgerow.engines.local import LocalFleet
+from hedgerow.experiment import Experiment
+from hedgerow.federation.fleet import Unwatched
+from hedgerow.runs.directory import RunDirectory
+
 
 def run_hedgerow(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
@@ -21,6 +28,15 @@ def run_hedgerow(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
     assert result.returncode == 0, result.stderr
     return result
+
+
+def run_with(fleet: type[LocalFleet], experiment: Experiment, out: Path) -> list[dict[str, Any]]:
+    """Run an experiment with a fleet of a class; returns the rows of its metrics."""
+    prepared = local.prepare(experiment)
+    trained = experiment.method.trained_shapes(prepared.model)
+    with RunDirectory.create(out, experiment, prepared.base, {}, trained) as directory:
+        federation.run(experiment, fleet(experiment, prepared, directory), directory, Unwatched())
+    return rows_of(out)
 
 
 def entries(run: Path) -> dict[str, bytes]:

@@ -287,21 +287,23 @@ class ClientLevel:
             Privacy loss ε so far, of the client that has lost most.
 
         Raises:
-            RunFailed: it would exceed the budget; or it was made before with other bits, where
-                clients are drawn in secret or noise is correlated, so that no account would hold.
+            RunFailed: it would exceed the budget; or the round was made before with other bits, or
+                has a client too soon (`bands`), so that no account would hold.
         """
         names, parent = list(clients), self.begins_from(parent)
-        if self.turns is not None:
-            self._check_turn(self.turns, round, parent, sha256, names)
-        releases = self.log.by_client()
-        if self._is_another(round, parent, sha256):
+        is_known = self.log.has(round, parent, sha256)
+        if not is_known and self.log.has(round, parent):
             # That two releases differ at all may tell that a client's update does.
             raise RunFailed(
                 f"round {round} was made again and came to other bits, as on another processor or "
-                "with other clients, but from one entry a round is released once: nothing of it is "
-                "released; go on where and with whom it was made, or begin anew with another --out"
+                "with other clients, but a round is released once, or once from one entry: nothing "
+                "of it is released; go on where and with whom it was made, or begin anew with "
+                "another --out"
             )
-        if not self.log.has(round, parent, sha256):
+        if self.turns is not None:
+            self._check_turn(self.turns, round, names)
+        releases = self.log.by_client()
+        if not is_known:
             for name in names:
                 releases.setdefault(name, Counter())[round, parent] += 1
         # A round from one entry has one sample, however often it is made.
@@ -318,10 +320,6 @@ class ClientLevel:
         self.log.add(round, parent, sha256, names)
         return found
 
-    def _is_another(self, round: int, parent: str, sha256: str) -> bool:
-        """Whether a round was released before, and this is not what was."""
-        return self.log.has(round, parent) and not self.log.has(round, parent, sha256)
-
     @property
     def _norm(self) -> float:
         """What a client's part in a round changes, in units of its update; 1 without bands."""
@@ -333,17 +331,8 @@ class ClientLevel:
             return self.turns.mean_size
         return asked if self.sampling is None else self.sampling.expected
 
-    def _check_turn(
-        self, turns: Turns, round: int, parent: str, sha256: str, names: Iterable[str]
-    ) -> None:
-        """Raise `RunFailed` where correlated noise hides less than a sum over rounds says."""
-        if self._is_another(round, parent, sha256):
-            raise RunFailed(
-                f"round {round} was made again and came to other bits, as on another processor or "
-                "with other clients, but noise that is correlated (privacy.bands) hides a round "
-                "once only: nothing of it is released; go on where and with whom it was made, or "
-                "begin anew with another --out"
-            )
+    def _check_turn(self, turns: Turns, round: int, names: Iterable[str]) -> None:
+        """Raise `RunFailed` where a client comes too soon for what correlated noise hides."""
         for name in names:
             near = [n for n, _ in self.log.by_round(name) if 0 < abs(n - round) < turns.bands]
             if near:
