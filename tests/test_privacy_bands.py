@@ -227,7 +227,7 @@ def level(folder, rounds=6, bands=3, known=(), **changes):
     options = {"level": "client", "clip": 1.0, "noise_multiplier": 2.0, "delta": 1e-3, **changes}
     turns = Turns.of(list("abcdef"), bands, Seeds(0), Kept())
     asked = PrivacySettings.model_validate({**options, "bands": bands})
-    return ClientLevel.of(asked, rounds, 6, folder, known, turns=turns)
+    return ClientLevel.of(asked, rounds, list("abcdef"), folder, known, turns=turns)
 
 
 def in_turn(privacy, round):

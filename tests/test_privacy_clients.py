@@ -331,13 +331,15 @@ def test_a_budget_chooses_the_noise_and_holds_for_the_rounds_it_was_made_for(
 def test_an_entry_that_the_budget_does_not_bear_is_not_counted_as_released(tmp_path):
     """So that the run goes on where its rounds come to the bits that they had."""
     settings = PrivacySettings(level="client", clip=1.0, epsilon=4.0, delta=1e-3)
-    privacy = ClientLevel.of(settings, rounds=1, clients=3, folder=tmp_path, known=[])
+    privacy = ClientLevel.of(settings, rounds=1, clients=list("abc"), folder=tmp_path, known=[])
     spent = privacy.account_for(1, "a", "entry", ["north"])
     assert 3.9 < spent <= 4
     with pytest.raises(RunFailed, match="round 1 was made again with other noise"):
         privacy.account_for(1, "b", "another", ["north", "south"])
     assert privacy.account_for(1, "b", "another", ["south"]) == spent
-    again = ClientLevel.of(settings, rounds=1, clients=3, folder=tmp_path, known=[(1, "a")])
+    again = ClientLevel.of(
+        settings, rounds=1, clients=list("abc"), folder=tmp_path, known=[(1, "a")]
+    )
     assert again.account_for(1, "a", "entry", ["north"]) == spent
 
 

@@ -515,11 +515,15 @@ def test_what_cannot_be_promised_is_refused(hedgerow, experiment, tmp_path, mist
     assert not out.exists()
 
 
-@pytest.mark.parametrize("level", [PRIVACY, {**PRIVACY, "level": "client"}])
-def test_a_round_made_again_with_other_bits_counts_again(experiment, tmp_path, monkeypatch, level):
-    """As where a run goes on on another processor, after it was killed before its entry."""
-    path = experiment(federation={"rounds": 1})
-    options = {"method": "fedavg", "privacy": level, "out": tmp_path / "run", "progress": False}
+@pytest.fixture(params=["example", "client"])
+def made_again(request, experiment, tmp_path, monkeypatch):
+    """Level, and a function that makes a round again with other bits.
+
+    As where a run goes on on another processor, after it was killed before its entry.
+    """
+    path, level = experiment(federation={"rounds": 1}), request.param
+    privacy = {**PRIVACY, "level": level}
+    options = {"method": "fedavg", "privacy": privacy, "out": tmp_path / "run", "progress": False}
     with monkeypatch.context() as patch:
 
         def killed(*_):
@@ -535,14 +539,19 @@ def test_a_round_made_again_with_other_bits_counts_again(experiment, tmp_path, m
         return plain(self, rounded, *use)
 
     monkeypatch.setattr(NoiseKey, "beside", beside)
-    made = hr.run(path, **options, resume=True)
-    if level["level"] == "example":
-        expected = by_hand(2, 4 / 5, noise=1 / math.sqrt(2))
-    else:
-        account = rdp.RdpAccountant()
-        account.compose(GaussianDpEvent(1.0), 2)
-        expected = account.get_epsilon(1e-3)
-    assert made.metrics["epsilon"].iloc[-1] == pytest.approx(expected)
+    return level, lambda: hr.run(path, **options, resume=True)
+
+
+def test_a_round_made_again_with_other_bits_counts_again_or_is_not_released(made_again):
+    """An example's release is in its client's own noise; that of a client, by being another, would
+    tell of it."""
+    level, again = made_again
+    if level == "client":
+        with pytest.raises(hr.RunFailed, match="round 1 was made again and came to other bits"):
+            again()
+        return
+    expected = by_hand(2, 4 / 5, noise=1 / math.sqrt(2))
+    assert again().metrics["epsilon"].iloc[-1] == pytest.approx(expected)
 
 
 class ReadsRows(METHODS["flora"]):

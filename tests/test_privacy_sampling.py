@@ -72,11 +72,10 @@ def level(folder, *, expected=2, clients=8, rounds=3, known=(), **privacy):
     return ClientLevel.of(
         PrivacySettings(**content | {"seed": 0} | privacy),
         rounds=rounds,
-        clients=clients,
+        clients=[f"c{index}" for index in range(clients)],
         folder=folder,
         known=known,
-        sampled=[f"c{index}" for index in range(clients)],
-        expected=expected,
+        drawn=expected,
     )
 
 
@@ -225,8 +224,8 @@ def case(request, model, tmp_path_factory):
     return Case(_method(request.param), model, tmp_path_factory.mktemp("case"))
 
 
-def round_of(case, *, noise=0.0, clip=1e6, of=slice(None)):
-    mean = Recorder(clip, noise, 2, case.round, NoiseKey.of_seed(0))
+def round_of(case, *, noise=0.0, clip=1e6, of=slice(None), kind=Recorder, denominator=2):
+    mean = kind(clip, noise, denominator, case.round, NoiseKey.of_seed(0))
     mean.of = of
     return mean, ServerRound(
         case.round, case.clients, None, case.expected, Forgetful(), private=mean
@@ -248,12 +247,23 @@ def test_an_entry_does_not_tell_how_many_took_part(case):
     same(method.aggregate(updates[:1], alone), method.aggregate(updates, among))
 
 
+class SameNoise(Recorder):
+    """Adds noise that does not follow from what the sum is for."""
+
+    def add_noise(self, sums, *use):
+        for name, each in sums.items():
+            generator = torch.Generator().manual_seed(len(name))
+            each.add_(torch.randn(each.shape, generator=generator))
+
+
 def test_a_round_of_nobody_is_one_of_updates_that_count_for_nothing(case):
+    """Rounded in the same way, too, of which the lowest bits of an entry might tell."""
+    thirds = {"kind": SameNoise, "denominator": 3}
     updates, method = [Update.from_bytes(data) for data in case.updates], case.method.made_private()
-    mean, nobody = round_of(case)
-    zeros = mean.of_nobody(method.changed(case.round, case.expected))
-    made = method.aggregate_mean(zeros, [], nobody)
-    _, nothing = round_of(case, of=slice(0))
+    mean, nobody = round_of(case, **thirds)
+    noise = mean.of_nobody(method.changed(case.round, case.expected))
+    made = method.aggregate_sum(noise, mean.denominator, [], nobody)
+    _, nothing = round_of(case, of=slice(0), **thirds)
     same(made, method.aggregate(updates, nothing))
     assert made.weights == []
 
@@ -262,7 +272,7 @@ def test_a_round_of_nobody_has_all_the_noise(case):
     z, clip = 2.5, 0.5
     mean, _ = round_of(case, noise=z, clip=clip)
     found = mean.of_nobody(case.method.changed(case.round, case.expected))
-    noise = torch.cat([each.flatten() for each in found.values()]).double() * 2 / (z * clip)
+    noise = torch.cat([each.flatten() for each in found.values()]).double() / (z * clip)
     assert not any(each.any() for each in mean.before.values())
     assert abs(noise.var() - 1) < 6 * math.sqrt(2 / len(noise))
     assert stats.kstest(noise.numpy(), "norm").pvalue > 1e-4

@@ -562,6 +562,11 @@ class FederationSettings(Section):
             )
         return self
 
+    def drawn_of(self, clients: int) -> int | None:
+        """Number of clients that are drawn for a round of so many; None: all take part."""
+        drawn = self.clients_per_round
+        return None if drawn is None or drawn >= clients else drawn
+
 
 class PrivacySettings(Section):
     """Differential privacy: whose presence nobody can tell from what leaves, and by how much."""

@@ -120,8 +120,8 @@ class Inbox:
         """
         if self._private is not None and self._is_sampled and not self.clients:
             changed = self._method.changed(self._round, self.server_round.expected)
-            mean = self._private.of_nobody(changed)
-            return self._method.aggregate_mean(mean, [], self.server_round)
+            sums, total = self._private.of_nobody(changed), self._private.denominator
+            return self._method.aggregate_sum(sums, total, [], self.server_round)
         updates = self.usable(fleet, clock)
         if not self._method.is_weighed:
             return self._method.aggregate(updates, self.server_round)
@@ -132,7 +132,7 @@ class Inbox:
                 mean = robust.middle(self._method, kept, self.server_round, rule)
                 equal = dict.fromkeys(names, 1 / len(names))
                 weighed = replace(self.server_round, given_weights=equal)
-                return self._method.aggregate_mean(mean, names, weighed)
+                return self._method.aggregate_sum(mean, 1, names, weighed)
             found = robust.weigh(self._method, kept, self.server_round, self._settings)
             self._notes = {names[place]: note for place, note in sorted(found.notes.items())}
             given = dict(zip(names, found.weights, strict=True))

@@ -46,7 +46,7 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         if turns is not None:
             return [client for client in everybody if turns.has(client.name, round)]
         if privacy is None or privacy.sampling is None:
-            return draw(everybody, settings.clients_per_round, seeds, round)
+            return draw(everybody, settings.drawn_of(len(everybody)), seeds, round)
         names = set(privacy.sampling.drawn(round, ledger.parent(round)))
         return [client for client in everybody if client.name in names]
 
@@ -146,20 +146,19 @@ def client_level(
     settings, federation, ledger = experiment.privacy, experiment.federation, directory.ledger
     if settings is None or settings.level != "client":
         return None
-    expected, names = federation.clients_per_round, fleet.names
-    sampled = expected is not None and expected < len(names)
+    names = fleet.names
+    drawn = federation.drawn_of(len(names))
     # Rows that are missing say who was asked, which the key alone knows.
     missing = len(directory.rows()) <= len(ledger)
-    if len(ledger) >= federation.rounds and not (sampled and missing):
+    if len(ledger) >= federation.rounds and not (drawn is not None and missing):
         return None
     return ClientLevel.of(
         settings,
         rounds=federation.rounds,
-        clients=len(fleet.gather()),
+        clients=names,
         folder=directory.path,
         known=[(round, ledger.parent(round)) for round in range(1, len(ledger) + 1)],
-        sampled=names if sampled else (),
-        expected=expected or 0,
+        drawn=drawn,
         turns=turns,
     )
 
@@ -181,7 +180,7 @@ def draw(clients: Sequence[Client], count: int | None, seeds: Seeds, round: int)
 
     Everybody can know them, by the run's seed.
     """
-    if count is None or count >= len(clients):
+    if count is None:
         return list(clients)
     chosen = seeds.numpy("participants", round).choice(len(clients), count, replace=False)
     return [clients[index] for index in sorted(chosen)]

@@ -326,7 +326,7 @@ def sum_of_round(experiment: Experiment, clients: Callable[[], int]) -> SumOfRou
     return SumOfRound(
         settings=federation.secure,
         method=experiment.method,
-        asked=min(count, federation.clients_per_round or count),
+        asked=federation.drawn_of(count) or count,
         says_loss=experiment.says.losses is True,
     )
 

@@ -74,7 +74,7 @@ class SecureInbox(Inbox):
                 self._wait(attempt, self.clients)
             mean = self._tried(fleet, clock)
             if mean is not None:
-                return self._method.aggregate_mean(mean, list(self.losses), self.server_round)
+                return self._method.aggregate_sum(mean, 1, list(self.losses), self.server_round)
         raise RunFailed(self._too_few(attempt + 1))
 
     def _bind(self) -> None:

@@ -84,7 +84,8 @@ def row_of(
         entry: None for the base.
         traffic: has accounted for the round.
         participants: names of the clients whose updates are in the entry, which may not say so.
-        failures: why others that were asked have none there, by their names.
+        failures: by name, why others that were asked have none there, or why participants did not
+            help to unmask the sum.
     """
     return {
         "round": entry.round if entry else 0,

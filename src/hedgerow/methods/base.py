@@ -317,7 +317,7 @@ class Method(Plugin, ABC):
         """Whether an entry is made from nothing of the updates but their sum.
 
         Then `aggregate` bounds them and adds noise where `ServerRound.private` says so, which
-        client-level privacy needs, and `aggregate_mean` makes the entry of their mean alone, for
+        client-level privacy needs, and `aggregate_sum` makes the entry of their sum alone, for
         sums that nobody can look into. How many updates there are, it may depend on only where
         clients may not forget (`clients_may_forget`), since such are not drawn in secret.
         """
@@ -338,17 +338,22 @@ class Method(Plugin, ABC):
         """Shapes of what `changes` yields, in its order, the same for all clients (`linear`)."""
         raise NotImplementedError(f"method {self.name}: linear methods define `changed`")
 
-    def aggregate_mean(
-        self, mean: Mapping[str, Tensor], clients: Sequence[str], server_round: ServerRound
+    def aggregate_sum(
+        self,
+        sums: Mapping[str, Tensor],
+        total: float,
+        clients: Sequence[str],
+        server_round: ServerRound,
     ) -> Aggregate:
-        """Entry of the weighted mean of `changes`, as `aggregate` makes it of updates (`linear`).
+        """Entry of the mean of weighted `changes`, bit for bit as `aggregate`'s (`linear`).
 
         Args:
-            mean: of all tensors by name, float32; it may be changed.
-            clients: names of those whose changes it is of, in their order.
+            sums: of the weighted changes, all tensors by name, float32; they may be changed.
+            total: sum of the weights, by which the mean is theirs.
+            clients: names of those whose changes they are of, in their order.
             server_round: the round.
         """
-        raise NotImplementedError(f"method {self.name}: linear methods define `aggregate_mean`")
+        raise NotImplementedError(f"method {self.name}: linear methods define `aggregate_sum`")
 
     @property
     def keeps_coordinates(self) -> bool:

@@ -207,14 +207,19 @@ class Composed(Method):
             tensors=made.tensors | gathered, metrics=made.metrics | {REVEALED: revealed}
         )
 
-    def aggregate_mean(
-        self, mean: Mapping[str, Tensor], clients: Sequence[str], server_round: ServerRound
+    def aggregate_sum(
+        self,
+        sums: Mapping[str, Tensor],
+        total: float,
+        clients: Sequence[str],
+        server_round: ServerRound,
     ) -> Aggregate:
         """Step along the mean, and encode the broadcast."""
         through, whole = self.parts.through, Mean()
         header = self._common(server_round.round, server_round.expected)
-        shapes = {name: tuple(each.shape) for name, each in mean.items()}
-        whole.add(through.basis(header), Values(shapes, lambda: iter(mean.items())), 1)
+        shapes = {name: tuple(each.shape) for name, each in sums.items()}
+        whole.add(through.basis(header), Values(shapes, lambda: iter(sums.items())), 1)
+        whole.divide_by(total)
         return self._aggregate(whole, clients, server_round)
 
     def changed(self, round: int, expected: Expected) -> Mapping[str, Sequence[int]]:

@@ -256,11 +256,16 @@ class ContinuedAdapter(AveragedAdapter):
         """Shapes of the factors that train, of the largest rank."""
         return self._shapes(expected.shapes, self.largest_rank, round)
 
-    def aggregate_mean(
-        self, mean: Mapping[str, Tensor], clients: Sequence[str], server_round: ServerRound
+    def aggregate_sum(
+        self,
+        sums: Mapping[str, Tensor],
+        total: float,
+        clients: Sequence[str],
+        server_round: ServerRound,
     ) -> Aggregate:
         """Go on from the last adapter by the mean change of its factors."""
         before = self.before(server_round)
+        mean = {name: each.div_(total) for name, each in sums.items()}
         whole = self.fold([self._as_update(mean, before, server_round)], server_round)
         whole = self._stepped(whole, before, server_round)
         uniform = self.weights == "uniform"

@@ -106,14 +106,14 @@ class GaussianMean:
             sums[name].add_(noise.mul_(deviation).to(sums[name].device))
 
     def of_nobody(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """Mean of a round for which nobody was drawn: noise alone.
+        """Sum of a round for which nobody was drawn: noise alone.
 
         Args:
             shapes: of the tensors of which updates are made, by name.
         """
         sums = {name: torch.zeros(tuple(shape)) for name, shape in shapes.items()}
         self.add_noise(sums)
-        return {name: each.div_(self.denominator) for name, each in sums.items()}
+        return sums
 
     @property
     def next_clip(self) -> float | None:
@@ -190,11 +190,10 @@ class ClientLevel:
     def of(
         settings: PrivacySettings,
         rounds: int,
-        clients: int,
+        clients: Sequence[str],
         folder: Path,
         known: Iterable[tuple[int, str]],
-        sampled: Sequence[str] = (),
-        expected: int = 0,
+        drawn: int | None = None,
         turns: Turns | None = None,
     ) -> ClientLevel:
         """Privacy of a run of so many rounds and clients; its key is made where there is none.
@@ -202,23 +201,24 @@ class ClientLevel:
         Args:
             settings: what is promised.
             rounds: number of rounds of the whole run.
-            clients: number of clients that may be asked.
+            clients: names of all clients, whether they have joined or not.
             folder: of the key and the log.
             known: rounds that the ledger has, each with the hash of the entry before.
-            sampled: names of all clients where those of a round are drawn in secret; else nobody.
-            expected: number of those that a round then has on average, below that of all.
+            drawn: number of clients that a round has on average, below that of all, where they are
+                drawn in secret; None: they are not.
             turns: in which clients take part, with `settings.bands`.
 
         Raises:
             UserError: the rounds spend more than the budget; δ is too large for so many clients;
                 the key or the log is damaged, or is missing where there are rounds.
         """
-        if settings.delta >= 1 / clients:
+        count = len(clients)
+        if settings.delta >= 1 / count:
             raise UserError(
-                f"privacy.delta {settings.delta:g} is not below 1/{clients}, one over the number "
-                "of clients, so that it would promise little: give a smaller one"
+                f"privacy.delta {settings.delta:g} is not below 1/{count}, one over the number of "
+                "clients, so that it would promise little: give a smaller one"
             )
-        rate = expected / len(sampled) if sampled else 1.0
+        rate = 1.0 if drawn is None else drawn / count
         noise, bands = settings.noise_multiplier, 1 if turns is None else turns.bands
         times = math.ceil(rounds / bands)  # that the client which is in most rounds takes part
         if noise is None:
@@ -240,7 +240,7 @@ class ClientLevel:
             known = [(round, "") for round, _ in known]
         log = ReleaseLog(folder / RELEASES, known)
         key = NoiseKey.of(settings.seed, folder / PRIVACY_KEY, used=bool(log))
-        sampling = PoissonSampling(sampled, expected, key) if sampled else None
+        sampling = None if drawn is None else PoissonSampling(clients, drawn, key)
         return ClientLevel(settings, release, key, log, sampling, turns)
 
     def mean(self, round: int, parent: str, asked: int, clip: float | None) -> GaussianMean:

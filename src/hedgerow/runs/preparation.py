@@ -203,7 +203,7 @@ def _check_secure(federation: FederationSettings, num_clients: int) -> None:
     masks.
     """
     secure = federation.secure
-    asked = min(num_clients, federation.clients_per_round or num_clients)
+    asked = federation.drawn_of(num_clients) or num_clients
     if secure is None or asked / 2 < secure.needed(asked) <= asked:
         return
     if asked == 1:
@@ -220,9 +220,9 @@ def _check_secure(federation: FederationSettings, num_clients: int) -> None:
 
 def _check_sampling(experiment: Experiment, num_clients: int) -> None:
     """Raise a `UserError` where clients count on knowing who took part, and nobody may know."""
-    method, drawn = experiment.method, experiment.federation.clients_per_round
+    method, drawn = experiment.method, experiment.federation.drawn_of(num_clients)
     counts = method.clients_remember and not method.clients_may_forget
-    if method.is_private and counts and drawn is not None and drawn < num_clients:
+    if method.is_private and counts and drawn is not None:
         raise UserError(
             "federation.clients_per_round: under privacy.level client nobody is told who was drawn "
             f"for a round, which clients of {method.name} need to know: leave it out, so that all "
