@@ -225,7 +225,7 @@ class Encoder:
     def _check(self, rows: Sequence[Row], encoded: Sequence[Ids], where: str) -> None:
         """Raise a `UserError` for a token that the model has no embedding for."""
         for row, ids in zip(rows, encoded, strict=True):
-            self.check(ids, f"{where}: row {row.number}")
+            self.check(ids, row.place(where))
 
     def check(self, ids: Ids, whose: str) -> None:
         """Raise a `UserError` for a token that the model has no embedding for.
@@ -543,8 +543,7 @@ def _named(row: Row, where: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        place = f"{where}: row {row.number}" if row.number else where
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{row.place(where)}: {error}") from None
 
 
 def _texts(row: Row) -> list[str]:

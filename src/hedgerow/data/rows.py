@@ -38,6 +38,7 @@ class Row:
         history: earlier turns of the conversation, the system's first, where there are any.
         columns: all columns of the row's source, by name.
         number: place in its source, from 1; 0 of a row that has none.
+        where: file, or what else it is from, for messages; empty where nobody has said.
     """
 
     instruction: str
@@ -46,6 +47,16 @@ class Row:
     history: tuple[Message, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
     number: int = 0
+    where: str = field(default="", compare=False)
+
+    def place(self, whose: str) -> str:
+        """What a message calls the row, as "ward (2024.csv): row 3".
+
+        Args:
+            whose: the client or source that it belongs to.
+        """
+        known = f"{whose} ({self.where})" if self.where not in ("", whose) else whose
+        return ": ".join(filter(None, [known, f"row {self.number}" if self.number else ""]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +210,7 @@ def answered_turns(row: Row) -> list[Row]:
                     history=tuple(turns[: place - 1]),
                     columns=columns,
                     number=row.number,
+                    where=row.where,
                 )
             )
     return rows
@@ -352,16 +364,38 @@ def _check_known(
 
 
 def _value(record: Any, column: str) -> Any:
-    """The value of a column, or of what is nested in it, as `answers.text`; of a list the first."""
-    if isinstance(record, Mapping) and column in record:
-        return record[column]
-    outer, dot, inner = column.partition(".")
-    if not dot or not isinstance(record, Mapping) or outer not in record:
+    """The value of a column, or of what is nested in it, as `answers.text`; of a list the first.
+
+    A column whose name has dots itself is meant first.
+    """
+    if not isinstance(record, Mapping):
         return _MISSING
-    value = record[outer]
-    while isinstance(value, list):
-        value = value[0] if value else None
-    return None if value is None else _value(value, inner)
+    if column in record:
+        return record[column]
+    parts = column.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        outer, inner = ".".join(parts[:count]), ".".join(parts[count:])
+        if outer not in record:
+            continue
+        value = record[outer]
+        while isinstance(value, list):
+            value = value[0] if value else None
+        found = None if value is None else _value(value, inner)
+        if found is not _MISSING:
+            return found
+    return _MISSING
+
+
+def value_of(record: Mapping[str, Any], column: str, otherwise: Any = None) -> Any:
+    """The value of a column, or of one inside another, as `meta.topic`.
+
+    Of a list, what its first element has; a column whose own name has dots is meant first.
+
+    Args:
+        otherwise: what is returned where there is no such column.
+    """
+    found = _value(record, column)
+    return otherwise if found is _MISSING else found
 
 
 def is_empty(value: Any) -> bool:
@@ -409,6 +443,7 @@ class _Reader:
             output=_text(answer, f"{where}: column {fields.output!r}"),
             columns=record,
             number=number,
+            where=self._where,
         )
         if not (row.instruction + row.input).strip():
             raise _LeftOut("nothing is asked")
@@ -459,6 +494,7 @@ class _Reader:
             history=(*system, *history),
             columns=record,
             number=number,
+            where=self._where,
         )
 
 

@@ -22,6 +22,7 @@ from hedgerow.data import (
     answered_turns,
     load_template,
 )
+from hedgerow.data.rows import value_of
 from hedgerow.errors import NothingToScore, UserError
 from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.choices import Choices, log_likelihoods
@@ -261,15 +262,19 @@ def answers(
 
 
 def _column(rows: Sequence[Row], column: str, name: str) -> list[str]:
-    for row in rows:
-        if column not in row.columns:
+    values = [value_of(row.columns, column, _MISSING) for row in rows]
+    for row, value in zip(rows, values, strict=True):
+        if value is _MISSING:
             known = ", ".join(repr(other) for other in sorted(row.columns))
             turns = ", or set `data.loss_on: turns`" if column == "turn" else ""
             raise UserError(
                 f"`evaluation.by`: row {row.number} of {name} has no column {column!r}: name one "
                 f"of {known}{turns}"
             )
-    return [_group(row.columns[column]) for row in rows]
+    return [_group(value) for value in values]
+
+
+_MISSING = object()
 
 
 def _group(value: Any) -> str:

@@ -376,9 +376,11 @@ def test_rows(
     if text.test is None:
         raise UserError("`data.test` is missing: name the file to evaluate on")
     if text.test == MEMORY and held is not None:
-        records = share_of(held, text.test_share)
+        records = share_of(held, text.test_share, text.test_rows)
     else:
-        records = read(text.test, text.test_split, text.test_subset, text.test_share)
+        records = read(
+            text.test, text.test_split, text.test_subset, text.test_share, text.test_rows
+        )
     # Multiple choice alone needs no output: a question may name its answer otherwise.
     answered = any(metric.needs != "choices" for metric in metrics_of(settings.metrics))
     return check(
