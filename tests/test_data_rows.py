@@ -141,7 +141,7 @@ def test_known_layouts_are_read_without_being_named(record):
         (chat(id=3), "nothing is asked"),
         (chat("a:Hello", "u:One?", "a:1"), "turns that do not alternate"),
         (chat("u:One?", "a:1", "a:2"), "turns that do not alternate"),
-        (chat("u:One?", "t:1", "a:1"), "turns of tools"),
+        (chat("u:One?", "t:1", "a:1"), "turns of tools, which the prompt does not write"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]},
             "messages of more than text",

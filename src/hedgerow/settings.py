@@ -107,7 +107,13 @@ class Fields(Section):
     null, `output` names it."""
     messages: str | None = None
     """Column of conversations, instead of all others: lists of {role, content} or of {from, value},
-    whose last answer counts, or all with `loss_on: turns`; with null, there is none."""
+    whose last answer counts, or all with `loss_on: turns`; with null, there is none. Turns may call
+    tools (`tool_calls`), and be what these return (role `tool`), where `prompt` is `chat` and the
+    chat template writes them."""
+    tools: str | None = "tools"
+    """Column of the tools that an answer may call, which rows may leave empty or out: a list of
+    functions' schemas, as OpenAI and transformers have them, or its JSON. With null, there is no
+    such column."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Fields:

@@ -161,7 +161,12 @@ class ClientData:
                 records = share_of(held, share, first)
             else:
                 records = read(source, settings.split, settings.subset, share, first)
-            found = check(records, settings.fields, every_turn=settings.loss_on == "turns")
+            found = check(
+                records,
+                settings.fields,
+                every_turn=settings.loss_on == "turns",
+                tools=self.encoder.template.writes_tools,
+            )
             rows += found.rows
             remarks.update(found.remarks)
         return Rows(rows, remarks)
