@@ -301,6 +301,18 @@ def test_templates_that_write_no_tools_are_known():
         assert not encoder_of(UNMARKED.replace(lacks, "")).template.writes_tools
 
 
+def test_a_row_without_tools_is_written_as_before():
+    """Templates tell an empty list of tools from none."""
+    (row,) = checked({"messages": MESSAGES[1:2] + MESSAGES[5:6]})
+    encoder = encoder_of(LLAMA)
+    [example] = encoder.examples([row], "rows")
+    written = encoder.tokenizer.apply_chat_template(
+        [MESSAGES[1]], tokenize=False, add_generation_prompt=True
+    )
+    assert encoder.tokenizer.decode(example.prompt) == written
+    assert "system" not in written
+
+
 def test_a_tool_or_call_that_a_template_leaves_out_is_refused():
     first = UNMARKED.replace("for t in tools", "for t in tools[:1]")
     other = json.loads(json.dumps(WEATHER).replace("weather", "rain"))

@@ -17,7 +17,7 @@ __all__ = ["Asked", "Exceeded", "Failure", "Marked", "matches", "render"]
 _Conversation = Sequence[Mapping[str, Any]]
 Asked = (
     tuple[_Conversation, bool | None]
-    | tuple[_Conversation, bool | None, Sequence[Mapping[str, Any]]]
+    | tuple[_Conversation, bool | None, Sequence[Mapping[str, Any]] | None]
 )
 """A conversation that a template is to write, as `render` has it."""
 
@@ -60,7 +60,7 @@ def render(
         template: its source, in Jinja.
         asked: conversations, each with whether an answer is to follow (`add_generation_prompt`);
             with None, none is, and its text is to be `Marked`. What follows, if anything, are the
-            tools that may be called.
+            tools that may be called, or None.
         variables: what the template is told beside them, as the tokenizer's special tokens.
         continued: whether what the last message says is to be continued
             (`continue_final_message`).

@@ -439,7 +439,7 @@ class ChatTemplate:
             written = bounded.render(
                 before + self._source,
                 [
-                    (self._content(messages), generation, offered)
+                    (self._content(messages), generation, offered or None)
                     for (messages, generation), offered in zip(
                         asked, tools or [()] * len(asked), strict=True
                     )
