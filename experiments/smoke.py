@@ -1,4 +1,4 @@
-"""Try every experiment of the papers in its smoke variant, each by the command that a reader types.
+"""Try every experiment of papers and benchmarks in its smoke variant, each as a reader types it.
 
     python experiments/smoke.py [FILE.yaml …]
 
@@ -21,7 +21,8 @@ OUT = HERE.parent / "runs" / "smoke"
 def main() -> None:
     """Run them one after another."""
     files = [Path(name) for name in sys.argv[1:]]
-    files = files or sorted(HERE.glob("flora/*.yaml")) + sorted(HERE.glob("ferret/*.yaml"))
+    folders = ("flora", "ferret", "flowertune", "fedllm_bench")
+    files = files or [file for each in folders for file in sorted(HERE.glob(f"{each}/*.yaml"))]
     shutil.rmtree(OUT, ignore_errors=True)
     failed = []
     for file in files:

@@ -201,6 +201,16 @@ def test_some_clients_may_have_files(memory, tmp_path):
     assert list(run.metrics["eval_loss"]) == list(plain.metrics["eval_loss"])
 
 
+def test_a_client_may_have_several_files(memory, tmp_path):
+    named = files(tmp_path)
+    together = {"both": [Path(named["south"]), named["north"]]}
+    memory["method"] = "fedavg"
+    run = hr.run(**memory | {"clients": together}, rounds=1, out=tmp_path / "a")
+    rows = {"both": [*ROWS["south"], *ROWS["north"]]}
+    plain = hr.run(**memory | {"clients": rows}, rounds=1, out=tmp_path / "b")
+    assert list(run.metrics["eval_loss"]) == list(plain.metrics["eval_loss"])
+
+
 def test_a_run_from_memory_goes_on_with_the_same_objects(memory, tmp_path):
     whole = hr.run(**memory, rounds=3, out=tmp_path / "whole")
     hr.run(**memory, rounds=1, out=tmp_path / "part")

@@ -77,6 +77,16 @@ def test_a_very_uneven_draw_leaves_clients_without_rows():
     assert 0 < sum(not part for part in parts.values()) < 100
 
 
+def test_a_value_inside_another_divides_as_well():
+    rows = [
+        Row("", columns={"meta": {"topic": topic}}, number=n) for n, topic in [(1, "a"), (2, 1)]
+    ]
+    assert partition(rows, how("column", column="meta.topic"), 0) == {"1": [1], "a": [0]}
+    rows.append(Row("", columns={"meta": None}, number=3, where="a.json"))
+    with pytest.raises(UserError, match=r"a\.json: row 3 has no value in 'meta\.topic'"):
+        partition(rows, how("column", column="meta.topic"), 0)
+
+
 def test_a_client_for_each_value():
     topics = ["Open QA", "open/qa", "été", "?", "日本", "open_qa"]
     parts = partition(topical(topics), how("column"), 0)

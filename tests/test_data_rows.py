@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from hedgerow.data import as_records, read
-from hedgerow.data.rows import Message, Records, Row, check
+from hedgerow.data.rows import Message, Records, Row, check, value_of
 from hedgerow.errors import NothingToLearn, UserError
 from hedgerow.settings import Fields
 
@@ -141,7 +141,7 @@ def test_known_layouts_are_read_without_being_named(record):
         (chat(id=3), "nothing is asked"),
         (chat("a:Hello", "u:One?", "a:1"), "turns that do not alternate"),
         (chat("u:One?", "a:1", "a:2"), "turns that do not alternate"),
-        (chat("u:One?", "t:1", "a:1"), "turns of tools"),
+        (chat("u:One?", "t:1", "a:1"), "turns of tools, which the prompt does not write"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]},
             "messages of more than text",
@@ -189,6 +189,18 @@ def test_nested_columns_and_lists():
     ]
     with pytest.raises(UserError, match=r"no row has a column 'answers.txt'.*'answers.text'"):
         checked(rows, instruction="q.text", output="answers.txt")
+    with pytest.raises(UserError, match=r"a\.json: row 1: column 'q' must be text"):
+        checked(rows, instruction="q", output="answers.text")
+
+
+def test_a_column_with_dots_in_its_name_is_meant_first():
+    row = {"q.text": "Who?", "q": {"text": "no"}, "a.b": {"c": ["Ann"]}, "a": {"b": {"d": "yes"}}}
+    (found,) = checked([row], instruction="q.text", output="a.b.c")
+    assert (found.instruction, found.output) == ("Who?", "Ann")
+    (found,) = checked([row], instruction="q.text", output="a.b.d")
+    assert found.output == "yes"
+    assert value_of(row, "a.b.e") is None
+    assert value_of(row, "q.text.x", "nothing") == "nothing"
 
 
 @pytest.mark.parametrize("column", ["context", "System", "history"])

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hedgerow.data import sources
 from hedgerow.data.rows import check
 from hedgerow.data.sources import client_files, read
 from hedgerow.errors import UserError
@@ -133,6 +134,10 @@ def test_hub(monkeypatch):
     hub = {"someone/rows": datasets.Dataset.from_list(ROWS)}
 
     def load_dataset(name, subset, split):
+        if name == "someone/large":
+            raise OSError("Not enough disk space. Needed: 3 TiB (download: 1 TiB)")
+        if name == "someone/packed":
+            raise ImportError("Please pip install zstandard")
         if name == "someone/offline":
             raise ConnectionError("no network")
         if name not in hub:
@@ -149,6 +154,78 @@ def test_hub(monkeypatch):
         read("someone/else", "train")
     with pytest.raises(UserError, match="cannot be reached"):
         read("someone/offline", "train")
+    with pytest.raises(UserError, match=r"someone/large: does not fit on the disk: .*`data\.rows`"):
+        read("someone/large", "train")
+    with pytest.raises(UserError, match=r"someone/packed: .*a package that is not installed \(Ple"):
+        read("someone/packed", "train")
+
+
+def numbered(count):
+    return [{"instruction": f"{n}?", "output": f"{n}"} for n in range(count)]
+
+
+def test_a_dataset_is_streamed_up_to_the_rows_that_are_asked_for(tmp_path, monkeypatch):
+    import datasets
+
+    folder, cache = tmp_path / "rows", tmp_path / "cache"
+    folder.mkdir()
+    for shard in range(3):
+        write(folder / f"train-{shard}.jsonl", "\n".join(map(json.dumps, numbered(9))))
+    (folder / "train-3.jsonl").write_text("no JSON")  # which nobody gets to
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    records = read(str(folder), "train", first=11)
+    assert records.rows == [*numbered(9), *numbered(2)]
+    assert list(records.numbers) == list(range(1, 12))
+    assert {path.suffix for path in cache.rglob("*") if path.is_file()} <= {".lock"}
+    half = read(str(folder), "train", share=0.5, first=8)
+    assert len(half) == 4
+    assert max(half.numbers) <= 8
+    with pytest.raises(UserError, match=r"rows: the split 'train' cannot be loaded"):
+        read(str(folder), "train", first=28)
+    datasets.Dataset.from_list(numbered(4)).save_to_disk(tmp_path / "saved")
+    assert read(str(tmp_path / "saved"), "train", first=3).rows == numbered(3)
+    assert read(str(tmp_path / "saved"), "train", first=5).rows == numbered(4)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson.zst", "a.csv", "a.parquet"])
+def test_the_first_rows_of_a_file(tmp_path, name):
+    text = "\n\n".join(map(json.dumps, numbered(1500)))
+    path = tmp_path / name
+    if name == "a.json":
+        write(path, json.dumps(numbered(1500)))
+    elif name == "a.csv":
+        lines = ("{instruction},{output}".format(**row) for row in numbered(1500))
+        write(path, "\n\n".join(["instruction,output", *lines]))
+    elif name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(numbered(1500)), path)
+    elif name.endswith("zst"):
+        path.write_bytes(pa.Codec("zstd").compress(text.encode(), asbytes=True))
+    else:
+        write(path, text)
+    for first in (1, 1023, 1024, 1025, 2000, None):
+        assert read(str(path), "train", first=first).rows == numbered(1500)[:first]
+
+
+def test_what_is_packed_beyond_all_measure_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_LARGEST", 100_000)
+    packed = {
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+        "zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+    }
+    blank = json.dumps(ROWS[0]).encode() + b"\n" * 10_000_000
+    for suffix, pack in packed.items():
+        path = tmp_path / f"rows.jsonl.{suffix}"
+        path.write_bytes(pack(blank))
+        with pytest.raises(UserError, match=rf"rows\.jsonl\.{suffix}: holds more than .* times"):
+            read(str(path), "train")
+        path.write_bytes(pack(blank[:50_000]))
+        assert read(str(path), "train").rows == ROWS[:1]
+    repeated = pa.table({"instruction": pa.array(["x" * 10_000] * 3_000)})
+    pq.write_table(repeated, tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows\.parquet: holds more than .* times its size"):
+        read(str(tmp_path / "rows.parquet"), "train")
 
 
 def test_client_files(tmp_path):
@@ -156,14 +233,18 @@ def test_client_files(tmp_path):
         write(tmp_path / name, "[]")
     first, second = str(tmp_path / "train_0.json"), str(tmp_path / "train_1.json")
     assert client_files(str(tmp_path / "train_{}.json")) == {
-        "client-000": Path(first),
-        "client-001": Path(second),
+        "client-000": [Path(first)],
+        "client-001": [Path(second)],
     }
-    assert client_files({"a": first, "b": second}) == {"a": Path(first), "b": Path(second)}
-    assert client_files([first, SimpleNamespace(name="b", file=second)]) == {
-        "train_0": Path(first),
-        "b": Path(second),
+    assert client_files({"a": first, "b": [second, first]}) == {
+        "a": [Path(first)],
+        "b": [Path(second), Path(first)],
     }
+    for own in (second, [first, second]):
+        assert client_files([first, SimpleNamespace(name="b", file=own)]) == {
+            "train_0": [Path(first)],
+            "b": list(map(Path, [own] if own == second else own)),
+        }
 
     for clients, message in [
         (str(tmp_path / "none_{}.json"), r"none_0\.json does not exist"),
@@ -173,6 +254,8 @@ def test_client_files(tmp_path):
         ([str(tmp_path / "ward b.json")], "'ward b' cannot be a client's name"),
         ({"../up": first}, r"'\.\./up' cannot be a client's name"),
         ({"a": first, "b": "gone.json"}, r"gone\.json, the file of client 'b', does not exist"),
+        ({"a": [first, "gone.json"]}, r"gone\.json, a file of client 'a', does not exist"),
+        ({"a": [first, first]}, r"train_0\.json stands twice for 'a'"),
     ]:
         with pytest.raises(UserError, match=message):
             client_files(clients)
@@ -193,6 +276,6 @@ def test_shared_files():
     assert len(check(mmlu, Fields())) == 1444
     dolly = client_files(os.fspath(SHARED / "dolly" / "local_training_{}.json"))
     assert list(dolly) == [f"client-{number:03d}" for number in range(10)]
-    rows = read(os.fspath(dolly["client-003"]), "train")
+    rows = read(os.fspath(dolly["client-003"][0]), "train")
     fields = Fields(instruction="instruction", input="context", output="response")
     assert len(check(rows, fields)) == 1492

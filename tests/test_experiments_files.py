@@ -18,6 +18,10 @@ from hedgerow.experiment import load, load_comparison, without_folders
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 PAPERS = sorted([*EXPERIMENTS.glob("flora/*.yaml"), *EXPERIMENTS.glob("ferret/*.yaml")])
+BENCHMARKS = [
+    *sorted(EXPERIMENTS.glob("flowertune/*.yaml")),
+    *sorted(EXPERIMENTS.glob("fedllm_bench/*.yaml")),
+]
 BESIDE = sorted(EXPERIMENTS.glob("*.yaml"))
 
 SMALL = {"steps": 1, "batch_size": 4}
@@ -72,11 +76,41 @@ def test_each_file_of_a_paper_is_a_comparison_and_has_a_smoke_variant(path):
     assert all(cell.experiment.federation.rounds <= 5 for cell in small)
 
 
-def test_there_are_files_for_both_papers():
+def test_there_are_files_for_both_papers_and_both_benchmarks():
     assert len(PAPERS) >= 20
+    assert len(BENCHMARKS) == 9
     readme = (EXPERIMENTS / "README.md").read_text()
-    for path in [*PAPERS, *BESIDE]:
+    for path in [*PAPERS, *BENCHMARKS, *BESIDE]:
         assert f"{path.relative_to(EXPERIMENTS)}" in readme
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_each_file_of_a_benchmark_is_a_comparison_and_has_a_smoke_variant(path):
+    whole, small = cells(path), cells(path, smoke=True)
+    assert [cell.experiment.method.name for cell in small] == [
+        cell.experiment.method.name for cell in whole
+    ]
+    assert len(small) > 1
+    for cell in small:
+        assert (cell.experiment.model.path, cell.experiment.data.source) == ("demo", "demo")
+        assert cell.experiment.federation.rounds <= 2
+    experiment = whole[0].experiment
+    assert experiment.about
+    assert small[0].experiment.data.partition.kind == experiment.data.partition.kind
+    # The baseline of either benchmark: LoRA whose factors are averaged, of some clients a round.
+    assert experiment.method.name == "fedit"
+    assert experiment.federation.clients_per_round in (2, 3, 4, 5, 10)
+
+
+def test_the_leaderboards_tracks_are_as_its_project_has_them():
+    clients = {"general_nlp": 20, "finance": 50, "medical": 20, "code": 10}
+    for name, count in clients.items():
+        it = load(EXPERIMENTS / "flowertune" / f"{name}.yaml")
+        assert (it.model.path, it.data.partition.clients) == ("mistralai/Mistral-7B-v0.3", count)
+        share = 0.2 if name == "code" else 0.1
+        assert it.federation.clients_per_round == count * share
+        assert (it.federation.rounds, it.method.ranks, it.method.alpha) == (200, 32, "2r")
+        assert Path(it.data.prompt).read_text().endswith("### Response: ")
 
 
 @pytest.mark.parametrize("path", BESIDE, ids=lambda path: path.stem)

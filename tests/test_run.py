@@ -1,5 +1,6 @@
 """Whole runs through the command line: every method, its metrics, resuming, exactness."""
 
+import gzip
 import json
 import re
 import shutil
@@ -225,6 +226,45 @@ def test_the_order_of_training_does_not_matter_to_a_client(hedgerow, experiment,
     assert hedgerow("run", path, *arguments).code == 0
     file = "updates/round-0001/client-001.safetensors"
     assert (tmp_path / "all" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+
+
+def test_a_client_may_have_several_files(hedgerow, experiment, tmp_path):
+    path = experiment(federation={"rounds": 1})
+    assert hedgerow("run", path, "--out", tmp_path / "one").code == 0
+    rows = json.loads((tmp_path / "client_1.json").read_text())
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(rows[0]).encode()))
+    (tmp_path / "b.tsv").write_text(
+        "\n".join(["instruction\toutput", *("\t".join(row.values()) for row in rows[1:])])
+    )
+    own = "{client-000: client_0.json, client-001: [a.jsonl.gz, b.tsv], client-002: client_2.json}"
+    assert hedgerow("run", path, f"data.clients={own}", "--out", tmp_path / "two").code == 0
+    assert ledger_bytes(tmp_path / "one") == ledger_bytes(tmp_path / "two")
+
+    (tmp_path / "b.tsv").write_text("instruction\toutput\nSay\t1\nSay\0\t1\nonly\n")
+    result = hedgerow("run", path, f"data.clients={own}", "--out", tmp_path / "three")
+    assert result.code == 2
+    assert "b.tsv: line 4 has 1 cells" in result.err
+    for wrong, said in [
+        ("[]", "data.clients"),
+        ("[a.jsonl.gz, a.jsonl.gz]", "a.jsonl.gz stands twice for 'x'"),
+        ("[a.jsonl.gz, 7]", "data.clients"),
+    ]:
+        result = hedgerow("run", path, f"data.clients={{x: {wrong}}}", "--out", tmp_path / "three")
+        assert (result.code, said in result.err) == (2, True), result.err
+    assert not (tmp_path / "three").exists()
+
+
+def test_the_first_rows_are_learnt_and_scored(hedgerow, experiment, tmp_path):
+    path = experiment(federation={"rounds": 1})
+    changes = ["data.rows=5", "data.test_rows=3", "--out", tmp_path / "first"]
+    assert hedgerow("run", path, *changes).code == 0
+    for name, most in [("client_0", 5), ("client_1", 5), ("client_2", 5), ("test", 3)]:
+        rows = json.loads((tmp_path / f"{name}.json").read_text())
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows[:most]))
+    assert hedgerow("run", path, "--out", tmp_path / "cut").code == 0
+    assert ledger_bytes(tmp_path / "first") == ledger_bytes(tmp_path / "cut")
+    first, cut = (rows_of(tmp_path / name)[-1]["eval_loss"] for name in ("first", "cut"))
+    assert first == cut
 
 
 def test_a_round_in_which_every_client_diverges_ends_the_run(hedgerow, experiment, tmp_path):

@@ -70,14 +70,19 @@ class ModelSettings(Section):
     one, else the CPU."""
 
 
+OwnFiles = str | Annotated[list[str], Field(min_length=1)]
+"""A client's file, or several."""
+
+
 class ClientFile(Section):
     """Data of one client, by its name."""
 
     name: str
     """Name of the client: up to 200 letters, digits, `.`, `_` or `-`, the first a letter or
     digit."""
-    file: str
-    """File of the client's rows: JSON, JSONL, CSV or Parquet."""
+    file: OwnFiles
+    """File of the client's rows, or a list of several: JSON, JSONL, CSV, TSV or Parquet, text ones
+    maybe packed (`.gz`, `.bz2`, `.xz`, `.zst`), or folders that hold a dataset."""
 
 
 class Fields(Section):
@@ -102,7 +107,13 @@ class Fields(Section):
     null, `output` names it."""
     messages: str | None = None
     """Column of conversations, instead of all others: lists of {role, content} or of {from, value},
-    whose last answer counts, or all with `loss_on: turns`; with null, there is none."""
+    whose last answer counts, or all with `loss_on: turns`; with null, there is none. Turns may call
+    tools (`tool_calls`), and be what these return (role `tool`), where `prompt` is `chat` and the
+    chat template writes them."""
+    tools: str | None = "tools"
+    """Column of the tools that an answer may call, which rows may leave empty or out: a list of
+    functions' schemas, as OpenAI and transformers have them, or its JSON. With null, there is no
+    such column."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Fields:
@@ -134,7 +145,8 @@ class Partition(Section):
     clients: int | None = Field(None, ge=1)
     """Number of clients, which every kind needs but `column`, where the values decide (null)."""
     column: str | None = None
-    """Column to divide by, which every kind needs but `iid` (null)."""
+    """Column to divide by, or one inside another, as `meta.topic`, which every kind needs but `iid`
+    (null)."""
     alpha: float = Field(0.5, gt=0)
     """Concentration of `dirichlet`, without a unit: small is very uneven, large nearly as `iid`."""
     shards: int = Field(2, ge=1)
@@ -231,6 +243,8 @@ class TextSettings(Section):
     """Split to evaluate on where `test` is a Hub dataset; files have none."""
     test_share: float = Field(1.0, gt=0, le=1)
     """Share of the rows of `test` that counts, drawn at random but the same in every run."""
+    test_rows: int | None = Field(None, ge=1)
+    """Number of rows of `test` that are read, as `rows` has it; with null, all."""
     fields: Fields = Fields()
     """Columns of the clients' data, and of the test data unless `test_fields` says otherwise."""
     test_fields: Fields | None = None
@@ -276,13 +290,15 @@ DEFAULT_TEST = [
 class DataSettings(TextSettings):
     """Data: a file for each client, or one source and its division; and what to evaluate on."""
 
-    clients: str | dict[str, str] | list[ClientFile | str] | None = None
+    clients: str | dict[str, OwnFiles] | list[ClientFile | str] | None = None
     """Files of the clients: a pattern as `train_{}.json` ({} = 0, 1, 2 …), a mapping of names to
-    files, or a list of files or of {name, file}; with null, `source` is given instead."""
+    files, or to a list of several, as `{north: [2024.csv, 2025.jsonl.gz]}`, or a list of files or
+    of {name, file}; with null, `source` is given instead."""
     source: str | None = None
-    """Rows of all clients together: a JSON, JSONL, CSV or Parquet file, a dataset's name on the Hub
-    or a folder that holds one, or `demo`: the built-in tasks, where no file of that name is beside
-    the experiment file; with null, `clients` is given instead."""
+    """Rows of all clients together: a JSON, JSONL, CSV, TSV or Parquet file, text ones maybe packed
+    (`.gz`, `.bz2`, `.xz`, `.zst`), a dataset's name on the Hub or a folder that holds one, or
+    `demo`: the built-in tasks, where no file of that name is beside the experiment file; with null,
+    `clients` is given instead."""
     subset: str | None = None
     """Subset (configuration) to train on where `source` is a Hub dataset that has some; with null,
     the dataset's default."""
@@ -291,16 +307,21 @@ class DataSettings(TextSettings):
     share: float = Field(1.0, gt=0, le=1)
     """Share of the rows of `source`, or of each client's file, that counts; drawn at random but the
     same in every run."""
+    rows: int | None = Field(None, ge=1)
+    """Number of rows of `source`, or of each client's file, that are read: the first ones, in the
+    order that the source has them, of which `share` is drawn. Of a Hub dataset no more is loaded
+    then, and nothing kept (it is streamed), so that it may be larger than the disk. With null,
+    all."""
     partition: Partition | None = None
     """Division of `source` into clients, which belongs to it; null where `clients` are given."""
     client_test: (
-        Annotated[float, Field(gt=0, lt=1)] | str | dict[str, str] | list[ClientFile] | None
+        Annotated[float, Field(gt=0, lt=1)] | str | dict[str, OwnFiles] | list[ClientFile] | None
     ) = None
     """Rows that each client is scored on by itself, with the model that it has: a share of its own
     rows, above 0 and below 1, which is drawn by the run's seed and not trained on; or files, as a
     pattern, whose numbers are the clients' places (0, 1, 2 …), a mapping of clients' names to
-    files, or a list of {name, file}, with columns as `fields` has them. With null, there are
-    none."""
+    files (a list of several, too), or a list of {name, file}, with columns as `fields` has them.
+    With null, there are none."""
 
     @model_validator(mode="after")
     def _one_kind_of_clients(self) -> DataSettings:
@@ -643,9 +664,9 @@ class EvaluationSettings(Section):
     metrics: list[str] = ["loss"]
     """Names of the metrics of the global model, each once; your own is `package.module:Class`."""
     by: str | None = None
-    """Column of the test data for each of whose values there are scores too; with `data.loss_on:
-    turns`, `turn` is the place of an answer in its conversation, from 1. With null, there are those
-    of all rows alone."""
+    """Column of the test data, or one inside another, as `meta.topic`, for each of whose values
+    there are scores too; with `data.loss_on: turns`, `turn` is the place of an answer in its
+    conversation, from 1. With null, there are those of all rows alone."""
     batch_size: int = Field(16, ge=1)
     """Number of sequences in one forward pass."""
     max_new_tokens: int = Field(64, ge=1)

@@ -230,17 +230,23 @@ def _clients(clients: Any, key: str = "clients=") -> tuple[Any, dict[str, Record
             f"{key} must be a mapping from names to rows or files, a list of them, or a pattern "
             f"such as train_{{}}.json, not {type(clients).__name__}"
         )
-    files: dict[str, str] = {}
+    files: dict[str, str | list[str]] = {}
     held: dict[str, Records] = {}
     for name, data in named:
         if str(name) in files:
             raise UserError(f"{key} names {name} twice: give each a name of its own")
         if isinstance(data, str | os.PathLike):
             files[str(name)] = os.fspath(data)
+        elif isinstance(data, list | tuple) and data and all(map(_is_path, data)):
+            files[str(name)] = [os.fspath(file) for file in data]
         else:
             held[str(name)] = as_records(data, f"the data of {name}")
             files[str(name)] = MEMORY
     return files, held
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike)
 
 
 def _merged(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

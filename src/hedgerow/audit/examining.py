@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ from hedgerow.runs.directory import EXPERIMENT, examples_digest
 from hedgerow.runs.preparation import test_rows
 from hedgerow.runs.rows import ROWS_BY_CLIENT, SENT_BY_CLIENT, read_rows
 from hedgerow.seeds import Seeds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROWS = 200
 """Largest number of rows of a client, and of others, that are examined by default."""
@@ -206,7 +209,7 @@ class _Auditor:
         beside = self._tokenized(data, tests, f"the test data of {name}") if tests else None
         if beside is None:
             beside = self._tests = self._tests or self._tokenized(
-                data, self._test_rows(), "the test data"
+                data, self._test_rows(data.encoder.tokenizer), "the test data"
             )
         return _Client(
             name=name,
@@ -215,14 +218,14 @@ class _Auditor:
             has_own_tests=bool(tests),
         )
 
-    def _test_rows(self) -> Sequence[Row]:
+    def _test_rows(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Row]:
         """The rows of `data.test`, which have to have answers.
 
         Raises:
             UserError: there are none.
         """
         evaluation = self._experiment.evaluation.model_copy(update={"metrics": ["loss"]})
-        return test_rows(self._experiment.data, evaluation, self._held)
+        return test_rows(self._experiment.data, evaluation, tokenizer, self._held)
 
     def _tokenized(self, data: ClientData, rows: Sequence[Row], name: str) -> Tokenized:
         """Rows in the tokens that they would be trained on in."""

@@ -12,7 +12,14 @@ from typing import Any, Literal
 
 from hedgerow.bounded.process import Exceeded, Process
 
-__all__ = ["Exceeded", "Failure", "Marked", "matches", "render"]
+__all__ = ["Asked", "Exceeded", "Failure", "Marked", "matches", "render"]
+
+_Conversation = Sequence[Mapping[str, Any]]
+Asked = (
+    tuple[_Conversation, bool | None]
+    | tuple[_Conversation, bool | None, Sequence[Mapping[str, Any]] | None]
+)
+"""A conversation that a template is to write, as `render` has it."""
 
 _process = Process()
 
@@ -39,7 +46,7 @@ class Marked(str):
 
 def render(
     template: str,
-    asked: Sequence[tuple[Sequence[Mapping[str, Any]], bool | None]],
+    asked: Sequence[Asked],
     variables: Mapping[str, Any],
     *,
     continued: bool = False,
@@ -52,7 +59,8 @@ def render(
     Args:
         template: its source, in Jinja.
         asked: conversations, each with whether an answer is to follow (`add_generation_prompt`);
-            with None, none is, and its text is to be `Marked`.
+            with None, none is, and its text is to be `Marked`. What follows, if anything, are the
+            tools that may be called, or None.
         variables: what the template is told beside them, as the tokenizer's special tokens.
         continued: whether what the last message says is to be continued
             (`continue_final_message`).

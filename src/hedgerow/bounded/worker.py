@@ -91,10 +91,11 @@ def _renderer() -> _Handler:
     def render(request: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
         outcomes: list[dict[str, Any]] = []
         room = _WRITTEN * len(request["asked"]) + 10 * size
-        for conversation, generation in request["asked"]:
+        for conversation, generation, *more in request["asked"]:
             try:
                 [text], parts = render_jinja_template(
                     conversations=[conversation],
+                    tools=more[0] if more else None,
                     chat_template=request["template"],
                     add_generation_prompt=bool(generation),
                     return_assistant_tokens_mask=generation is None,

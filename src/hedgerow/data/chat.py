@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from hedgerow import bounded
-from hedgerow.data.rows import Message, Row
+from hedgerow.data.rows import Message, Record, Row, texts_in
 from hedgerow.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from hedgerow.settings import TemplateSettings
 
 _T = TypeVar("_T")
-_Messages = Sequence[tuple[str, str]]
-"""Role and text of each message."""
+_Messages = Sequence[Message]
 _Asked = tuple[_Messages, bool | None]
 """Messages that the template is to write, and whether an answer is to follow (in generation); None
 is for a text in which the parts are marked that it marks as generated."""
@@ -38,6 +37,7 @@ _Steps = Generator[_Asked, Any, _T]
 
 _QUESTION, _REPLY, _TURN = "Question8Wd3Xy", "Reply4Qm7Zk", "Turn6Jc1Vb"
 """Texts that no row holds; the last place where the reply stands is the answer's."""
+_TOOL, _ARGUMENT = "tool5Hb2Nf", "Value6Rk9Xs"
 _PLACES = re.compile(f"{_TURN}[0-9]+\\.")
 _AWKWARD = " <b>&\"'{}$ é\n\n  - item\n" + "a long text goes on and on. " * 200
 """A text that is altered wherever texts are escaped, cut, or change their case or their spaces."""
@@ -45,9 +45,10 @@ _DAYS = (datetime.date(2001, 2, 3), datetime.date(2012, 11, 12))
 """Two days that are written differently in every form."""
 _SAME = 8
 """Number of times that a template has to write the same."""
-_RULE = ("system", "You are asked to answer.")
-_ASKED = [("user", _QUESTION), ("assistant", _REPLY)]
+_RULE = Message("system", "You are asked to answer.")
+_ASKED = [Message("user", _QUESTION), Message("assistant", _REPLY)]
 _OTHER = "choose another `data.prompt`, as alpaca"
+_NO_TOOLS = "leave tools out of the rows, or take a model whose template writes them"
 _LAST = "set `data.loss_on` to answer, or choose another `data.prompt`, as alpaca"
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TOGETHER = (256, 1_000_000)
@@ -131,9 +132,9 @@ class ChatTemplate:
         _check_read(self._source, self._given)
         file = _file_of(tokenizer, self._source)
         self._what = "the tokenizer's chat template" + (f" ({file})" if file else "")
-        self._in_parts = False
+        self._in_parts, self._arguments_as_text = False, False
         self._lead = ""
-        self._opening: list[tuple[str, str]] = []
+        self._opening: list[Message] = []
         self._forgets = False
         self._clock: datetime.datetime | None = None
         self._day: datetime.date | None = None
@@ -198,7 +199,8 @@ class ChatTemplate:
                         outcomes[number] = end.value
                     except UserError as error:
                         outcomes[number] = error
-                written = self._written_all(list(asked.values()), after=after)
+                tools = [batch[number].tools for number in asked]
+                written = self._written_all(list(asked.values()), after=after, tools=tools)
                 answers = dict(zip(asked, written, strict=True))
             for number in range(len(running)):
                 outcome = outcomes[number]
@@ -207,34 +209,77 @@ class ChatTemplate:
                 yield outcome
 
     def _prompt(self, row: Row) -> _Steps[str]:
-        before, _, _ = yield from self._around(self._asked(row))
+        before, _, _ = yield from self._around(self._asked(row), row.tools)
         return before
 
     def _example(self, row: Row) -> _Steps[tuple[str, str, str]]:
-        messages = self._asked(row)
-        before, end, after = yield from self._around(messages)
-        whole: str = yield [*messages, ("assistant", row.output)], False
+        answer = Message("assistant", row.output, row.calls)
+        before, said, end, _ = yield from self._answered(self._asked(row), answer, row.tools)
+        return before, said, end
+
+    def _answered(
+        self, messages: _Messages, answer: Message, tools: Sequence[Record]
+    ) -> _Steps[tuple[str, str, str, str]]:
+        """What is written before an answer, the answer, what ends it, and what ends others."""
+        before, end, after = yield from self._around(messages, tools)
+        whole: str = yield [*messages, answer], False
+        if answer.calls:
+            if not whole.startswith(before):
+                before = yield messages, True  # without the space, say, that texts begin with
+            return before, *self._calling(before, whole, after, end, answer.calls), end
         said = _between(before, whole, after)
-        if said is not None and _letters(said) == _letters(row.output):
-            return before, said, end
+        if said is not None and _letters(said) == _letters(answer.content):
+            return before, said, end, end
         # An answer with thoughts of its own, which take the place of empty ones, maybe in the form
         # that the generation prompt begins.
         begun: str = yield messages, True
         said = _between(begun, whole, after)
-        if said is not None and _letters(row.output).endswith(_letters(said)):
-            thought = _letters(row.output).removesuffix(_letters(said))
+        if said is not None and _letters(answer.content).endswith(_letters(said)):
+            thought = _letters(answer.content).removesuffix(_letters(said))
             if _letters(begun).endswith(thought):
-                return begun, said, end
+                return begun, said, end, end
         # Some leave out thoughts, or read them wrongly: the answer is learnt as it stands.
-        return before, self._lead + row.output, end
+        return before, self._lead + answer.content, end, end
+
+    def _calling(
+        self, before: str, whole: str, after: str, end: str, calls: Sequence[Record]
+    ) -> tuple[str, str]:
+        """An answer that calls tools, as it stands in a conversation, and what ends it.
+
+        It may end otherwise than others do: with the last control token that is written.
+
+        Args:
+            before: what is written before an answer.
+            whole: what is written of the conversation with this one.
+            after: what is written after an answer that calls none.
+            end: of that, what ends it.
+
+        Raises:
+            UserError: it does not begin as answers do, or has lost a call.
+        """
+        if not whole.startswith(before):
+            raise UserError(
+                f"{self._what} writes calls of tools otherwise than answers begin: {_NO_TOOLS}"
+            )
+        said = whole[len(before) :]
+        for call in calls:
+            _check_written(self._what, "calls", call["function"]["name"], said)
+        if said.endswith(after):
+            return said[: len(said) - len(after)], end
+        found = list(self._token.finditer(said))
+        if not found or said[found[-1].end() :].strip():
+            return said.rstrip(), ""
+        return said[: found[-1].start()], found[-1][0]
 
     def _conversation(self, row: Row) -> _Steps[Conversation]:
-        prompt, answer, end = yield from self._example(row)
-        messages = self._asked(row)
+        messages, last = self._asked(row), Message("assistant", row.output, row.calls)
+        prompt, answer, own_end, end = yield from self._answered(messages, last, row.tools)
         said: list[tuple[int, int]] = []
-        if any(role == "assistant" for role, _ in messages):
+        if any(message.role == "assistant" for message in messages):
             if _MARKS.search(self._source):
-                said = yield from self._marked([*messages, ("assistant", row.output)], prompt)
+                said = yield from self._marked([*messages, last], prompt)
+            elif any(message.calls for message in messages):
+                said = yield from self._told_one_by_one(messages, prompt, row.tools)
             else:
                 said = yield from self._told_apart(messages, prompt)
         # What an answer begins with in generation, and what ends it, is learnt with it, as the last
@@ -247,7 +292,7 @@ class ChatTemplate:
             for start, stop in said
             if self._token.sub("", prompt[start:stop]).strip()
         ]
-        return Conversation(prompt, answer, end, earlier)
+        return Conversation(prompt, answer, own_end, earlier)
 
     def _marked(self, messages: _Messages, prompt: str) -> _Steps[list[tuple[int, int]]]:
         """Where in a prompt the template's own marks say that the assistant speaks.
@@ -273,10 +318,10 @@ class ChatTemplate:
                 answer otherwise than it is given.
         """
         others = [
-            (role, f"{_TURN}{n}." if role == "assistant" else text)
-            for n, (role, text) in enumerate(messages)
+            Message("assistant", f"{_TURN}{n}.") if message.role == "assistant" else message
+            for n, message in enumerate(messages)
         ]
-        written: str = yield [*others, ("assistant", _REPLY)], False
+        written: str = yield [*others, Message("assistant", _REPLY)], False
         found = _answers(prompt, written.rpartition(_REPLY)[0].removesuffix(self._lead), messages)
         if found is None:
             # As where the prompt is what the template writes in generation.
@@ -289,20 +334,40 @@ class ChatTemplate:
             )
         return found
 
-    def _asked(self, row: Row) -> list[tuple[str, str]]:
-        """The messages of a row, up to the one that is to be answered."""
-        history = [(message.role, message.content) for message in row.history]
-        return [*history, ("user", self._message(row))]
+    def _told_one_by_one(
+        self, messages: _Messages, prompt: str, tools: Sequence[Record]
+    ) -> _Steps[list[tuple[int, int]]]:
+        """Where in a prompt its answers stand, some of which call tools, as `_told_apart`.
 
-    def _around(self, messages: _Messages) -> _Steps[tuple[str, str, str]]:
+        What is written around calls may differ from what is around texts, so that they are found
+        by the conversation up to each, where the prompt begins with that; or else apart.
+        """
+        found = []
+        for place, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            before, said, end, _ = yield from self._answered(messages[:place], message, tools)
+            if not prompt.startswith(before + said):
+                return (yield from self._told_apart(messages, prompt))
+            end = end if prompt.startswith(before + said + end) else ""
+            found.append((len(before), len(before + said + end)))
+        return found
+
+    def _asked(self, row: Row) -> list[Message]:
+        """The messages of a row, up to the one that is to be answered."""
+        return [*row.history, Message("user", self._message(row)), *row.between]
+
+    def _around(
+        self, messages: _Messages, tools: Sequence[Record] = ()
+    ) -> _Steps[tuple[str, str, str]]:
         """What is written before an answer, what ends it, and all that is written after it.
 
         Raises:
             UserError: the template fails, or leaves out what it is given.
         """
-        if self._forgets and any(role == "assistant" for role, _ in messages):
+        if self._forgets and any(message.role == "assistant" for message in messages):
             raise UserError(f"{self._what} leaves out earlier answers: {_OTHER}")
-        written: str = yield [*messages, ("assistant", _REPLY)], False
+        written: str = yield [*messages, Message("assistant", _REPLY)], False
         before, found, after = written.rpartition(_REPLY)
         if not found:
             raise UserError(f"{self._what} leaves out the answer: {_OTHER}")
@@ -311,11 +376,14 @@ class ChatTemplate:
             # Some put the system's text before the last message, where that is the user's.
             before = yield messages, True
             if _left_out(messages, before):
-                role, text = left_out
                 raise UserError(
-                    f"{self._what} leaves out or alters what the {role} says ({_shown(text)}): "
-                    f"{_OTHER}"
+                    f"{self._what} leaves out or alters what the {left_out.role} says "
+                    f"({_shown(left_out.content)}): {_OTHER}"
                 )
+        for tool in tools:
+            _check_written(self._what, "the tool", tool["function"]["name"], before)
+        for call in (call for message in messages for call in message.calls):
+            _check_written(self._what, "a call of", call["function"]["name"], before)
         said, token = self._to_token(after)
         # Letters are none of the answer, nor a token that generation stops at.
         end = said + token if token and not said.strip() else token
@@ -347,12 +415,18 @@ class ChatTemplate:
         return written
 
     def _written_all(
-        self, asked: Sequence[_Asked], before: str | None = None, *, after: str = ""
+        self,
+        asked: Sequence[_Asked],
+        before: str | None = None,
+        *,
+        after: str = "",
+        tools: Sequence[Sequence[Record]] | None = None,
     ) -> list[str | _Fails]:
         """What the template makes of each of several conversations, as `_write`.
 
         Args:
             after: where it may have taken more than it may, beside where the sentence says.
+            tools: what may be called in each of them; None is nothing in all.
 
         Raises:
             UserError: it takes more than it may.
@@ -364,7 +438,12 @@ class ChatTemplate:
         try:
             written = bounded.render(
                 before + self._source,
-                [(self._content(messages), generation) for messages, generation in asked],
+                [
+                    (self._content(messages), generation, offered or None)
+                    for (messages, generation), offered in zip(
+                        asked, tools or [()] * len(asked), strict=True
+                    )
+                ],
                 self._tokenizer.special_tokens_map | self._variables,
             )
         except bounded.Exceeded as error:
@@ -378,10 +457,26 @@ class ChatTemplate:
 
     def _content(self, messages: _Messages) -> list[dict[str, Any]]:
         """Messages as a template is given them."""
-        return [
-            {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
-            for role, text in messages
-        ]
+        return [self._turn(message) for message in messages]
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        text = message.content
+        turn = {
+            "role": message.role,
+            "content": [{"type": "text", "text": text}] if self._in_parts else text,
+            **message.told,
+        }
+        if message.calls:
+            turn["tool_calls"] = [self._call(call) for call in message.calls]
+        return turn
+
+    def _call(self, call: Record) -> Record:
+        """A call of a tool, whose arguments some templates want as text."""
+        if not self._arguments_as_text:
+            return call
+        function = call["function"]
+        text = json.dumps(function["arguments"], ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": text}}
 
     @property
     def _variables(self) -> dict[str, Any]:
@@ -400,8 +495,8 @@ class ChatTemplate:
             UserError: there is none.
         """
         asked = [
-            ("user", f"{_QUESTION}{_AWKWARD}{_QUESTION}"),
-            ("assistant", f"{_REPLY}{_AWKWARD}{_REPLY}"),
+            Message("user", f"{_QUESTION}{_AWKWARD}{_QUESTION}"),
+            Message("assistant", f"{_REPLY}{_AWKWARD}{_REPLY}"),
         ]
         problems: list[str] = []
         # Some insist on a system's message, and fail for rows that have none.
@@ -417,7 +512,10 @@ class ChatTemplate:
             problems.append(f"{self._what} {problem}: {_OTHER}")
         else:
             raise UserError(problems[0])
-        turns = [("user", "first"), ("assistant", _REPLY), ("user", "last"), ("assistant", "end")]
+        turns = [
+            *(Message("user", "first"), Message("assistant", _REPLY)),
+            *(Message("user", "last"), Message("assistant", "end")),
+        ]
         # Where it fails, so do rows with several turns.
         self._forgets = _REPLY not in (self._attempt([*self._opening, *turns]) or _REPLY)
 
@@ -451,8 +549,9 @@ class ChatTemplate:
 
     def _probe_answer(self) -> None:
         """Find out what the template writes before and after an answer, and in generation."""
-        asked = [*self._opening, ("user", _QUESTION)]
-        before, _, after = self._write([*asked, ("assistant", _REPLY)]).rpartition(_REPLY)
+        asked = [*self._opening, Message("user", _QUESTION)]
+        answered = [*asked, Message("assistant", _REPLY)]
+        before, _, after = self._write(answered).rpartition(_REPLY)
         bare, begun = self._attempt(asked), self._attempt(asked, generation=True)
         self.written = (before if bare is None else bare) + after
         said, token = self._to_token(after)
@@ -483,7 +582,7 @@ class ChatTemplate:
         A template that cannot write several turns, or not so that they can be told apart, is
         refused for the first row that has some.
         """
-        opening = tuple(Message("system", text) for _, text in self._opening)
+        opening = tuple(self._opening)
         asked, said = "first", "an earlier answer"
         history = (*opening, Message("user", asked), Message("assistant", said))
         alone = Row(asked, output=said, history=opening)
@@ -506,6 +605,36 @@ class ChatTemplate:
                 "the chat template does not end earlier answers as it ends the last: they are "
                 "learnt without an end",
             )
+
+    @functools.cached_property
+    def writes_tools(self) -> bool:
+        """Whether it writes tools, calls of them, and what they return.
+
+        It is asked with arguments as mappings, as transformers has them, and then as text.
+        """
+        if not {"tools", "tool_calls"} <= set(re.findall(r"\w+", self._source)):
+            return False
+        function = {"name": _TOOL, "arguments": {"key": _ARGUMENT}}
+        call = {"id": "call00001", "type": "function", "function": function}
+        parameters = {"type": "object", "properties": {"key": {"type": "string"}}}
+        tool = {"name": _TOOL, "description": _QUESTION, "parameters": parameters}
+        asked = [
+            *self._opening,
+            Message("user", "first"),
+            Message("assistant", "", (call,)),
+            Message("tool", _TURN, told={"name": _TOOL, "tool_call_id": "call00001"}),
+            Message("assistant", "end"),
+        ]
+        for self._arguments_as_text in (False, True):
+            offered = [[{"type": "function", "function": tool}]]
+            [written] = self._written_all([(asked, False)], tools=offered)
+            if isinstance(written, _Fails):
+                continue
+            _, described, rest = written.partition(_QUESTION)
+            _, called, rest = rest.partition(_TOOL)
+            if described and called and f'"{_ARGUMENT}"' in rest and _TURN in rest:
+                return True
+        return False
 
     def _attempt(self, messages: _Messages, *, generation: bool = False) -> str | None:
         """What the template makes of messages; None where it fails."""
@@ -592,7 +721,9 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     for row in rows:
         batch.append(row)
         size += len(row.instruction) + len(row.input) + len(row.output)
-        size += sum(len(message.content) for message in row.history)
+        size += sum(len(message.content) for message in (*row.history, *row.between))
+        if row.tools:
+            size += sum(map(len, texts_in(row.tools)))
         if len(batch) == most or size >= characters:
             yield batch
             batch, size = [], 0
@@ -603,7 +734,7 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 def _difference(asked: _Messages, written: str) -> str | None:
     """What is wrong with what was written of messages; None if each is there once, in order."""
     place = 0
-    for role, text in asked:
+    for role, text in ((message.role, message.content) for message in asked):
         mark = text[:10]
         found = written.find(text, place)
         if written.count(mark) > text.count(mark):
@@ -615,12 +746,24 @@ def _difference(asked: _Messages, written: str) -> str | None:
     return None
 
 
-def _left_out(messages: _Messages, written: str) -> tuple[str, str] | None:
-    """The first message that was not written; earlier answers may be without their thoughts."""
-    for role, text in messages:
-        if role != "assistant" and text.strip() not in written:
-            return role, text
+def _left_out(messages: _Messages, written: str) -> Message | None:
+    """The first message that was not written; earlier answers may be without their thoughts.
+
+    What a tool has returned may stand there as a text in JSON.
+    """
+    for message in messages:
+        text = message.content.strip()
+        if message.role == "assistant" or text in written:
+            continue
+        if message.role != "tool" or json.dumps(text, ensure_ascii=False)[1:-1] not in written:
+            return message
     return None
+
+
+def _check_written(what: str, whose: str, name: str, written: str) -> None:
+    """Raise a `UserError` where a template has left out a tool, or a call of one."""
+    if name not in written:
+        raise UserError(f"{what} leaves out {whose} {_shown(name)}: {_NO_TOOLS}")
 
 
 def _between(before: str, whole: str, after: str) -> str | None:
@@ -639,12 +782,17 @@ def _answers(prompt: str, written: str, messages: _Messages) -> list[tuple[int, 
         written: the same prompt, with other texts in the answers' places.
     """
     gaps = _PLACES.split(written)
-    answers = [text for role, text in messages if role == "assistant"]
+    answers = [message for message in messages if message.role == "assistant"]
     if len(gaps) != len(answers) + 1 or not prompt.startswith(gaps[0]):
         return None
     place, found = len(gaps[0]), []
     for answer, gap in zip(answers, gaps[1:], strict=True):
-        stop = _end_of(answer, prompt, place, gap)
+        if answer.calls:
+            # How they are written is not known, but what follows them is, with its control tokens.
+            end = prompt.find(gap, place)
+            stop = end if end >= 0 and gap.strip() else None
+        else:
+            stop = _end_of(answer.content, prompt, place, gap)
         if stop is None:
             return None
         found.append((place, stop))

@@ -70,7 +70,7 @@ class ClientData:
         else:
             assert settings.source is not None
             assert settings.partition is not None
-            self._rows = self._read(settings.source, self._held.source)
+            self._rows = self._read([settings.source], self._held.source)
             self._parts = partition(self._rows, settings.partition, seeds.derive("clients"))
             self.names = list(self._parts)
         tests, self._test_files = settings.client_test, {}
@@ -104,8 +104,8 @@ class ClientData:
             UserError: they cannot be read.
         """
         if name in self._test_files:
-            file = str(self._test_files[name])
-            return self._checked(file, self._held.client_tests.get(name), 1.0)
+            files = list(map(str, self._test_files[name]))
+            return self._checked(files, self._held.client_tests.get(name), 1.0)
         if not isinstance(self._settings.client_test, float):
             return []
         # What is to be said of the rows is said when the others of them are tokenised.
@@ -119,8 +119,8 @@ class ClientData:
             if not rows:
                 raise NothingToLearn(f"{name}: `data.partition` gives it no row")
             return rows
-        source, own = str(self._files[name]), self._held.clients.get(name)
-        return self._read(source, own, remark=remark)
+        files, own = list(map(str, self._files[name])), self._held.clients.get(name)
+        return self._read(files, own, remark=remark)
 
     def _divided(self, name: str, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
         """A client's rows to learn from, of which one is left at least, and those to be scored."""
@@ -135,18 +135,38 @@ class ClientData:
             [row for index, row in enumerate(rows) if index in held_out],
         )
 
-    def _read(self, source: str, held: Records | None, *, remark: bool = True) -> Sequence[Row]:
-        """The rows of a source, or of what is held in memory."""
-        rows = self._checked(source, held, self._settings.share)
+    def _read(
+        self, sources: Sequence[str], held: Records | None, *, remark: bool = True
+    ) -> Sequence[Row]:
+        """The rows of sources, or of what is held in memory."""
+        settings = self._settings
+        rows = self._checked(sources, held, settings.share, settings.rows)
         if remark:
             self.remarks.update(rows.remarks)
         return rows
 
-    def _checked(self, source: str, held: Records | None, share: float) -> Rows:
-        """A share of the rows of a source, or of what is held in memory."""
+    def _checked(
+        self,
+        sources: Sequence[str],
+        held: Records | None,
+        share: float,
+        first: int | None = None,
+    ) -> Rows:
+        """A share of the rows of each of some sources, or of what is held in memory."""
         settings = self._settings
-        if source == MEMORY and held is not None:
-            records = share_of(held, share)
-        else:
-            records = read(source, settings.split, settings.subset, share)
-        return check(records, settings.fields, every_turn=settings.loss_on == "turns")
+        rows: list[Row] = []
+        remarks = Remarks()
+        for source in sources:
+            if source == MEMORY and held is not None:
+                records = share_of(held, share, first)
+            else:
+                records = read(source, settings.split, settings.subset, share, first)
+            found = check(
+                records,
+                settings.fields,
+                every_turn=settings.loss_on == "turns",
+                tools=self.encoder.template.writes_tools,
+            )
+            rows += found.rows
+            remarks.update(found.remarks)
+        return Rows(rows, remarks)

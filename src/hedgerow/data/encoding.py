@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hedgerow.data.rows import Row, check_characters
+from hedgerow.data.rows import Message, Row, check_characters, texts_in
 from hedgerow.data.templates import Template
 from hedgerow.errors import UserError
 from hedgerow.lazy import transformers
@@ -96,19 +96,24 @@ class Encoder:
             earlier: list[tuple[tuple[int, int], ...]] = [()] * len(shown)
             if every_turn:
                 written = _written(self.template.conversations, shown, where)
-                texts = [(each.prompt, self._ended(each.answer, each.end)) for each in written]
+                examples = [(each.prompt, each.answer, each.end) for each in written]
                 for place, (row, each) in enumerate(zip(shown, written, strict=True)):
                     if each.earlier:
                         with _named(row, where):
                             earlier[place] = self._within(reader, each.prompt, each.earlier)
             else:
                 examples = _written(self.template.examples, shown, where)
-                texts = [(prompt, self._ended(answer, end)) for prompt, answer, end in examples]
+            texts = [(prompt, self._ended(answer, end)) for prompt, answer, end in examples]
+            # A call of tools may end with a token of its own, which no text ends with.
+            ended = [
+                bool(row.calls and end and self.writes_ends)
+                for row, (_, _, end) in zip(shown, examples, strict=True)
+            ]
             prompts, answers = self._pairs(reader, texts)
-            for number, prompt, answer, spans in zip(
-                numbers, prompts, answers, earlier, strict=True
+            for number, prompt, answer, spans, is_ended in zip(
+                numbers, prompts, answers, earlier, ended, strict=True
             ):
-                if not answer or answer[-1] not in (eos, *self.ends):
+                if not answer or not (is_ended or answer[-1] in (eos, *self.ends)):
                     answer.append(eos)
                 found[number] = Encoded(prompt, answer, reader is not self._plain, spans)
         encoded = [each for each in found if each is not None]
@@ -225,7 +230,7 @@ class Encoder:
     def _check(self, rows: Sequence[Row], encoded: Sequence[Ids], where: str) -> None:
         """Raise a `UserError` for a token that the model has no embedding for."""
         for row, ids in zip(rows, encoded, strict=True):
-            self.check(ids, f"{where}: row {row.number}")
+            self.check(ids, row.place(where))
 
     def check(self, ids: Ids, whose: str) -> None:
         """Raise a `UserError` for a token that the model has no embedding for.
@@ -543,24 +548,49 @@ def _named(row: Row, where: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        place = f"{where}: row {row.number}" if row.number else where
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{row.place(where)}: {error}") from None
 
 
 def _texts(row: Row) -> list[str]:
     """All that a row brings into a text."""
-    history = (message.content for message in row.history)
-    return [row.instruction, row.input, row.output, *history]
+    texts = [row.instruction, row.input, row.output]
+    for message in (*row.history, *row.between):
+        texts.append(message.content)
+        if message.calls or message.told:
+            texts += texts_in([message.calls, message.told])
+    return texts + list(texts_in([row.calls, row.tools])) if row.calls or row.tools else texts
 
 
 def _mapped(row: Row, change: Callable[[str], str]) -> Row:
     """A row with all its texts changed."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, str):
+            return change(value)
+        if isinstance(value, Mapping):
+            return {change(key): mapped(own) for key, own in value.items()}
+        return type(value)(map(mapped, value)) if isinstance(value, list | tuple) else value
+
+    def turns(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        return tuple(
+            replace(
+                each,
+                content=change(each.content),
+                calls=mapped(each.calls),
+                told=mapped(each.told),
+            )
+            for each in messages
+        )
+
     return replace(
         row,
         instruction=change(row.instruction),
         input=change(row.input),
         output=change(row.output),
-        history=tuple(replace(message, content=change(message.content)) for message in row.history),
+        history=turns(row.history),
+        between=turns(row.between),
+        calls=mapped(row.calls),
+        tools=mapped(row.tools),
     )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hedgerow.data.rows import Row, is_empty
+from hedgerow.data.rows import Row, is_empty, value_of
 from hedgerow.errors import UserError
 
 if TYPE_CHECKING:
@@ -128,12 +128,12 @@ def _labels(rows: Sequence[Row], column: str | None) -> tuple[list[Any], list[in
     assert column is not None, "`Partition` demands it for all kinds but iid"
     values = []
     for row in rows:
-        value = row.columns.get(column)
+        value = value_of(row.columns, column)
         if is_empty(value) or not isinstance(value, str | int | float):
             problem = "no value" if is_empty(value) else f"a {type(value).__name__}"
             raise UserError(
-                f"`data.partition.column`: row {row.number} has {problem} in {column!r}, where "
-                f"text or a number must be (columns there: {', '.join(sorted(row.columns))})"
+                f"`data.partition.column`: {row.place(row.where)} has {problem} in {column!r}, "
+                f"where text or a number must be (columns there: {', '.join(sorted(row.columns))})"
             )
         values.append(value)
     if any(isinstance(value, str) for value in values):

@@ -19,12 +19,25 @@ Record = dict[str, Any]
 """One example as its source has it: column names and their values."""
 
 
+Role = Literal["system", "user", "assistant", "tool"]
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
 
-    role: Literal["system", "user", "assistant"]
+    Attributes:
+        role: who speaks; `tool` is what a call of a tool has returned.
+        content: what is said.
+        calls: calls of tools that the assistant makes, each with `function`, which has a `name` and
+            `arguments`, and maybe an `id`, as chat templates take them.
+        told: `name` and `tool_call_id` of what a tool has returned, where they are there.
+    """
+
+    role: Role
     content: str
+    calls: tuple[Record, ...] = ()
+    told: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +47,15 @@ class Row:
     Attributes:
         instruction: what is asked; the last user's turn of a conversation.
         input: context of the instruction; empty where there is none.
-        output: the right answer; empty where there is none.
+        output: the right answer; empty where there is none, or calls of tools alone.
         history: earlier turns of the conversation, the system's first, where there are any.
+        between: calls of tools, and what they returned, after the instruction and before the
+            answer.
+        calls: calls of tools that are the answer, or part of it, as those of a `Message`.
+        tools: what may be called, each as `{"type": "function", "function": {"name": …}}`.
         columns: all columns of the row's source, by name.
         number: place in its source, from 1; 0 of a row that has none.
+        where: file, or what else it is from, for messages; empty where nobody has said.
     """
 
     instruction: str
@@ -46,6 +64,19 @@ class Row:
     history: tuple[Message, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
     number: int = 0
+    where: str = field(default="", compare=False)
+    between: tuple[Message, ...] = ()
+    calls: tuple[Record, ...] = ()
+    tools: tuple[Record, ...] = ()
+
+    def place(self, whose: str) -> str:
+        """What a message calls the row, as "ward (2024.csv): row 3".
+
+        Args:
+            whose: the client or source that it belongs to.
+        """
+        known = f"{whose} ({self.where})" if self.where not in ("", whose) else whose
+        return ": ".join(filter(None, [known, f"row {self.number}" if self.number else ""]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +88,15 @@ class Records:
         where: the file, or what else they are from, for messages.
         numbers: place of each in its source, from 1.
         classes: names of the classes that the integers of a column stand for, by column.
+        typed: whether each column had one type for all its values, as a table's, so that mappings
+            have the keys of all others.
     """
 
     rows: Sequence[Record]
     where: str
     numbers: Sequence[int]
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    typed: bool = False
 
     @classmethod
     def of(
@@ -81,7 +115,7 @@ class Records:
             where: what they are from, for messages.
             numbers: place of each in its source; from 1 on if None.
             classes: as the attribute.
-            typed: whether each column had one type for all its values, as a table's.
+            typed: as the attribute.
 
         Raises:
             UserError: one is no such mapping.
@@ -102,7 +136,7 @@ class Records:
             # columns of one type is it handed on as null.
             gaps |= {k for k, v in rows[-1].items() if v is None and (typed or row[k] is not None)}
         _restore_integers(rows, gaps)
-        return cls(rows, where, numbers or range(1, len(rows) + 1), classes or {})
+        return cls(rows, where, numbers or range(1, len(rows) + 1), classes or {}, typed)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -111,7 +145,7 @@ class Records:
         """Those of the rows, in this order."""
         rows = [self.rows[index] for index in indices]
         numbers = [self.numbers[index] for index in indices]
-        return Records(rows, self.where, numbers, self.classes)
+        return replace(self, rows=rows, numbers=numbers)
 
 
 class Remarks:
@@ -182,35 +216,48 @@ def answered_turns(row: Row) -> list[Row]:
     Its columns have `turn` as well, from 1, unless the source has such a column. Earlier answers
     that are blank are left out; the last one has a row in any case.
     """
-    turns = [*row.history, Message("user", row.instruction), Message("assistant", row.output)]
-    rows, number = [], 0
+    asked = Message("user", row.instruction)
+    turns = [*row.history, asked, *row.between, Message("assistant", row.output, row.calls)]
+    rows, number, last = [], 0, 0
     for place, turn in enumerate(turns):
+        if turn.role == "user":
+            last = place
         if turn.role != "assistant":
             continue
         number += 1
         columns = {"turn": number} | dict(row.columns)
         if place == len(turns) - 1:
             rows.append(replace(row, columns=columns))
-        elif turn.content.strip():
+        elif turn.content.strip() or turn.calls:
             rows.append(
                 Row(
-                    instruction=turns[place - 1].content,
+                    instruction=turns[last].content,
                     output=turn.content,
-                    history=tuple(turns[: place - 1]),
+                    history=tuple(turns[:last]),
                     columns=columns,
                     number=row.number,
+                    where=row.where,
+                    between=tuple(turns[last + 1 : place]),
+                    calls=turn.calls,
+                    tools=row.tools,
                 )
             )
     return rows
 
 
 def check(
-    records: Records, fields: Fields, *, answered: bool = True, every_turn: bool = False
+    records: Records,
+    fields: Fields,
+    *,
+    answered: bool = True,
+    every_turn: bool = False,
+    tools: bool = False,
 ) -> Rows:
     """Rows of records.
 
     Rows that are empty, that ask nothing or that answer nothing are left out and counted, and so
-    are conversations with tools, images, or turns that do not alternate.
+    are conversations with images, turns that do not alternate, or calls of tools that the prompt
+    cannot write.
 
     Args:
         records: what was read.
@@ -219,6 +266,7 @@ def check(
             `completion` instead, those are read.
         answered: whether a row without an answer is of no use.
         every_turn: whether all answers of a conversation count, or the last one alone.
+        tools: whether the prompt writes tools, their calls, and what they return.
 
     Raises:
         UserError: naming the source, the row and the column of what cannot be used.
@@ -234,13 +282,14 @@ def check(
     asked, fields = fields, _layout(fields, known, answered)
     read_from = fields.messages or f"{fields.instruction}, {fields.output}"
     _check_known(records, fields, known, answered)
-    ignored = [c for c in known if c.lower() in _LIKE_AN_INPUT and c not in _named(fields)]
-    reader = _Reader(records, fields, remarks, every_turn)
+    named = {*_named(fields), fields.tools}
+    ignored = [c for c in known if c.lower() in _LIKE_AN_INPUT and c not in named]
+    reader = _Reader(records, fields, remarks, every_turn=every_turn, tools=tools)
     rows: list[Row] = []
     for number, record in zip(records.numbers, records.rows, strict=True):
         try:
             row = reader.read(record, number)
-            if answered and not row.output.strip():
+            if answered and not row.output.strip() and not row.calls:
                 raise _LeftOut("no answer")
         except _LeftOut as reason:
             remarks.add(f"left out: {reason}", where, number)
@@ -265,7 +314,7 @@ _LIKE_AN_INPUT = {
     *("history", "system", "system_prompt", "tools"),
 }
 """Columns that change what is asked, so that ignoring them is said."""
-_ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+_ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -275,8 +324,10 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "model": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
 }
-_TOOLS = {"tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_calls"}
+_CALLS = ("tool_calls", "function_call", "tool_call")
+"""Keys that hold calls of tools, and roles whose text is one, as in ShareGPT's."""
 _MISSING = object()
 
 
@@ -311,6 +362,11 @@ def _check_known(
     where none is needed.
     """
     where = records.where
+    if fields.tools not in (None, "tools") and fields.tools not in known:
+        raise UserError(
+            f"{where}: no row has a column {fields.tools!r}: set `data.fields.tools` to the column "
+            "of the tools, or to null if there is none"
+        )
 
     def is_there(column: str) -> bool:
         if column in known:
@@ -352,16 +408,38 @@ def _check_known(
 
 
 def _value(record: Any, column: str) -> Any:
-    """The value of a column, or of what is nested in it, as `answers.text`; of a list the first."""
-    if isinstance(record, Mapping) and column in record:
-        return record[column]
-    outer, dot, inner = column.partition(".")
-    if not dot or not isinstance(record, Mapping) or outer not in record:
+    """The value of a column, or of what is nested in it, as `answers.text`; of a list the first.
+
+    A column whose name has dots itself is meant first.
+    """
+    if not isinstance(record, Mapping):
         return _MISSING
-    value = record[outer]
-    while isinstance(value, list):
-        value = value[0] if value else None
-    return None if value is None else _value(value, inner)
+    if column in record:
+        return record[column]
+    parts = column.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        outer, inner = ".".join(parts[:count]), ".".join(parts[count:])
+        if outer not in record:
+            continue
+        value = record[outer]
+        while isinstance(value, list):
+            value = value[0] if value else None
+        found = None if value is None else _value(value, inner)
+        if found is not _MISSING:
+            return found
+    return _MISSING
+
+
+def value_of(record: Mapping[str, Any], column: str, otherwise: Any = None) -> Any:
+    """The value of a column, or of one inside another, as `meta.topic`.
+
+    Of a list, what its first element has; a column whose own name has dots is meant first.
+
+    Args:
+        otherwise: what is returned where there is no such column.
+    """
+    found = _value(record, column)
+    return otherwise if found is _MISSING else found
 
 
 def is_empty(value: Any) -> bool:
@@ -377,10 +455,17 @@ class _Reader:
     """Makes rows of the records of one source."""
 
     def __init__(
-        self, records: Records, fields: Fields, remarks: Remarks, every_turn: bool
+        self,
+        records: Records,
+        fields: Fields,
+        remarks: Remarks,
+        *,
+        every_turn: bool,
+        tools: bool,
     ) -> None:
         self._fields, self._remarks, self._every_turn = fields, remarks, every_turn
-        self._where, self._classes = records.where, records.classes
+        self._where, self._classes, self._typed = records.where, records.classes, records.typed
+        self._writes_tools = tools
 
     def read(self, record: Record, number: int) -> Row:
         """The row of a record.
@@ -394,12 +479,13 @@ class _Reader:
         fields, where = self._fields, f"{self._where}: row {number}"
         if fields.messages is not None:
             found = self._cell(record, fields.messages, number)
-            return self._conversation(record, number, _turns(found, where, fields.messages))
+            turns = self._turns(found, where, fields.messages)
+            return self._conversation(record, number, turns)
         asked = self._cell(record, fields.instruction, number)
         answer = self._cell(record, fields.output, number)
         if _has_messages(asked) or _has_messages(answer):
-            turns = _turns(asked, where, fields.instruction, "user")
-            turns += _turns(answer, where, fields.output, "assistant")
+            turns = self._turns(asked, where, fields.instruction, "user")
+            turns += self._turns(answer, where, fields.output, "assistant")
             return self._conversation(record, number, turns)
         row = Row(
             instruction=_text(asked, f"{where}: column {fields.instruction!r}"),
@@ -409,6 +495,8 @@ class _Reader:
             output=_text(answer, f"{where}: column {fields.output!r}"),
             columns=record,
             number=number,
+            where=self._where,
+            tools=self._tools(record, number),
         )
         if not (row.instruction + row.input).strip():
             raise _LeftOut("nothing is asked")
@@ -439,73 +527,207 @@ class _Reader:
         turns = turns[len(system) :]
         if not turns:
             raise _LeftOut("nothing is asked")
-        if any(turn.role != ("user", "assistant")[n % 2] for n, turn in enumerate(turns)):
+        if not self._writes_tools and any(turn.calls or turn.role == "tool" for turn in turns):
+            raise _LeftOut("turns of tools, which the prompt does not write")
+        if not _takes_turns(turns):
             raise _LeftOut("turns that do not alternate between user and assistant")
         if len(turns) == 1:
             turns.append(Message("assistant", ""))
-        if len(turns) % 2:
-            what = "with a question at the end that has no answer, and is not used"
+        if turns[-1].role != "assistant":
+            end = "a question" if turns[-1].role == "user" else "what a tool has returned"
+            what = f"with {end} at the end that has no answer, and is not used"
             self._remarks.add(what, self._where, number)
-            turns.pop()
-        if len(turns) > 2 and not self._every_turn:
+            while turns[-1].role != "assistant":
+                turns.pop()
+        if sum(turn.role == "assistant" for turn in turns) > 1 and not self._every_turn:
             what = "with several answers, of which only the last counts"
             self._remarks.add(what, self._where, number)
-        *history, asked, answer = turns
-        if not asked.content.strip():
+        *earlier, answer = turns
+        last = max(place for place, turn in enumerate(earlier) if turn.role == "user")
+        if not earlier[last].content.strip():
             raise _LeftOut("nothing is asked")
         return Row(
-            instruction=asked.content,
+            instruction=earlier[last].content,
             output=answer.content,
-            history=(*system, *history),
+            history=(*system, *earlier[:last]),
             columns=record,
             number=number,
+            where=self._where,
+            between=tuple(earlier[last + 1 :]),
+            calls=answer.calls,
+            tools=self._tools(record, number),
         )
+
+    def _tools(self, record: Record, number: int) -> tuple[Record, ...]:
+        """The tools that a row offers; none where the prompt writes none.
+
+        Raises:
+            UserError: they are no descriptions of functions.
+        """
+        column = self._fields.tools
+        value = None if column is None else record.get(column)
+        if is_empty(value):
+            return ()
+        if not self._writes_tools:
+            what = f"with tools in column {column!r}, which the prompt does not write"
+            self._remarks.add(what, self._where, number)
+            return ()
+        place = f"{self._where}: row {number}: column {column!r}"
+        found = self._parsed(value, place)
+        if isinstance(found, Mapping):
+            found = [found]
+        if not isinstance(found, list):
+            raise UserError(f"{place} must be a list of tools, not {type(found).__name__}")
+        tools = []
+        for n, tool in enumerate(found, start=1):
+            function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if not isinstance(name, str) or not name.strip():
+                raise UserError(
+                    f"{place}: tool {n} must have a name and parameters, as "
+                    '{"type": "function", "function": {"name": …, "parameters": …}}'
+                )
+            tools.append({"type": "function", "function": function})
+        _check_texts(tools, place)
+        return tuple(tools)
+
+    def _parsed(self, value: Any, place: str) -> Any:
+        """What describes tools or calls, which may be a text in JSON.
+
+        Tables have all keys of all rows in each; those without a value are none of its own.
+        """
+        if isinstance(value, str):
+            try:
+                return json.loads(value)
+            except (ValueError, RecursionError):
+                raise UserError(f"{place} is not valid JSON") from None
+        return _without_gaps(value) if self._typed else value
+
+    def _turns(
+        self,
+        value: Any,
+        where: str,
+        column: str,
+        role: Literal["user", "assistant"] | None = None,
+    ) -> list[Message]:
+        """The messages of a cell; a text is one of `role`.
+
+        Raises:
+            _LeftOut: some hold more than text.
+            UserError: they are no messages.
+        """
+        place = f"{where}: column {column!r}"
+        if isinstance(value, str) and role is None and value.lstrip().startswith("["):
+            try:
+                value = json.loads(value)  # as CSV files hold them
+            except (ValueError, RecursionError):
+                raise UserError(f"{place} is no list of messages in JSON") from None
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            if role is None:
+                raise UserError(
+                    f"{place} must be a list of messages, as "
+                    f'[{{"role": "user", "content": …}}, …], not {type(value).__name__}'
+                )
+            return [Message(role, _text(value, place))]
+        return [self._message(each, f"{place}: message {n}") for n, each in enumerate(value, 1)]
+
+    def _message(self, message: Any, at: str) -> Message:
+        if not isinstance(message, Mapping):
+            raise UserError(f"{at} must have a role and content, not be {type(message).__name__}")
+        said = message.get("role") or message.get("from")
+        content = message.get("content", message.get("value"))
+        name = said.lower() if isinstance(said, str) else ""
+        if name in _CALLS:
+            return Message("assistant", "", self._called(content, at))
+        if name not in _ROLES:
+            raise UserError(
+                f"{at} has the role {said!r}: give system, user, assistant or tool (or human or "
+                "gpt)"
+            )
+        calls = next((found for key in _CALLS if (found := message.get(key))), None)
+        role = _ROLES[name]
+        if calls and role != "assistant":
+            raise UserError(f"{at} calls tools, which the assistant alone does, not {said!r}")
+        told = {
+            key: _text(message[key], f"{at}: {key!r}")
+            for key in ("name", "tool_call_id")
+            if role == "tool" and message.get(key) is not None
+        }
+        if role == "tool" and isinstance(content, Mapping):
+            content = json.dumps(content, ensure_ascii=False)
+        return Message(role, _content(content, at), self._called(calls, at) if calls else (), told)
+
+    def _called(self, value: Any, at: str) -> tuple[Record, ...]:
+        """Calls of tools, in the form that chat templates take.
+
+        Raises:
+            UserError: they are no calls.
+        """
+        found = self._parsed(value, f"{at}: its calls of tools")
+        calls = []
+        for call in found if isinstance(found, list) else [found]:
+            function = call.get("function", call) if isinstance(call, Mapping) else None
+            name = function.get("name") if isinstance(function, Mapping) else None
+            arguments = function.get("arguments", {}) if isinstance(function, Mapping) else None
+            if isinstance(arguments, str):
+                arguments = self._parsed(arguments or "{}", f"{at}: a call's arguments")
+            if arguments is None:
+                arguments = {}
+            if not isinstance(name, str) or not name.strip() or not isinstance(arguments, Mapping):
+                raise UserError(
+                    f"{at}: a call of a tool must have the tool's name and arguments by name, as "
+                    '{"function": {"name": …, "arguments": {…}}}'
+                )
+            known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+            function = {"name": name, "arguments": dict(arguments)}
+            calls.append({**known, "type": "function", "function": function})
+        _check_texts(calls, at)
+        return tuple(calls)
 
 
 def _has_messages(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(each, Mapping) for each in value)
 
 
-def _turns(
-    value: Any, where: str, column: str, role: Literal["user", "assistant"] | None = None
-) -> list[Message]:
-    """The messages of a cell; a text is one of `role`.
+def _takes_turns(turns: Sequence[Message]) -> bool:
+    """Whether user and assistant take turns, but for calls of tools and what they return."""
+    allowed = {"user"}
+    for turn in turns:
+        if turn.role not in allowed:
+            return False
+        if turn.role == "assistant":
+            allowed = {"tool"} if turn.calls else {"user"}
+        else:
+            allowed = {"assistant", "tool"} if turn.role == "tool" else {"assistant"}
+    return True
 
-    Raises:
-        _LeftOut: some are of tools, or hold more than text.
-        UserError: they are no messages.
-    """
-    place = f"{where}: column {column!r}"
-    if isinstance(value, str) and role is None and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)  # as CSV files hold them
-        except (ValueError, RecursionError):
-            raise UserError(f"{place} is no list of messages in JSON") from None
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        if role is None:
-            raise UserError(
-                f"{place} must be a list of messages, as "
-                f'[{{"role": "user", "content": …}}, …], not {type(value).__name__}'
-            )
-        return [Message(role, _text(value, place))]
-    turns = []
-    for n, message in enumerate(value, start=1):
-        at = f"{place}: message {n}"
-        if not isinstance(message, Mapping):
-            raise UserError(f"{at} must have a role and content, not be {type(message).__name__}")
-        said = message.get("role") or message.get("from")
-        content = message.get("content", message.get("value"))
-        role_name = said.lower() if isinstance(said, str) else ""
-        if role_name in _TOOLS or message.get("tool_calls") or message.get("function_call"):
-            raise _LeftOut("turns of tools")
-        if role_name not in _ROLES:
-            raise UserError(
-                f"{at} has the role {said!r}: give system, user or assistant (or human or gpt)"
-            )
-        turns.append(Message(_ROLES[role_name], _content(content, at)))
-    return turns
+
+def _without_gaps(value: Any) -> Any:
+    """A value without keys of mappings that have none."""
+    if isinstance(value, Mapping):
+        return {key: _without_gaps(own) for key, own in value.items() if own is not None}
+    return [_without_gaps(each) for each in value] if isinstance(value, list) else value
+
+
+def _check_texts(value: Any, where: str) -> None:
+    """Raise a `UserError` for a text in a value, however nested, that is none."""
+    for text in texts_in(value):
+        check_characters(text, where)
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in a value as JSON has them, however nested, names of keys as well."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, own in value.items():
+            yield from texts_in(key)
+            yield from texts_in(own)
+    elif isinstance(value, list | tuple):
+        for own in value:
+            yield from texts_in(own)
 
 
 def _content(content: Any, where: str) -> str:

@@ -64,6 +64,10 @@ class Template(Protocol):
     def written(self) -> str:
         """What it writes around a row's texts."""
 
+    @property
+    def writes_tools(self) -> bool:
+        """Whether it writes tools, calls of them, and what they return."""
+
     def prompt(self, row: Row) -> str:
         """The text that the model is given."""
 
@@ -126,6 +130,7 @@ class TextTemplate:
     ends = ()
     date = None
     notes = ()
+    writes_tools = False
 
     def __init__(self, text: str, where: str, end: str = "") -> None:
         if _JINJA.search(text):

@@ -22,6 +22,7 @@ from hedgerow.data import (
     answered_turns,
     load_template,
 )
+from hedgerow.data.rows import value_of
 from hedgerow.errors import NothingToScore, UserError
 from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.choices import Choices, log_likelihoods
@@ -58,6 +59,8 @@ class TestSet:
     """Shape (n,): the rows that have a loss."""
     references: list[str]
     """The right answer of each row, as text."""
+    texts: Int64
+    """Rows whose right answer is a text, shape (n,), and not calls of tools."""
     groups: list[str] | None
     """The value of the column `evaluation.by` in each row, where it is set."""
     choices: Choices | None
@@ -120,6 +123,12 @@ class TestSet:
                 f"{settings.max_length} tokens: raise it where the model has more positions, "
                 "or give rows with shorter prompts"
             )
+        texts = np.flatnonzero([not row.calls for row in rows])
+        if "answers" in needs and not len(texts):
+            raise NothingToScore(
+                f"`evaluation.metrics`: every answer of {name} calls tools, and {needs['answers']} "
+                "compares texts: ask for loss"
+            )
         choices = None
         if "choices" in needs:
             # The columns that a question's options stand in are of its last turn.
@@ -132,6 +141,7 @@ class TestSet:
             max_length=settings.max_length,
             scored=scored,
             references=[row.output for row in rows],
+            texts=texts,
             groups=None if evaluation.by is None else _column(rows, evaluation.by, name),
             choices=choices,
         )
@@ -193,7 +203,7 @@ def evaluate(
     needs = {metric.needs for metric in metrics}
     sizes: dict[Need, int] = {
         "likelihood": len(test.scored),
-        "answers": len(test),
+        "answers": len(test.texts),
         "choices": len(test.choices.encoded) if test.choices else 0,
     }
     total, done = sum(sizes[need] for need in needs), 0
@@ -210,8 +220,9 @@ def evaluate(
         evidence["likelihood"] = _likelihoods(model, test, settings.batch_size, tick)
     if "answers" in needs:
         said, counts["answer_prompts_cut"] = answers(model, test, settings, tick)
-        pairs = [Answer(*pair) for pair in zip(test.references, said, strict=True)]
-        evidence["answers"] = Evidence(np.arange(len(test)), pairs)
+        right = [test.references[place] for place in test.texts.tolist()]
+        pairs = [Answer(*pair) for pair in zip(right, said, strict=True)]
+        evidence["answers"] = Evidence(test.texts, pairs)
     if "choices" in needs:
         assert test.choices is not None, "the test set is prepared with the same settings"
         likelihoods, cut = log_likelihoods(model, test.choices, settings.batch_size, tick)
@@ -246,8 +257,8 @@ def _likelihoods(model: Model, test: TestSet, batch_size: int, tick: Tick) -> Ev
 def answers(
     model: Model, test: TestSet, settings: EvaluationSettings, tick: Tick
 ) -> tuple[list[str], int]:
-    """The model's greedy answer to each row, and how many prompts had to be cut."""
-    examples = (test.examples[index] for index in range(len(test)))
+    """The model's greedy answer to each row of `texts`, and how many prompts had to be cut."""
+    examples = (test.examples[index] for index in test.texts.tolist())
     prompts = [example.tokens[: example.prompt_length] for example in examples]
     return generate(
         model,
@@ -261,15 +272,19 @@ def answers(
 
 
 def _column(rows: Sequence[Row], column: str, name: str) -> list[str]:
-    for row in rows:
-        if column not in row.columns:
+    values = [value_of(row.columns, column, _MISSING) for row in rows]
+    for row, value in zip(rows, values, strict=True):
+        if value is _MISSING:
             known = ", ".join(repr(other) for other in sorted(row.columns))
             turns = ", or set `data.loss_on: turns`" if column == "turn" else ""
             raise UserError(
                 f"`evaluation.by`: row {row.number} of {name} has no column {column!r}: name one "
                 f"of {known}{turns}"
             )
-    return [_group(row.columns[column]) for row in rows]
+    return [_group(value) for value in values]
+
+
+_MISSING = object()
 
 
 def _group(value: Any) -> str:

@@ -186,16 +186,17 @@ def without_folders(experiment: Experiment) -> Experiment:
         # What is not absolute is a name on the Hub, or a built-in one.
         return Path(path).name if path and Path(path).is_absolute() else path
 
+    def own(files: str | list[str]) -> str | list[str]:
+        return Path(files).name if isinstance(files, str) else [Path(file).name for file in files]
+
     def names(clients: Any) -> Any:
         if isinstance(clients, str):
             return name(clients)
         if isinstance(clients, dict):
-            return {client: Path(file).name for client, file in clients.items()}
+            return {client: own(files) for client, files in clients.items()}
         if isinstance(clients, list):
             return [
-                Path(c).name
-                if isinstance(c, str)
-                else ClientFile(name=c.name, file=Path(c.file).name)
+                own(c) if isinstance(c, str) else ClientFile(name=c.name, file=own(c.file))
                 for c in clients
             ]
         return clients

@@ -35,15 +35,22 @@ def make_paths_absolute(content: Any, folders: Sequence[Path]) -> None:
 def _each_absolute(clients: Any, folders: Sequence[Path], key: str) -> Any:
     """A pattern, mapping or list of clients' files, with absolute paths; another value as it is."""
     if isinstance(clients, dict):
-        return {name: absolute(file, folders, key) for name, file in clients.items()}
+        return {name: _own_absolute(files, folders, key) for name, files in clients.items()}
     if isinstance(clients, list):
         return [
-            client | {"file": absolute(client["file"], folders, key)}
+            client | {"file": _own_absolute(client["file"], folders, key)}
             if isinstance(client, dict) and "file" in client
             else absolute(client, folders, key)
             for client in clients
         ]
     return absolute(clients, folders, key)
+
+
+def _own_absolute(files: Any, folders: Sequence[Path], key: str) -> Any:
+    """One client's file, or several."""
+    if isinstance(files, list):
+        return [absolute(file, folders, key) for file in files]
+    return absolute(files, folders, key)
 
 
 def _absolute_unless_hub_name(path: str, folders: Sequence[Path], key: str) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hedgerow.comparison import Cell
 from hedgerow.data import Records
 from hedgerow.data.templates import TEXTS, TextTemplate
-from hedgerow.errors import UserError
+from hedgerow.errors import NothingToScore, UserError
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.scores import TestSet, answers, scored_rows
 from hedgerow.experiment import Experiment
@@ -139,7 +139,10 @@ class _Inspector:
         text = experiment.data.model_dump_json(include=set(TextSettings.model_fields))
         key = f"{experiment.dump(include={'model'})}{text}{experiment.evaluation.max_new_tokens}"
         if key not in self._asked:
-            self._asked[key] = _Questionnaire(experiment, model, self._count, held)
+            try:
+                self._asked[key] = _Questionnaire(experiment, model, self._count, held)
+            except NothingToScore:
+                return None
         return self._asked[key]
 
 
@@ -154,14 +157,19 @@ class _Questionnaire:
         self._settings = experiment.evaluation.model_copy(
             update={"metrics": ["rouge_l"], "by": None}
         )
-        rows = test_rows(data, self._settings, held)
+        found = test_rows(data, self._settings, base.tokenizer, held)
+        rows = [row for row in found if not row.calls]
+        if not rows:
+            raise NothingToScore("every answer of the test data calls tools, and none is a text")
         places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
         chosen = [rows[place] for place in places]
         check_positions(base, self._settings)
         self._test = TestSet.prepare(chosen, data, self._settings, base.tokenizer)
         words = TextTemplate(TEXTS["plain"], "plain")
-        prompts = [words.prompt(turn).strip() for row in chosen for turn in scored_rows(row, data)]
-        texts = zip(prompts, self._test.references, self._answers(base), strict=True)
+        turns = [turn for row in chosen for turn in scored_rows(row, data) if not turn.calls]
+        prompts = [words.prompt(turn).strip() for turn in turns]
+        references = [turn.output for turn in turns]
+        texts = zip(prompts, references, self._answers(base), strict=True)
         self.questions = [Question(*each, {}) for each in texts]
 
     def ask(self, label: str, model: Model) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hedgerow.data import (
     Canaries,
@@ -23,6 +24,7 @@ from hedgerow.data import (
     Template,
     Tokenized,
     check,
+    load_template,
     read,
 )
 from hedgerow.data.sources import share_of
@@ -42,6 +44,9 @@ from hedgerow.privacy.example_level import check_example_level
 from hedgerow.runs.directory import CLIENT_TESTS, EXPERIMENT, TEST_DATA, Digests
 from hedgerow.seeds import Seeds
 from hedgerow.settings import EvaluationSettings, FederationSettings, TextSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NAMED = 10
 """Clients that are named where several are left out for one reason."""
@@ -313,7 +318,7 @@ def load_test(
     Raises:
         UserError: there is none, or it cannot be scored as `settings` ask.
     """
-    rows = test_rows(text, settings, held)
+    rows = test_rows(text, settings, model.tokenizer, held)
     if any(metric.needs == "likelihood" for metric in metrics_of(settings.metrics)):
         check_max_length(model, text.max_length)
     check_positions(model, settings)
@@ -366,9 +371,14 @@ def client_tests(
 
 
 def test_rows(
-    text: TextSettings, settings: EvaluationSettings, held: Records | None = None
+    text: TextSettings,
+    settings: EvaluationSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    held: Records | None = None,
 ) -> Rows:
     """The rows to evaluate on; `held` has them where `data.test` is `(memory)`.
+
+    The tokenizer's chat template, where `data.prompt` is that, says whether rows may have tools.
 
     Raises:
         UserError: there are none, or they cannot be scored.
@@ -376,13 +386,19 @@ def test_rows(
     if text.test is None:
         raise UserError("`data.test` is missing: name the file to evaluate on")
     if text.test == MEMORY and held is not None:
-        records = share_of(held, text.test_share)
+        records = share_of(held, text.test_share, text.test_rows)
     else:
-        records = read(text.test, text.test_split, text.test_subset, text.test_share)
+        records = read(
+            text.test, text.test_split, text.test_subset, text.test_share, text.test_rows
+        )
     # Multiple choice alone needs no output: a question may name its answer otherwise.
     answered = any(metric.needs != "choices" for metric in metrics_of(settings.metrics))
     return check(
-        records, text.fields_of_test, answered=answered, every_turn=text.loss_on == "turns"
+        records,
+        text.fields_of_test,
+        answered=answered,
+        every_turn=text.loss_on == "turns",
+        tools=load_template(text, tokenizer).writes_tools,
     )
 
 
@@ -458,6 +474,8 @@ def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
     if "likelihood" in needs:
         counts["have no loss, since their prompts fill max_length"] = test.dropped
         counts["are cut at max_length for the loss"] = test.truncated
+    if "answers" in needs:
+        counts["call tools, which the loss alone scores"] = len(test) - len(test.texts)
     if "choices" in needs:
         counts["do not count for multiple choice, since their options cannot be told"] = (
             test.skipped
