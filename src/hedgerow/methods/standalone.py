@@ -51,6 +51,10 @@ class Standalone(LoraMethod):
         for name in names:
             check_factors(apart.of_client(given, name), shapes, self.possible_ranks(len(names)))
 
+    def aggregate_holds(self, clients: Sequence[Client], expected: Expected) -> Holds:
+        """Memory of all clients' adapters."""
+        return Holds(sum(self.update_holds(client, expected).message for client in clients))
+
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Collect each client's factors under its name; nothing is combined."""
         tensors: dict[str, Tensor] = {}

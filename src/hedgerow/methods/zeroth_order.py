@@ -22,6 +22,7 @@ from hedgerow.methods.base import (
     Client,
     ClientRound,
     Expected,
+    Holds,
     Method,
     Payload,
     ServerRound,
@@ -140,6 +141,14 @@ class ZerothOrderMethod(Method):
         tensors = steps_to_tensors({seed: c / total for seed, c in summed(weighted).items()})
         return Aggregate(tensors, {REVEALED: revealed(directions)})
 
+    def update_holds(self, client: Client, expected: Expected) -> Holds:
+        """Memory of a seed and a coordinate for each direction."""
+        return Holds(_DIRECTION * len(self.possible(client, 1, expected)))
+
+    def aggregate_holds(self, clients: Sequence[Client], expected: Expected) -> Holds:
+        """Memory of all clients' seeds and coordinates."""
+        return Holds(sum(self.update_holds(client, expected).message for client in clients))
+
     def apply(self, model: Model, entry: Entry) -> None:
         """Add the steps, w <- w + Σ c_z z, weight by weight."""
         steps = steps_of_tensors(entry.tensors)
@@ -149,6 +158,10 @@ class ZerothOrderMethod(Method):
                 for piece, part in zip(pieces(total), direction(weight, seed, index), strict=True):
                     piece.add_(part, alpha=coordinate)
             model.add(name, total.view(weight.shape))
+
+
+_DIRECTION = 8 + 4
+"""Bytes of a direction in a message: its seed, and the coordinate along it."""
 
 
 def _bounded(client: Client, steps: int, expected: Expected) -> Client:
