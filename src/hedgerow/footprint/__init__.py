@@ -16,6 +16,7 @@ import torch
 from hedgerow.data.sources import client_files
 from hedgerow.errors import UserError, reason_of
 from hedgerow.footprint import client as clients
+from hedgerow.footprint.hollow import Held
 from hedgerow.loading import skeleton
 from hedgerow.methods.base import Client, Holds
 from hedgerow.methods.lora import LoraOptions
@@ -107,8 +108,9 @@ def footprint_of(experiment: Experiment) -> Footprint:
     asked, notes = _clients(experiment)
     try:
         model: Any = Model(network, None, experiment.model.path)
-        method.check(model, len(asked), experiment.training)
-        expected = experiment.expected(method.trained_shapes(model))
+        with Held():
+            method.check(model, len(asked), experiment.training)
+            expected = experiment.expected(method.trained_shapes(model))
         scoring = clients.scoring(experiment, network)
         stages = clients.stages(experiment, network, asked[0])
     except (NotImplementedError, RuntimeError) as error:

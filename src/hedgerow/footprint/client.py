@@ -97,12 +97,12 @@ def stages(experiment: Experiment, network: Any, client: Client) -> Stages:
                 parameters = method.start(model, client_round)
             held.are_for(SNAPSHOT, model.snapshot.values())
             job = replace(job, start=model.snapshot, shared_state=model.shared_state)
-            with held.made_for(ACTIVATIONS), _telling_gradients(held, parameters):
+            with _telling_passes(held, network), _telling_gradients(held, parameters):
                 trained = method.train(job, client_round, parameters)
             peak = dict(held.peak)
             if remembers:
                 client_round.save()
-            held.are_for(KEPT, client_round.kept.values())
+            held.are_for(KEPT, (each for each in client_round.kept.values() if each.is_meta))
             after = {part: size for part, size in held.now.items() if part != ACTIVATIONS}
             del trained, parameters, job, client_round
             model.release()
@@ -133,7 +133,7 @@ def _telling_steps(held: Held) -> Iterator[None]:
     def after(optimizer: Any, *_: Any) -> None:
         stack.close()
         kept = (value for each in optimizer.state.values() for value in each.values())
-        held.are_for(OPTIMIZER, (value for value in kept if isinstance(value, torch.Tensor)))
+        held.are_for(OPTIMIZER, (v for v in kept if isinstance(v, torch.Tensor) and v.is_meta))
 
     with ExitStack() as stack:
         hooks = [
@@ -145,6 +145,27 @@ def _telling_steps(held: Held) -> Iterator[None]:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+@contextmanager
+def _telling_passes(held: Held, network: Any) -> Iterator[None]:
+    """Have what is made from the first forward pass on be counted as activations.
+
+    Before that, there is what an optimiser goes on from.
+    """
+
+    def begins(*_: Any) -> None:
+        if not started:
+            started.append(True)
+            stack.enter_context(held.made_for(ACTIVATIONS))
+
+    started: list[bool] = []
+    with held.made_for(OPTIMIZER), ExitStack() as stack:
+        hook = network.register_forward_pre_hook(begins)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 @contextmanager

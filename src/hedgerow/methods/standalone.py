@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import InvalidMessage
-from hedgerow.methods.base import Aggregate, ClientRound, ServerRound
+from hedgerow.methods.base import Aggregate, Client, ClientRound, Expected, Holds, ServerRound
 from hedgerow.methods.factors import check_factors, copy_factors, init_factors, with_scale
 from hedgerow.methods.lora import LoraMethod, update_scale
 from hedgerow.methods.parts import apart
