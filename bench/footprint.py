@@ -88,7 +88,11 @@ SETTINGS = {
         MIDDLE, {"name": "ferret", "coordinates": "random"}, (1, 32), PLAIN_SGD, "bfloat16"
     ),
     "fedit, bfloat16": Setting(
-        LARGE, {"name": "fedit", "ranks": 8, "targets": ["q_proj", "v_proj"]}, (1, 64), {}, "bfloat16"
+        LARGE,
+        {"name": "fedit", "ranks": 8, "targets": ["q_proj", "v_proj"]},
+        (1, 64),
+        {},
+        "bfloat16",
     ),
 }
 
@@ -146,9 +150,7 @@ def save_models(setting: Setting, folder: Path) -> None:
         "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "heads": 2},
     }.items():
         heads = sizes.pop("heads")
-        random_llama(
-            folder / name, **sizes, num_attention_heads=heads, num_key_value_heads=heads
-        )
+        random_llama(folder / name, **sizes, num_attention_heads=heads, num_key_value_heads=heads)
 
 
 class Texts:

@@ -131,9 +131,7 @@ def _explain_memory(experiment: Path, overrides: Sequence[str], *, as_json: bool
         _print_json({**asdict(found), **peaks})
         return
     parts = dict.fromkeys(part for role in roles.values() for part in role.parts)
-    rows = [
-        [part, *(_in_role(role.parts.get(part)) for role in roles.values())] for part in parts
-    ]
+    rows = [[part, *(_in_role(role.parts.get(part)) for role in roles.values())] for part in parts]
     peak = ["peak", *(console.size(role.peak) for role in roles.values())]
     when = ["", *(role.stage for role in roles.values())]
     console.table("", ["", *roles], [when, *rows, peak])

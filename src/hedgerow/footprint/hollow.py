@@ -158,7 +158,9 @@ def _fused(
         # The choice depends on sizes, and on nothing that would take memory.
         return None if tensor is None else torch.empty(1, dtype=tensor.dtype).expand(tensor.shape)
 
-    q, k, v = (torch.empty((*t.shape[:2], 1, t.shape[3]), dtype=t.dtype) for t in (query, key, value))
+    q, k, v = (
+        torch.empty((*t.shape[:2], 1, t.shape[3]), dtype=t.dtype) for t in (query, key, value)
+    )
     choice = torch._fused_sdp_choice(  # type: ignore[attr-defined]
         q, k, v, None if attn_mask is None else like(attn_mask)[..., :1, :1],  # type: ignore[index]
         dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,

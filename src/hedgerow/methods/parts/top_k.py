@@ -160,6 +160,13 @@ class TopK(Codec):
             "levels": Kind(torch.float32, (len(shapes) * 2 ** (self.bits - 1),)),
         }
 
+    def nbytes(self, shapes: Shapes) -> int:
+        """Bytes of places, codes and sizes; of the places' unary parts, as many as are expected."""
+        count, total = self._count(shapes), sum(sizes_of(shapes))
+        places = rice.expected_bits(count, total) * count / 8
+        kinds = self.kinds(shapes, {})
+        return int(places) + kinds["codes"].nbytes + kinds["levels"].nbytes
+
     def encoding_holds(self, shapes: Shapes) -> int:
         """A value, its transform and their sizes, and the places and values of all that travels.
 
