@@ -2,12 +2,12 @@
 
     python bench/footprint.py [NAME…]
 
-Each setting is a random Llama, a method, an optimiser and a batch shape. Its client takes two
-rounds of two steps in a process of its own, and sends its update; a server aggregates four of them
-in another. What is measured is the kernel's high-water mark of the resident set, above what the
-process had after it had done the same with a tiny model, so that libraries and compiled kernels are
-not counted. In these processes glibc maps whatever has 64 KiB or more (`MALLOC_MMAP_THRESHOLD_`),
-so that freed memory is not counted either. Linux only.
+Each setting is a random Llama, a method, an optimiser and a batch shape, in a process of its own:
+a client takes two rounds of two steps, and sends its update; then a server aggregates four of them.
+What is measured is the kernel's high-water mark of the resident set, above what the process had
+after it had done the same with a tiny model, so that libraries and compiled kernels are not
+counted. In these processes glibc maps whatever has 64 KiB or more (`MALLOC_MMAP_THRESHOLD_`), so
+that freed memory is not counted either. Linux only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hedgerow.clock import Clock
 from hedgerow.data import Example, learnt_from
 from hedgerow.experiment import Experiment
 from hedgerow.federation.participant import train_client
-from hedgerow.footprint import Footprint, footprint_of
+from hedgerow.footprint import FLOWER, footprint_of
 from hedgerow.methods.base import Client, ClientRound, ServerRound
 from hedgerow.model import Model
 from hedgerow.runs.memory import RoundMemory
@@ -91,8 +91,7 @@ SETTINGS = {
         LARGE,
         {"name": "fedit", "ranks": 8, "targets": ["q_proj", "v_proj"]},
         (1, 64),
-        {},
-        "bfloat16",
+        dtype="bfloat16",
     ),
 }
 
@@ -101,28 +100,21 @@ def main() -> None:
     """Print the table; or, in a process of a setting's own, what is measured there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="Settings; by default all.")
-    parser.add_argument("--measure", choices=("client", "server"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         (name,) = options.names
-        measure = client_peak if options.measure == "client" else server_peak
-        print(json.dumps(measure(SETTINGS[name], options.folder)))
+        print(json.dumps(peaks(SETTINGS[name], options.measure)))
         return
     rows = []
     for name in options.names or SETTINGS:
-        predicted, measured = compared(name)
-        for role, peak in measured.items():
-            said = predicted.roles[role].peak
-            if role == "server":
-                said -= predicted.server.parts.get("Flower's message", 0)
+        for role, (said, peak) in compared(name).items():
             rows.append((name, role, *map(console.size, (said, peak)), f"{said / peak:.3f}"))
-            print(*rows[-1], flush=True)
     console.table("", ["setting", "role", "predicted", "measured", "ratio"], rows)
 
 
-def compared(name: str) -> tuple[Footprint, dict[str, int]]:
-    """What is said of a setting, and what is measured of it, in bytes by role."""
+def compared(name: str) -> dict[str, tuple[int, int]]:
+    """What is said of a setting, and what is measured of it: the peak by role, in bytes."""
     setting = SETTINGS[name]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -133,14 +125,15 @@ def compared(name: str) -> tuple[Footprint, dict[str, int]]:
             "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
             "OMP_NUM_THREADS": "1",
         }
-        measured = {}
-        for role in ("client", "server"):
-            command = [sys.executable, __file__, name, "--measure", role, "--folder", place]
-            done = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-            )
-            measured[role] = int(json.loads(done.stdout.splitlines()[-1]))
-    return predicted, measured
+        command = [sys.executable, __file__, name, "--measure", place]
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+        )
+    measured = json.loads(done.stdout.splitlines()[-1])
+    # The server here reads files, and is none of Flower's.
+    server = predicted.server.peak - predicted.server.parts[FLOWER]
+    said = {"client": predicted.client.peak, "server": server}
+    return {role: (said[role], measured[role]) for role in said}
 
 
 def save_models(setting: Setting, folder: Path) -> None:
@@ -167,12 +160,23 @@ class Texts:
         return Example(tokens, 1, learnt=learnt_from(0, len(tokens)))
 
 
-def client_peak(setting: Setting, folder: Path) -> int:
-    """The most that a client holds, in bytes; its update stays in the folder."""
-    rounds(setting, folder / "tiny", folder / "warm")
-    with peak() as measured:
+def peaks(setting: Setting, folder: Path) -> dict[str, int]:
+    """The most that a client holds, and a server, in bytes."""
+    for what in ("tiny", "warm"):  # the second time, nothing is compiled or read any more
+        rounds(setting, folder / "tiny", folder / what)
+        server(setting, folder / "tiny", folder / what)
+    with peak() as client:
         rounds(setting, folder / "model", folder / "client")
-    return measured[0]
+    shapes = shapes_of(setting, folder / "model")
+    with peak() as serving:
+        server(setting, folder / "model", folder / "client", shapes)
+    return {"client": client[0], "server": serving[0]}
+
+
+def shapes_of(setting: Setting, place: Path) -> Any:
+    """Shapes of what trains."""
+    experiment = setting.experiment(place)
+    return experiment.method.trained_shapes(Model.load(experiment.model))
 
 
 def rounds(setting: Setting, place: Path, out: Path) -> None:
@@ -191,22 +195,11 @@ def rounds(setting: Setting, place: Path, out: Path) -> None:
     (out / "update").write_bytes(content)
 
 
-def server_peak(setting: Setting, folder: Path) -> int:
-    """The most that a server holds while it aggregates a round, in bytes."""
-    server(setting, folder / "tiny", folder / "warm")
-    experiment = setting.experiment(folder / "model")
-    shapes = experiment.method.trained_shapes(Model.load(experiment.model))
-    with peak() as measured:
-        server(setting, folder / "model", folder / "client", shapes)
-    return measured[0]
-
-
 def server(setting: Setting, place: Path, sent: Path, shapes: Any = None) -> None:
     """Aggregate one update, as if each client had sent it, and write the entry."""
     experiment = setting.experiment(place)
     method = experiment.method
-    if shapes is None:
-        shapes = method.trained_shapes(Model.load(experiment.model))
+    shapes = shapes or shapes_of(setting, place)
     clients = [Client(index, f"client-{index:03d}", 8) for index in range(CLIENTS)]
     asked = ServerRound(1, clients, None, experiment.expected(shapes), Forgetful())
 

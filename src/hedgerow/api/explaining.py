@@ -1,4 +1,4 @@
-"""`hr.explain_memory`: what an experiment's participants will hold, before anything is downloaded."""
+"""`hr.explain_memory`: what an experiment's participants will hold in memory."""
 
 from __future__ import annotations
 

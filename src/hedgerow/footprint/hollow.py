@@ -1,7 +1,7 @@
 """Hollow tensors: what a computation holds, found by going through it with tensors without values.
 
-PyTorch computes shapes and types on its `meta` device, and nothing else. Within `Held` the code of a
-method runs on such tensors as on others: what it copies to the CPU stays hollow, and numbers that
+PyTorch computes shapes and types on its `meta` device, and nothing else. Within `Held` the code of
+a method runs on such tensors as on others: what it copies to the CPU stays hollow, and numbers that
 it reads are 0. Whatever memory real ones would take is counted, by what it is for.
 """
 
@@ -154,17 +154,13 @@ def _fused(
     if not query.is_meta:
         return None
 
-    def like(tensor: Tensor | None) -> Tensor | None:
-        # The choice depends on sizes, and on nothing that would take memory.
-        return None if tensor is None else torch.empty(1, dtype=tensor.dtype).expand(tensor.shape)
-
-    q, k, v = (
-        torch.empty((*t.shape[:2], 1, t.shape[3]), dtype=t.dtype) for t in (query, key, value)
+    # The choice is made by types and by all sizes but the lengths, so one token each is enough.
+    sizes = ((*t.shape[:2], 1, t.shape[3]) for t in (query, key, value))
+    q, k, v = (torch.empty(size, dtype=query.dtype) for size in sizes)
+    mask = None if attn_mask is None else torch.empty(1, 1, dtype=attn_mask.dtype)
+    choice = torch._fused_sdp_choice(
+        q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    choice = torch._fused_sdp_choice(  # type: ignore[attr-defined]
-        q, k, v, None if attn_mask is None else like(attn_mask)[..., :1, :1],  # type: ignore[index]
-        dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
-    )  # fmt: skip
     if choice != SDPBackend.FLASH_ATTENTION.value:
         return None
     found: Tensor = _ops._scaled_dot_product_flash_attention_for_cpu(

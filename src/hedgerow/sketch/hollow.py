@@ -1,4 +1,4 @@
-"""What the kernels return, without values: for vectors on the meta device, which have none either."""
+"""What the kernels return, without values: for vectors on the meta device."""
 
 from __future__ import annotations
 
