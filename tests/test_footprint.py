@@ -17,7 +17,7 @@ from hedgerow.methods import METHODS
 from hedgerow.model import Model
 from hedgerow.settings import ModelSettings
 from hedgerow.testing.case import Case
-from hedgerow.wire import Update
+from hedgerow.wire import FileTensors
 
 NUMBER = 4
 """Bytes of a number in float32."""
@@ -145,11 +145,10 @@ def test_methods_know_the_size_of_what_they_send(configuration, model, tmp_path)
     options = {"name": configuration.split()[0], **METHOD_OPTIONS[configuration]}
     case = Case(METHODS[options["name"]].model_validate(options), model, tmp_path)
     for client, update in zip(case.clients, case.updates, strict=True):
-        tensors = Update.from_bytes(update).tensors
-        sent = sum(tensor.nbytes for tensor in tensors.values())
+        sent = sum(kind.nbytes for kind in FileTensors(update).kinds.values())
         said = case.method.update_holds(client, case.expected).message
         assert said == pytest.approx(sent, rel=0.1, abs=512)
-    entry = sum(tensor.nbytes for tensor in case.entry.tensors.values())
+    entry = sum(kind.nbytes for kind in FileTensors(case.entry).kinds.values())
     said = case.method.aggregate_holds(case.clients, case.expected).message
     assert entry / 1.1 - 512 <= said <= 2.5 * entry + 512
 

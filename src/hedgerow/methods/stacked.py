@@ -201,6 +201,8 @@ class StackedAdapters(LoraMethod):
         message = float32_bytes(whole)
         if parts.broadcast.bound is not None:
             message = min(message, adapter_bytes(shapes, parts.broadcast.bound))
+        if parts.sums.continues and self.starts(expected.training).goes_on:
+            message += adapter_bytes(shapes, self.largest_rank)
         owed = message if self.server_remembers else 0
         return Holds(message, sums=owed, work=stack_bytes(shapes, rank))
 

@@ -69,6 +69,10 @@ class ZerothOrderMethod(Method):
     def directions(self, client_round: ClientRound) -> Callable[[int], Sequence[int]]:
         """Function from a local step's number to the seeds of its directions."""
 
+    def most_directions(self, steps: int) -> int:
+        """Number of directions that so many local steps take at most; by default one each."""
+        return steps
+
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """Unfreeze all weights; the snapshot is only there to give the model back."""
         return model.unfreeze()
@@ -143,7 +147,8 @@ class ZerothOrderMethod(Method):
 
     def update_holds(self, client: Client, expected: Expected) -> Holds:
         """Memory of a seed and a coordinate for each direction."""
-        return Holds(_DIRECTION * len(self.possible(client, 1, expected)))
+        steps = expected.training.most_steps(client.num_examples)
+        return Holds(_DIRECTION * self.most_directions(steps))
 
     def aggregate_holds(self, clients: Sequence[Client], expected: Expected) -> Holds:
         """Memory of all clients' seeds and coordinates."""
