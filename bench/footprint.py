@@ -165,6 +165,7 @@ def peaks(setting: Setting, folder: Path) -> dict[str, int]:
     for what in ("tiny", "warm"):  # the second time, nothing is compiled or read any more
         rounds(setting, folder / "tiny", folder / what)
         server(setting, folder / "tiny", folder / what)
+    print(f"the process itself: {console.size(status('VmRSS'))}", file=sys.stderr)
     with peak() as client:
         rounds(setting, folder / "model", folder / "client")
     shapes = shapes_of(setting, folder / "model")

@@ -155,7 +155,11 @@ def _positive(parts: Mapping[str, int]) -> dict[str, int]:
 
 
 def _network(experiment: Experiment) -> Any:
-    """The base without values, in its dtype."""
+    """The base without values, as a client has it: what it takes follows from its tensors.
+
+    Whatever else a client's network has, as weights of fewer bits or layers that make their
+    activations again, belongs here: all parts are counted by going through its round.
+    """
     return skeleton(experiment.model).to(getattr(torch, experiment.model.dtype))
 
 
@@ -190,6 +194,10 @@ def _left_out(experiment: Experiment) -> list[str]:
         found.append("federation.weights: the tables that its rule compares updates by")
     if federation.secure is not None:
         found.append("federation.secure: codes and masks of updates")
+    found.append(
+        "what a GPU's kernels work in; there PyTorch's optimisers also step all tensors at once, and "
+        "hold about one more copy of what trains"
+    )
     return [f"not counted: {each}" for each in found]
 
 
