@@ -163,27 +163,30 @@ class Texts:
 def peaks(setting: Setting, folder: Path) -> dict[str, int]:
     """The most that a client holds, and a server, in bytes."""
     for what in ("tiny", "warm"):  # the second time, nothing is compiled or read any more
-        rounds(setting, folder / "tiny", folder / what)
+        rounds(setting, model_in(setting, folder / "tiny"), folder / what)
         server(setting, folder / "tiny", folder / what)
     print(f"the process itself: {console.size(status('VmRSS'))}", file=sys.stderr)
-    with peak() as client:
-        rounds(setting, folder / "model", folder / "client")
-    shapes = shapes_of(setting, folder / "model")
-    with peak() as serving:
-        server(setting, folder / "model", folder / "client", shapes)
-    return {"client": client[0], "server": serving[0]}
+    client = Peak()
+    model = model_in(setting, folder / "model")
+    client.begin()  # while a model is loaded its file is mapped, which is not held
+    rounds(setting, model, folder / "client")
+    found = {"client": client.end()}
+    shapes = setting.experiment(folder / "model").method.trained_shapes(model)
+    del model
+    serving = Peak()
+    serving.begin()
+    server(setting, folder / "model", folder / "client", shapes)
+    return {**found, "server": serving.end()}
 
 
-def shapes_of(setting: Setting, place: Path) -> Any:
-    """Shapes of what trains."""
-    experiment = setting.experiment(place)
-    return experiment.method.trained_shapes(Model.load(experiment.model))
+def model_in(setting: Setting, place: Path) -> Model:
+    """The model in a folder."""
+    return Model.load(setting.experiment(place).model)
 
 
-def rounds(setting: Setting, place: Path, out: Path) -> None:
-    """Two rounds of a client, the first of the largest rank, and its update in a file."""
-    experiment = setting.experiment(place)
-    model, seeds = Model.load(experiment.model), Seeds(0)
+def rounds(setting: Setting, model: Model, out: Path) -> None:
+    """Two rounds of a client, the one of the largest rank, and its update in a file."""
+    experiment, seeds = setting.experiment(Path()), Seeds(0)
     texts, tokens = setting.batch
     client = Client(0, "client-000", 4 * texts)
     for round in (1, 2):
@@ -193,14 +196,16 @@ def rounds(setting: Setting, place: Path, out: Path) -> None:
         update = train_client(experiment, model, examples, client_round, "0" * 64, Clock())
         content = update.to_bytes()
         del update
-    (out / "update").write_bytes(content)
+        out.mkdir(exist_ok=True)
+        (out / "update").write_bytes(content)
+        del content
 
 
 def server(setting: Setting, place: Path, sent: Path, shapes: Any = None) -> None:
     """Aggregate one update, as if each client had sent it, and write the entry."""
     experiment = setting.experiment(place)
     method = experiment.method
-    shapes = shapes or shapes_of(setting, place)
+    shapes = shapes or method.trained_shapes(model_in(setting, place))
     clients = [Client(index, f"client-{index:03d}", 8) for index in range(CLIENTS)]
     asked = ServerRound(1, clients, None, experiment.expected(shapes), Forgetful())
 
@@ -231,17 +236,21 @@ def no_past(round: int) -> Entry:
     raise AssertionError("nobody reads an earlier entry")
 
 
-class peak:  # noqa: N801  (a context manager, named as a function)
-    """Measure the high-water mark of a block, in bytes above what there was before."""
+class Peak:
+    """The high-water mark of a part of the process, in bytes above what it had before."""
 
-    def __enter__(self) -> list[int]:
+    def __init__(self) -> None:
         gc.collect()
-        self._floor, self._found = status("VmRSS"), [0]
-        Path("/proc/self/clear_refs").write_text("5")
-        return self._found
+        self._floor = status("VmRSS")
 
-    def __exit__(self, *_: object) -> None:
-        self._found[0] = status("VmHWM") - self._floor
+    def begin(self) -> None:
+        """Forget the mark so far."""
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def end(self) -> int:
+        """The mark since then, above what there was when this was made."""
+        return status("VmHWM") - self._floor
 
 
 def status(key: str) -> int:

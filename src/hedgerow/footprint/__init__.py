@@ -195,8 +195,8 @@ def _left_out(experiment: Experiment) -> list[str]:
     if federation.secure is not None:
         found.append("federation.secure: codes and masks of updates")
     found.append(
-        "what a GPU's kernels work in; there PyTorch's optimisers also step all tensors at once, and "
-        "hold about one more copy of what trains"
+        "what a GPU's kernels work in; there PyTorch's optimisers also step all tensors at once, "
+        "and hold about one more copy of what trains"
     )
     return [f"not counted: {each}" for each in found]
 

@@ -201,10 +201,12 @@ class StackedAdapters(LoraMethod):
         message = float32_bytes(whole)
         if parts.broadcast.bound is not None:
             message = min(message, adapter_bytes(shapes, parts.broadcast.bound))
+        start = 0
         if parts.sums.continues and self.starts(expected.training).goes_on:
-            message += adapter_bytes(shapes, self.largest_rank)
+            start = adapter_bytes(shapes, self.largest_rank)
+            message += start
         owed = message if self.server_remembers else 0
-        return Holds(message, sums=owed, work=stack_bytes(shapes, rank))
+        return Holds(message, sums=start + owed, work=stack_bytes(shapes, rank))
 
     @property
     def weighable(self) -> bool:
