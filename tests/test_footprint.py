@@ -98,6 +98,14 @@ def test_all_weights_have_a_snapshot_and_two_moments_each(experiment, numbers):
     assert client.peak == sum(parts.values())
 
 
+def test_kept_moments_are_there_once_when_a_round_begins(experiment, numbers):
+    few = ("data.max_length=8", "training.batch_size=1")  # or activations would outweigh them
+    whole = found(experiment, FEDAVG, *few)
+    assert whole.client.parts["optimiser's state"] == pytest.approx(2 * NUMBER * numbers, rel=0.01)
+    assert whole.kept == pytest.approx(2 * NUMBER * numbers, rel=0.01)
+    assert whole.client.peak < 8 * NUMBER * numbers
+
+
 def test_plain_sgd_keeps_nothing_of_its_own(experiment):
     sgd = ("training.optimizer=sgd", "training.max_grad_norm=null", "training.steps=2")
     plain = found(experiment, FEDAVG, *sgd).client
