@@ -4,6 +4,7 @@ from . import testing as testing
 from .api.comparing import Comparison as Comparison
 from .api.comparing import compare as compare
 from .api.comparing import report as report
+from .api.explaining import explain_memory as explain_memory
 from .api.running import open_run as open_run
 from .api.running import run as run
 from .api.runs import Run as Run

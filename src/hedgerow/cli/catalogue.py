@@ -14,6 +14,7 @@ from hedgerow.cli.frame import (
     AsJson,
     app,
 )
+from hedgerow.errors import UserError
 from hedgerow.files import to_json
 from hedgerow.terminal import show
 
@@ -69,8 +70,19 @@ def methods(
 
 @app.command()
 def explain(
-    key: Annotated[
-        str | None, typer.Argument(metavar="KEY.PATH", help="A section, or a key in one.")
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY.PATH",
+            help="A section, or a key in one; with --memory, KEY.PATH=VALUE to change it.",
+        ),
+    ] = None,
+    memory: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="EXPERIMENT.yaml",
+            help="What a client, a site and the server of an experiment will hold in memory.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -79,11 +91,20 @@ def explain(
     Of a key that names a plug-in, as method, there are the plug-ins (explain method), the options
     of all (explain method.ranks) and those of one (explain method.flora).
 
+    With --memory, what an experiment will hold in memory, by part, before anything but the base
+    model's config.json is read: hedgerow explain --memory experiment.yaml training.batch_size=4
+
     Example: hedgerow explain training.schedule
     """
     from hedgerow import console
     from hedgerow.experiment import reference
 
+    if memory is not None:
+        _explain_memory(memory, keys or [], as_json=as_json)
+        return
+    if keys and len(keys) > 1:
+        raise UserError(f"explain tells of one key at a time: give {keys[0]} alone")
+    key = keys[0] if keys else None
     page = reference.page(key or "")
     if as_json:
         plugins = [asdict(plugin) for plugin in page.plugins]
@@ -96,6 +117,42 @@ def explain(
         for plugin in page.plugins:
             console.paragraphs(f"{plugin.name}: {_about(plugin)}")
         _say_in_full(page.options, plugins=not page.plugins)
+
+
+def _explain_memory(experiment: Path, overrides: Sequence[str], *, as_json: bool) -> None:
+    """What the participants of an experiment will hold, as a table of parts by role."""
+    from hedgerow import api, console
+    from hedgerow.footprint import HOST
+
+    found = api.explain_memory(experiment, *overrides)
+    roles = found.roles
+    if as_json:
+        peaks = {name: {**asdict(role), "peak": role.peak} for name, role in roles.items()}
+        _print_json({**asdict(found), **peaks})
+        return
+    parts = dict.fromkeys(part for role in roles.values() for part in role.parts)
+    rows = [[part, *(_in_role(role.parts.get(part)) for role in roles.values())] for part in parts]
+    peak = ["peak", *(console.size(role.peak) for role in roles.values())]
+    when = ["", *(role.stage for role in roles.values())]
+    console.table("", ["", *roles], [when, *rows, peak])
+    host = [part for part in parts if part in HOST]
+    say = console.paragraphs
+    say("The interpreter and its libraries come on top (some 0.4 GB).")
+    if host:
+        say(f"Where a GPU trains, these are in host memory: {', '.join(host)}.")
+    say(
+        f"A round of {found.clients} clients: each sends {console.size(found.update)} and gets "
+        f"{console.size(found.entry)}, by which the ledger grows; each keeps "
+        f"{console.size(found.kept)} on its disk for the next round, in two copies."
+    )
+    for note in found.notes:
+        say(note)
+
+
+def _in_role(size: int | None) -> str:
+    from hedgerow import console
+
+    return "" if size is None else console.size(size)
 
 
 def _say_all(page: Page) -> None:

@@ -72,18 +72,7 @@ def _trained(
 ) -> Update:
     """Train as `train_client` does, without an account of privacy."""
     method, client = experiment.method, client_round.client
-    job = Job(
-        network=model.network,
-        data=examples if private is None else SealedExamples(examples),
-        settings=experiment.training,
-        learning_rate=learning_rate(
-            experiment.training, client_round.round, experiment.federation.rounds
-        ),
-        pad_id=model.pad_id,
-        order=client_round.seeds.numpy("batches", client_round.round, client.name),
-        dropout_seed=client_round.seeds.derive("dropout", client_round.round, client.name),
-        private=private,
-    )
+    job = job_of(experiment, model, examples, client_round, private)
     try:
         with clock("start"):
             parameters = method.start(model, client_round)
@@ -118,6 +107,31 @@ def _trained(
         with clock("start"):
             model.release()
     return update
+
+
+def job_of(
+    experiment: Experiment,
+    model: Model,
+    examples: Tokenized,
+    client_round: ClientRound,
+    private: GaussianSteps | None = None,
+) -> Job:
+    """A client's job of a round, before its method has started.
+
+    Args:
+        private: hides the examples, where the experiment's level is those.
+    """
+    round, name, seeds = client_round.round, client_round.client.name, client_round.seeds
+    return Job(
+        network=model.network,
+        data=examples if private is None else SealedExamples(examples),
+        settings=experiment.training,
+        learning_rate=learning_rate(experiment.training, round, experiment.federation.rounds),
+        pad_id=model.pad_id,
+        order=seeds.numpy("batches", round, name),
+        dropout_seed=seeds.derive("dropout", round, name),
+        private=private,
+    )
 
 
 def example_level(

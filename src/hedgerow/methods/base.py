@@ -84,6 +84,11 @@ class ClientRound:
         """
         self._kept.update(tensors)
 
+    @property
+    def kept(self) -> Mapping[str, Tensor]:
+        """Tensors that are to be saved, by name."""
+        return self._kept
+
     def save(self) -> None:
         """Save what is to be kept in `memory`; none of it where a number is absurd.
 
@@ -188,6 +193,17 @@ class Aggregate(NamedTuple):
     metrics: dict[str, float]
     weights: Sequence[float] | None = None
     """Weight of each update, in their order, where that is not p_k = n_k / Σ n."""
+
+
+class Holds(NamedTuple):
+    """Memory that a method holds while it makes a message, in bytes."""
+
+    message: int
+    """Bytes of the tensors that it makes: of an update, or of an entry."""
+    sums: int = 0
+    """Bytes of what it keeps meanwhile, as sums or tables of updates, and what is owed."""
+    work: int = 0
+    """Bytes of what is there at a time, at most, as of one tensor while it is coded."""
 
 
 REVEALED = "revealed_clients"
@@ -497,6 +513,22 @@ class Method(Plugin, ABC):
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Aggregate updates on the server, without the model: each is folded in as it arrives."""
 
+    def update_holds(self, client: Client, expected: Expected) -> Holds:
+        """Memory of `update`, beside the model and what trains, for a client.
+
+        By default, for methods that do not say: a float32 number for each that trains.
+        """
+        return Holds(message=float32_bytes(expected.shapes))
+
+    def aggregate_holds(self, clients: Sequence[Client], expected: Expected) -> Holds:
+        """Memory of `aggregate`, for updates of these clients that are read when they are due.
+
+        By default, for methods that do not say: a float32 number for each that trains, and as much
+        for their sum.
+        """
+        message = float32_bytes(expected.shapes)
+        return Holds(message, sums=message)
+
     def check_weights(self, participants: Sequence[Participant]) -> None:
         """Raise `InvalidMessage` unless an entry's weights are the method's: p_k = n_k / Σ n."""
         total = sum(p.num_examples for p in participants)
@@ -550,6 +582,11 @@ class Method(Plugin, ABC):
 
     def merge(self, model: Model, client: str | None) -> None:
         """Put what the model still holds beside its weights into them, for export."""
+
+
+def float32_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Bytes of float32 tensors of these shapes."""
+    return 4 * sum(math.prod(shape) for shape in shapes.values())
 
 
 def revealed_by_sum(weights: Iterable[float]) -> int:

@@ -26,11 +26,13 @@ from hedgerow.methods.base import (
     Client,
     ClientRound,
     Expected,
+    Holds,
     Memory,
     Method,
     Payload,
     ServerRound,
     Trained,
+    float32_bytes,
 )
 from hedgerow.methods.parts import feedback, shrink
 from hedgerow.methods.parts.codec import Codec
@@ -246,6 +248,29 @@ class Composed(Method):
             server_round.memory.save(kept.new)
         uniform = self.weights == "uniform"
         return Aggregate(entry, {}, server_round.weights(clients, uniform=uniform))
+
+    def update_holds(self, client: Client, expected: Expected) -> Holds:
+        """Memory of the change, while it is mapped and coded."""
+        return self.parts.up.update_holds(expected.shapes, Message(expected.seeds, 1, client.name))
+
+    def aggregate_holds(self, clients: Sequence[Client], expected: Expected) -> Holds:
+        """Memory of the sums on each basis, of what is owed and of the server optimiser's state."""
+        parts = self.parts
+        mapped = parts.up.mapped_shapes(expected.shapes, Message(expected.seeds, 1))
+        if not parts.through.adds:
+            return Holds(message=len(clients) * parts.up.codec.nbytes(mapped))
+        bases = 1 if parts.through.is_one_sum else len(clients)
+        each, message = float32_bytes(mapped), bases * parts.down.nbytes(mapped)
+        sums = bases * each
+        if parts.down.error == 0:
+            sums -= message  # which is made in the sums' own memory
+        if parts.server is not None and not parts.everybody_steps:
+            sums += (1 + len(parts.server.slots)) * each
+        if parts.feedback_down is not None:
+            sums += 2 * each
+        read = max(kind.nbytes for kind in parts.up.codec.kinds(mapped, {}).values())
+        folding = read + parts.up.codec.decoding_holds(mapped)
+        return Holds(message, sums, max(folding, parts.down.encoding_holds(mapped)))
 
     def changes(self, update: Update, server_round: ServerRound) -> Values:
         """What an update is summed as, with its codec undone."""

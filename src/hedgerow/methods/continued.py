@@ -20,6 +20,7 @@ from hedgerow.methods.base import (
     Client,
     ClientRound,
     Expected,
+    Holds,
     Payload,
     ServerRound,
     Trained,
@@ -195,6 +196,15 @@ class ContinuedAdapter(AveragedAdapter):
         change = Values(shapes, model.trained_delta)
         tensors = self._uplink(self.up).encode(change, client_round, model.device)
         return Payload(tensors, self._about(self.rank(client_round.client)))
+
+    def update_holds(self, client: Client, expected: Expected) -> Holds:
+        """Memory of the client's factors; or of their change, while it is coded."""
+        sent = self.sent(expected.shapes, self.rank(client), 1)
+        if self.up is None:
+            return Holds(sum(kind.nbytes for kind in sent.values()))
+        shapes = {name: kind.shape for name, kind in sent.items()}
+        message = Message(expected.seeds, 1, client.name)
+        return self._uplink(self.up).update_holds(shapes, message)
 
     def with_snapshot(
         self, model: Model, parameters: Mapping[str, nn.Parameter]

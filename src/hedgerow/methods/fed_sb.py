@@ -21,7 +21,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from hedgerow.methods.base import Aggregate, ClientRound, ServerRound
+from hedgerow.methods.base import (
+    Aggregate,
+    Client,
+    ClientRound,
+    Expected,
+    Holds,
+    ServerRound,
+)
 from hedgerow.methods.continued import HeldAdapter
 from hedgerow.methods.one_factor import OnePart, average_factor
 from hedgerow.methods.parts import core
@@ -68,6 +75,11 @@ class FedSB(HeldAdapter, OnePart):
     def check_entry(self, entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check that there is a core for each module."""
         check_kinds(kinds(entry.tensors), core.core_kinds(shapes, self.largest_rank))
+
+    def aggregate_holds(self, clients: Sequence[Client], expected: Expected) -> Holds:
+        """Memory of the mean core, and of a module's cores of all clients."""
+        message = self.update_holds(clients[0], expected).message
+        return Holds(message, work=message)
 
     def fold(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """R = Σ p_k s_k R_k."""

@@ -34,6 +34,10 @@ class FedZO(ZerothOrderMethod):
             client_round.seeds, client_round.round, client_round.client, step
         )
 
+    def most_directions(self, steps: int) -> int:
+        """As many for each step as the option says."""
+        return steps * self.directions_per_step
+
     def possible(self, client: Client, round: int, expected: Expected) -> set[int]:
         """Seeds of the client's own directions, for as many steps as it has."""
         steps = range(expected.training.most_steps(client.num_examples))

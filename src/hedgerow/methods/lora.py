@@ -15,7 +15,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.lazy import peft
-from hedgerow.methods.base import Client, ClientRound, Expected, Method, Payload, Trained
+from hedgerow.methods.base import (
+    Client,
+    ClientRound,
+    Expected,
+    Holds,
+    Method,
+    Payload,
+    Trained,
+    float32_bytes,
+)
 from hedgerow.methods.factors import check_factors
 from hedgerow.wire import kinds
 
@@ -172,6 +181,18 @@ class LoraMethod(LoraOptions, Method):
         tensors = {name: factor.detach().cpu() for name, factor in trained.parameters.items()}
         return Payload(tensors, {**self._about(self.rank(client_round.client)), **trained.said})
 
+    def update_holds(self, client: Client, expected: Expected) -> Holds:
+        """Memory of the client's factors."""
+        return Holds(message=adapter_bytes(expected.shapes, self.rank(client)))
+
+    def aggregate_holds(self, clients: Sequence[Client], expected: Expected) -> Holds:
+        """Memory of factors of the largest rank, and of one matrix's of all clients."""
+        ranks = [self.rank(client) for client in clients]
+        return Holds(
+            message=adapter_bytes(expected.shapes, max(ranks)),
+            work=stack_bytes(expected.shapes, sum(ranks)),
+        )
+
     def check_update(self, client: Client, update: Update, expected: Expected) -> None:
         """Check rank and scale, and that there is a pair of the client's rank for each module."""
         rank = self.rank(client)
@@ -225,6 +246,19 @@ class LoraMethod(LoraOptions, Method):
     def _about(self, rank: int, alpha: float | None = None) -> dict[str, str]:
         """Metadata of an update, by peft's names."""
         return adapter_metadata(rank, alpha or self._alpha(rank), self.rslora)
+
+
+def adapter_bytes(shapes: Mapping[str, Sequence[int]], rank: int) -> int:
+    """Bytes of factors of this rank, in float32, of matrices of these shapes (m, n)."""
+    return float32_bytes({name: (rank, sum(shape)) for name, shape in shapes.items()})
+
+
+def stack_bytes(shapes: Mapping[str, Sequence[int]], rank: int) -> int:
+    """Bytes that the stacked factors of one matrix take, Σ r_k being `rank`, and their exact sum.
+
+    They are read in float32, and multiplied and measured in float64, three at a time.
+    """
+    return (4 + 3 * 8) * rank * max(sum(shape) for shape in shapes.values())
 
 
 def adapter_metadata(rank: int, alpha: float, rslora: bool) -> dict[str, str]:

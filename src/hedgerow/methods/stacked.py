@@ -25,12 +25,14 @@ from hedgerow.methods.base import (
     Client,
     ClientRound,
     Expected,
+    Holds,
     Payload,
     ServerRound,
     Trained,
+    float32_bytes,
     revealed_by_sum,
 )
-from hedgerow.methods.lora import LoraMethod, update_scale
+from hedgerow.methods.lora import LoraMethod, adapter_bytes, stack_bytes, update_scale
 from hedgerow.methods.parts import low_rank_steps
 from hedgerow.methods.parts.broadcast import Broadcast, Orthogonal, Whole
 from hedgerow.methods.parts.factor_bits import FactorBits
@@ -186,6 +188,25 @@ class StackedAdapters(LoraMethod):
             metrics["sketch_error"] = arrived.relative_error
         revealed = len(weights) if sent.apart else revealed_by_sum(weights)
         return Aggregate(sent.tensors, finite(metrics) | {REVEALED: revealed}, weights)
+
+    def update_holds(self, client: Client, expected: Expected) -> Holds:
+        """Memory of the client's factors, coded."""
+        return Holds(self.parts.up.nbytes(expected.shapes, self.rank(client)))
+
+    def aggregate_holds(self, clients: Sequence[Client], expected: Expected) -> Holds:
+        """Memory of what is broadcast of the sums, and of one matrix's factors of all clients."""
+        parts, shapes = self.parts, expected.shapes
+        rank = sum(self.rank(client) for client in clients)
+        whole = {name: (min(rank, *shape), sum(shape)) for name, shape in shapes.items()}
+        message = float32_bytes(whole)
+        if parts.broadcast.bound is not None:
+            message = min(message, adapter_bytes(shapes, parts.broadcast.bound))
+        start = 0
+        if parts.sums.continues and self.starts(expected.training).goes_on:
+            start = adapter_bytes(shapes, self.largest_rank)
+            message += start
+        owed = message if self.server_remembers else 0
+        return Holds(message, sums=start + owed, work=stack_bytes(shapes, rank))
 
     @property
     def weighable(self) -> bool:

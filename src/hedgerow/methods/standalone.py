@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import InvalidMessage
-from hedgerow.methods.base import Aggregate, ClientRound, ServerRound
+from hedgerow.methods.base import Aggregate, Client, ClientRound, Expected, Holds, ServerRound
 from hedgerow.methods.factors import check_factors, copy_factors, init_factors, with_scale
 from hedgerow.methods.lora import LoraMethod, update_scale
 from hedgerow.methods.parts import apart
@@ -50,6 +50,10 @@ class Standalone(LoraMethod):
             raise InvalidMessage("expected one adapter for each participant, and no other")
         for name in names:
             check_factors(apart.of_client(given, name), shapes, self.possible_ranks(len(names)))
+
+    def aggregate_holds(self, clients: Sequence[Client], expected: Expected) -> Holds:
+        """Memory of all clients' adapters."""
+        return Holds(sum(self.update_holds(client, expected).message for client in clients))
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
         """Collect each client's factors under its name; nothing is combined."""

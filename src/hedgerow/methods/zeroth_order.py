@@ -22,6 +22,7 @@ from hedgerow.methods.base import (
     Client,
     ClientRound,
     Expected,
+    Holds,
     Method,
     Payload,
     ServerRound,
@@ -67,6 +68,10 @@ class ZerothOrderMethod(Method):
     @abstractmethod
     def directions(self, client_round: ClientRound) -> Callable[[int], Sequence[int]]:
         """Function from a local step's number to the seeds of its directions."""
+
+    def most_directions(self, steps: int) -> int:
+        """Number of directions that so many local steps take at most; by default one each."""
+        return steps
 
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """Unfreeze all weights; the snapshot is only there to give the model back."""
@@ -140,6 +145,15 @@ class ZerothOrderMethod(Method):
         tensors = steps_to_tensors({seed: c / total for seed, c in summed(weighted).items()})
         return Aggregate(tensors, {REVEALED: revealed(directions)})
 
+    def update_holds(self, client: Client, expected: Expected) -> Holds:
+        """Memory of a seed and a coordinate for each direction."""
+        steps = expected.training.most_steps(client.num_examples)
+        return Holds(_DIRECTION * self.most_directions(steps))
+
+    def aggregate_holds(self, clients: Sequence[Client], expected: Expected) -> Holds:
+        """Memory of all clients' seeds and coordinates."""
+        return Holds(sum(self.update_holds(client, expected).message for client in clients))
+
     def apply(self, model: Model, entry: Entry) -> None:
         """Add the steps, w <- w + Σ c_z z, weight by weight."""
         steps = steps_of_tensors(entry.tensors)
@@ -149,6 +163,10 @@ class ZerothOrderMethod(Method):
                 for piece, part in zip(pieces(total), direction(weight, seed, index), strict=True):
                     piece.add_(part, alpha=coordinate)
             model.add(name, total.view(weight.shape))
+
+
+_DIRECTION = 8 + 4
+"""Bytes of a direction in a message: its seed, and the coordinate along it."""
 
 
 def _bounded(client: Client, steps: int, expected: Expected) -> Client:

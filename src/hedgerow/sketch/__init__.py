@@ -133,4 +133,8 @@ def _backend(device: torch.device) -> _Backend:
         from hedgerow.sketch import gpu
 
         return gpu
+    if device.type == "meta":
+        from hedgerow.sketch import hollow
+
+        return hollow
     return reference

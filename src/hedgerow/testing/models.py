@@ -24,13 +24,11 @@ def tiny_llama(folder: Path) -> Path:
 def random_llama(folder: Path, **sizes: int) -> Path:
     """Save a random Llama that reads bytes in a folder; `sizes` are transformers' names."""
     config = LlamaConfig(
-        vocab_size=260,
-        max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
-        **sizes,
+        **{"vocab_size": 260, "max_position_embeddings": 256, **sizes},
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -190,12 +190,13 @@ def _restore(
     state: Mapping[str, Tensor],
 ) -> None:
     """Have the optimiser go on from what `_state` returned, where that fits the parameters."""
-    kept: dict[str, State] = defaultdict(dict)
+    kept: dict[str, dict[str, str]] = defaultdict(dict)
     for key in state:
         name, _, what = key.rpartition("/")
-        kept[name][what] = state[key]
+        kept[name][what] = key
     for name, parameter in parameters.items():
-        values = kept[name]
+        # One parameter's at a time: read from a file, all of them would be there twice.
+        values = {what: state[key] for what, key in kept[name].items()}
         shape = values.pop(_SHAPE, None)
         if shape is not None:
             fits = shape.tolist() == [parameter.ndim, *parameter.shape]

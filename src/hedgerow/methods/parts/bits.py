@@ -60,6 +60,14 @@ class FewBits(Codec):
         parts = lengths(sizes_of(shapes), self.bits)
         return {name: Kind(dtype, (sum(each),)) for name, (dtype, each) in parts.items()}
 
-    def nbytes(self, size: int) -> int:
+    def nbytes_of(self, size: int) -> int:
         """Bytes of a value of so many numbers."""
         return nbytes(size, self.bits)
+
+    def encoding_holds(self, shapes: Shapes) -> int:
+        """A value, and its rotation as numbers, levels and codes in float64, four at a time."""
+        return (4 if self.bits == 32 else 4 + 4 * 8) * max(sizes_of(shapes))
+
+    def decoding_holds(self, shapes: Shapes) -> int:
+        """A value's levels and scales, their product, and its rotation."""
+        return (4 if self.bits == 32 else 4 * 4) * max(sizes_of(shapes))

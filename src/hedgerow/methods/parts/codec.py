@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny
 
-from hedgerow.methods.parts.values import Shapes, Values
+from hedgerow.methods.parts.values import Shapes, Values, sizes_of
 from hedgerow.plugins import Plugin, Registry
 
 if TYPE_CHECKING:
@@ -57,6 +57,24 @@ class Codec(Plugin, ABC):
             given: kinds of what has arrived, for a tensor whose length depends on the values; its
                 kind is then the nearest possible one.
         """
+
+    def nbytes(self, shapes: Shapes) -> int:
+        """Bytes of what `encode` makes of values of these shapes, but for what depends on them."""
+        return sum(kind.nbytes for kind in self.kinds(shapes, {}).values())
+
+    def encoding_holds(self, shapes: Shapes) -> int:
+        """Bytes that `encode` holds at a time, at most, beside what it makes.
+
+        By default those of the largest value.
+        """
+        return 4 * max(sizes_of(shapes))
+
+    def decoding_holds(self, shapes: Shapes) -> int:
+        """Bytes that iterating over what `decode` returns holds at a time, at most.
+
+        By default those of the largest value.
+        """
+        return 4 * max(sizes_of(shapes))
 
     def check(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
         """Raise `InvalidMessage` unless `encode` makes such tensors, which are of its `kinds`.

@@ -61,6 +61,11 @@ class FactorBits:
         error = lowrank.relative_error(zip(sent, given, strict=True))
         return quantized, ROUNDING_ERROR.said([error])
 
+    def nbytes(self, shapes: Mapping[str, Sequence[int]], rank: int) -> int:
+        """Bytes of factors of this rank, as they are sent, of matrices of these shapes (m, n)."""
+        sent = quantized_kinds(factor_kinds(shapes, rank), self._bits)
+        return sum(kind.nbytes for kind in sent.values())
+
     def check(
         self, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], rank: int
     ) -> None:

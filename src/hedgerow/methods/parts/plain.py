@@ -33,6 +33,14 @@ class Plain(Codec):
         """The tensors."""
         return Values(shapes, lambda: ((name, tensors[name]) for name in shapes))
 
+    def encoding_holds(self, shapes: Shapes) -> int:
+        """Nothing beside the values, which are what it makes."""
+        return 0
+
+    def decoding_holds(self, shapes: Shapes) -> int:
+        """Nothing beside what is read."""
+        return 0
+
     def kinds(self, shapes: Shapes, given: Mapping[str, Kind]) -> dict[str, Kind]:
         """One of float32 for each value."""
         return in_float32(shapes)

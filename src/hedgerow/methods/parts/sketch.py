@@ -54,7 +54,7 @@ class Budget:
 
         def nbytes(k: int) -> int:
             counts = [max(1, k * block.size // size) for block in blocks]
-            return sum(4 + self.codec.nbytes(count) for count in counts)
+            return sum(4 + self.codec.nbytes_of(count) for count in counts)
 
         return bisect.bisect_right(range(1, 32 * size), 4 * size / self.compression, key=nbytes)
 
@@ -158,6 +158,10 @@ class Sketch(Through):
     ) -> dict[str, Tensor]:
         """The bases' own."""
         return _header(basis[0], [count for (count,) in shapes.values()])
+
+    def encoding_holds(self, shapes: Shapes) -> int:
+        """A block's tensors, twice where they are put together."""
+        return max(4 * (1 + (len(block.shapes) > 1)) * block.size for block in group(shapes))
 
     def prefix(self, index: int) -> str:
         """Number of the piece."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow import lowrank
 from hedgerow.adapters import adapter_pairs, adapter_tensors
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 class Starts(ABC):
     """Start of the clients' adapters, by their options."""
+
+    goes_on: ClassVar[bool] = False
+    """Whether clients go on from a global adapter, which is `before`."""
 
     def __init__(self, options: LoraOptions) -> None:
         self._options = options
@@ -87,6 +90,8 @@ class Own(New):
 
 class Global(Starts):
     """The first r_k rows of the global adapter; in round 1 the run's seed draws it."""
+
+    goes_on: ClassVar[bool] = True
 
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """Attach as much of the global adapter as the client's rank has."""

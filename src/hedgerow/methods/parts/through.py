@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from hedgerow.methods.parts.codec import Codec
 from hedgerow.methods.parts.message import Message
-from hedgerow.methods.parts.values import Shapes, Values
+from hedgerow.methods.parts.values import Shapes, Values, sizes_of
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +124,11 @@ class Through(ABC):
             clients: names of those whose updates it has, in their order.
             codec: what the mapped values are written with.
         """
+
+    def encoding_holds(self, shapes: Shapes) -> int:
+        """Bytes that the mapped values take at a time, at most, while they are made; by default
+        those of the largest."""
+        return 4 * max(sizes_of(shapes))
 
     def prefix(self, index: int) -> str:
         """Prefix of the names of an entry's piece."""

@@ -160,6 +160,28 @@ class TopK(Codec):
             "levels": Kind(torch.float32, (len(shapes) * 2 ** (self.bits - 1),)),
         }
 
+    def nbytes(self, shapes: Shapes) -> int:
+        """Bytes of places, codes and sizes; of the places' unary parts, as many as are expected."""
+        count, total = self._count(shapes), sum(sizes_of(shapes))
+        places = rice.expected_bits(count, total) * count / 8
+        kinds = self.kinds(shapes, {})
+        return int(places) + kinds["codes"].nbytes + kinds["levels"].nbytes
+
+    def encoding_holds(self, shapes: Shapes) -> int:
+        """A value, its transform and their sizes, and the places and values of all that travels.
+
+        With `group: all` the transforms of all values, twice, and their sizes.
+        """
+        sizes = sizes_of(shapes)
+        largest = max(sizes)
+        pieces = 2 * 8 * min(largest, _PIECE) if self.rotates else 0
+        values = 3 * 4 * (sum(sizes) if self.group == "all" else largest)
+        return values + pieces + (8 + 4) * self._count(shapes)
+
+    def decoding_holds(self, shapes: Shapes) -> int:
+        """A value and its transform, and the places of all that travels."""
+        return 2 * 4 * max(sizes_of(shapes)) + 2 * 8 * self._count(shapes)
+
     def check(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
         """Check the places, tile by tile."""
         sizes = sizes_of(shapes)
@@ -273,9 +295,13 @@ class _Chosen(NamedTuple):
     where there was none, and nobody asks for it."""
 
 
+_PIECE = 1 << 22
+"""Numbers whose energy is added up at a time."""
+
+
 def _energy(flat: Tensor) -> float:
     # In pieces, since in float64 all of it would take as much again as it has twice over.
-    pieces = torch.split(flat, 1 << 22)
+    pieces = torch.split(flat, _PIECE)
     return math.fsum(float(piece.double().square().sum()) for piece in pieces)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hedgerow.errors import Diverged
+from hedgerow.methods.base import Holds, float32_bytes
 from hedgerow.methods.parts import feedback, shrink
 from hedgerow.methods.parts.codec import Codec
 from hedgerow.methods.parts.dense import Dense
@@ -68,6 +69,19 @@ class Uplink:
             client_round.remember({name: kept[name] for name in resting})
             client_round.remember(feedback.lost(change, rebuilt))
         return tensors
+
+    def update_holds(self, shapes: Shapes, message: Message) -> Holds:
+        """Memory of `encode`, for a change of these shapes."""
+        mapped = self.mapped_shapes(shapes, message)
+        owed = float32_bytes(shapes) if self.feedback is not None else 0
+        work = self.codec.encoding_holds(mapped)
+        if not self.through.is_dense:
+            work = max(work, self.through.encoding_holds(shapes))
+        return Holds(self.codec.nbytes(mapped), sums=owed, work=work)
+
+    def mapped_shapes(self, shapes: Shapes, message: Message) -> Shapes:
+        """Shapes of what is coded, where it does not depend on the change."""
+        return self.through.mapped_shapes(self.through.common(shapes, message), shapes)
 
     def decode(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> Piece:
         """The mapped values, with the codec undone."""

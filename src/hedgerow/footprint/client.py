@@ -1,0 +1,247 @@
+"""A client's round, gone through with hollow tensors: what it holds, by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.optim import optimizer as optimizers
+
+from hedgerow.data import Example, collate, learnt_from
+from hedgerow.errors import InvalidMessage
+from hedgerow.federation.participant import job_of
+from hedgerow.footprint.hollow import Held
+from hedgerow.methods.base import Client, ClientRound
+from hedgerow.model import Model
+from hedgerow.seeds import Seeds
+from hedgerow.training.loss import batch_loss
+from hedgerow.wire import Kind
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from hedgerow.experiment import Experiment
+    from hedgerow.settings import TrainingSettings
+    from hedgerow.wire import Entry
+
+WEIGHTS = "base weights"
+TRAINED = "adapter"
+SNAPSHOT = "snapshot of the start"
+GRADIENTS = "gradients"
+OPTIMIZER = "optimiser's state"
+STEP = "the optimiser's step"
+KEPT = "kept for the next round"
+ACTIVATIONS = "activations"
+
+_STEPS = 2
+"""Steps of each of the rounds that are gone through: the first makes the optimiser's state."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What a client holds, in bytes by part, at the peak of a stage of its round."""
+
+    training: Mapping[str, int]
+    """From when it has the model until its last step."""
+    trained: Mapping[str, int]
+    """After its last step, while it makes its update: all but the update itself."""
+    released: Mapping[str, int]
+    """After it has given the model back, while its update is serialised."""
+
+
+def scoring(experiment: Experiment, network: Any) -> dict[str, int]:
+    """What whoever scores the model on test rows holds, in bytes by part, at the peak.
+
+    Batches are the largest that there can be, as in `stages`.
+    """
+    held, rows = Held(), experiment.evaluation.batch_size
+    examples = _Longest(rows, experiment.data.max_length)
+    with held, torch.no_grad():
+        held.are_for(WEIGHTS, [*network.parameters(), *network.buffers()])
+        with held.made_for(ACTIVATIONS):
+            batch_loss(network, collate([examples[i] for i in range(rows)], pad_id=0))
+    return _positive(held.peak)
+
+
+def stages(experiment: Experiment, network: Any, client: Client) -> Stages:
+    """Go through a client's round with a network that has no values.
+
+    Batches are the largest that there can be: `training.batch_size` texts of `data.max_length`
+    tokens, each of them learnt. There are two rounds where the client remembers something, so that
+    the second begins with it.
+
+    Args:
+        experiment: its settings.
+        network: a causal language model on the meta device, in the dtype of the base; it is left
+            with the method's layers.
+        client: whose rank counts.
+    """
+    method, training = experiment.method, experiment.training
+    model, held, memory = Model(network, _NoTokenizer(), "model"), Held(), _Memory()
+    few = _few_steps(training)
+    examples: Any = _Longest(few.batch_size * few.gradient_accumulation, experiment.data.max_length)
+    remembers = method.clients_remember or training.keep_optimizer
+    with held, _telling_steps(held):
+        held.are_for(WEIGHTS, [*network.parameters(), *network.buffers()])
+        for _ in range(2 if remembers else 1):
+            client_round = ClientRound(
+                client, 1, Seeds(experiment.federation.seed), training, memory, _no_past
+            )
+            job = replace(job_of(experiment, model, examples, client_round), settings=few)
+            held.begin()
+            with held.made_for(TRAINED):
+                parameters = method.start(model, client_round)
+            held.are_for(SNAPSHOT, model.snapshot.values())
+            job = replace(job, start=model.snapshot, shared_state=model.shared_state)
+            with _telling_passes(held, network), _telling_gradients(held, parameters):
+                trained = method.train(job, client_round, parameters)
+            peak = dict(held.peak)
+            if remembers:
+                client_round.save()
+            held.are_for(KEPT, (each for each in client_round.kept.values() if each.is_meta))
+            after = {part: size for part, size in held.now.items() if part != ACTIVATIONS}
+            del trained, parameters, job, client_round
+            model.release()
+        released = {part: held.now[part] for part in (WEIGHTS, TRAINED)}
+    return Stages(_positive(peak), _positive(after), _positive(released))
+
+
+def _positive(parts: Mapping[str, int]) -> dict[str, int]:
+    return {part: size for part, size in parts.items() if size > 0}
+
+
+def _few_steps(training: TrainingSettings) -> TrainingSettings:
+    """As many steps, and passes for each, as there are until nothing new is held."""
+    passes = min(training.gradient_accumulation, 2)
+    steps = min(training.steps or _STEPS, _STEPS)
+    return training.model_copy(
+        update={"steps": steps, "epochs": None, "gradient_accumulation": passes}
+    )
+
+
+@contextmanager
+def _telling_steps(held: Held) -> Iterator[None]:
+    """Have what optimisers make be counted as theirs."""
+
+    def before(optimizer: Any, *_: Any) -> None:
+        stack.enter_context(held.made_for(STEP))
+
+    def after(optimizer: Any, *_: Any) -> None:
+        stack.close()
+        kept = (value for each in optimizer.state.values() for value in each.values())
+        held.are_for(OPTIMIZER, (v for v in kept if isinstance(v, torch.Tensor) and v.is_meta))
+
+    with ExitStack() as stack:
+        hooks = [
+            optimizers.register_optimizer_step_pre_hook(before),
+            optimizers.register_optimizer_step_post_hook(after),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@contextmanager
+def _telling_passes(held: Held, network: Any) -> Iterator[None]:
+    """Have what is made from the first forward pass on be counted as activations.
+
+    Before that, there is what an optimiser goes on from.
+    """
+
+    def begins(*_: Any) -> None:
+        if not started:
+            started.append(True)
+            stack.enter_context(held.made_for(ACTIVATIONS))
+
+    started: list[bool] = []
+    with held.made_for(OPTIMIZER), ExitStack() as stack:
+        hook = network.register_forward_pre_hook(begins)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+@contextmanager
+def _telling_gradients(held: Held, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Have gradients be counted as such as soon as each is complete."""
+
+    def complete(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            held.are_for(GRADIENTS, [parameter.grad])
+
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(complete)  # type: ignore[no-untyped-call]
+        for parameter in parameters.values()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Longest:
+    """Examples of so many tokens each, all of which are learnt."""
+
+    def __init__(self, count: int, length: int) -> None:
+        self.lengths = np.full(count, length, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        tokens = np.zeros(self.lengths[index], dtype=np.int32)
+        return Example(tokens, 1, learnt=learnt_from(0, len(tokens)))
+
+
+class _NoTokenizer:
+    """Tokenizer of nothing."""
+
+    pad_token_id = None
+
+
+class _Memory:
+    """Memory of the client, whose tensors are there when they are read, as those of its file."""
+
+    def __init__(self) -> None:
+        self._saved: dict[str, Kind | Tensor] = {}
+
+    def load(self) -> Mapping[str, Tensor]:
+        """Tensors like those that were saved, and those that have values, as counts of steps."""
+        return _Read(self._saved)
+
+    def save(self, tensors: Mapping[str, Tensor]) -> None:
+        """Remember what they are."""
+        self._saved = {
+            name: Kind(each.dtype, tuple(each.shape)) if each.is_meta else each
+            for name, each in tensors.items()
+        }
+
+
+class _Read(Mapping[str, "Tensor"]):
+    def __init__(self, kinds: Mapping[str, Kind | Tensor]) -> None:
+        self._kinds = kinds
+
+    def __getitem__(self, name: str) -> Tensor:
+        kind = self._kinds[name]
+        if isinstance(kind, torch.Tensor):
+            return kind.clone()
+        return torch.empty(kind.shape, dtype=kind.dtype, device="meta")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+
+def _no_past(round: int) -> Entry:
+    """No entry: it is the first round."""
+    raise InvalidMessage(f"there is no entry of round {round}")
