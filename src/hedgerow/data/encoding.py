@@ -550,7 +550,7 @@ def _named(row: Row, where: str) -> Iterator[None]:
 def _texts(row: Row) -> list[str]:
     """All that a row brings into a text."""
     history = (message.content for message in row.history)
-    return [row.instruction, row.input, row.output, *history]
+    return [row.instruction, row.input, row.output, row.other, *history]
 
 
 def _mapped(row: Row, change: Callable[[str], str]) -> Row:
@@ -560,6 +560,7 @@ def _mapped(row: Row, change: Callable[[str], str]) -> Row:
         instruction=change(row.instruction),
         input=change(row.input),
         output=change(row.output),
+        other=change(row.other),
         history=tuple(replace(message, content=change(message.content)) for message in row.history),
     )
 

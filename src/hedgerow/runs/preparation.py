@@ -23,6 +23,7 @@ from hedgerow.data import (
     Template,
     Tokenized,
     check,
+    good_answers,
     read,
 )
 from hedgerow.data.sources import share_of
@@ -42,6 +43,7 @@ from hedgerow.privacy.example_level import check_example_level
 from hedgerow.runs.directory import CLIENT_TESTS, EXPERIMENT, TEST_DATA, Digests
 from hedgerow.seeds import Seeds
 from hedgerow.settings import EvaluationSettings, FederationSettings, TextSettings
+from hedgerow.training.objectives.answers import referenced
 
 _NAMED = 10
 """Clients that are named where several are left out for one reason."""
@@ -70,6 +72,14 @@ class Prepared:
     """Test rows of each client that has some of its own, by name."""
     notes: list[str]
     """Sentences for people: what there is, then what is left out of it, each with its count."""
+
+    def referenced(self) -> Prepared:
+        """The same with what objective and metrics compare with, while `model` is the base."""
+        experiment, model = self.experiment, self.model
+        test = None if self.test is None else scored_beside(self.test, experiment, model)
+        shards = {name: referring(experiment, model, own) for name, own in self.shards.items()}
+        tests = {name: scored_beside(own, experiment, model) for name, own in self.tests.items()}
+        return replace(self, shards=shards, test=test, tests=tests)
 
     def digests(self) -> Digests:
         """Digest of each client's examples, of the test data, and of all clients' own together."""
@@ -108,6 +118,7 @@ def prepare(
         held,
         vocabulary_size=model.vocabulary_size,
         canaries=Canaries.of(experiment.audit, seeds),
+        learns=experiment.objective.learns,
     )
     check_audit(experiment, data.names)
     experiment = with_date(experiment, data.encoder.template.date)
@@ -153,6 +164,28 @@ def prepare(
         tests=tests,
         notes=[there_is, *notes],
     )
+
+
+def referring(experiment: Experiment, base: Model, examples: Tokenized) -> Tokenized:
+    """A client's examples with how likely the base finds them, where the objective needs that.
+
+    Args:
+        base: the model that the run began with, to which no entry has been applied.
+    """
+    if experiment.objective.refers_to != "base":
+        return examples
+    batch_size = experiment.training.batch_size
+    return referenced(base.network, examples, base.pad_id, batch_size)
+
+
+def scored_beside(test: TestSet, experiment: Experiment, base: Model) -> TestSet:
+    """Test rows with what rewards of pairs are beside, where metrics need that.
+
+    Args:
+        base: the model that the run began with, to which no entry has been applied.
+    """
+    scale = experiment.objective.reward_scale
+    return test.referenced(base, experiment.evaluation.batch_size, scale)
 
 
 def with_date(experiment: Experiment, date: datetime.date | None) -> Experiment:
@@ -381,9 +414,10 @@ def test_rows(
         records = read(text.test, text.test_split, text.test_subset, text.test_share)
     # Multiple choice alone needs no output: a question may name its answer otherwise.
     answered = any(metric.needs != "choices" for metric in metrics_of(settings.metrics))
-    return check(
+    rows = check(
         records, text.fields_of_test, answered=answered, every_turn=text.loss_on == "turns"
     )
+    return Rows(good_answers(rows), rows.remarks)
 
 
 def notes_on_model(
