@@ -1,4 +1,4 @@
-"""What an objective learns from: answers, pairs of a better and a worse one, or labelled answers."""
+"""What an objective learns from: answers, pairs of two, or answers that are labelled."""
 
 from __future__ import annotations
 

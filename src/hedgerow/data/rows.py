@@ -425,9 +425,8 @@ class _Reader:
             turns = _turns(asked, where, fields.instruction, "user")
             turns += _turns(answer, where, fields.output, "assistant")
             return replace(self._conversation(record, number, turns), desirable=desirable)
-        row = self._plain(record, number, asked)
         output = _text(answer, f"{where}: column {fields.output!r}")
-        return replace(row, output=output, desirable=desirable)
+        return replace(self._plain(record, number, asked), output=output, desirable=desirable)
 
     def _plain(self, record: Record, number: int, asked: Any) -> Row:
         """The row of a record whose cells are texts, without its answer."""
