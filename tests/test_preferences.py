@@ -443,3 +443,60 @@ def test_the_built_in_tasks_have_wrong_answers():
     pairs = check(Records.of(rows, "tasks"), Fields(chosen="output", rejected="wrong"))
     assert 0.95 * len(rows) < len(pairs) <= len(rows)
     assert all(row.output != row.other for row in pairs)
+
+
+# --- the built-in tasks -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def supervised(tmp_path_factory):
+    """A folder with eight clients' pairs, a test of pairs, and a model that follows instructions."""
+    folder = tmp_path_factory.mktemp("preferences")
+    for name, rows in tasks.clients().items():
+        (folder / f"{name}.json").write_text(json.dumps(tasks.with_wrong(rows)))
+    (folder / "test.json").write_text(json.dumps(tasks.with_wrong(tasks.test_rows())))
+    training = {"steps": 20, "batch_size": 8, "learning_rate": 3e-3}
+    run = hr.run(
+        on_tasks(folder, "demo", {"name": "flora", "ranks": 8}, training, 8), out=folder / "run"
+    )
+    run.export_merged(folder / "start")
+    return folder
+
+
+def on_tasks(folder, model, method, training, rounds):
+    metrics = ["loss", "exact_match", "reward_accuracy", "reward_margin"]
+    return hr.Experiment(
+        model={"path": str(model)},
+        data={
+            "clients": {name: str(folder / f"{name}.json") for name in tasks.CLIENTS},
+            "test": str(folder / "test.json"),
+            "fields": {"chosen": "output", "rejected": "wrong"},
+            "prompt": "plain",
+            "max_length": 96,
+        },
+        method=method,
+        training=training,
+        federation={"rounds": rounds},
+        evaluation={"every": rounds, "metrics": metrics, "max_new_tokens": 24, "batch_size": 100},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "method", "least"),
+    [
+        ({"name": "dpo", "beta": 0.1}, {"name": "flora", "ranks": 8}, 90),
+        ({"name": "dpo", "beta": 0.1}, {"name": "ferret"}, 90),
+        ({"name": "kto", "beta": 0.1}, {"name": "flora", "ranks": 8}, 80),
+        ({"name": "orpo", "beta": 0.5}, {"name": "flora", "ranks": 8}, 80),
+    ],
+    ids=["dpo with flora", "dpo with ferret", "kto", "orpo"],
+)
+def test_eight_clients_learn_to_prefer(supervised, tmp_path, objective, method, least):
+    training = {"steps": 8, "batch_size": 8, "learning_rate": 1e-3, "objective": objective}
+    experiment = on_tasks(supervised, supervised / "start", method, training, 4)
+    rows = hr.run(experiment, out=tmp_path / "run").metrics
+    first, last = rows.iloc[0], rows.iloc[-1]
+    assert first["reward_accuracy"] == 50
+    assert last["reward_accuracy"] > least
+    assert last["exact_match"] >= first["exact_match"]

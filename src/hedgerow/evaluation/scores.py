@@ -27,7 +27,14 @@ from hedgerow.evaluation.choices import Choices, log_likelihoods
 from hedgerow.evaluation.likelihood import Float64, Int64, Tick, losses
 from hedgerow.evaluation.measuring import Evidence, derived, measure
 from hedgerow.evaluation.metrics import metrics_of
-from hedgerow.evaluation.metrics.base import Answer, Choice, Likelihood, Need, Preference
+from hedgerow.evaluation.metrics.base import (
+    LIKELIHOODS,
+    Answer,
+    Choice,
+    Likelihood,
+    Need,
+    Preference,
+)
 from hedgerow.files import to_json
 from hedgerow.names import MEMORY
 
@@ -116,15 +123,13 @@ class TestSet:
         examples = (spool or Spool()).tokenize(
             name, rows, encoder, sys.maxsize, "answer", paired=paired
         )
-        if examples.dropped or (
-            needs.keys() - {"likelihood"} and not examples.prompt_lengths.all()
-        ):
+        if examples.dropped or (needs.keys() - LIKELIHOODS and not examples.prompt_lengths.all()):
             raise UserError(
                 f"`{key}`: {name} has rows with an empty prompt, which no answer can follow: "
                 "take them out, or choose another `data.prompt`"
             )
         scored = np.flatnonzero(examples.prompt_lengths < settings.max_length)
-        if needs.keys() & {"likelihood", "preferences"} and not len(scored):
+        if needs.keys() & LIKELIHOODS and not len(scored):
             raise NothingToScore(
                 f"`data.max_length`: no answer of {name} is left to measure a loss on, since every "
                 f"prompt (the shortest has {examples.prompt_lengths.min()} tokens) fills "
@@ -151,12 +156,18 @@ class TestSet:
         return len(self.examples)
 
     def digest(self) -> str:
-        """SHA-256 of the examples; where options are scored, also one of them, after a `+`.
+        """SHA-256 of the examples, of the options that are scored, and of pairs' worse answers.
 
-        They are apart, so that test sets can be compared of which one was prepared without.
+        They are joined by `+`, so that test sets can be compared of which one was prepared without
+        the latter two; what is not there is empty, and left out at the end.
         """
-        digest = self.examples.digest()
-        return f"{digest}+{self.choices.digest()}" if self.choices else digest
+        other = self.examples.other
+        digests = [
+            replace(self.examples, other=None).digest(),
+            self.choices.digest() if self.choices else "",
+            other.digest() if other is not None else "",
+        ]
+        return "+".join(digests).rstrip("+")
 
     def referenced(self, base: Model, batch_size: int, reward_scale: float) -> TestSet:
         """The test set with what rewards of its pairs are beside; itself where it has none.

@@ -30,6 +30,7 @@ from hedgerow.data.sources import share_of
 from hedgerow.errors import NothingToLearn, NothingToScore, UserError, did_you_mean
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.metrics import metrics_of
+from hedgerow.evaluation.metrics.base import LIKELIHOODS
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment, load
 from hedgerow.lazy import torch
@@ -90,7 +91,10 @@ class Prepared:
             own = [[name, *test.digest().split("+")] for name, test in sorted(self.tests.items())]
             # Of examples and of options apart, as each one's digest has them.
             parts = zip(*own, strict=True) if len({len(each) for each in own}) == 1 else [own]
-            hashes = [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in parts]
+            hashes = [
+                hashlib.sha256(json.dumps(part).encode()).hexdigest() if any(part) else ""
+                for part in parts
+            ]
             found[CLIENT_TESTS] = "+".join(hashes)
         return found
 
@@ -347,7 +351,7 @@ def load_test(
         UserError: there is none, or it cannot be scored as `settings` ask.
     """
     rows = test_rows(text, settings, held)
-    if any(metric.needs == "likelihood" for metric in metrics_of(settings.metrics)):
+    if any(metric.needs in LIKELIHOODS for metric in metrics_of(settings.metrics)):
         check_max_length(model, text.max_length)
     check_positions(model, settings)
     test = TestSet.prepare(rows, text, settings, model.tokenizer, model.vocabulary_size)
@@ -374,7 +378,7 @@ def client_tests(
     if experiment.data.client_test is None:
         return {}, []
     settings = experiment.evaluation.model_copy(update={"by": None})
-    if any(metric.needs == "likelihood" for metric in metrics_of(settings.metrics)):
+    if any(metric.needs in LIKELIHOODS for metric in metrics_of(settings.metrics)):
         check_max_length(model, experiment.data.max_length)
     check_positions(model, settings)
     spool, tests, without = Spool(), {}, []
@@ -489,7 +493,7 @@ def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
     """Sentences on test rows that are cut, or do not count."""
     needs = {metric.needs for metric in metrics_of(settings.metrics)}
     counts = {}
-    if "likelihood" in needs:
+    if needs & LIKELIHOODS:
         counts["have no loss, since their prompts fill max_length"] = test.dropped
         counts["are cut at max_length for the loss"] = test.truncated
     if "choices" in needs:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Need = Literal["likelihood", "answers", "choices", "preferences"]
 """What is asked of the model: the likelihood of the right answers, answers of its own, the
 likelihood of each option of multiple-choice questions, or rewards of pairs of answers."""
+LIKELIHOODS: frozenset[Need] = frozenset({"likelihood", "preferences"})
+"""Those that ask for likelihoods of answers, cut at `data.max_length`."""
 
 
 class Score(NamedTuple):
