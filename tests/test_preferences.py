@@ -287,14 +287,10 @@ def preferring(experiment, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", {"name": "dpo", "loss": "ipo"}])
-@pytest.mark.parametrize(
-    "method",
-    [{"name": "flora", "ranks": 2}, {"name": "ferret"}],
-    ids=lambda method: method["name"],
-)
+@pytest.mark.parametrize("method", ["flora", "ferret"])
 def test_runs_learn_to_prefer(preferring, hedgerow, tmp_path, objective, method):
-    path = preferring(objective, method=method, training={"steps": 8})
-    result = hedgerow("run", path, "--out", tmp_path / "run")
+    path = preferring(objective, training={"steps": 8})
+    result = hedgerow("run", path, f"method={method}", "--out", tmp_path / "run")
     assert result.code == 0, result.err
     first, *_, last = rows_of(tmp_path / "run")
     assert (first["reward_accuracy"], first["reward_margin"]) == (50.0, 0.0)
@@ -394,7 +390,7 @@ PRIVATE = {"level": "example", "clip": 0.5, "noise_multiplier": 1.0, "delta": 1e
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo", {"name": "dpo", "reference": "round"}])
 def test_pairs_are_hidden_by_noise(preferring, hedgerow, tmp_path, objective):
-    path = preferring(objective, privacy=PRIVATE, method={"name": "fedavg"})
+    path = preferring(objective, privacy=PRIVATE)
     result = hedgerow("run", path, "method=fedavg", "--out", tmp_path / "run")
     assert result.code == 0, result.err
     assert rows_of(tmp_path / "run")[-1]["epsilon"] > 0
@@ -403,7 +399,7 @@ def test_pairs_are_hidden_by_noise(preferring, hedgerow, tmp_path, objective):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["training.objective=dop"], "there is no 'dop'; did you mean 'dpo'"),
+        (["training.objective=dop"], "there is no 'dop'"),
         (["training.objective.beta=-1"], "`training.objective.beta`"),
         (["training.objective.loss=ipo", "training.objective.label_smoothing=0.1"], "counts with"),
         (["data.loss_on=all"], "data.loss_on all: training.objective dpo has its loss on answer"),
@@ -423,7 +419,7 @@ def test_pairs_are_hidden_by_noise(preferring, hedgerow, tmp_path, objective):
         ),
         (
             ["data.test_fields={output: good}"],
-            "reward_accuracy compares pairs of answers, and the rows of",
+            "reward_margin compares pairs of answers, and the rows of",
         ),
     ],
 )
@@ -450,7 +446,7 @@ def test_the_built_in_tasks_have_wrong_answers():
 
 @pytest.fixture(scope="module")
 def supervised(tmp_path_factory):
-    """A folder with eight clients' pairs, a test of pairs, and a model that follows instructions."""
+    """A folder with pairs for eight clients and a test, and a model that follows instructions."""
     folder = tmp_path_factory.mktemp("preferences")
     for name, rows in tasks.clients().items():
         (folder / f"{name}.json").write_text(json.dumps(tasks.with_wrong(rows)))
