@@ -217,6 +217,29 @@ def test_the_ledger_is_the_local_one_s(make, hedgerow, tmp_path, kind):
         assert ledger(Path(node.config["folder"])) == ledger(local)
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_a_site_that_begins_anew_compares_with_the_base(make, hedgerow, tmp_path, objective):
+    """What it compares with is of the model that the run began with, whenever it is asked."""
+    fields = "data.fields={prompt: instruction, chosen: output, rejected: bad}"
+    changes = [f"training.objective={objective}", fields, "federation.rounds=3"]
+    made = make(*changes)
+    for index in range(3):
+        path = tmp_path / f"client_{index}.json"
+        rows = [{**row, "bad": "nothing"} for row in json.loads(path.read_text())]
+        path.write_text(json.dumps(rows))
+    local = tmp_path / "local"
+    assert hedgerow("run", made.path, "data.test=null", *changes, "--out", local).code == 0
+
+    def restart(message):
+        for node in made.nodes:
+            node.host = Host()
+
+    made.grid.before = restart
+    made.run()
+    assert len(ledger(local)) == 3
+    assert ledger(made.out) == ledger(local)
+
+
 def test_a_site_hides_its_examples_by_itself(make, hedgerow, tmp_path, capsys):
     """Its key and its account stay there; with a seed the ledger is the local one's."""
     privacy = {"level": "example", "clip": 0.5, "noise_multiplier": 1.0, "delta": 1e-3}

@@ -101,7 +101,8 @@ class Fields(Section):
     output: str = "output"
     """Column of the answer; rows without one are left out, and counted."""
     prompt: str | None = None
-    """Column of the prompt, which is another word for `instruction`; with null, that names it."""
+    """Column of the prompt, which is another word for `instruction`; with null, that names it. It
+    goes with `completion`, or with `chosen` and `rejected`."""
     completion: str | None = None
     """Column of the completion, which is another word for `output` and goes with `prompt`; with
     null, `output` names it."""
@@ -114,11 +115,36 @@ class Fields(Section):
     """Column of the tools that an answer may call, which rows may leave empty or out: a list of
     functions' schemas, as OpenAI and transformers have them, or its JSON. With null, there is no
     such column."""
+    chosen: str | None = None
+    """Column of the better answer of a pair, instead of `output`: a text, or messages, also with
+    those of the prompt before them where the row has none of its own. With the defaults, rows that
+    have `chosen` and `rejected` instead of answers are read too; with null, there is none."""
+    rejected: str | None = None
+    """Column of the worse answer of a pair, which goes with `chosen`; with null, there is none."""
+    label: str | None = None
+    """Column that says whether the answer is a good one (true) or a bad one (false), as
+    `training.objective: kto` learns from; with null, all are good."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Fields:
-        if (self.prompt is None) != (self.completion is None):
-            raise ValueError("`prompt` and `completion` go together: give both")
+        if (self.chosen is None) != (self.rejected is None):
+            raise ValueError("`chosen` and `rejected` go together: give both")
+        if self.chosen is not None and (
+            self.completion is not None
+            or self.label is not None
+            or self.messages is not None
+            or self._names("output")
+        ):
+            raise ValueError(
+                "`chosen` and `rejected` are both answers of a row: leave out `output`, "
+                "`completion`, `messages` and `label`"
+            )
+        if self.label is not None and self.messages is not None:
+            raise ValueError("`label` is of one answer: give its column, not `messages`")
+        if self.chosen is None and (self.prompt is None) != (self.completion is None):
+            raise ValueError(
+                "`prompt` and `completion` go together: give both (or `chosen` and `rejected`)"
+            )
         if self.prompt is not None and self._names("instruction", "output"):
             raise ValueError(
                 "`prompt` and `completion` are other words for `instruction` and `output`: give "
@@ -361,8 +387,12 @@ class TrainingSettings(Section):
     epochs: int | None = Field(None, ge=1)
     """Number of passes over the client's data in a round, instead of `steps`; with null, `steps`
     decides."""
+    objective: str | dict[str, Any] = "supervised"
+    """Objective of the local steps: `supervised` (the likelihood of answers), or a preference's,
+    `dpo`, `kto` or `orpo`; a name, or a mapping with options, as {name: dpo, beta: 0.1}; your own
+    is `package.module:Class`."""
     batch_size: int = Field(8, ge=1)
-    """Number of sequences in one forward pass."""
+    """Number of examples in one forward pass: of sequences, or of pairs of them."""
     gradient_accumulation: int = Field(1, ge=1)
     """Number of forward passes whose gradients make one optimiser step."""
     learning_rate: float = Field(3e-4, gt=0)

@@ -173,6 +173,7 @@ class _Auditor:
                 self._seeds,
                 vocabulary_size=model.vocabulary_size,
                 canaries=self._canaries,
+                learns=self._experiment.objective.learns,
             )
         except UserError as error:
             return self._without(client, error)

@@ -55,7 +55,7 @@ OPPOSITES = dict(pair.split("/") for pair in _OPPOSITES.split())
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of task: its wordings, how to draw a subject, and how to solve it.
+    """A kind of task: its wordings, how to draw a subject, how to solve it, and how not to.
 
     A wording with ``{}`` takes the subject into the instruction and leaves the input empty.
     """
@@ -63,6 +63,8 @@ class Kind:
     wordings: tuple[str, ...]
     draw: Callable[[Random, Sequence[str]], str]
     solve: Callable[[str], str]
+    err: Callable[[str], str]
+    """A wrong answer that is like right ones, for preferences."""
 
 
 def _word(rng: Random, words: Sequence[str]) -> str:
@@ -104,45 +106,61 @@ KINDS: dict[str, Kind] = {
         ("Spell this word backwards.", "Reverse the letters.", "Write {} from right to left."),
         _word,
         lambda s: s[::-1],
+        lambda s: s,
     ),
     "upper": Kind(
         ("Write this in capitals.", "Make every letter a capital.", "Put {} in upper case."),
         _word,
         str.upper,
+        str.capitalize,
     ),
     "shift": Kind(
         ("Move each letter one on in the alphabet.", "Shift {} by one letter.", "Encode by one."),
         _word,
         _shift,
+        lambda s: s[1:] + s[0],
     ),
     "spell": Kind(
         ("Put dashes between the letters.", "Spell out the word.", "Spell {} with dashes."),
         _word,
         "-".join,
+        " ".join,
     ),
     "consonants": Kind(
         ("Remove the vowels.", "Leave out every vowel.", "Write {} without vowels."),
         _word,
         lambda s: "".join(c for c in s if c not in "aeiou"),
+        lambda s: "".join(c for c in s if c in "aeiou"),
     ),
     "ends": Kind(
         ("Give the first and last letter.", "Which letters are at the ends?", "Take {}'s ends."),
         _word,
         lambda s: s[0] + s[-1],
+        lambda s: s[:2],
     ),
     "swap": Kind(
         ("Swap the two words.", "Change the order of the words.", "Say {} the other way round."),
         _two_words,
         lambda s: " ".join(reversed(s.split())),
+        lambda s: s,
     ),
-    "add": Kind(("Add the numbers.", "What is {}?", "Work out the sum."), _sum, _add),
+    "add": Kind(
+        ("Add the numbers.", "What is {}?", "Work out the sum."),
+        _sum,
+        _add,
+        lambda s: s.replace(" + ", ""),
+    ),
     "next": Kind(
-        ("Continue the sequence.", "Which number is next?", "What follows {}?"), _sequence, _next
+        ("Continue the sequence.", "Which number is next?", "What follows {}?"),
+        _sequence,
+        _next,
+        lambda s: s.split()[-1],
     ),
     "opposite": Kind(
         ("Give the opposite.", "What is the opposite of {}?", "Name the contrary."),
         _opposite,
         OPPOSITES.__getitem__,
+        lambda s: f"not {s}",
     ),
 }
 """Every kind of task by name."""
@@ -218,3 +236,23 @@ def clients(seed: int = 0, per_kind: int = 20) -> dict[str, list[Row]]:
                 rows.append(_ask(rng, name, subject))
         rng.shuffle(rows)
     return data
+
+
+def with_wrong(rows: Sequence[Row]) -> list[Row]:
+    """Rows of these tasks with an answer beside the right one that is ``wrong``.
+
+    A few of the wrong ones happen to be right.
+    """
+    return [{**row, "wrong": KINDS[row["kind"]].err(_subject(row))} for row in rows]
+
+
+def _subject(row: Row) -> str:
+    """What a row's question is about."""
+    if row["input"]:
+        return row["input"]
+    for wording in KINDS[row["kind"]].wordings:
+        before, placeholder, after = wording.partition("{}")
+        asked = row["instruction"]
+        if placeholder and asked.startswith(before) and asked.endswith(after):
+            return asked.removeprefix(before).removesuffix(after)
+    raise ValueError(f"{row['instruction']!r} is no question of the kind {row['kind']}")

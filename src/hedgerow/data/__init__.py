@@ -6,6 +6,7 @@ from hedgerow.data.clients import ClientData
 from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held, as_records
 from hedgerow.data.partition import partition
+from hedgerow.data.preferences import Learns, good_answers
 from hedgerow.data.rows import Message, Records, Remarks, Row, Rows, answered_turns, check
 from hedgerow.data.sources import client_files, read
 from hedgerow.data.templates import Template, in_turns
@@ -18,6 +19,7 @@ __all__ = [
     "Encoder",
     "Example",
     "Held",
+    "Learns",
     "Message",
     "Records",
     "Remarks",
@@ -33,6 +35,7 @@ __all__ = [
     "client_files",
     "collate",
     "epoch",
+    "good_answers",
     "in_turns",
     "learnt_from",
     "load_template",

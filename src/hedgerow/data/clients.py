@@ -9,6 +9,7 @@ from hedgerow.data.canaries import Canaries
 from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held
 from hedgerow.data.partition import partition
+from hedgerow.data.preferences import Learns, good_answers, learnt_rows
 from hedgerow.data.rows import Records, Remarks, Row, Rows, check
 from hedgerow.data.sources import client_files, client_test_files, read, share_of
 from hedgerow.data.templates import load as load_template
@@ -41,6 +42,7 @@ class ClientData:
         held: Held | None = None,
         vocabulary_size: int | None = None,
         canaries: Canaries | None = None,
+        learns: Learns = "answers",
     ) -> None:
         """Find out who the clients are.
 
@@ -51,13 +53,14 @@ class ClientData:
             held: the rows that the settings call `(memory)`.
             vocabulary_size: number of the base model's embeddings; None compares no tokens.
             canaries: made-up rows that are added to the training rows of one of them; None: none.
+            learns: what is learnt from: answers, pairs of them, or labelled ones.
 
         Raises:
             UserError: a file is missing, or the source or its division is wrong.
         """
         self._settings, self._spool = settings, Spool()
         self._held = held or Held()
-        self._canaries = canaries
+        self._canaries, self._learns = canaries, learns
         template = load_template(settings, tokenizer)
         self.encoder = Encoder(template, tokenizer, vocabulary_size)
         self.remarks = Remarks()
@@ -91,10 +94,11 @@ class ClientData:
             rows = [*rows, *canaries.planted()]
         return self._spool.tokenize(
             name,
-            rows,
+            learnt_rows(rows, self._learns, name),
             encoder=self.encoder,
             max_length=settings.max_length,
             loss_on=settings.loss_on,
+            paired=self._learns != "answers",
         )
 
     def test_rows(self, name: str) -> Sequence[Row]:
@@ -105,12 +109,12 @@ class ClientData:
         """
         if name in self._test_files:
             files = list(map(str, self._test_files[name]))
-            return self._checked(files, self._held.client_tests.get(name), 1.0)
+            return good_answers(self._checked(files, self._held.client_tests.get(name), 1.0))
         if not isinstance(self._settings.client_test, float):
             return []
         # What is to be said of the rows is said when the others of them are tokenised.
         _, held_out = self._divided(name, self._own_rows(name, remark=False))
-        return held_out
+        return good_answers(held_out)
 
     def _own_rows(self, name: str, *, remark: bool = True) -> Sequence[Row]:
         """All rows of a client."""

@@ -553,7 +553,7 @@ def _named(row: Row, where: str) -> Iterator[None]:
 
 def _texts(row: Row) -> list[str]:
     """All that a row brings into a text."""
-    texts = [row.instruction, row.input, row.output]
+    texts = [row.instruction, row.input, row.output, row.other]
     for message in (*row.history, *row.between):
         texts.append(message.content)
         if message.calls or message.told:
@@ -587,6 +587,7 @@ def _mapped(row: Row, change: Callable[[str], str]) -> Row:
         instruction=change(row.instruction),
         input=change(row.input),
         output=change(row.output),
+        other=change(row.other),
         history=turns(row.history),
         between=turns(row.between),
         calls=mapped(row.calls),

@@ -56,6 +56,9 @@ class Row:
         columns: all columns of the row's source, by name.
         number: place in its source, from 1; 0 of a row that has none.
         where: file, or what else it is from, for messages; empty where nobody has said.
+        other: an answer beside the right one, as the rejected one of a pair; empty where there is
+            none.
+        desirable: whether the answer is a good one, as is said of it or goes without saying.
     """
 
     instruction: str
@@ -68,6 +71,8 @@ class Row:
     between: tuple[Message, ...] = ()
     calls: tuple[Record, ...] = ()
     tools: tuple[Record, ...] = ()
+    other: str = ""
+    desirable: bool = True
 
     def place(self, whose: str) -> str:
         """What a message calls the row, as "ward (2024.csv): row 3".
@@ -261,9 +266,9 @@ def check(
 
     Args:
         records: what was read.
-        fields: columns that hold instruction, input and output, or a conversation. Where they are
-            the defaults and the records have `messages`, `conversations` or `prompt` and
-            `completion` instead, those are read.
+        fields: columns that hold instruction, input and output, a conversation, or a pair of
+            answers. Where they are the defaults and the records have `messages`, `conversations`,
+            `prompt` and `completion`, or `chosen` and `rejected` instead, those are read.
         answered: whether a row without an answer is of no use.
         every_turn: whether all answers of a conversation count, or the last one alone.
         tools: whether the prompt writes tools, their calls, and what they return.
@@ -277,10 +282,13 @@ def check(
         raise NothingToLearn(f"{where}: holds no rows: give at least one example")
     known = {column: None for row in records.rows for column in row}
     if fields.prompt is not None:
-        columns = {"instruction": fields.prompt, "output": fields.completion}
+        columns = {"instruction": fields.prompt}
+        if fields.completion is not None:
+            columns["output"] = fields.completion
         fields = fields.model_copy(update=columns)
     asked, fields = fields, _layout(fields, known, answered)
-    read_from = fields.messages or f"{fields.instruction}, {fields.output}"
+    answer = fields.output if fields.chosen is None else f"{fields.chosen}, {fields.rejected}"
+    read_from = fields.messages or f"{fields.instruction}, {answer}"
     _check_known(records, fields, known, answered)
     named = {*_named(fields), fields.tools}
     ignored = [c for c in known if c.lower() in _LIKE_AN_INPUT and c not in named]
@@ -328,13 +336,16 @@ _ROLES: dict[str, Role] = {
 }
 _CALLS = ("tool_calls", "function_call", "tool_call")
 """Keys that hold calls of tools, and roles whose text is one, as in ShareGPT's."""
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+"""What says that an answer is a good one, or a bad one, also in files that have texts alone."""
 _MISSING = object()
 
 
 def _layout(fields: Fields, known: Mapping[str, None], answered: bool) -> Fields:
     """The columns that are meant, where nobody has named any and the default ones are not there."""
     plain = ("instruction", "output")
-    is_default = (fields.instruction, fields.output, fields.messages) == (*plain, None)
+    is_default = (fields.instruction, fields.output) == plain
+    is_default &= fields.messages is None and fields.chosen is None
     if not is_default or known.keys() >= set(plain if answered else plain[:1]):
         return fields
     for column in _CONVERSATIONS:
@@ -342,6 +353,9 @@ def _layout(fields: Fields, known: Mapping[str, None], answered: bool) -> Fields
             return fields.model_copy(update={"messages": column})
     if {"prompt", "completion"} <= known.keys():
         return fields.model_copy(update={"instruction": "prompt", "output": "completion"})
+    if {"chosen", "rejected"} <= known.keys():
+        prompt = {"instruction": "prompt"} if "prompt" in known else {}
+        return fields.model_copy(update={"chosen": "chosen", "rejected": "rejected", **prompt})
     return fields
 
 
@@ -349,7 +363,7 @@ def _named(fields: Fields) -> set[str | None]:
     """The columns that are used."""
     if fields.messages is not None:
         return {fields.messages}
-    named = (fields.instruction, fields.input, fields.output)
+    named = (fields.instruction, fields.input, fields.output, fields.chosen, fields.rejected)
     return {*named, *(c.partition(".")[0] for c in named if c is not None)}
 
 
@@ -394,7 +408,14 @@ def _check_known(
             "an answer: give each a column, or give conversations in `messages`"
         )
     asked, answer = ("instruction", "output") if fields.prompt is None else ("prompt", "completion")
-    for key, column in [(asked, fields.instruction), (answer, fields.output)]:
+    needed = [(asked, fields.instruction), (answer, fields.output)]
+    if fields.chosen is not None and fields.rejected is not None:
+        needed = [("chosen", fields.chosen), ("rejected", fields.rejected)]
+        if fields.prompt is not None or fields.instruction != "instruction":
+            needed.append((asked, fields.instruction))  # by default both may begin with the prompt
+    if fields.label is not None:
+        needed.append(("label", fields.label))
+    for key, column in needed:
         if (answered or key == asked) and not is_there(column):
             raise UserError(
                 f"{where}: no row has a column {column!r}: set `data.fields.{key}` to one of "
@@ -482,17 +503,25 @@ class _Reader:
             turns = self._turns(found, where, fields.messages)
             return self._conversation(record, number, turns)
         asked = self._cell(record, fields.instruction, number)
+        if fields.chosen is not None and fields.rejected is not None:
+            return self._pair(record, number, asked, fields.chosen, fields.rejected)
         answer = self._cell(record, fields.output, number)
+        desirable = fields.label is None or self._label(record, number, fields.label)
         if _has_messages(asked) or _has_messages(answer):
             turns = self._turns(asked, where, fields.instruction, "user")
             turns += self._turns(answer, where, fields.output, "assistant")
-            return self._conversation(record, number, turns)
+            return replace(self._conversation(record, number, turns), desirable=desirable)
+        output = _text(answer, f"{where}: column {fields.output!r}")
+        return replace(self._plain(record, number, asked), output=output, desirable=desirable)
+
+    def _plain(self, record: Record, number: int, asked: Any) -> Row:
+        """The row of a record whose cells are texts, without its answer."""
+        fields, where = self._fields, f"{self._where}: row {number}"
         row = Row(
             instruction=_text(asked, f"{where}: column {fields.instruction!r}"),
             input=_text(
                 self._cell(record, fields.input, number), f"{where}: column {fields.input!r}"
             ),
-            output=_text(answer, f"{where}: column {fields.output!r}"),
             columns=record,
             number=number,
             where=self._where,
@@ -501,6 +530,60 @@ class _Reader:
         if not (row.instruction + row.input).strip():
             raise _LeftOut("nothing is asked")
         return row
+
+    def _pair(self, record: Record, number: int, asked: Any, chosen: str, rejected: str) -> Row:
+        """The row of a better answer and a worse one, which may each hold the prompt as well.
+
+        Args:
+            asked: the prompt's cell.
+            chosen: column of the better answer.
+            rejected: column of the worse one.
+        """
+        where = f"{self._where}: row {number}"
+        cells = [(c, self._cell(record, c, number)) for c in (chosen, rejected)]
+        if any(is_empty(cell) for _, cell in cells):
+            raise _LeftOut("no pair of answers")
+        if any(map(_has_messages, [asked, *(cell for _, cell in cells)])):
+            prompt = self._turns(asked, where, self._fields.instruction, "user")
+            better, worse = (
+                turns if turns[0].role != "assistant" else prompt + turns
+                for turns in (
+                    self._turns(cell, where, column, "assistant") for column, cell in cells
+                )
+            )
+            if better[:-1] != worse[:-1] or {better[-1].role, worse[-1].role} != {"assistant"}:
+                raise _LeftOut("answers of a pair that differ before their last turns")
+            if better[-1].calls or worse[-1].calls:
+                raise _LeftOut("answers of a pair that call tools")
+            row = replace(self._conversation(record, number, better), other=worse[-1].content)
+        else:
+            if asked is None and _value(record, self._fields.instruction) is _MISSING:
+                raise UserError(
+                    f"{where}: column {chosen!r} is a text without its prompt: set "
+                    "`data.fields.prompt` to the prompt's column"
+                )
+            better_text, worse_text = (
+                _text(cell, f"{where}: column {column!r}") for column, cell in cells
+            )
+            row = replace(self._plain(record, number, asked), output=better_text, other=worse_text)
+        if not row.other.strip():
+            raise _LeftOut("no pair of answers")
+        if row.output.split() == row.other.split():
+            raise _LeftOut("both answers of a pair are the same")
+        return row
+
+    def _label(self, record: Record, number: int, column: str) -> bool:
+        """Whether the answer of a record is a good one."""
+        value = self._cell(record, column, number)
+        if is_empty(value):
+            raise _LeftOut("no label")
+        said = _LABELS.get(str(value).strip().lower())
+        if said is None:
+            raise UserError(
+                f"{self._where}: row {number}: column {column!r} must be true or false, not "
+                f"{str(value)[:40]!r}"
+            )
+        return said
 
     def _cell(self, record: Record, column: str | None, number: int) -> Any:
         """What stands in a column: a value, None, or a list of messages."""

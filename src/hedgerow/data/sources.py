@@ -475,11 +475,12 @@ def _read_parquet(path: Path, first: int | None) -> tuple[list[Record], Classes]
 
 
 def _read_demo(split: str) -> list[Record]:
-    if split == "train":
-        return [dict(row) for rows in tasks.clients().values() for row in rows]
+    rows = [row for own in tasks.clients().values() for row in own]
     if split == "test":
-        return [dict(row) for row in tasks.test_rows()]
-    raise UserError(f"{DEMO}: has no split {split!r}: give train or test")
+        rows = tasks.test_rows()
+    elif split != "train":
+        raise UserError(f"{DEMO}: has no split {split!r}: give train or test")
+    return [dict(row) for row in tasks.with_wrong(rows)]
 
 
 def classes_of(features: Mapping[str, Any]) -> Classes:

@@ -9,18 +9,19 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from hedgerow.data.encoding import Encoder
+from hedgerow.data.encoding import Encoded, Encoder
 from hedgerow.data.rows import Row
 from hedgerow.errors import NothingToLearn, UserError
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 LossOn = Literal["answer", "turns", "all"]
 
@@ -69,6 +70,19 @@ class Tokenized:
     """Examples whose rows spell a control token, as `</s>`, which is text there."""
     unknown: int = 0
     """Tokens that stand for text which the tokenizer does not know."""
+    other: Tokenized | None = None
+    """Another answer to each prompt, as many examples in the same order: the rejected ones of
+    pairs, say (`Row.other`)."""
+    desirable: Bool | None = None
+    """Shape (n,): whether each answer is a good one; None: all are."""
+    reference: Float32 | None = None
+    """Shape (n,): log-likelihood of each answer under the model that an objective refers to, in
+    nats; None: nobody has needed any."""
+
+    @property
+    def widths(self) -> Int32:
+        """Shape (n,): tokens of the longer one of each example and the other beside it."""
+        return self.lengths if self.other is None else np.maximum(self.lengths, self.other.lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -88,6 +102,10 @@ class Tokenized:
             digest.update(array.tobytes())
         for start, length in zip(self.starts, self.lengths, strict=True):
             digest.update(self.spool.read(int(start), int(length)).tobytes())
+        if self.desirable is not None:
+            digest.update(self.desirable.tobytes())
+        if self.other is not None:
+            digest.update(self.other.digest().encode())
         return digest.hexdigest()
 
     @staticmethod
@@ -99,6 +117,13 @@ class Tokenized:
         """
         if len({(id(part.spool), part.loss_on) for part in parts}) != 1:
             raise ValueError("parts must share one spool and one `loss_on`")
+        others = [part.other for part in parts if part.other is not None]
+        if len(others) not in (0, len(parts)):
+            raise ValueError("all parts must have another answer to each prompt, or none")
+        labels = [
+            np.ones(len(part), dtype=np.bool_) if part.desirable is None else part.desirable
+            for part in parts
+        ]
         return Tokenized(
             spool=parts[0].spool,
             starts=np.concatenate([part.starts for part in parts]),
@@ -110,7 +135,18 @@ class Tokenized:
             dropped=sum(part.dropped for part in parts),
             spelt=sum(part.spelt for part in parts),
             unknown=sum(part.unknown for part in parts),
+            other=Tokenized.concatenate(others) if others else None,
+            desirable=_unless_all(np.concatenate(labels)),
         )
+
+
+class _Found:
+    """Where the examples of an answer to each prompt are in the spool, as far as they are read."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.lengths: list[int] = []
+        self.prompt_lengths: list[int] = []
 
 
 class Spool:
@@ -132,6 +168,8 @@ class Spool:
         encoder: Encoder,
         max_length: int,
         loss_on: LossOn,
+        *,
+        paired: bool = False,
     ) -> Tokenized:
         """Tokenise rows as prompt, answer and its end, and keep the tokens on disk.
 
@@ -142,6 +180,7 @@ class Spool:
             encoder: makes tokens of them.
             max_length: tokens of prompt and answer together; what is longer is cut at the end.
             loss_on: the tokens that carry loss.
+            paired: whether the answer beside each row's own (`Row.other`) is an example, too.
 
         Raises:
             UserError: there are no rows, no example has room for any of its answer, a row cannot be
@@ -149,52 +188,57 @@ class Spool:
         """
         if not rows:
             raise NothingToLearn(f"{name}: has no examples: give it data, or leave it out")
-        starts: list[int] = []
-        lengths: list[int] = []
-        prompt_lengths: list[int] = []
+        found = [_Found() for _ in range(1 + paired)]
         kept_rows: list[int] = []
         truncated = spelt = unknown = 0
         shortest_prompt = sys.maxsize
+        every_turn = loss_on == "turns"
         for first in range(0, len(rows), _CHUNK):
-            kept: list[list[int]] = []
-            every_turn = loss_on == "turns"
-            encoded = encoder.examples(rows[first : first + _CHUNK], name, every_turn=every_turn)
-            for number, each in enumerate(encoded, start=first):
-                tokens, prompt_length = each.prompt + each.answer, each.learnt[0][0]
-                spelt += each.spelt
-                shortest_prompt = min(shortest_prompt, prompt_length)
-                learnt = [
-                    (start, min(stop, max_length))
-                    for start, stop in each.learnt
-                    if start < max_length
-                ]
-                length = learnt[-1][1] if learnt else 0
+            chunk = rows[first : first + _CHUNK]
+            encoded = [encoder.examples(chunk, name, every_turn=every_turn)]
+            if paired:
+                others = [replace(row, output=row.other, calls=()) for row in chunk]
+                encoded.append(encoder.examples(others, name))
+            kept: list[list[list[int]]] = [[] for _ in found]
+            for number, answers in enumerate(zip(*encoded, strict=True), start=first):
+                spelt += answers[0].spelt
+                shortest_prompt = min(shortest_prompt, *(each.learnt[0][0] for each in answers))
+                tokens = [_cut(each, max_length, signed=every_turn) for each in answers]
                 # Nothing predicts the very first token, so it cannot be all of the answer.
-                if length > 1:
-                    truncated += len(tokens) > max_length
-                    prompt_lengths.append(prompt_length)
-                    kept_rows.append(number)
-                    unknown += encoder.count_unknown(tokens[:length])
-                    kept.append(_signed(tokens, learnt) if every_turn else tokens[:length])
-            starts += self._append(kept)
-            lengths += map(len, kept)
-        if not lengths:
+                if any(len(each) < 2 for each in tokens):
+                    continue
+                truncated += any(len(each.prompt + each.answer) > max_length for each in answers)
+                kept_rows.append(number)
+                for each, cut, place, texts in zip(answers, tokens, found, kept, strict=True):
+                    place.prompt_lengths.append(each.learnt[0][0])
+                    unknown += encoder.count_unknown((each.prompt + each.answer)[: len(cut)])
+                    texts.append(cut)
+            for place, texts in zip(found, kept, strict=True):
+                place.starts += self._append(texts)
+                place.lengths += map(len, texts)
+        if not kept_rows:
             raise NothingToLearn(
                 f"{name}: no label is left to learn from, since every prompt (the shortest has "
                 f"{shortest_prompt} tokens) fills `data.max_length` ({max_length}): raise it"
             )
-        return Tokenized(
-            spool=self,
-            starts=np.array(starts, dtype=np.int64),
-            lengths=np.array(lengths, dtype=np.int32),
-            prompt_lengths=np.array(prompt_lengths, dtype=np.int32),
-            rows=np.array(kept_rows, dtype=np.int32),
-            loss_on=loss_on,
-            truncated=truncated,
-            dropped=len(rows) - len(lengths),
-            spelt=spelt,
-            unknown=unknown,
+        numbers = np.array(kept_rows, dtype=np.int32)
+        own, *others_found = (
+            Tokenized(
+                spool=self,
+                starts=np.array(place.starts, dtype=np.int64),
+                lengths=np.array(place.lengths, dtype=np.int32),
+                prompt_lengths=np.array(place.prompt_lengths, dtype=np.int32),
+                rows=numbers,
+                loss_on=loss_on,
+                truncated=truncated,
+                dropped=len(rows) - len(numbers),
+                spelt=spelt,
+                unknown=unknown,
+            )
+            for place in found
         )
+        desirable = _unless_all(np.array([rows[number].desirable for number in kept_rows]))
+        return replace(own, other=next(iter(others_found), None), desirable=desirable)
 
     def read(self, start: int, count: int) -> Int32:
         """`count` tokens from position `start`; any thread may call this at any time."""
@@ -225,6 +269,26 @@ class Spool:
 def learnt_from(start: int, length: int) -> Bool:
     """Whether each token of so many carries loss, if those from `start` on do."""
     return np.arange(length) >= start
+
+
+def _unless_all(flags: Bool) -> Bool | None:
+    """Flags of which one at least is not set; None where all are."""
+    return None if flags.all() else flags
+
+
+def _cut(encoded: Encoded, max_length: int, *, signed: bool) -> list[int]:
+    """Tokens of a row up to the last one that carries loss; none where none does.
+
+    Args:
+        signed: whether the tokens that carry none are marked (`_signed`).
+    """
+    tokens = encoded.prompt + encoded.answer
+    learnt = [
+        (start, min(stop, max_length)) for start, stop in encoded.learnt if start < max_length
+    ]
+    if not learnt:
+        return []
+    return _signed(tokens, learnt) if signed else tokens[: learnt[-1][1]]
 
 
 def _signed(tokens: Sequence[int], learnt: Sequence[tuple[int, int]]) -> list[int]:

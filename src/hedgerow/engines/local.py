@@ -213,6 +213,7 @@ def run(
     with opener(out, experiment, prepared.base, data, prepared.trained) as directory:
         for change in directory.changes:
             say(change)
+        prepared = prepared.referenced()
         expected = experiment.expected(directory.ledger.trained)
         directory.ledger.replay(experiment.method, prepared.model, expected=expected)
         with tracking.tracked(experiment, directory, watcher) as tracked:

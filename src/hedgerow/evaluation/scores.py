@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from hedgerow.data import (
@@ -26,10 +25,17 @@ from hedgerow.data.rows import value_of
 from hedgerow.errors import NothingToScore, UserError
 from hedgerow.evaluation.answers import generate
 from hedgerow.evaluation.choices import Choices, log_likelihoods
-from hedgerow.evaluation.likelihood import Tick, losses
+from hedgerow.evaluation.likelihood import Float64, Int64, Tick, losses
 from hedgerow.evaluation.measuring import Evidence, derived, measure
 from hedgerow.evaluation.metrics import metrics_of
-from hedgerow.evaluation.metrics.base import Answer, Choice, Likelihood, Need
+from hedgerow.evaluation.metrics.base import (
+    LIKELIHOODS,
+    Answer,
+    Choice,
+    Likelihood,
+    Need,
+    Preference,
+)
 from hedgerow.files import to_json
 from hedgerow.names import MEMORY
 
@@ -38,8 +44,6 @@ if TYPE_CHECKING:
 
     from hedgerow.model import Model
     from hedgerow.settings import EvaluationSettings, TextSettings
-
-Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +71,11 @@ class TestSet:
     """The questions among the rows, where a metric needs their options' likelihoods."""
     remarks: Sequence[str] = ()
     """Sentences on rows of the source that are left out."""
+    reference: Float64 | None = None
+    """Shape (2, m): log-likelihoods under the run's base, of the better and the worse answer of
+    each of `pairs`; None before they are `referenced`."""
+    reward_scale: float = 1.0
+    """Factor β of rewards."""
 
     @classmethod
     def prepare(
@@ -106,17 +115,24 @@ class TestSet:
         by_row = [scored_rows(row, settings) for row in rows]
         rows = list(itertools.chain.from_iterable(by_row))
         last = np.cumsum([len(turns) for turns in by_row]) - 1
+        paired = "preferences" in needs
+        if paired and not all(row.other for row in rows):
+            raise UserError(
+                f"`evaluation.metrics`: {needs['preferences']} compares pairs of answers, and the "
+                f"rows of {name} have one each: name the columns of both as `chosen` and "
+                "`rejected` of `data.test_fields` or `data.fields`, or leave the metric out"
+            )
         # Uncut, since a prompt that leaves no room for its answer's loss can still be answered.
-        examples = (spool or Spool()).tokenize(name, rows, encoder, sys.maxsize, "answer")
-        if examples.dropped or (
-            needs.keys() - {"likelihood"} and not examples.prompt_lengths.all()
-        ):
+        examples = (spool or Spool()).tokenize(
+            name, rows, encoder, sys.maxsize, "answer", paired=paired
+        )
+        if examples.dropped or (needs.keys() - LIKELIHOODS and not examples.prompt_lengths.all()):
             raise UserError(
                 f"`{key}`: {name} has rows with an empty prompt, which no answer can follow: "
                 "take them out, or choose another `data.prompt`"
             )
         scored = np.flatnonzero(examples.prompt_lengths < settings.max_length)
-        if "likelihood" in needs and not len(scored):
+        if needs.keys() & LIKELIHOODS and not len(scored):
             raise NothingToScore(
                 f"`data.max_length`: no answer of {name} is left to measure a loss on, since every "
                 f"prompt (the shortest has {examples.prompt_lengths.min()} tokens) fills "
@@ -150,12 +166,55 @@ class TestSet:
         return len(self.examples)
 
     def digest(self) -> str:
-        """SHA-256 of the examples; where options are scored, also one of them, after a `+`.
+        """SHA-256 of the examples, of the options that are scored, and of pairs' worse answers.
 
-        They are apart, so that test sets can be compared of which one was prepared without.
+        They are joined by `+`, so that test sets can be compared of which one was prepared without
+        the latter two; what is not there is empty, and left out at the end.
         """
-        digest = self.examples.digest()
-        return f"{digest}+{self.choices.digest()}" if self.choices else digest
+        other = self.examples.other
+        digests = [
+            replace(self.examples, other=None).digest(),
+            self.choices.digest() if self.choices else "",
+            other.digest() if other is not None else "",
+        ]
+        return "+".join(digests).rstrip("+")
+
+    def referenced(self, base: Model, batch_size: int, reward_scale: float) -> TestSet:
+        """The test set with what rewards of its pairs are beside; itself where it has none.
+
+        Args:
+            base: the model that the run began with.
+            reward_scale: factor β of rewards.
+        """
+        if self.examples.other is None:
+            return self
+        base.network.eval()
+        with torch.inference_mode():
+            found = self._of_pairs(base, batch_size, lambda count: None)
+        return replace(self, reference=found, reward_scale=reward_scale)
+
+    @property
+    def pairs(self) -> Int64:
+        """The rows that are pairs, both of whose answers have a loss; shape (m,)."""
+        other = self.examples.other
+        if other is None:
+            return np.zeros(0, dtype=np.int64)
+        return self.scored[other.prompt_lengths[self.scored] < self.max_length]
+
+    def preferences(self, model: Model, batch_size: int, tick: Tick) -> list[Preference]:
+        """Rewards that `model` gives the answers of `pairs`."""
+        assert self.reference is not None, "rewards are beside the base, see `referenced`"
+        found = self.reward_scale * (self._of_pairs(model, batch_size, tick) - self.reference)
+        return [Preference(*pair) for pair in found.T.tolist()]
+
+    def _of_pairs(self, model: Model, batch_size: int, tick: Tick) -> Float64:
+        """Log-likelihoods of both answers of `pairs`; shape (2, m)."""
+        assert self.examples.other is not None
+        found = [
+            -_losses(model, part, self.pairs, self.max_length, batch_size, tick)[0]
+            for part in (self.examples, self.examples.other)
+        ]
+        return np.stack(found)
 
     @property
     def truncated(self) -> int:
@@ -205,6 +264,7 @@ def evaluate(
         "likelihood": len(test.scored),
         "answers": len(test.texts),
         "choices": len(test.choices.encoded) if test.choices else 0,
+        "preferences": 2 * len(test.pairs),
     }
     total, done = sum(sizes[need] for need in needs), 0
 
@@ -230,6 +290,9 @@ def evaluate(
         asked = zip(test.choices.questions, likelihoods, strict=True)
         found = [Choice(question.candidates, question.right, each) for question, each in asked]
         evidence["choices"] = Evidence(test.choices.rows, found)
+    if "preferences" in needs:
+        rewards = test.preferences(model, settings.batch_size, tick)
+        evidence["preferences"] = Evidence(test.pairs, rewards)
 
     result: dict[str, Any] = {}
     by_group: dict[str, dict[str, float]] = {}
@@ -242,16 +305,23 @@ def evaluate(
 
 
 def _likelihoods(model: Model, test: TestSet, batch_size: int, tick: Tick) -> Evidence:
-    lengths = np.minimum(test.examples.lengths[test.scored], test.max_length)
-
-    def read(index: int) -> Example:
-        example = test.examples[int(test.scored[index])]
-        cut = slice(test.max_length)
-        return Example(example.tokens[cut], example.prompt_length, example.learnt[cut])
-
-    sums, tokens = losses(model.network, lengths, read, batch_size, tick)
+    sums, tokens = _losses(model, test.examples, test.scored, test.max_length, batch_size, tick)
     found = [Likelihood(*row) for row in zip(sums.tolist(), tokens.tolist(), strict=True)]
     return Evidence(test.scored, found)
+
+
+def _losses(
+    model: Model, examples: Tokenized, rows: Int64, max_length: int, batch_size: int, tick: Tick
+) -> tuple[Float64, Int64]:
+    """Summed cross-entropy of some examples, cut at `max_length`, and numbers of tokens."""
+    lengths = np.minimum(examples.lengths[rows], max_length)
+
+    def read(index: int) -> Example:
+        example = examples[int(rows[index])]
+        cut = slice(max_length)
+        return Example(example.tokens[cut], example.prompt_length, example.learnt[cut])
+
+    return losses(model.network, lengths, read, batch_size, tick)
 
 
 def answers(

@@ -19,12 +19,14 @@ from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.experiment import yaml
 from hedgerow.experiment.mistakes import (
+    check_objective,
     check_says,
     check_secure,
     check_turns,
     method_of,
     says_of,
     with_kept,
+    with_objective,
     with_optimizer,
     with_privacy,
     with_weights,
@@ -45,6 +47,7 @@ from hedgerow.settings import (
     TrackingSettings,
     TrainingSettings,
 )
+from hedgerow.training.objectives import Objective, objective_of
 from hedgerow.training.optimizers import SHORTHANDS, optimizer_of
 
 
@@ -99,7 +102,7 @@ class Experiment(Section):
     @field_validator("training")
     @classmethod
     def _with_optimizer(cls, training: TrainingSettings, info: ValidationInfo) -> TrainingSettings:
-        training = with_optimizer(training)
+        training = with_objective(with_optimizer(training))
         return with_kept(training, info.data["method"]) if "method" in info.data else training
 
     @field_validator("evaluation")
@@ -128,6 +131,16 @@ class Experiment(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Experiment:
+        check_objective(self.training, self.data, self.privacy, self.audit)
+        return self
+
+    @property
+    def objective(self) -> Objective:
+        """What local steps descend, with its options."""
+        return objective_of(self.training)
+
     @property
     def says(self) -> SaysSettings:
         """What clients say beside their updates, in which nothing is null."""
@@ -141,6 +154,7 @@ class Experiment(Section):
         """
         training = self.training.model_dump(mode="json", exclude=set(SHORTHANDS))
         training["optimizer"] = optimizer_of(self.training).model_dump(mode="json")
+        training["objective"] = self.objective.model_dump(mode="json")
         if self.training.epochs is None:
             training["steps"] = self.training.most_steps(1)
         privacy = None

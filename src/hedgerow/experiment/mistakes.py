@@ -22,12 +22,15 @@ from hedgerow.methods.base import Method
 from hedgerow.sentences import sentence
 from hedgerow.settings import (
     COORDINATE_WISE,
+    AuditSettings,
+    DataSettings,
     EvaluationSettings,
     FederationSettings,
     PrivacySettings,
     SaysSettings,
     TrainingSettings,
 )
+from hedgerow.training.objectives import chosen_objective, objective_of
 from hedgerow.training.optimizers import SHORTHANDS, chosen, optimizer_of
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
@@ -85,6 +88,54 @@ def with_optimizer(training: TrainingSettings) -> TrainingSettings:
     if not isinstance(training.optimizer, str):
         content["optimizer"] = complete
     return parsed(TrainingSettings, content, ("training",))
+
+
+def with_objective(training: TrainingSettings) -> TrainingSettings:
+    """The settings with all options of the objective, where there are some."""
+    kind, options = chosen_objective(training)
+    objective = parsed(kind, options, kind.section)
+    if isinstance(training.objective, str):
+        return training
+    return training.model_copy(update={"objective": objective.model_dump(mode="json")})
+
+
+def check_objective(
+    training: TrainingSettings,
+    data: DataSettings,
+    privacy: PrivacySettings | None,
+    audit: AuditSettings | None,
+) -> None:
+    """Raise a `UserError` where an objective cannot learn from such data, or as privately."""
+    objective = objective_of(training)
+    where = f"training.objective {objective.name}"
+    if data.loss_on not in objective.loss_on:
+        raise UserError(
+            f"data.loss_on {data.loss_on}: {where} has its loss on {' or '.join(objective.loss_on)}"
+            ": take that, or leave it out"
+        )
+    if not objective.separable and privacy is not None and privacy.level == "example":
+        raise UserError(
+            f"privacy.level example: the loss of an example in {where} depends on others beside "
+            "it, so that noise on single gradients would not hide one: take level client, or "
+            "another objective, as dpo"
+        )
+    if objective.learns == "answers":
+        return
+    if audit is not None:
+        raise UserError(
+            f"audit: canaries are answers without a worse one or a label, which {where} cannot "
+            "learn from: leave it out, or take the objective supervised"
+        )
+    if data.fields.messages is not None:
+        raise UserError(
+            f"data.fields.messages: {where} learns from preferences: name the columns `chosen` and "
+            "`rejected` instead, which may hold conversations"
+        )
+    if data.fields.label is not None and objective.learns == "pairs":
+        raise UserError(
+            f"data.fields.label: {where} learns from pairs of answers: name the columns `chosen` "
+            "and `rejected`, or take the objective kto"
+        )
 
 
 def with_kept(training: TrainingSettings, method: Method) -> TrainingSettings:

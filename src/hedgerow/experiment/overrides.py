@@ -17,6 +17,7 @@ from hedgerow.methods.parts.codec import CODECS
 from hedgerow.methods.parts.server_optimizers import SERVER_OPTIMIZERS
 from hedgerow.plugins import Registry
 from hedgerow.settings import Section, TrainingSettings, sections
+from hedgerow.training.objectives import OBJECTIVES
 from hedgerow.training.optimizers import OPTIMIZERS, SHORTHANDS
 
 Change = tuple[list[str], Any]
@@ -164,6 +165,9 @@ _CHOICES = {
     ("method",): _Choice(METHODS, None),
     ("training", "optimizer"): _Choice(
         OPTIMIZERS, TrainingSettings.model_fields["optimizer"].default
+    ),
+    ("training", "objective"): _Choice(
+        OBJECTIVES, TrainingSettings.model_fields["objective"].default
     ),
     ("method", "server"): _Choice(SERVER_OPTIMIZERS, None),
     ("method", "up"): _Choice(CODECS, None),

@@ -31,10 +31,12 @@ from hedgerow.methods.parts.codec import CODECS
 from hedgerow.methods.parts.server_optimizers import SERVER_OPTIMIZERS
 from hedgerow.plugins import Plugin, Registry
 from hedgerow.settings import Comparison
+from hedgerow.training.objectives import OBJECTIVES
 from hedgerow.training.optimizers import OPTIMIZERS
 
 REGISTRIES: Mapping[str, Registry[Any]] = {
     "method": METHODS,
+    "training.objective": OBJECTIVES,
     "training.optimizer": OPTIMIZERS,
     "evaluation.metrics": METRICS,
     "method.server": SERVER_OPTIMIZERS,

@@ -313,7 +313,8 @@ def same_data(before: str | None, now: str | None) -> bool | None:
     """
     if before is None or now is None:
         return None
-    return all(old == new for old, new in zip(before.split("+"), now.split("+"), strict=False))
+    parts = zip(before.split("+"), now.split("+"), strict=False)
+    return all(old == new for old, new in parts if old and new)
 
 
 def clients_here(path: Path) -> list[str]:

@@ -62,12 +62,14 @@ def _check_plug_ins(packed: Path, experiment: Path, overrides: list[str]) -> Non
     """
     content = read(experiment)
     method, training = content.get("method"), content.get("training")
-    optimizer = training.get("optimizer") if isinstance(training, dict) else None
+    training = training if isinstance(training, dict) else {}
+    optimizer, objective = training.get("optimizer"), training.get("objective")
     evaluation = content.get("evaluation")
     metrics = evaluation.get("metrics") if isinstance(evaluation, dict) else None
     named = {
         "method.name": method.get("name") if isinstance(method, dict) else method,
         "training.optimizer": optimizer.get("name") if isinstance(optimizer, dict) else optimizer,
+        "training.objective": objective.get("name") if isinstance(objective, dict) else objective,
         "evaluation.metrics": metrics,
     }
     overridden = {override.partition("=")[0] for override in overrides}

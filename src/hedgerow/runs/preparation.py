@@ -24,6 +24,7 @@ from hedgerow.data import (
     Template,
     Tokenized,
     check,
+    good_answers,
     load_template,
     read,
 )
@@ -31,6 +32,7 @@ from hedgerow.data.sources import share_of
 from hedgerow.errors import NothingToLearn, NothingToScore, UserError, did_you_mean
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.metrics import metrics_of
+from hedgerow.evaluation.metrics.base import LIKELIHOODS
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment, load
 from hedgerow.lazy import torch
@@ -44,6 +46,7 @@ from hedgerow.privacy.example_level import check_example_level
 from hedgerow.runs.directory import CLIENT_TESTS, EXPERIMENT, TEST_DATA, Digests
 from hedgerow.seeds import Seeds
 from hedgerow.settings import EvaluationSettings, FederationSettings, TextSettings
+from hedgerow.training.objectives.answers import referenced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +79,14 @@ class Prepared:
     notes: list[str]
     """Sentences for people: what there is, then what is left out of it, each with its count."""
 
+    def referenced(self) -> Prepared:
+        """The same with what objective and metrics compare with, while `model` is the base."""
+        experiment, model = self.experiment, self.model
+        test = None if self.test is None else scored_beside(self.test, experiment, model)
+        shards = {name: referring(experiment, model, own) for name, own in self.shards.items()}
+        tests = {name: scored_beside(own, experiment, model) for name, own in self.tests.items()}
+        return replace(self, shards=shards, test=test, tests=tests)
+
     def digests(self) -> Digests:
         """Digest of each client's examples, of the test data, and of all clients' own together."""
         found: Digests = {name: shard.digest() for name, shard in self.shards.items()}
@@ -85,7 +96,10 @@ class Prepared:
             own = [[name, *test.digest().split("+")] for name, test in sorted(self.tests.items())]
             # Of examples and of options apart, as each one's digest has them.
             parts = zip(*own, strict=True) if len({len(each) for each in own}) == 1 else [own]
-            hashes = [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in parts]
+            hashes = [
+                hashlib.sha256(json.dumps(part).encode()).hexdigest() if any(part) else ""
+                for part in parts
+            ]
             found[CLIENT_TESTS] = "+".join(hashes)
         return found
 
@@ -113,6 +127,7 @@ def prepare(
         held,
         vocabulary_size=model.vocabulary_size,
         canaries=Canaries.of(experiment.audit, seeds),
+        learns=experiment.objective.learns,
     )
     check_audit(experiment, data.names)
     experiment = with_date(experiment, data.encoder.template.date)
@@ -158,6 +173,28 @@ def prepare(
         tests=tests,
         notes=[there_is, *notes],
     )
+
+
+def referring(experiment: Experiment, base: Model, examples: Tokenized) -> Tokenized:
+    """A client's examples with how likely the base finds them, where the objective needs that.
+
+    Args:
+        base: the model that the run began with, to which no entry has been applied.
+    """
+    if experiment.objective.refers_to != "base":
+        return examples
+    batch_size = experiment.training.batch_size
+    return referenced(base.network, examples, base.pad_id, batch_size)
+
+
+def scored_beside(test: TestSet, experiment: Experiment, base: Model) -> TestSet:
+    """Test rows with what rewards of pairs are beside, where metrics need that.
+
+    Args:
+        base: the model that the run began with, to which no entry has been applied.
+    """
+    scale = experiment.objective.reward_scale
+    return test.referenced(base, experiment.evaluation.batch_size, scale)
 
 
 def with_date(experiment: Experiment, date: datetime.date | None) -> Experiment:
@@ -319,7 +356,7 @@ def load_test(
         UserError: there is none, or it cannot be scored as `settings` ask.
     """
     rows = test_rows(text, settings, model.tokenizer, held)
-    if any(metric.needs == "likelihood" for metric in metrics_of(settings.metrics)):
+    if any(metric.needs in LIKELIHOODS for metric in metrics_of(settings.metrics)):
         check_max_length(model, text.max_length)
     check_positions(model, settings)
     test = TestSet.prepare(rows, text, settings, model.tokenizer, model.vocabulary_size)
@@ -346,7 +383,7 @@ def client_tests(
     if experiment.data.client_test is None:
         return {}, []
     settings = experiment.evaluation.model_copy(update={"by": None})
-    if any(metric.needs == "likelihood" for metric in metrics_of(settings.metrics)):
+    if any(metric.needs in LIKELIHOODS for metric in metrics_of(settings.metrics)):
         check_max_length(model, experiment.data.max_length)
     check_positions(model, settings)
     spool, tests, without = Spool(), {}, []
@@ -393,13 +430,14 @@ def test_rows(
         )
     # Multiple choice alone needs no output: a question may name its answer otherwise.
     answered = any(metric.needs != "choices" for metric in metrics_of(settings.metrics))
-    return check(
+    rows = check(
         records,
         text.fields_of_test,
         answered=answered,
         every_turn=text.loss_on == "turns",
         tools=load_template(text, tokenizer).writes_tools,
     )
+    return Rows(good_answers(rows), rows.remarks)
 
 
 def notes_on_model(
@@ -471,7 +509,7 @@ def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
     """Sentences on test rows that are cut, or do not count."""
     needs = {metric.needs for metric in metrics_of(settings.metrics)}
     counts = {}
-    if "likelihood" in needs:
+    if needs & LIKELIHOODS:
         counts["have no loss, since their prompts fill max_length"] = test.dropped
         counts["are cut at max_length for the loss"] = test.truncated
     if "answers" in needs:

@@ -22,7 +22,13 @@ from hedgerow.methods.base import Client
 from hedgerow.model import Model, max_positions
 from hedgerow.runs.opening import Loader, check_client, check_round, model_at, opened
 from hedgerow.runs.personal import RunModels
-from hedgerow.runs.preparation import check_causal, client_tests, load_test, notes_on_scoring
+from hedgerow.runs.preparation import (
+    check_causal,
+    client_tests,
+    load_test,
+    notes_on_scoring,
+    scored_beside,
+)
 from hedgerow.runs.rows import ROWS_BY_CLIENT
 from hedgerow.seeds import Seeds
 from hedgerow.settings import DEFAULT_TEST, Evaluation, EvaluationSettings, TextSettings
@@ -184,6 +190,8 @@ class Subject:
     """The run's models after the round."""
     clients: Sequence[str]
     """Clients whose models are meant: all of them where a run has no global one, or one of them."""
+    base: Callable[[], Model] | None
+    """Loads the base that the run began with; None of a folder."""
 
     def models(self) -> Iterator[str | None]:
         """Put what is to be scored into `model`, as `Method.models` does."""
@@ -260,6 +268,7 @@ def loaded(
             experiment=None,
             own=None,
             clients=(),
+            base=None,
         )
         return
     with opened(path, overrides) as (experiment, ledger):
@@ -276,6 +285,7 @@ def loaded(
             experiment=experiment,
             own=RunModels(experiment.method, ledger, round),
             clients=clients,
+            base=lambda: model_at(experiment, ledger, 0, load),
         )
 
 
@@ -310,6 +320,7 @@ def score_path(
         metrics = it.evaluation.metrics
         if it.data.test is not None or not (has_own and own_tests):
             test = load_test(it.data, it.evaluation, it.model, held)
+            test = _beside_base(it, {"": test})[""]
             for note in notes_on_scoring(it.model, test, it.evaluation):
                 say(note)
             scored = {n: evaluate(it.model, test, it.evaluation, progress) for n in it.models()}
@@ -324,6 +335,23 @@ def score_path(
         return found, metrics
 
 
+def _beside_base(it: Subject, tests: dict[str, TestSet]) -> dict[str, TestSet]:
+    """Test rows with what rewards of pairs are beside: the base, loaded for as long as that takes.
+
+    Raises:
+        UserError: there are pairs, and the model is of no run.
+    """
+    if all(test.examples.other is None for test in tests.values()):
+        return tests
+    if it.base is None or it.experiment is None:
+        raise UserError(
+            f"`evaluation.metrics`: rewards are beside the base of a run, and {it.name} is a model "
+            "by itself: evaluate a run, or leave out the metrics of rewards"
+        )
+    base = it.base()
+    return {name: scored_beside(test, it.experiment, base) for name, test in tests.items()}
+
+
 def _of_own_tests(
     it: Subject, client: str | None, progress: Progress | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -335,11 +363,13 @@ def _of_own_tests(
         it.model.tokenizer,
         Seeds(it.seed),
         vocabulary_size=it.model.vocabulary_size,
+        learns=it.experiment.objective.learns,
     )
     names = data.names if client is None else [client]
     tests, without = client_tests(it.experiment, it.model, data, names)
     for note in without:
         say(note)
+    tests = _beside_base(it, tests)
     own = score_clients(it.own, it.model, tests, it.evaluation, progress)
     return over_clients(own, it.evaluation.metrics)
 

@@ -12,7 +12,7 @@ from hedgerow.lazy import torch
 from hedgerow.settings import TrainingSettings
 from hedgerow.training import private_steps
 from hedgerow.training.job import OR_CLIP, Job, check_finite
-from hedgerow.training.loss import batch_loss
+from hedgerow.training.objectives.base import Batch, Objective
 from hedgerow.training.optimizers import optimizer_of
 from hedgerow.wire import is_writable
 
@@ -46,7 +46,8 @@ def train(
         after_backward: changes each step's gradients.
 
     Returns:
-        The mean loss per answer token over all steps, without what a hook adds to it.
+        The mean loss over all steps, per answer token or pair as the objective counts, without what
+        a hook adds to it.
 
     Raises:
         Diverged: the loss is not finite.
@@ -105,7 +106,7 @@ def gradients(job: Job, parameters: Mapping[str, nn.Parameter]) -> Iterator[tupl
     """Have the parameters the gradients of one step after another: noisy ones in private jobs.
 
     Yields:
-        Summed loss of the step's answers, and their number of tokens.
+        Summed loss of the step's answers, and their number of tokens (or of pairs).
 
     Raises:
         Diverged: the loss is not finite.
@@ -114,16 +115,17 @@ def gradients(job: Job, parameters: Mapping[str, nn.Parameter]) -> Iterator[tupl
         yield from private_steps.gradients(job, job.private, parameters)
         return
     for step, (collated, step_tokens) in enumerate(job.steps(), start=1):
-        yield backward(job.network, collated, step_tokens, step), step_tokens
+        yield backward(job.objective, job.network, collated, step_tokens, step), step_tokens
 
 
 def backward(
-    network: Any, collated: Sequence[Mapping[str, Tensor]], step_tokens: int, step: int
+    objective: Objective, network: Any, collated: Sequence[Batch], step_tokens: int, step: int
 ) -> float:
     """Add up the gradients of one step's batches; returns their summed loss.
 
     Args:
-        step_tokens: how many tokens the batches have labels for.
+        objective: has made the batches.
+        step_tokens: how many tokens, or pairs, they count.
         step: which one it is, for messages.
 
     Raises:
@@ -131,7 +133,7 @@ def backward(
     """
     loss_sum = 0.0
     for batch in collated:
-        loss, _ = batch_loss(network, batch)
+        loss = objective.total(network, batch)
         # All tokens of a step weigh the same, in whichever of its forward passes they are.
         torch.autograd.backward(loss / max(step_tokens, 1))
         loss_sum += float(loss.detach())

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from hedgerow.data import Tokenized, batches, collate, epoch
+from hedgerow.data import Tokenized, batches, epoch
 from hedgerow.errors import Diverged, UserError
 from hedgerow.settings import TrainingSettings
+from hedgerow.training.objectives import Objective, objective_of
+from hedgerow.training.objectives.answers import referenced
+from hedgerow.training.objectives.base import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +77,11 @@ class Job:
     """Samples the examples, bounds their gradients and adds noise, for example-level privacy; None:
     nothing does."""
 
+    @cached_property
+    def objective(self) -> Objective:
+        """What the steps descend."""
+        return objective_of(self.settings)
+
     @property
     def most_steps(self) -> int:
         """Number of optimiser steps."""
@@ -80,14 +89,35 @@ class Job:
             return self.private.count
         return self.settings.most_steps(len(self.data))
 
-    def steps(self) -> Iterator[tuple[list[dict[str, Tensor]], int]]:
-        """The batches of each optimiser step, and how many tokens they have labels for."""
-        for indices in self._drawn():
-            collated = [collate([self.data[i] for i in batch], self.pad_id) for batch in indices]
-            yield collated, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in collated)
+    def steps(self) -> Iterator[tuple[list[Batch], int]]:
+        """The batches of each optimiser step, and how many tokens or pairs its loss is a mean of.
+
+        Those of an objective that refers to the round's start are of the network as it is when the
+        first is asked for.
+        """
+        objective, drawn = self.objective, list(self._drawn())
+        used = np.unique(np.concatenate([batch for step in drawn for batch in step]))
+        data = self.referring(self.data, used)
+        for indices in drawn:
+            collated = [objective.collate(data, batch.tolist(), self.pad_id) for batch in indices]
+            yield collated, sum(map(objective.count, collated))
+
+    def referring(
+        self, data: Tokenized | SealedExamples, indices: np.ndarray | None = None
+    ) -> Tokenized:
+        """Examples, and how likely the network as it is finds them if that is the reference.
+
+        Args:
+            data: the client's, for whoever may read them.
+            indices: those that are needed; None: all.
+        """
+        examples = cast(Tokenized, data)  # sealed ones refuse to be read
+        if self.objective.refers_to != "round":
+            return examples
+        return referenced(self.network, examples, self.pad_id, self.settings.batch_size, indices)
 
     def _drawn(self) -> Iterator[Sequence[np.ndarray]]:
-        settings, lengths = self.settings, self.data.lengths
+        settings, lengths = self.settings, self.data.widths
         accumulate = settings.gradient_accumulation
         if settings.epochs is not None:
             each = [epoch(lengths, settings.batch_size, self.order) for _ in range(settings.epochs)]

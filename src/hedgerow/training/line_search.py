@@ -6,11 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from hedgerow.data import collate
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
 from hedgerow.training.job import Job
-from hedgerow.training.loss import batch_loss
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,25 +30,23 @@ def losses_along(
         order: draws the examples, as many as a training step has.
 
     Returns:
-        The mean loss per answer token at each length.
+        The mean loss at each length, per answer token or pair.
     """
     size = min(job.settings.batch_size * job.settings.gradient_accumulation, len(job.data))
     drawn = order.choice(len(job.data), size, replace=False)
     each = range(0, size, job.settings.batch_size)
-    batches = [
-        collate(
-            [job.data[int(i)] for i in drawn[first : first + job.settings.batch_size]], job.pad_id
-        )
-        for first in each
-    ]
+    objective, data = job.objective, job.referring(job.data, drawn)
+    indices = [drawn[first : first + job.settings.batch_size].tolist() for first in each]
+    batches = [objective.collate(data, batch, job.pad_id) for batch in indices]
+    count = sum(map(objective.count, batches))
     changes = dict(step)
     job.network.eval()
     found = []
     with torch.inference_mode():
         for length in lengths:
             with _changed(job.network, changes, length - 1):
-                parts = [batch_loss(job.network, batch) for batch in batches]
-            found.append(sum(float(loss) for loss, _ in parts) / sum(n for _, n in parts))
+                total = sum(float(objective.total(job.network, batch)) for batch in batches)
+            found.append(total / count)
     return tuple(found)
 
 

@@ -5,10 +5,10 @@ Abadi et al., "Deep Learning with Differential Privacy", arXiv 1607.00133, algor
     each step:  S: each of n examples with probability q, independently (Poisson sampling)
                 g = (Σ_{i in S} min(1, C/‖g_i‖)·g_i + N(0, (z·C)²)) / (q·n)
 
-g_i is the gradient of one example's own mean loss over its answer tokens. Nothing else of a step
-depends on the examples: not what it is divided by, nor whether there is a step, so that what any
-optimiser makes of g costs nothing more. Each example has a backward pass of its own, which is exact
-for whatever trains, in networks of any kind, and needs no padding.
+g_i is the gradient of one example's own mean loss over its answer tokens, or of a pair's loss.
+Nothing else of a step depends on the examples: not what it is divided by, nor whether there is a
+step, so that what any optimiser makes of g costs nothing more. Each example has a backward pass of
+its own, which is exact for whatever trains, in networks of any kind, and needs no padding.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from hedgerow.data import collate
 from hedgerow.lazy import torch
 from hedgerow.training.job import SealedExamples
-from hedgerow.training.loss import batch_loss
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,7 +39,7 @@ def gradients(
     Raises:
         UserError: the round has one more training than is accounted for.
     """
-    examples = SealedExamples.open(job.data)
+    examples, objective = job.referring(SealedExamples.open(job.data)), job.objective
     private.begin()
     for step in range(private.count):
         # Pieces of one step's work are freed before the next: sums are as large as what trains.
@@ -50,7 +48,8 @@ def gradients(
         for index, seed in private.sampled(len(examples), step):
             # Dropout that differed by who else is in the sample would tell of them.
             torch.manual_seed(seed)
-            loss, tokens = batch_loss(job.network, collate([examples[index]], job.pad_id))
+            batch = objective.collate(examples, [index], job.pad_id)
+            loss, tokens = objective.total(job.network, batch), objective.count(batch)
             torch.autograd.backward(loss / max(tokens, 1))
             _add_bounded(sums, parameters, private.clip)
             total_loss, total_tokens = total_loss + float(loss.detach()), total_tokens + tokens

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from hedgerow.lazy import torch
 from hedgerow.sketch import reconstruct
 from hedgerow.training.job import LOWER_RATE, Job, check_finite
-from hedgerow.training.loss import batch_loss
+from hedgerow.training.objectives.base import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,7 +45,7 @@ def train(
         epsilon: ε.
 
     Returns:
-        The mean loss per answer token over all steps, and where they went.
+        The mean loss over all steps, per answer token or pair, and where they went.
 
     Raises:
         Diverged: the loss is not finite.
@@ -56,8 +56,8 @@ def train(
     with torch.no_grad():
         for step, (collated, tokens) in enumerate(job.steps()):
 
-            def loss_here(collated: list[dict[str, Tensor]] = collated) -> float:
-                return sum(float(batch_loss(job.network, batch)[0]) for batch in collated)
+            def loss_here(collated: list[Batch] = collated) -> float:
+                return sum(float(job.objective.total(job.network, batch)) for batch in collated)
 
             seeds = directions(step)
             moves: list[float] = []

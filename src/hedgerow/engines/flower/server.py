@@ -31,7 +31,7 @@ from hedgerow.files import replacing
 from hedgerow.ledger import Base
 from hedgerow.model import Model
 from hedgerow.runs.directory import TEST_DATA, Digests, RunDirectory
-from hedgerow.runs.preparation import load_test, notes_on_scoring, with_date_of
+from hedgerow.runs.preparation import load_test, notes_on_scoring, scored_beside, with_date_of
 from hedgerow.runs.scoring import Scorer
 
 RUN = "flower.json"
@@ -121,6 +121,8 @@ def serve(
             watcher.say(change)
         scorer = None
         if model is not None:
+            if test is not None:
+                test = scored_beside(test, experiment, model)
             expected = experiment.expected(directory.ledger.trained)
             directory.ledger.replay(experiment.method, model, expected=expected)
             scorer = Scorer(experiment, model, directory.ledger, test)

@@ -43,6 +43,8 @@ from hedgerow.runs.preparation import (
     client_tests,
     notes_on_data,
     notes_on_model,
+    referring,
+    scored_beside,
     with_date,
 )
 from hedgerow.runs.scoring import score_clients
@@ -273,8 +275,22 @@ class Site:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 file.write(examples.digest().encode())
-            self._examples[name] = examples
+            self._examples[name] = self._referring(examples)
         return self._examples[name]
+
+    def _referring(self, examples: Tokenized) -> Tokenized:
+        """Examples with what the objective compares with."""
+        if self._experiment.objective.refers_to != "base":
+            return examples
+        return referring(self._experiment, self._base(), examples)
+
+    def _base(self) -> Model:
+        """The base model, loaded anew where entries have been applied to it."""
+        if self._applied:
+            self._model = None
+            self._load()
+        assert self._model is not None
+        return self._model
 
     def _client(self, name: str) -> Client:
         """A client, whose examples have been read, as the server knows it."""
@@ -289,6 +305,7 @@ class Site:
             self._seeds,
             vocabulary_size=model.vocabulary_size,
             canaries=Canaries.of(self._experiment.audit, self._seeds),
+            learns=self._experiment.objective.learns,
         )
         template, method = data.encoder.template, self._experiment.method
         self._tell(self._app.base.name, notes_on_model(model, template, method))
@@ -446,7 +463,10 @@ class Site:
             assert self._data is not None  # the client's examples have been read
             tests, without = client_tests(self._experiment, self._model, self._data, [name])
             self._tell(name, without)
-            self._tests[name] = tests.get(name)
+            test = tests.get(name)
+            if test is not None and test.examples.other is not None:
+                test = scored_beside(test, self._experiment, self._base())
+            self._tests[name] = test
         return self._tests[name]
 
     def _advanced(self, ledger: Ledger) -> Model:

@@ -16,6 +16,7 @@ from hedgerow.evaluation.metrics.base import (
     CorpusMetric,
     LikelihoodMetric,
     Metric,
+    PreferenceMetric,
     Score,
     Weighted,
 )
@@ -143,6 +144,7 @@ __all__ = [
     "CorpusMetric",
     "LikelihoodMetric",
     "Metric",
+    "PreferenceMetric",
     "Score",
     "Weighted",
     "main_scores_of",

@@ -1,7 +1,7 @@
 """What a metric is: the scores that it declares, what it needs, and one function.
 
-A metric of one's own is a subclass of `AnswerMetric`, `CorpusMetric`, `LikelihoodMetric` or
-`ChoiceMetric` in any module that can be imported:
+A metric of one's own is a subclass of `AnswerMetric`, `CorpusMetric`, `LikelihoodMetric`,
+`ChoiceMetric` or `PreferenceMetric` in any module that can be imported:
 
     class Length(AnswerMetric):
         scores = (Score("length_share", label="length", unit="%", direction="higher"),)
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-Need = Literal["likelihood", "answers", "choices"]
-"""What is asked of the model: the likelihood of the right answers, answers of its own, or the
-likelihood of each option of multiple-choice questions."""
+Need = Literal["likelihood", "answers", "choices", "preferences"]
+"""What is asked of the model: the likelihood of the right answers, answers of its own, the
+likelihood of each option of multiple-choice questions, or rewards of pairs of answers."""
+LIKELIHOODS: frozenset[Need] = frozenset({"likelihood", "preferences"})
+"""Those that ask for likelihoods of answers, cut at `data.max_length`."""
 
 
 class Score(NamedTuple):
@@ -105,6 +107,24 @@ class Choice(NamedTuple):
     def finite(self) -> bool:
         """Whether the model has given finite numbers."""
         return all(map(math.isfinite, self.log_likelihoods))
+
+
+class Preference(NamedTuple):
+    """Rewards of a pair of answers to a prompt, β·log(π(y|x) / π_base(y|x)) in nats.
+
+    π_base is the model that the run began with, and β the objective's (`training.objective`), 1 of
+    `supervised` and `orpo`.
+    """
+
+    chosen: float
+    """Reward of the better answer."""
+    rejected: float
+    """Reward of the worse one."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether the model has given finite numbers."""
+        return math.isfinite(self.chosen) and math.isfinite(self.rejected)
 
 
 class Metric(Plugin, ABC):
@@ -193,3 +213,18 @@ class ChoiceMetric(Metric):
         self, candidates: Sequence[str], right: int, log_likelihoods: npt.NDArray[np.float64]
     ) -> Scored:
         """Score of a question; for the arguments, see `Choice`."""
+
+
+class PreferenceMetric(Metric):
+    """A metric of the rewards of pairs of answers (`data.fields.chosen` and `rejected`)."""
+
+    needs = "preferences"
+    per = "row"
+
+    def measure(self, evidence: Preference) -> Scored:
+        """Scores of one pair."""
+        return self.score(chosen=evidence.chosen, rejected=evidence.rejected)
+
+    @abstractmethod
+    def score(self, chosen: float, rejected: float) -> Scored:
+        """Score of a pair; for the arguments, see `Preference`."""
