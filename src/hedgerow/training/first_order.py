@@ -11,6 +11,7 @@ from hedgerow.errors import UserError
 from hedgerow.lazy import torch
 from hedgerow.settings import TrainingSettings
 from hedgerow.training import private_steps
+from hedgerow.training.checkpointing import checkpointed
 from hedgerow.training.job import OR_CLIP, Job, check_finite
 from hedgerow.training.loss import batch_loss
 from hedgerow.training.optimizers import optimizer_of
@@ -85,6 +86,7 @@ def continue_training(
     # Dropout layers draw from the global generator only, so it is lent a seed and given back.
     with (
         torch.random.fork_rng(devices=devices),
+        checkpointed(network, settings.gradient_checkpointing),
         _stepping_in_backward(trainable, immediate_step) if immediate_step else nullcontext(),
     ):
         torch.manual_seed(job.dropout_seed)
@@ -114,24 +116,31 @@ def gradients(job: Job, parameters: Mapping[str, nn.Parameter]) -> Iterator[tupl
         yield from private_steps.gradients(job, job.private, parameters)
         return
     for step, (collated, step_tokens) in enumerate(job.steps(), start=1):
-        yield backward(job.network, collated, step_tokens, step), step_tokens
+        router = job.settings.router_aux_loss_coef
+        yield backward(job.network, collated, step_tokens, step, router=router), step_tokens
 
 
 def backward(
-    network: Any, collated: Sequence[Mapping[str, Tensor]], step_tokens: int, step: int
+    network: Any,
+    collated: Sequence[Mapping[str, Tensor]],
+    step_tokens: int,
+    step: int,
+    *,
+    router: float = 0.0,
 ) -> float:
     """Add up the gradients of one step's batches; returns their summed loss.
 
     Args:
         step_tokens: how many tokens the batches have labels for.
         step: which one it is, for messages.
+        router: coefficient of the routers' auxiliary loss.
 
     Raises:
         Diverged: the loss is not finite.
     """
     loss_sum = 0.0
     for batch in collated:
-        loss, _ = batch_loss(network, batch)
+        loss, _ = batch_loss(network, batch, router_coefficient=router)
         # All tokens of a step weigh the same, in whichever of its forward passes they are.
         torch.autograd.backward(loss / max(step_tokens, 1))
         loss_sum += float(loss.detach())

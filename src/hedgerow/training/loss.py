@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hedgerow.errors import UserError
 from hedgerow.lazy import torch
 
 if TYPE_CHECKING:
@@ -23,18 +24,40 @@ logging.getLogger("transformers.modeling_utils").addFilter(
 )
 
 
-def batch_loss(network: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+def batch_loss(
+    network: Any, batch: Mapping[str, Tensor], *, router_coefficient: float = 0.0
+) -> tuple[Tensor, int]:
     """The summed cross-entropy (natural logarithm) of a batch, and how many tokens it sums.
 
     Args:
         network: a causal language model of transformers.
         batch: see `token_losses`.
+        router_coefficient: what the auxiliary loss of a mixture's routers counts, for each token
+            that is summed, in the gradient alone; 0 where there are none.
 
     Returns:
         A differentiable float32 scalar on the network's device, and the number of label tokens.
     """
-    losses, rows = token_losses(network, batch)
-    return losses.sum(), len(rows)
+    if not router_coefficient:
+        losses, rows = token_losses(network, batch)
+        return losses.sum(), len(rows)
+    auxiliary: list[Tensor] = []
+    hook = network.register_forward_hook(lambda _, __, output: auxiliary.append(output.aux_loss))
+    try:
+        losses, rows = token_losses(network, batch, output_router_logits=True)
+    finally:
+        hook.remove()
+    beside = router_coefficient * len(rows) * torch.stack(auxiliary).mean()
+    return losses.sum() + (beside - beside.detach()), len(rows)
+
+
+def check_router_loss(network: Any) -> None:
+    """Raise a `UserError` where transformers has no auxiliary loss for a network's routers."""
+    if "output_router_logits" not in inspect.signature(type(network).forward).parameters:
+        raise UserError(
+            "training.router_aux_loss_coef: transformers has no auxiliary loss for "
+            f"{type(network).__name__}: leave it out"
+        )
 
 
 def token_losses(network: Any, batch: Mapping[str, Tensor], **inputs: Any) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,11 @@ def gradients(
         for index, seed in private.sampled(len(examples), step):
             # Dropout that differed by who else is in the sample would tell of them.
             torch.manual_seed(seed)
-            loss, tokens = batch_loss(job.network, collate([examples[index]], job.pad_id))
+            loss, tokens = batch_loss(
+                job.network,
+                collate([examples[index]], job.pad_id),
+                router_coefficient=job.settings.router_aux_loss_coef,
+            )
             torch.autograd.backward(loss / max(tokens, 1))
             _add_bounded(sums, parameters, private.clip)
             total_loss, total_tokens = total_loss + float(loss.detach()), total_tokens + tokens
