@@ -155,7 +155,9 @@ def test_singular_vectors_are_those_of_all_that_a_layer_computes_with(small):
     weight = effective_weights(model)[name]
     _, values, right = torch.linalg.svd(weight)
     found = model.singular_vectors(name, 2)
-    torch.testing.assert_close((found.A.double() @ right[:2].T).abs().diagonal(), torch.ones(2).double())
+    torch.testing.assert_close(
+        (found.A.double() @ right[:2].T).abs().diagonal(), torch.ones(2).double()
+    )
     assert values[1] > values[2]
 
 

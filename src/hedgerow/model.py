@@ -287,7 +287,7 @@ class Model:
             weight = layer.weight.T if targets.is_transposed(layer) else layer.weight
             if quantized.is_quantized(layer):
                 weight = quantized.dequantized(layer)
-                if (change := self._sum_beside(module)) is not None:
+                if (change := self.beside().get(module)) is not None:
                     weight = weight + change.product()
             # On the CPU whatever the model's device: a GPU's SVD is another algorithm.
             u, _, v = torch.linalg.svd(weight.detach().cpu().double(), full_matrices=False)
@@ -332,13 +332,17 @@ class Model:
         return now - before.float()
 
     def changes(self, before: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Change of each matrix since the weights were `before`, by name; as `change` has it."""
+        """Change of each matrix since the weights were `before`, by name, as `change` has it."""
         for name, weight in self.network.named_parameters():
             if weight.ndim == 2 and name in before:
                 yield name, self.change(name, before[name])
-        for module, beside in self._beside.items():
-            if beside.factors is not None:
-                yield f"{module}.weight", beside.factors.product().cpu()
+        for module, pair in self.beside().items():
+            yield f"{module}.weight", pair.product().cpu()
+
+    def beside(self) -> dict[str, Factors]:
+        """What is kept beside quantized weights, by the layer's name, in float32."""
+        sums = {module: beside.factors for module, beside in self._beside.items()}
+        return {module: pair for module, pair in sums.items() if pair is not None}
 
     @property
     def merged_error(self) -> float:
@@ -346,13 +350,8 @@ class Model:
 
         0 where nothing was cut off for `merged_rank`.
         """
-        sums = self._beside.values()
-        sizes = [norm(beside.factors) for beside in sums if beside.factors is not None]
-        return relative(sum(b.lost**2 for b in sums), sum(size**2 for size in sizes))
-
-    def _sum_beside(self, module: str) -> Factors | None:
-        """What is kept beside the quantized weight of a layer; None for nothing."""
-        return self._beside[module].factors if module in self._beside else None
+        lost = sum(beside.lost**2 for beside in self._beside.values())
+        return relative(lost, sum(norm(pair) ** 2 for pair in self.beside().values()))
 
     def make_float(self) -> None:
         """Have all weights in float32, with what was kept beside quantized ones added to them.
@@ -362,8 +361,9 @@ class Model:
         if self.quantization is None:
             return
         self._wrapped.clear()
+        beside = self.beside()
         for name, _ in list(quantized.layers(self.network)):
-            quantized.replace_by_float(self.network, name, self._sum_beside(name))
+            quantized.replace_by_float(self.network, name, beside.get(name))
         quantized.forget(self.network)
         self.network.float()
         self._beside.clear()
@@ -392,7 +392,9 @@ class Model:
 
     def _module(self, name: str) -> Any:
         """The module of this name; None where it is an expert's, which is part of one."""
-        return None if name.rpartition(".")[0] in self._experts else self.network.get_submodule(name)
+        return (
+            None if name.rpartition(".")[0] in self._experts else self.network.get_submodule(name)
+        )
 
     @cached_property
     def _experts(self) -> dict[str, bool]:

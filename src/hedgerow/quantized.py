@@ -64,6 +64,12 @@ def is_quantized(layer: Any) -> bool:
     return type(getattr(layer, "weight", None)).__name__ in _KINDS
 
 
+def is_whole(layer: Any) -> bool:
+    """Whether a quantized layer has the scales of its weight."""
+    scales = "quant_state" if hasattr(layer.weight, "quant_type") else "SCB"
+    return getattr(layer.weight, scales, None) is not None
+
+
 def peft_options(layer: Any) -> dict[str, bool]:
     """What peft has to be told to wrap a layer, which may be a quantized one."""
     kind = _KINDS.get(type(getattr(layer, "weight", None)).__name__)

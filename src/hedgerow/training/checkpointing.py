@@ -22,7 +22,9 @@ def checkpointed(network: Any, asked: bool) -> Iterator[None]:
     Layers draw the same dropout when they are computed again, so that nothing else changes.
     """
     # As transformers' own switch does it, which also has all inputs require gradients, for good.
-    modules = [m for m in network.modules() if hasattr(m, "gradient_checkpointing")] if asked else []
+    modules = (
+        [m for m in network.modules() if hasattr(m, "gradient_checkpointing")] if asked else []
+    )
     function = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     before = [module.gradient_checkpointing for module in modules]
     for module in modules:

@@ -24,7 +24,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdamW8bit(Optimizer):
-    """bitsandbytes' AdamW8bit: a quarter of AdamW's memory, for tensors of 4,096 numbers or more."""
+    """bitsandbytes' AdamW8bit: a quarter of AdamW's memory, for tensors of 4,096 numbers on."""
 
     name: str = "adamw_8bit"
 
