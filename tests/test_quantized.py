@@ -10,6 +10,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel
 from support.models import byte_tokenizer
 from support.runs import ledger_bytes, rows_of
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from hedgerow import quantized
+from hedgerow.api import open_run
 from hedgerow.ledger import Base
 from hedgerow.lowrank import Factors
 from hedgerow.model import Model
@@ -40,6 +42,14 @@ def small(tmp_path_factory) -> Path:
 
 def loaded(folder: Path, **options) -> Model:
     return Model.load(ModelSettings(path=str(folder), device="cpu", **options))
+
+
+def by_others(folder: Path):
+    """The network in nf4, as transformers loads it."""
+    own = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=own, device_map={"": "cpu"}
+    )
 
 
 def written(path: Path, **sections) -> Path:
@@ -238,21 +248,13 @@ def test_other_kinds_export_what_they_evaluated_too(kind, small, experiment, hed
 def test_an_adapter_gives_the_same_on_the_base_quantized_by_others(
     small, experiment, hedgerow, tmp_path
 ):
-    from peft import PeftModel
-
     path = experiment(model={"path": str(small), "quantization": "nf4"})
     assert hedgerow("run", path, "--out", tmp_path / "run").code == 0
     assert hedgerow("export", tmp_path / "run", "--to", "adapter", tmp_path / "adapter").code == 0
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "quantized to nf4 by bitsandbytes when it was loaded, as it has to be" in card
-    own = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    base = AutoModelForCausalLM.from_pretrained(
-        small, quantization_config=own, device_map={"": "cpu"}
-    )
-    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    adapted = PeftModel.from_pretrained(by_others(small), tmp_path / "adapter").eval()
     tokens = torch.tensor([[0, 5, 9, 77, 130]])
-    from hedgerow.api import open_run
-
     with torch.no_grad():
         merged = open_run(tmp_path / "run").model()(tokens).logits
         torch.testing.assert_close(adapted(tokens).logits, merged, rtol=0, atol=1e-4)
@@ -264,6 +266,12 @@ def test_a_bounded_sum_says_its_error_and_decides_the_run(small, experiment, hed
     assert hedgerow("run", path, "--out", tmp_path / "run").code == 0
     errors = [row["merged_error"] for row in rows_of(tmp_path / "run")]
     assert errors[0] == 0 < errors[-1] < 1
+    assert hedgerow("export", tmp_path / "run", "--to", "adapter", tmp_path / "adapter").code == 0
+    adapted = PeftModel.from_pretrained(by_others(small), tmp_path / "adapter").eval()
+    tokens = torch.tensor([[0, 5, 9, 77, 130]])
+    with torch.no_grad():
+        merged = open_run(tmp_path / "run").model()(tokens).logits
+        torch.testing.assert_close(adapted(tokens).logits, merged, rtol=0, atol=1e-4)
     more = ["federation.rounds=4", "model.merged_rank=6"]
     result = hedgerow("run", path, *more, "--out", tmp_path / "run", "--resume")
     assert result.code == 2
@@ -273,8 +281,6 @@ def test_a_bounded_sum_says_its_error_and_decides_the_run(small, experiment, hed
 def test_bfloat16_computes_beside_adapters_in_float32(small, experiment, hedgerow, tmp_path):
     model = loaded(small, quantization="nf4", dtype="bfloat16")
     assert model.network.dtype == torch.bfloat16
-    from peft import LoraConfig
-
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     assert {p.dtype for p in model.attach(config).values()} == {torch.float32}
     layer = model.network.model.layers[0].self_attn.q_proj
@@ -299,11 +305,7 @@ def test_a_comparison_s_runs_begin_with_the_base_alone(small, experiment, hedger
 
 
 def test_a_checkpoint_that_is_quantized_already_is_a_base(small, experiment, hedgerow, tmp_path):
-    own = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    base = AutoModelForCausalLM.from_pretrained(
-        small, quantization_config=own, device_map={"": "cpu"}
-    )
-    base.save_pretrained(tmp_path / "four")
+    by_others(small).save_pretrained(tmp_path / "four")
     byte_tokenizer().save_pretrained(tmp_path / "four")
     path = experiment(model={"path": str(tmp_path / "four")})
     result = hedgerow("run", path, "--out", tmp_path / "run")

@@ -131,7 +131,13 @@ def to_adapter(
         round = check_round(ledger, round)
         check_client(experiment, ledger, client)
         load_model = partial(model_at, experiment, ledger, round, load)
-        tensors = RunModels(experiment.method, ledger, round).adapter(client, load_model)
+        own = RunModels(experiment.method, ledger, round)
+        tensors = own.adapter(client, load_model)
+        if experiment.model.merged_rank is not None:
+            model = load_model()  # which has not kept all of what the entries have
+            model.unbind()
+            own.merge(model, client)
+            tensors |= adapter_tensors(model.beside())
         pretrained.cast(tensors, None)
         whole = Joined(dict(adapter_pairs(tensors)))
         path, revision = experiment.model.path, experiment.model.revision

@@ -344,6 +344,12 @@ class Model:
         sums = {module: beside.factors for module, beside in self._beside.items()}
         return {module: pair for module, pair in sums.items() if pair is not None}
 
+    def unbind(self) -> None:
+        """Cut nothing any more of what is kept beside quantized weights."""
+        self.merged_rank = None
+        for beside in self._beside.values():
+            beside.most = None
+
     @property
     def merged_error(self) -> float:
         """Largest relative error (Frobenius norm) of all that is kept beside quantized weights.

@@ -150,7 +150,7 @@ class SumBeside:
             layer: the quantized one, itself and not a wrapper of it.
             most: largest rank of the sum; None for the matrix's own, with which nothing is lost.
         """
-        self._layer, self._most = layer, most
+        self._layer, self.most = layer, most
         self._remove: Callable[[], None] = layer.register_forward_hook(self._add).remove
         self.factors: Factors | None = None
         """The sum, in float32, on the layer's device."""
@@ -159,15 +159,17 @@ class SumBeside:
 
     def add(self, pair: Factors) -> None:
         """Add B·A to the sum, and cut the sum to the largest rank where it has become larger."""
-        pair = Factors(*(factor.to(self._layer.weight.device).float() for factor in pair))
-        whole = pair if self.factors is None else lowrank.stack([self.factors, pair])
-        if self._most is None or whole.rank <= self._most:
-            self.factors = lowrank.fitted(whole)
-            return
-        values = lowrank.svd(whole)
-        self.factors = values.factors(self._most).float()
-        # The norm of a sum is at most the sum of norms.
-        self.lost += float(torch.linalg.vector_norm(values.values[self._most :]))
+        # On the CPU whatever the layer's device: a GPU's SVD is another algorithm.
+        parts = [pair] if self.factors is None else [self.factors, pair]
+        whole = lowrank.stack([Factors(*(each.cpu().float() for each in part)) for part in parts])
+        if self.most is None or whole.rank <= self.most:
+            whole = lowrank.fitted(whole)
+        else:
+            found = lowrank.svd(whole)
+            whole = found.factors(self.most).float()
+            # The norm of a sum is at most the sum of norms.
+            self.lost += float(torch.linalg.vector_norm(found.values[self.most :]))
+        self.factors = Factors(*(each.to(self._layer.weight.device) for each in whole))
 
     def remove(self) -> None:
         """Take the sum off the layer."""

@@ -192,6 +192,10 @@ def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
     where = f"model.path: {experiment.model.path}"
     if model.origin.quantized is not None:
         raise UserError(f"{where} {model.origin.quantized}")
+    if experiment.model.quantization not in (None, model.quantization):
+        raise UserError(
+            "model.quantization: a base that is in memory is as it was given: load it from a folder"
+        )
     check_base(experiment.method, model.quantization, where)
     (check_adds if model.quantization is None else check_finite)(model.network, where)
     check_causal(model)
