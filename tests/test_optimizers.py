@@ -380,16 +380,6 @@ def test_a_step_of_adafactor_is_torch_s():
         assert torch.equal(ours[name], theirs[name])
 
 
-@pytest.mark.parametrize(
-    ("method", "rate"),
-    [
-        ({"name": "flora", "restart": "own", "ranks": [4, 2, 1]}, 0.02),
-        ({"name": "flora", "restart": "shared", "ranks": [4, 2, 1]}, 0.02),
-        ({"name": "flora_adalora", "ranks": [4, 2, 1], "initial": 6}, 0.02),
-        ({"name": "fedavg"}, 0.003),
-    ],
-    ids=lambda value: value["name"] if isinstance(value, dict) else "",
-)
 def test_averages_in_8_bits_take_a_quarter_and_step_nearly_as_adamw_s():
     torch.manual_seed(0)
     start = torch.randn(64, 96)
@@ -420,6 +410,16 @@ def test_pages_need_a_gpu_and_bitsandbytes_is_asked_for(hedgerow, experiment, mo
     assert "pip install 'hedgerow[quantized]'" in result.err
 
 
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [
+        ({"name": "flora", "restart": "own", "ranks": [4, 2, 1]}, 0.02),
+        ({"name": "flora", "restart": "shared", "ranks": [4, 2, 1]}, 0.02),
+        ({"name": "flora_adalora", "ranks": [4, 2, 1], "initial": 6}, 0.02),
+        ({"name": "fedavg"}, 0.003),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
 @pytest.mark.parametrize(
     "optimizer", ["muon", "adafactor", {"name": "adamw_8bit", "min_8bit_size": 0}]
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from hedgerow import lowrank
 from hedgerow.errors import UserError
@@ -79,9 +79,8 @@ def peft_options(layer: Any) -> dict[str, bool]:
 def kind_of(network: Any) -> Quantization | None:
     """Number type of a network's quantized weights; None where none are."""
     for _, layer in layers(network):
-        kind = getattr(layer.weight, "quant_type", "int8")
-        assert kind in get_args(Quantization)
-        return kind  # type: ignore[no-any-return]
+        kind: Quantization = getattr(layer.weight, "quant_type", "int8")
+        return kind
     return None
 
 
@@ -196,7 +195,8 @@ def replace_by_float(network: Any, name: str, change: Factors | None) -> None:
     bias = layer.bias
     m, n = weight.shape
     # GPT-2's kind of linear layer keeps its weight transposed, and bitsandbytes' does not.
-    if getattr(layer, "source_cls", None) is transformers.pytorch_utils.Conv1D:
+    source: type[Any] = getattr(layer, "source_cls", torch.nn.Linear)
+    if issubclass(source, transformers.pytorch_utils.Conv1D):
         with torch.device("meta"):
             plain = transformers.pytorch_utils.Conv1D(m, n)
         weight = weight.T.contiguous()
