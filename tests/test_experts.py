@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 import hedgerow as hr
 from hedgerow.errors import UserError
 from hedgerow.testing.models import byte_tokenizer
+from hedgerow.training import first_order
+from hedgerow.training.checkpointing import checkpointed
+from hedgerow.training.objectives.supervised import Supervised
 
 ROWS = [{"instruction": f"Say {word}", "output": word} for word in ("cat", "a bird", "three dogs")]
 SIZES = {
@@ -399,3 +402,62 @@ def test_the_last_layer_of_a_fused_mixer_is_left_out():
     found = targets.find(transformers.BambaForCausalLM(config).eval(), "all-linear")
     assert "model.layers.0.mamba.in_proj" in found.modules
     assert any("model.layers.*.mamba.out_proj: which LoRA cannot" in s for s in found.left_out)
+
+
+# --- the routers' auxiliary loss ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "Olmoe", "GptOss", "GraniteMoe"])
+def test_the_routers_loss_counts_in_the_gradient_alone(kind, checkpointing):
+    made = network(kind).train().requires_grad_(True)
+    tokens = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(0))
+    batch, count = {"input_ids": tokens, "labels": tokens}, 2 * 11
+    gradients = []
+    for coefficient in (0.0, 0.5):
+        made.zero_grad()
+        with checkpointed(made, checkpointing):
+            loss = first_order.backward(
+                Supervised(), made, [batch], 2 * count, 1, router=coefficient
+            )
+        gradients.append((loss, {n: p.grad.clone() for n, p in made.named_parameters()}))
+    made.zero_grad()
+    auxiliary = made(input_ids=tokens, output_router_logits=True).aux_loss
+    # A step of twice as many tokens, of which this batch has half.
+    (0.5 * auxiliary / 2).backward()
+    assert gradients[0][0] == gradients[1][0]
+    own = {n: p.grad for n, p in made.named_parameters() if p.grad is not None and p.grad.any()}
+    assert own
+    for name, gradient in own.items():
+        difference = gradients[1][1][name] - gradients[0][1][name]
+        torch.testing.assert_close(difference, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_with_the_routers_loss_learns_otherwise_and_others_are_refused(tmp_path, base):
+    folder = base("Mixtral")
+    losses = []
+    for coefficient in (0.0, 10.0):
+        done = hr.run(
+            model={"path": str(folder)},
+            clients={"a": ROWS, "b": ROWS[:2]},
+            test=ROWS,
+            data={"prompt": "plain", "max_length": 64},
+            method={"name": "fedit", "ranks": 2},
+            training={"steps": 2, "batch_size": 2, "router_aux_loss_coef": coefficient},
+            federation={"rounds": 1},
+            out=tmp_path / f"run-{coefficient}",
+            progress=False,
+        )
+        losses.append(done.metrics["eval_loss"].iloc[-1])
+    assert losses[0] != losses[1]
+    words = "training.router_aux_loss_coef: transformers has no auxiliary loss for DeepseekV3"
+    with pytest.raises(UserError, match=words):
+        hr.run(
+            model={"path": str(base("DeepseekV3"))},
+            clients={"a": ROWS},
+            data={"prompt": "plain", "max_length": 64},
+            method={"name": "fedit", "ranks": 2},
+            training={"router_aux_loss_coef": 0.01},
+            out=tmp_path / "refused",
+            progress=False,
+        )

@@ -380,6 +380,36 @@ def test_a_step_of_adafactor_is_torch_s():
         assert torch.equal(ours[name], theirs[name])
 
 
+def test_averages_in_8_bits_take_a_quarter_and_step_nearly_as_adamw_s():
+    torch.manual_seed(0)
+    start = torch.randn(64, 96)
+    found, sizes = [], []
+    for name in ("adamw", "adamw_8bit"):
+        parameter = torch.nn.Parameter(start.clone())
+        optimizer = built({"w": parameter}, optimizer={"name": name, "weight_decay": 0.1})
+        stepped(optimizer, 5)
+        found.append(parameter.detach())
+        state = optimizer.state[parameter].values()
+        moments = [v for v in state if isinstance(v, torch.Tensor) and v.shape == parameter.shape]
+        assert len(moments) == 2
+        sizes.append(sum(v.nbytes for v in moments))
+    assert sizes[1] == sizes[0] / 4
+    assert (found[1] - found[0]).norm() < 0.1 * (found[0] - start).norm()
+
+
+def test_pages_need_a_gpu_and_bitsandbytes_is_asked_for(hedgerow, experiment, monkeypatch):
+    paged = ["training.optimizer=paged_adamw_8bit", "model.device=cpu"]
+    out = experiment().parent / "run"
+    result = hedgerow("run", experiment(), *paged, "--out", out)
+    assert (result.code, out.exists()) == (2, False)
+    assert "training.optimizer paged_adamw_8bit" in result.err
+    assert "take adamw_8bit" in result.err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = hedgerow("run", experiment(), "training.optimizer=adamw_8bit", "--out", out)
+    assert (result.code, out.exists()) == (2, False)
+    assert "pip install 'hedgerow[quantized]'" in result.err
+
+
 @pytest.mark.parametrize(
     ("method", "rate"),
     [
@@ -390,7 +420,9 @@ def test_a_step_of_adafactor_is_torch_s():
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else "",
 )
-@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+@pytest.mark.parametrize(
+    "optimizer", ["muon", "adafactor", {"name": "adamw_8bit", "min_8bit_size": 0}]
+)
 def test_a_run_learns_and_goes_on_with_the_same_bytes(
     hedgerow, experiment, tmp_path, optimizer, method, rate
 ):

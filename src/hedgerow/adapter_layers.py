@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hedgerow import quantized
 from hedgerow.adapters import PREFIX
 from hedgerow.lazy import peft
 
@@ -43,6 +44,7 @@ class AdapterLayers:
             parameter: name of the layer's parameter that holds experts; None of a linear layer.
         """
         options = {"r": config.r, "lora_alpha": config.lora_alpha, "parameter_name": parameter}
+        options |= quantized.peft_options(layer)
         wrapper = peft.LoraModel._create_new_module(config, TRAINED, layer, **options)
         if beside is not None:
             wrapper.update_layer(FROZEN, beside.r, lora_alpha=beside.lora_alpha, config=beside)

@@ -79,6 +79,7 @@ def to_merged(
         round = check_round(ledger, round)
         check_client(experiment, ledger, client)
         model = model_at(experiment, ledger, round, load)
+        model.make_float()
         RunModels(experiment.method, ledger, round).merge(model, client)
         is_chat = experiment.data.prompt == "chat"  # a file of a prompt may have stayed behind
         template = load_template(experiment.data, model.tokenizer) if is_chat else None
@@ -89,7 +90,7 @@ def to_merged(
             dtype=dtype,
             ends=template.ends if template else (),
         )
-        _write_card(folder, run, experiment, ledger, round, "transformers")
+        _write_card(folder, run, experiment, ledger, round, "transformers", dequantized=True)
 
 
 def to_adapter(
@@ -130,7 +131,13 @@ def to_adapter(
         round = check_round(ledger, round)
         check_client(experiment, ledger, client)
         load_model = partial(model_at, experiment, ledger, round, load)
-        tensors = RunModels(experiment.method, ledger, round).adapter(client, load_model)
+        own = RunModels(experiment.method, ledger, round)
+        tensors = own.adapter(client, load_model)
+        if experiment.model.merged_rank is not None:
+            model = load_model()  # which has not kept all of what the entries have
+            model.unbind()
+            own.merge(model, client)
+            tensors |= adapter_tensors(model.beside())
         pretrained.cast(tensors, None)
         whole = Joined(dict(adapter_pairs(tensors)))
         path, revision = experiment.model.path, experiment.model.revision
@@ -303,15 +310,25 @@ def _write_card(
     round: int,
     library: str,
     made_for: str | None = None,
+    *,
+    dequantized: bool = False,
 ) -> None:
     """A model card: what the model is, and how it came to be.
 
     Args:
         made_for: name of the model that an adapter is for, where it is not the run's base.
+        dequantized: whether the weights are whole again, where the base's are quantized.
     """
     method, base = experiment.method, _base_name(experiment, ledger)
     rows = read_rows(run) if run.is_dir() else []
     score = rows[round].get("eval_loss") if round < len(rows) else None
+    of_base = ""
+    if (kind := ledger.base.quantization) is not None:
+        of_base = f"; quantized to {kind} by bitsandbytes when it was loaded"
+        if dequantized:
+            of_base += ", and here dequantized, with what was learnt added"
+        else:
+            of_base += ", as it has to be for this adapter, too"
     loss = "" if score is None else f"\n- loss on the test data: {score:.4f}"
     secret = any(ledger.names_all(each) for each in range(1, round + 1) if ledger.has(each))
     took = "may have taken" if secret else "took"
@@ -329,7 +346,7 @@ tags: [federated-learning, hedgerow, {method.name}]
 
 Made with hedgerow: {method.summary} ({method.reference}).
 
-- base: {base} ({ledger.base.architecture}, {ledger.base.parameters:,} parameters)
+- base: {base} ({ledger.base.architecture}, {ledger.base.parameters:,} parameters{of_base})
 - fingerprint of the base: `{ledger.base.fingerprint}`
 - rounds: {round}, clients that {took} part: {len(ledger.clients(round))}{loss}
 

@@ -25,6 +25,7 @@ class _Lazy(ModuleType):
 
 
 if TYPE_CHECKING:
+    import bitsandbytes as bitsandbytes
     import huggingface_hub as huggingface_hub
     import peft as peft
     import safetensors as safetensors
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import torch as torch
     import transformers as transformers
 else:
+    bitsandbytes = _Lazy("bitsandbytes")
     huggingface_hub = _Lazy("huggingface_hub")
     peft = _Lazy("peft")
     safetensors = _Lazy("safetensors")

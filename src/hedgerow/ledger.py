@@ -57,10 +57,12 @@ class Base(BaseModel):
     """SHA-256 of weights and tokenizer; the parent of the first entry."""
     adapter_of: str | None = None
     """Name of the model that the checkpoint is an adapter of; None where it is a whole model."""
+    quantization: str | None = None
+    """Number type that the weights of linear layers are quantized to; None where they are not."""
 
     @model_serializer(mode="wrap")
-    def _without_adapter_of(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what only ledgers that begin at an adapter have."""
+    def _without_none(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what only ledgers that begin at an adapter or are quantized have."""
         content: dict[str, Any] = dump(self)
         return {key: value for key, value in content.items() if value is not None}
 
@@ -75,11 +77,12 @@ class Base(BaseModel):
             dtype=str(model.network.dtype).removeprefix("torch."),
             fingerprint=model.fingerprint(),
             adapter_of=None if adapter is None else name_of(adapter.base),
+            quantization=model.quantization,
         )
 
     def difference(self, other: Base) -> str | None:
         """First difference from the checkpoint `other` but for its name, in words."""
-        for what in ("architecture", "parameters", "dtype", "fingerprint"):
+        for what in ("architecture", "parameters", "quantization", "dtype", "fingerprint"):
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
                 return (

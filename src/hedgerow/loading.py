@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from hedgerow import base_adapter
+from hedgerow import base_adapter, quantized
 from hedgerow.base_adapter import BaseAdapter
 from hedgerow.bundled import MODEL
 from hedgerow.errors import UserError, readable, reason_of
@@ -20,6 +20,7 @@ from hedgerow.lazy import huggingface_hub, peft, tokenizers, torch, transformers
 from hedgerow.names import DEMO, MEMORY
 
 if TYPE_CHECKING:
+    from hedgerow.quantized import Quantization
     from hedgerow.settings import ModelSettings
 
 
@@ -99,14 +100,26 @@ def load(settings: ModelSettings) -> Loaded:
             problem = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"{where} {problem}: give a model folder in Hugging Face format")
     device = _device(settings.device)
+    if settings.quantization is not None:
+        quantized.check_installed(f"model.quantization: {settings.quantization}")
     if (adapted := adapter_folder(settings)) is not None:
+        if settings.quantization is not None:
+            raise UserError(
+                f"model.quantization: {settings.path} is an adapter, which would be rounded into "
+                "its base: merge it first (merge_and_unload() of peft), save the whole model, and "
+                "give that, or leave model.quantization out"
+            )
         network, origin = _load_below(adapted, settings, where)
         network, adapter = base_adapter.merged(adapted, network, base_adapter.base_of(adapted))
         origin = origin._replace(adapter=adapter)
     else:
-        network, origin = _load_network(str(folder), settings.revision, settings.dtype, where)
+        network, origin = _load_network(
+            str(folder), settings.revision, settings.dtype, where, settings.quantization, device
+        )
     check_network(network, where)
-    return Loaded(network.to(device), load_tokenizer(settings), origin)
+    if quantized.kind_of(network) is None:
+        network = network.to(device)
+    return Loaded(network, load_tokenizer(settings), origin)
 
 
 def adapter_folder(settings: ModelSettings) -> Path | None:
@@ -161,22 +174,36 @@ def _load_below(folder: Path, settings: ModelSettings, where: str) -> tuple[Any,
             "to a model folder in Hugging Face format"
         )
     network, origin = _load_network(base, revision, settings.dtype, below)
-    if origin.quantized is not None:  # such weights would round what is merged into them
+    unusable = origin.quantized
+    if unusable is None and quantized.kind_of(network) is not None:
+        unusable = _quantized(network.config, base)
+    if unusable is not None:  # such weights would round what is merged into them
         raise UserError(
-            f"{below} {origin.quantized}, in `base_model_name_or_path` of its adapter_config.json"
+            f"{below} {unusable}, in `base_model_name_or_path` of its adapter_config.json"
         )
     return network, origin
 
 
-def _load_network(place: str, revision: str | None, dtype: str, where: str) -> tuple[Any, Origin]:
+def _load_network(
+    place: str,
+    revision: str | None,
+    dtype: str,
+    where: str,
+    quantization: Quantization | None = None,
+    device: torch.device | None = None,
+) -> tuple[Any, Origin]:
     """A network, complete and as its checkpoint has it, from a folder or the Hub.
 
     Args:
         where: what it is called in messages, for a verb to follow.
+        quantization: number type that its linear layers are quantized to; None leaves them as
+            they are.
+        device: where a quantized one is loaded; others are loaded on the CPU.
     """
     _check_format(Path(place), where)
     options = {"revision": revision, "trust_remote_code": False}
-    quantized = config = None
+    unusable = config = None
+    own_kind, loading = False, dict[str, Any]()
     try:
         _check_not_adapter(place, revision, where)
         _check_layers(transformers.PreTrainedConfig.get_config_dict(place, **options)[0], where)
@@ -185,8 +212,20 @@ def _load_network(place: str, revision: str | None, dtype: str, where: str) -> t
             getattr(part, "quantization_config", None) is not None
             for part in (config, config.get_text_config())
         ):
-            quantized = _quantized(config, place)
+            if quantization is not None:
+                raise UserError(
+                    f"model.quantization: {place} has quantized weights already: leave it out"
+                )
+            own_kind = _method_of(config) == "bitsandbytes"
+            if own_kind:
+                quantized.check_installed(f"{where} has weights that are quantized, which")
+            else:
+                unusable = _quantized(config, place)
         kind = _kind_of(config, where)
+        if quantization is not None:
+            loading["quantization_config"] = quantized.configuration(quantization, dtype)
+        if quantization is not None or own_kind:
+            loading["device_map"] = {"": device or torch.device("cpu")}
         _check_size(kind, config, Path(place), where)
         network, info = kind.from_pretrained(
             place,
@@ -194,14 +233,15 @@ def _load_network(place: str, revision: str | None, dtype: str, where: str) -> t
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # or it says no more than that there are some
+            **loading,
             **options,
         )
     except UserError:
         raise
     except Exception as error:  # strangers' files lead many libraries into errors of any kind
-        if quantized is not None:
+        if unusable is not None:
             raise UserError(
-                f"{where} {quantized} (it is not loaded here: {reason_of(error)})"
+                f"{where} {unusable} (it is not loaded here: {reason_of(error)})"
             ) from None
         if _wants_code(error):
             raise UserError(
@@ -217,6 +257,11 @@ def _load_network(place: str, revision: str | None, dtype: str, where: str) -> t
         raise UserError(
             f"{where} cannot be loaded as a causal language model: {reason_of(error)}"
         ) from None
+    if own_kind and not all(quantized.is_whole(layer) for _, layer in quantized.layers(network)):
+        raise UserError(
+            f"{where} {_quantized(config, place)} (it is not loaded here: its weights are not "
+            "quantized as its config.json says)"
+        )
     if mismatched := sorted(info["mismatched_keys"]):
         name, found, wanted = mismatched[0]
         raise UserError(
@@ -228,13 +273,18 @@ def _load_network(place: str, revision: str | None, dtype: str, where: str) -> t
         names = ", ".join(sorted(missing)[:3])
         raise UserError(f"{where} has no weights for {names}: give a complete checkpoint")
     unused = sorted(info["unexpected_keys"])
-    if quantized is None and (odd := _belonging(network, unused)) is not None:
+    if unusable is None and not own_kind and (odd := _belonging(network, unused)) is not None:
         raise UserError(
             f"{where} has weights that its config.json does not account for, as {odd} "
             f"({len(unused):,} in all): give the checkpoint with its own config.json"
         )
     base_adapter.say_whether_tied(network)
-    return network, Origin(None, unused, quantized)
+    if quantization is not None and quantized.kind_of(network) is None:
+        raise UserError(
+            f"model.quantization: {place} has no linear layers that bitsandbytes could quantize: "
+            "leave it out"
+        )
+    return network, Origin(None, unused, unusable)
 
 
 def _check_format(folder: Path, where: str) -> None:
@@ -398,6 +448,8 @@ _WITH_ENCODER = (
 def check_adds(network: Any, where: str) -> None:
     """Raise a `UserError` where nothing can be added to weights: quantized ones, or no numbers.
 
+    Quantized layers that can have what is learnt beside their weights are for `check_finite`.
+
     Args:
         where: what the network is called in messages, for a verb to follow.
     """
@@ -412,7 +464,16 @@ def check_adds(network: Any, where: str) -> None:
     named = (getattr(c, "quantization_config", None) for c in (config, config.get_text_config()))
     if is_quantized or any(one is not None for one in named):
         raise UserError(f"{where} {_quantized(network.config, network.config.name_or_path)}")
-    for name, weight in network.named_parameters():
+    check_finite(network, where)
+
+
+def check_finite(network: Any, where: str) -> None:
+    """Raise a `UserError` where weights, or the scales of quantized ones, are no numbers."""
+    numbers = {n: w for n, w in network.named_parameters() if not hasattr(w, "quant_state")}
+    for name, layer in quantized.layers(network):
+        scales = {what: each for what, each in layer.state_dict().items() if what != "weight"}
+        numbers |= {f"{name}.{what}": each for what, each in scales.items()}
+    for name, weight in numbers.items():
         if not weight.isfinite().all():
             raise UserError(
                 f"{where} has values in {name} that are no finite numbers: give a checkpoint that "
@@ -420,13 +481,19 @@ def check_adds(network: Any, where: str) -> None:
             )
 
 
-def _quantized(config: Any, place: str | None) -> str:
-    """Why a quantized model is no base, for messages."""
+def _method_of(config: Any) -> str | None:
+    """Name of the library or format by which a model is quantized, as its config.json says."""
     settings = getattr(config, "quantization_config", None)
     settings = settings or getattr(config.get_text_config(), "quantization_config", None)
     settings = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
     method = settings.get("quant_method")
-    by = f" ({getattr(method, 'value', method)})" if method else ""
+    name: str | None = getattr(method, "value", method)
+    return name
+
+
+def _quantized(config: Any, place: str | None) -> str:
+    """Why a quantized model is no base, for messages."""
+    by = f" ({method})" if (method := _method_of(config)) else ""
     original = _original(place)
     named = f", {original}" if original else ""
     return (

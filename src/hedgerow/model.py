@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from hedgerow import targets
+from hedgerow import quantized, targets
 from hedgerow.adapter_layers import FROZEN, LORA, TRAINED, AdapterLayers, nested
 from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import UserError
 from hedgerow.lazy import peft, torch
 from hedgerow.loading import Origin, load, name_of, tokenization
-from hedgerow.lowrank import Factors
+from hedgerow.lowrank import Factors, norm, relative
+from hedgerow.quantized import Quantization, SumBeside
 from hedgerow.targets import Targets
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Model:
         origin: what it came from.
         shared_state: tensors that global steps keep from one to the next, by name, as the server
             optimiser's moments: the same at everybody, since a replay of the ledger rebuilds them.
+        quantization: number type of the weights of linear layers; None where they are whole.
         factors: the adapter that belongs to the global model, for methods that do not merge theirs
             into the weights (PEFT's key names); None where the weights are the whole model.
     """
@@ -49,7 +51,17 @@ class Model:
         tokenizer: Any,
         name: str,
         origin: Origin = Origin(),  # noqa: B008, it is immutable
+        merged_rank: int | None = None,
     ) -> None:
+        """A model of which nothing is lent.
+
+        Args:
+            merged_rank: largest rank of what is kept beside a quantized weight; None for any.
+        """
+        quantized.compute_exactly(network)
+        self.quantization: Quantization | None = quantized.kind_of(network)
+        self.merged_rank = merged_rank
+        self._beside: dict[str, SumBeside] = {}
         self.network = network.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.name = name
@@ -74,7 +86,8 @@ class Model:
                 weights (others are pickles), or the device is not there.
         """
         loaded = load(settings)
-        return cls(loaded.network, loaded.tokenizer, name_of(settings.path), loaded.origin)
+        name, rank = name_of(settings.path), settings.merged_rank
+        return cls(loaded.network, loaded.tokenizer, name, loaded.origin, rank)
 
     @property
     def device(self) -> torch.device:
@@ -129,12 +142,20 @@ class Model:
         return digest.hexdigest()
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of weights and buffers in host memory, for `reset`."""
-        return {n: w.to("cpu", copy=True) for n, w in self.network.state_dict().items()}
+        """A copy of weights and buffers in host memory, for `reset`.
+
+        Quantized weights are not in it: nothing changes them.
+        """
+        fixed = tuple(f"{name}." for name, _ in quantized.layers(self.network))
+        state = self.network.state_dict().items()
+        return {n: w.to("cpu", copy=True) for n, w in state if not n.startswith(fixed)}
 
     def reset(self, state: Mapping[str, Tensor]) -> None:
         """Make the model what it was when `state` was taken, before any entry."""
-        self.network.load_state_dict(state)
+        self.network.load_state_dict(state, strict=self.quantization is None)
+        for beside in self._beside.values():
+            beside.remove()
+        self._beside.clear()
         self.shared_state, self.factors, self._remainders = {}, None, {}
         self._singular.clear()
         self._wrapped.clear()  # another run may attach other adapters
@@ -264,6 +285,10 @@ class Model:
         if module not in self._singular or self._singular[module].rank != rank:
             layer = self.network.get_submodule(module)
             weight = layer.weight.T if targets.is_transposed(layer) else layer.weight
+            if quantized.is_quantized(layer):
+                weight = quantized.dequantized(layer)
+                if (change := self.beside().get(module)) is not None:
+                    weight = weight + change.product()
             # On the CPU whatever the model's device: a GPU's SVD is another algorithm.
             u, _, v = torch.linalg.svd(weight.detach().cpu().double(), full_matrices=False)
             u, v = u[:, :rank], v[:rank]
@@ -306,8 +331,62 @@ class Model:
             now = now + self._remainders[name].float()
         return now - before.float()
 
+    def changes(self, before: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Change of each matrix since the weights were `before`, by name, as `change` has it."""
+        for name, weight in self.network.named_parameters():
+            if weight.ndim == 2 and name in before:
+                yield name, self.change(name, before[name])
+        for module, pair in self.beside().items():
+            yield f"{module}.weight", pair.product().cpu()
+
+    def beside(self) -> dict[str, Factors]:
+        """What is kept beside quantized weights, by the layer's name, in float32."""
+        sums = {module: beside.factors for module, beside in self._beside.items()}
+        return {module: pair for module, pair in sums.items() if pair is not None}
+
+    def unbind(self) -> None:
+        """Cut nothing any more of what is kept beside quantized weights."""
+        self.merged_rank = None
+        for beside in self._beside.values():
+            beside.most = None
+
+    @property
+    def merged_error(self) -> float:
+        """Largest relative error (Frobenius norm) of all that is kept beside quantized weights.
+
+        0 where nothing was cut off for `merged_rank`.
+        """
+        lost = sum(beside.lost**2 for beside in self._beside.values())
+        return relative(lost, sum(norm(pair) ** 2 for pair in self.beside().values()))
+
+    def make_float(self) -> None:
+        """Have all weights in float32, with what was kept beside quantized ones added to them.
+
+        What the model computes stays as it was, and it is no base for further rounds.
+        """
+        if self.quantization is None:
+            return
+        self._wrapped.clear()
+        beside = self.beside()
+        for name, _ in list(quantized.layers(self.network)):
+            quantized.replace_by_float(self.network, name, beside.get(name))
+        quantized.forget(self.network)
+        self.network.float()
+        self._beside.clear()
+        self.quantization = None
+
     def merge(self, module: str, factors: Factors) -> None:
-        """Add B·A to the weight of the linear layer, or of the expert, `module`."""
+        """Add B·A to the weight of the linear layer, or of the expert, `module`.
+
+        To a quantized weight nothing is added: the sum of all that would be is kept beside it.
+        """
+        if module in self._beside or quantized.is_quantized(self._module(module)):
+            self._singular.clear()
+            if module not in self._beside:
+                layer = self.network.get_submodule(module)
+                self._beside[module] = SumBeside(layer, self.merged_rank)
+            self._beside[module].add(factors)
+            return
         product = Factors(*(f.to(self.device) for f in factors)).product()
         parameter, _, expert = module.rpartition(".")
         if (is_transposed := self._experts.get(parameter)) is not None:
@@ -316,6 +395,12 @@ class Model:
             layer = self.network.get_submodule(module)
             transposed = targets.is_transposed(layer)
             self.add(f"{module}.weight", product.T if transposed else product)
+
+    def _module(self, name: str) -> Any:
+        """The module of this name; None where it is an expert's, which is part of one."""
+        return (
+            None if name.rpartition(".")[0] in self._experts else self.network.get_submodule(name)
+        )
 
     @cached_property
     def _experts(self) -> dict[str, bool]:

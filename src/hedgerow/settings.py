@@ -64,10 +64,28 @@ class ModelSettings(Section):
     """Branch, tag or commit of a model on the Hub; with null, its default branch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number type of the base weights while training and evaluating; adapters are always
-    float32."""
+    float32. With `quantization`, the number type that is computed with."""
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    """Number type that the weights of linear layers are quantized to when they are loaded, by
+    bitsandbytes: `nf4` or `fp4`, of 4 bits, or `int8`. They stay as they are from then on: methods
+    of adapters alone can have such a base, and what would be added to its weights is kept beside
+    them. With null, weights are as the checkpoint has them."""
+    merged_rank: int | None = Field(None, ge=1)
+    """Largest rank of what is kept beside a quantized weight: the sum of all that was learnt so far
+    is cut to it, and `merged_error` in a round's row says what the cuts amount to at most. With
+    null, nothing is cut."""
     device: str = "auto"
     """Device that trains and evaluates: `cpu`, `cuda`, `cuda:1` …; `auto` takes a GPU if there is
     one, else the CPU."""
+
+    @model_validator(mode="after")
+    def _merged_beside(self) -> ModelSettings:
+        if self.merged_rank is not None and self.quantization is None:
+            raise ValueError(
+                "`merged_rank` bounds what is kept beside quantized weights, and there are none: "
+                "give `quantization`, or leave it out"
+            )
+        return self
 
 
 OwnFiles = str | Annotated[list[str], Field(min_length=1)]
@@ -381,6 +399,9 @@ class DataSettings(TextSettings):
 class TrainingSettings(Section):
     """Training of a client in a round."""
 
+    beside: ClassVar = ("gradient_checkpointing",)
+    """Keys that the entries of a run do not depend on, and that one which goes on may change."""
+
     steps: int | None = Field(None, ge=1)
     """Number of optimiser steps of a client in a round; with null, `epochs` decides, or there are
     10 steps where that is null too."""
@@ -395,6 +416,9 @@ class TrainingSettings(Section):
     """Number of examples in one forward pass: of sequences, or of pairs of them."""
     gradient_accumulation: int = Field(1, ge=1)
     """Number of forward passes whose gradients make one optimiser step."""
+    gradient_checkpointing: bool = False
+    """Whether layers keep their inputs alone while training, and are computed again going backward:
+    less memory for activations, a third more time, and the same losses."""
     learning_rate: float = Field(3e-4, gt=0)
     """Learning rate of the first round, and of all others with a constant `schedule`; what is good
     differs by method and optimiser."""
@@ -414,6 +438,10 @@ class TrainingSettings(Section):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Longest gradient, as the 2-norm over all parameters that train; longer ones are scaled down
     to it. With null, they are left as they are."""
+    router_aux_loss_coef: float = Field(0.0, ge=0)
+    """Coefficient of the auxiliary loss by which the routers of a mixture of experts spread tokens
+    evenly, as transformers' models have it (over all tokens of a batch); losses that are reported
+    are without it. 0 is none."""
     keep_optimizer: bool | None = None
     """Whether each client keeps its optimiser's moments for its next round, on its own disk; they
     are never sent. With null, as the method has it: yes for `fedavg`, `diloco`, `sparseloco`,

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hedgerow import bounded
+from hedgerow import bounded, quantized
 from hedgerow.errors import UserError, brief, did_you_mean
 from hedgerow.lazy import peft, torch, transformers
 
@@ -350,6 +350,8 @@ def matrix_shapes(network: Any, targets: Targets) -> dict[str, tuple[int, int]]:
 
 def _shape(layer: Any) -> tuple[int, int]:
     """Shape (m, n) of a linear layer's matrix."""
+    if quantized.is_quantized(layer):
+        return layer.out_features, layer.in_features
     first, second = layer.weight.shape
     return (second, first) if is_transposed(layer) else (first, second)
 

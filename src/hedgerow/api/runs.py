@@ -87,6 +87,8 @@ class Run:
     def model(self, round: int | None = None, client: str | None = None) -> Any:
         """Model after a round, adapters merged: a transformers model of your own.
 
+        One whose base is quantized is in float32, and computes what the run's does.
+
         Args:
             round: number of the round, 0 for the base; None for the last.
             client: name of the client whose model is meant, for methods without a global one.
@@ -99,6 +101,7 @@ class Run:
             if number:
                 check_client(experiment, ledger, client)
             model = model_at(experiment, ledger, number, self._load)
+            model.make_float()
             if number:
                 RunModels(experiment.method, ledger, number).merge(model, client)
             return model.network.requires_grad_(True)

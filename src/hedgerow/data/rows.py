@@ -620,8 +620,8 @@ class _Reader:
             end = "a question" if turns[-1].role == "user" else "what a tool has returned"
             what = f"with {end} at the end that has no answer, and is not used"
             self._remarks.add(what, self._where, number)
-            while turns[-1].role != "assistant":
-                turns.pop()
+            last = max(place for place, turn in enumerate(turns) if turn.role == "assistant")
+            del turns[last + 1 :]
         if sum(turn.role == "assistant" for turn in turns) > 1 and not self._every_turn:
             what = "with several answers, of which only the last counts"
             self._remarks.add(what, self._where, number)

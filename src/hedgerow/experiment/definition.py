@@ -19,6 +19,7 @@ from hedgerow.errors import UserError
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.experiment import yaml
 from hedgerow.experiment.mistakes import (
+    check_base,
     check_objective,
     check_says,
     check_secure,
@@ -91,6 +92,8 @@ class Experiment(Section):
     @classmethod
     def _with_others(cls, method: Method, info: ValidationInfo) -> Method:
         privacy, federation = info.data.get("privacy"), info.data.get("federation")
+        if "model" in info.data:
+            check_base(method, info.data["model"].quantization, "model.quantization")
         if privacy is not None:
             method = with_privacy(method, privacy)
         if federation is not None:
@@ -152,7 +155,8 @@ class Experiment(Section):
         Of the base model and the data, fingerprint and digests decide instead, wherever they lie.
         Nothing else does.
         """
-        training = self.training.model_dump(mode="json", exclude=set(SHORTHANDS))
+        left_out = {*SHORTHANDS, *TrainingSettings.beside}
+        training = self.training.model_dump(mode="json", exclude=left_out)
         training["optimizer"] = optimizer_of(self.training).model_dump(mode="json")
         training["objective"] = self.objective.model_dump(mode="json")
         if self.training.epochs is None:
@@ -162,7 +166,10 @@ class Experiment(Section):
             privacy = self.privacy.model_dump(mode="json")
             if self.privacy.noise_multiplier is None:
                 privacy["rounds"] = self.federation.rounds  # which the noise is chosen for
+        # Of a base whose weights are whole it decides nothing.
+        rank = self.model.merged_rank
         return {
+            "model": {} if rank is None else {"merged_rank": rank},
             "privacy": privacy,
             "audit": None if self.audit is None else self.audit.model_dump(mode="json"),
             "method": self.method.model_dump(mode="json"),

@@ -17,6 +17,7 @@ from hedgerow.methods.abilities import (
     hides_clients,
     hides_examples,
     takes_given_weights,
+    takes_quantized_base,
 )
 from hedgerow.methods.base import Method
 from hedgerow.sentences import sentence
@@ -74,6 +75,21 @@ def method_of(options: Any) -> Method:
         )
     kind = METHODS.find(name, "method.name")
     return parsed(kind, options, kind.section)
+
+
+def check_base(method: Method, quantization: str | None, where: str) -> None:
+    """Raise a `UserError` where a method would change quantized weights.
+
+    Args:
+        quantization: number type of the base's weights; None where they are whole.
+        where: what asks for it, for a sentence to follow.
+    """
+    if quantization is not None and not takes_quantized_base(method):
+        raise UserError(
+            f"{where}: {method.name} with these options changes all weights of its base, and "
+            f"quantized ones ({quantization}) stay as they are: give a base that is not quantized, "
+            f"or take one of {able(takes_quantized_base)}"
+        )
 
 
 def with_optimizer(training: TrainingSettings) -> TrainingSettings:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _ops = torch.ops.aten
 
 
-class Held(TorchDispatchMode):
+class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count of the memory of all tensors that are made while it is entered, until they are freed.
 
     Attributes:
@@ -35,7 +35,7 @@ class Held(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._label = ""
@@ -44,13 +44,13 @@ class Held(TorchDispatchMode):
         self._functions = _Functions()
 
     def __enter__(self) -> Held:
-        self._functions.__enter__()
-        super().__enter__()
+        self._functions.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._functions.__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._functions.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
         """Forget the peak so far."""
@@ -103,11 +103,12 @@ class Held(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage in self._live:
             return
-        mark = [storage.nbytes(), label]
+        size: int = storage.nbytes()
+        mark = [size, label]
         self._live[storage] = mark
         weakref.finalize(storage, self._free, mark)
-        self.now[label] += mark[0]
-        self._total += mark[0]
+        self.now[label] += size
+        self._total += size
         if self._total > self._most:
             self._most, self.peak = self._total, +self.now
 

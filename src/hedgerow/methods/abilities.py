@@ -55,6 +55,11 @@ def takes_given_weights(method: Method) -> Answer:
     return method.weighable and not method.pools_data
 
 
+def takes_quantized_base(method: Method) -> Answer:
+    """Whether what is learnt can be kept beside quantized weights (`model.quantization`)."""
+    return method.keeps_weights
+
+
 def compresses_broadcast(method: Method) -> Answer:
     """Whether the broadcast is smaller than what is trained, or an option makes it so."""
     return method.compresses_broadcast if method.communicates else None
@@ -79,6 +84,7 @@ ABILITIES: Mapping[str, Ability] = {
     "secure": Ability("secure sums", adds_unseen),
     "weights": Ability("robust weights", takes_given_weights),
     "broadcast": Ability("compressed broadcast", compresses_broadcast),
+    "quantized": Ability("quantized base", takes_quantized_base),
 }
 """Everything that may be asked of a method, by a short name, in the order of tables."""
 

@@ -319,6 +319,14 @@ class Method(Plugin, ABC):
         return self.is_mean
 
     @property
+    def keeps_weights(self) -> bool:
+        """Whether the base's weights are changed by `Model.merge` alone, or not at all.
+
+        What would be merged into quantized weights is kept beside them.
+        """
+        return False
+
+    @property
     def takes_different_ranks(self) -> bool | None:
         """Whether clients' adapters may have different ranks; None: there are no adapters."""
         return None

@@ -116,6 +116,11 @@ class Composed(Method):
             raise UserError(f"{model.name} has a weight of more than {MAX_SIZE} entries")
 
     @property
+    def keeps_weights(self) -> bool:
+        """Whether an adapter beside them trains."""
+        return self.parts.trains.keeps_weights
+
+    @property
     def is_mean(self) -> bool:
         """Whether nothing is coded, cut or stepped otherwise."""
         parts = self.parts

@@ -156,6 +156,11 @@ class LoraMethod(LoraOptions, Method):
     """The method needs one rank for all clients."""
 
     @property
+    def keeps_weights(self) -> bool:
+        """Yes: adapters are beside them, or are merged."""
+        return True
+
+    @property
     def takes_different_ranks(self) -> bool | None:
         """Whether each client may have its own; nothing, where one participant has all data."""
         return None if self.pools_data else not self.same_rank

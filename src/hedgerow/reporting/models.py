@@ -184,11 +184,9 @@ class _Questionnaire:
 
 def _spectra(model: Model, base: dict[str, Tensor]) -> Iterator[tuple[str, list[float]]]:
     """The leading singular values of each matrix's change, where there is one."""
-    for name, weight in model.network.named_parameters():
-        if weight.ndim == 2:
-            change = model.change(name, base[name])
-            if change.any():
-                yield name, _singular_values(change, name)
+    for name, change in model.changes(base):
+        if change.any():
+            yield name, _singular_values(change, name)
 
 
 def _singular_values(matrix: Tensor, name: str) -> list[float]:

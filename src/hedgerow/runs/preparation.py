@@ -35,9 +35,10 @@ from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.metrics.base import LIKELIHOODS
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment, load
+from hedgerow.experiment.mistakes import check_base
 from hedgerow.lazy import torch
 from hedgerow.ledger import Base
-from hedgerow.loading import check_adds
+from hedgerow.loading import check_adds, check_finite
 from hedgerow.methods.base import Client, Method
 from hedgerow.model import Model, max_positions
 from hedgerow.names import MEMORY
@@ -46,7 +47,10 @@ from hedgerow.privacy.example_level import check_example_level
 from hedgerow.runs.directory import CLIENT_TESTS, EXPERIMENT, TEST_DATA, Digests
 from hedgerow.seeds import Seeds
 from hedgerow.settings import EvaluationSettings, FederationSettings, TextSettings
+from hedgerow.training.checkpointing import check_checkpointing
 from hedgerow.training.objectives.answers import referenced
+from hedgerow.training.optimizers import optimizer_of
+from hedgerow.training.routers import check_router_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -230,9 +234,19 @@ def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
     where = f"model.path: {experiment.model.path}"
     if model.origin.quantized is not None:
         raise UserError(f"{where} {model.origin.quantized}")
-    check_adds(model.network, where)
+    if experiment.model.quantization not in (None, model.quantization):
+        raise UserError(
+            "model.quantization: a base that is in memory is as it was given: load it from a folder"
+        )
+    check_base(experiment.method, model.quantization, where)
+    (check_adds if model.quantization is None else check_finite)(model.network, where)
     check_causal(model)
     check_max_length(model, experiment.data.max_length)
+    optimizer_of(experiment.training).check(model.device)
+    if experiment.training.gradient_checkpointing:
+        check_checkpointing(model.network)
+    if experiment.training.router_aux_loss_coef:
+        check_router_loss(model.network)
     experiment.method.check(model, num_clients, experiment.training)
     _check_secure(experiment.federation, num_clients)
     _check_sampling(experiment, num_clients)

@@ -38,6 +38,11 @@ Progress = Callable[[int, int], None]
 """Callback that is told how many forward passes or answers are done, of how many."""
 
 
+MERGED_ERROR = "merged_error"
+"""Key, in a round's row, of what `model.merged_rank` has cut off so far, at most: the Frobenius
+norm of it relative to that of all that is kept beside the weights."""
+
+
 class Scorer:
     """The global model of a run, which entries advance, and its scores."""
 
@@ -79,13 +84,15 @@ class Scorer:
         method, settings = self._experiment.method, self._experiment.evaluation
         models = RunModels(method, self._ledger, len(self._ledger))
         found: dict[str, Any] = {}
+        if self._model.merged_rank is not None:
+            found[MERGED_ERROR] = self._model.merged_error
         if self._test is not None:
             clients = [] if method.has_global_model else [client.name for client in gather()]
             scored = {
                 name: evaluate(self._model, self._test, settings, progress)
                 for name in models.models(self._model, clients)
             }
-            found = by_model(scored, settings.metrics)
+            found |= by_model(scored, settings.metrics)
         own = score_clients(models, self._model, self._tests, settings, progress)
         count = self._experiment.says.count
         said = {name: each._replace(rows=count(each.rows)) for name, each in own.items()}

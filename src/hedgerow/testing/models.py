@@ -69,6 +69,7 @@ def effective_weights(model: Model) -> dict[str, Tensor]:
         tied.add(id(weight))
         if weight.ndim == 2 and not isinstance(module, torch.nn.Embedding):
             with torch.no_grad():
-                weight = module(torch.eye(weight.shape[1])).T
+                inputs = getattr(module, "in_features", weight.shape[1])
+                weight = module(torch.eye(inputs, dtype=network.dtype)).T
         found[name] = weight.detach().double().clone()
     return found

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hedgerow.lazy import peft, torch
 from hedgerow.training import first_order
+from hedgerow.training.checkpointing import checkpointed
 from hedgerow.training.job import Job
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ def train(
     total_loss, total_tokens = 0.0, 0
     devices = [network.device] if network.device.type == "cuda" else []
     network.train()
-    with torch.random.fork_rng(devices=devices):
+    with (
+        torch.random.fork_rng(devices=devices),
+        checkpointed(network, settings.gradient_checkpointing),
+    ):
         torch.manual_seed(job.dropout_seed)
         each = first_order.gradients(job, parameters)
         for step, (loss_sum, step_tokens) in enumerate(each, start=1):

@@ -11,9 +11,11 @@ from hedgerow.errors import UserError
 from hedgerow.lazy import torch
 from hedgerow.settings import TrainingSettings
 from hedgerow.training import private_steps
+from hedgerow.training.checkpointing import checkpointed
 from hedgerow.training.job import OR_CLIP, Job, check_finite
 from hedgerow.training.objectives.base import Batch, Objective
 from hedgerow.training.optimizers import optimizer_of
+from hedgerow.training.routers import balanced_loss
 from hedgerow.wire import is_writable
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ def continue_training(
     # Dropout layers draw from the global generator only, so it is lent a seed and given back.
     with (
         torch.random.fork_rng(devices=devices),
+        checkpointed(network, settings.gradient_checkpointing),
         _stepping_in_backward(trainable, immediate_step) if immediate_step else nullcontext(),
     ):
         torch.manual_seed(job.dropout_seed)
@@ -115,11 +118,19 @@ def gradients(job: Job, parameters: Mapping[str, nn.Parameter]) -> Iterator[tupl
         yield from private_steps.gradients(job, job.private, parameters)
         return
     for step, (collated, step_tokens) in enumerate(job.steps(), start=1):
-        yield backward(job.objective, job.network, collated, step_tokens, step), step_tokens
+        router = job.settings.router_aux_loss_coef
+        loss = backward(job.objective, job.network, collated, step_tokens, step, router=router)
+        yield loss, step_tokens
 
 
 def backward(
-    objective: Objective, network: Any, collated: Sequence[Batch], step_tokens: int, step: int
+    objective: Objective,
+    network: Any,
+    collated: Sequence[Batch],
+    step_tokens: int,
+    step: int,
+    *,
+    router: float = 0.0,
 ) -> float:
     """Add up the gradients of one step's batches; returns their summed loss.
 
@@ -127,13 +138,14 @@ def backward(
         objective: has made the batches.
         step_tokens: how many tokens, or pairs, they count.
         step: which one it is, for messages.
+        router: coefficient of the routers' auxiliary loss.
 
     Raises:
         Diverged: the loss is not finite.
     """
     loss_sum = 0.0
     for batch in collated:
-        loss = objective.total(network, batch)
+        loss = balanced_loss(objective, network, batch, router)
         # All tokens of a step weigh the same, in whichever of its forward passes they are.
         torch.autograd.backward(loss / max(step_tokens, 1))
         loss_sum += float(loss.detach())

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from hedgerow.lazy import torch
 from hedgerow.training.job import SealedExamples
+from hedgerow.training.routers import balanced_loss
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,7 +50,8 @@ def gradients(
             # Dropout that differed by who else is in the sample would tell of them.
             torch.manual_seed(seed)
             batch = objective.collate(examples, [index], job.pad_id)
-            loss, tokens = objective.total(job.network, batch), objective.count(batch)
+            loss = balanced_loss(objective, job.network, batch, job.settings.router_aux_loss_coef)
+            tokens = objective.count(batch)
             torch.autograd.backward(loss / max(tokens, 1))
             _add_bounded(sums, parameters, private.clip)
             total_loss, total_tokens = total_loss + float(loss.detach()), total_tokens + tokens

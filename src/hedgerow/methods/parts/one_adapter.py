@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import UserError
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 class OneAdapter(Trains):
     """An adapter of one rank whose factors' changes add; the seed that drew it travels."""
+
+    keeps_weights: ClassVar[bool] = True
 
     def __init__(self, options: LoraOptions) -> None:
         self._options = options

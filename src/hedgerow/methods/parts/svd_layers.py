@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hedgerow import quantized
 from hedgerow.adapter_layers import TRAINED, AdapterLayers
 from hedgerow.adapters import PREFIX
 from hedgerow.lazy import peft
@@ -36,6 +37,7 @@ class SvdLayers(AdapterLayers):
         """
         # A copy, in which peft notes whether the layer's weight is transposed.
         own, options = copy.deepcopy(config), {"r": config.init_r, "lora_alpha": config.lora_alpha}
+        options |= quantized.peft_options(layer)
         wrapper = peft.AdaLoraModel._create_new_module(own, TRAINED, layer, **options)
         for part in (wrapper.lora_A, wrapper.lora_E, wrapper.lora_B, wrapper.ranknum):
             part[TRAINED].data = part[TRAINED].data.float()  # whatever the base has

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from hedgerow.methods.parts.values import Shapes, Values
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 class Trains(ABC):
     """Parameters that clients change, and whose changes add."""
+
+    keeps_weights: ClassVar[bool] = False
+    """Whether the base's own weights stay as they are."""
 
     @abstractmethod
     def shapes(self, model: Model) -> Shapes:

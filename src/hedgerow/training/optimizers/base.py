@@ -22,6 +22,9 @@ class Optimizer(Plugin, ABC):
 
     section = ("training", "optimizer")
 
+    def check(self, device: torch.device) -> None:
+        """Raise a `UserError` where it cannot step parameters on a device, or lacks a library."""
+
     @abstractmethod
     def build(
         self, parameters: Mapping[str, nn.Parameter], learning_rate: float
