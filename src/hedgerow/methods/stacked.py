@@ -205,8 +205,8 @@ class StackedAdapters(LoraMethod):
             message += start
         if parts.broadcast.bound is not None:
             message = min(message, adapter_bytes(shapes, parts.broadcast.bound))
-        message = message * parts.broadcast.bits // 32
         owed = message if self.server_remembers else 0
+        message = message * parts.broadcast.bits // 32
         return Holds(message, sums=start + owed, work=stack_bytes(shapes, rank))
 
     @property
