@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,17 @@ if TYPE_CHECKING:
 _ops = torch.ops.aten
 
 
-class Held(TorchDispatchMode):
+@dataclass
+class _Mark:
+    """Memory that is held."""
+
+    size: int
+    """Bytes."""
+    label: str
+    """What it is for."""
+
+
+class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count of the memory of all tensors that are made while it is entered, until they are freed.
 
     Attributes:
@@ -35,7 +46,7 @@ class Held(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._label = ""
@@ -44,13 +55,13 @@ class Held(TorchDispatchMode):
         self._functions = _Functions()
 
     def __enter__(self) -> Held:
-        self._functions.__enter__()
-        super().__enter__()
+        self._functions.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._functions.__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._functions.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
         """Forget the peak so far."""
@@ -71,9 +82,9 @@ class Held(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage in self._live:
                 mark = self._live[storage]
-                self.now[mark[1]] -= mark[0]
-                self.now[label] += mark[0]
-                mark[1] = label
+                self.now[mark.label] -= mark.size
+                self.now[label] += mark.size
+                mark.label = label
             else:
                 self._count(tensor, label)
 
@@ -103,17 +114,17 @@ class Held(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage in self._live:
             return
-        mark = [storage.nbytes(), label]
+        mark = _Mark(storage.nbytes(), label)
         self._live[storage] = mark
         weakref.finalize(storage, self._free, mark)
-        self.now[label] += mark[0]
-        self._total += mark[0]
+        self.now[label] += mark.size
+        self._total += mark.size
         if self._total > self._most:
             self._most, self.peak = self._total, +self.now
 
-    def _free(self, mark: list[Any]) -> None:
-        self.now[mark[1]] -= mark[0]
-        self._total -= mark[0]
+    def _free(self, mark: _Mark) -> None:
+        self.now[mark.label] -= mark.size
+        self._total -= mark.size
 
 
 class _Functions(TorchFunctionMode):
