@@ -137,7 +137,7 @@ def _explain_memory(experiment: Path, overrides: Sequence[str], *, as_json: bool
     console.table("", ["", *roles], [when, *rows, peak])
     host = [part for part in parts if part in HOST]
     say = console.paragraphs
-    say("The interpreter and its libraries come on top (some 0.4 GB).")
+    say("The interpreter and its libraries come on top (some 0.6 GB).")
     if host:
         say(f"Where a GPU trains, these are in host memory: {', '.join(host)}.")
     say(

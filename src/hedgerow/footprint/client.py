@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ def stages(experiment: Experiment, network: Any, client: Client) -> Stages:
     method, training = experiment.method, experiment.training
     model, held, memory = Model(network, _NoTokenizer(), "model"), Held(), _Memory()
     few = _few_steps(training)
-    examples: Any = _Longest(few.batch_size * few.gradient_accumulation, experiment.data.max_length)
+    examples = _Longest(few.batch_size * few.gradient_accumulation, experiment.data.max_length)
     remembers = method.clients_remember or training.keep_optimizer
     with held, _telling_steps(held):
         held.are_for(WEIGHTS, [*network.parameters(), *network.buffers()])
@@ -91,13 +91,15 @@ def stages(experiment: Experiment, network: Any, client: Client) -> Stages:
             client_round = ClientRound(
                 client, 1, Seeds(experiment.federation.seed), training, memory, _no_past
             )
-            job = replace(job_of(experiment, model, examples, client_round), settings=few)
+            job = replace(
+                job_of(experiment, model, cast(Any, examples), client_round), settings=few
+            )
             held.begin()
             with held.made_for(TRAINED):
                 parameters = method.start(model, client_round)
             held.are_for(SNAPSHOT, model.snapshot.values())
             job = replace(job, start=model.snapshot, shared_state=model.shared_state)
-            with _telling_passes(held, network), _telling_gradients(held, parameters):
+            with _telling_batches(held, examples), _telling_gradients(held, parameters):
                 trained = method.train(job, client_round, parameters)
             peak = dict(held.peak)
             if remembers:
@@ -148,24 +150,21 @@ def _telling_steps(held: Held) -> Iterator[None]:
 
 
 @contextmanager
-def _telling_passes(held: Held, network: Any) -> Iterator[None]:
-    """Have what is made from the first forward pass on be counted as activations.
+def _telling_batches(held: Held, examples: _Longest) -> Iterator[None]:
+    """Have what is made from the first batch on be counted as activations.
 
     Before that, there is what an optimiser goes on from.
     """
 
-    def begins(*_: Any) -> None:
+    def begins() -> None:
         if not started:
             started.append(True)
             stack.enter_context(held.made_for(ACTIVATIONS))
 
     started: list[bool] = []
     with held.made_for(OPTIMIZER), ExitStack() as stack:
-        hook = network.register_forward_pre_hook(begins)
-        try:
-            yield
-        finally:
-            hook.remove()
+        examples.told = begins
+        yield
 
 
 @contextmanager
@@ -192,11 +191,14 @@ class _Longest:
 
     def __init__(self, count: int, length: int) -> None:
         self.lengths = np.full(count, length, dtype=np.int32)
+        self.told: Callable[[], None] = lambda: None
+        """Called when an example is read."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Example:
+        self.told()
         tokens = np.zeros(self.lengths[index], dtype=np.int32)
         return Example(tokens, 1, learnt=learnt_from(0, len(tokens)))
 

@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ops = torch.ops.aten
+
+
+@dataclass
+class _Mark:
+    """Memory that is held."""
+
+    size: int
+    """Bytes."""
+    label: str
+    """What it is for."""
 
 
 class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -71,9 +82,9 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage = tensor.untyped_storage()
             if storage in self._live:
                 mark = self._live[storage]
-                self.now[mark[1]] -= mark[0]
-                self.now[label] += mark[0]
-                mark[1] = label
+                self.now[mark.label] -= mark.size
+                self.now[label] += mark.size
+                mark.label = label
             else:
                 self._count(tensor, label)
 
@@ -103,18 +114,17 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         if storage in self._live:
             return
-        size: int = storage.nbytes()
-        mark = [size, label]
+        mark = _Mark(storage.nbytes(), label)
         self._live[storage] = mark
         weakref.finalize(storage, self._free, mark)
-        self.now[label] += size
-        self._total += size
+        self.now[label] += mark.size
+        self._total += mark.size
         if self._total > self._most:
             self._most, self.peak = self._total, +self.now
 
-    def _free(self, mark: list[Any]) -> None:
-        self.now[mark[1]] -= mark[0]
-        self._total -= mark[0]
+    def _free(self, mark: _Mark) -> None:
+        self.now[mark.label] -= mark.size
+        self._total -= mark.size
 
 
 class _Functions(TorchFunctionMode):

@@ -199,13 +199,14 @@ class StackedAdapters(LoraMethod):
         rank = sum(self.rank(client) for client in clients)
         whole = {name: (min(rank, *shape), sum(shape)) for name, shape in shapes.items()}
         message = float32_bytes(whole)
-        if parts.broadcast.bound is not None:
-            message = min(message, adapter_bytes(shapes, parts.broadcast.bound))
         start = 0
         if parts.sums.continues and self.starts(expected.training).goes_on:
             start = adapter_bytes(shapes, self.largest_rank)
             message += start
+        if parts.broadcast.bound is not None:
+            message = min(message, adapter_bytes(shapes, parts.broadcast.bound))
         owed = message if self.server_remembers else 0
+        message = message * parts.broadcast.bits // 32
         return Holds(message, sums=start + owed, work=stack_bytes(shapes, rank))
 
     @property

@@ -36,6 +36,8 @@ class Broadcast(ABC):
     bound: int | None = None
     """Largest rank of a matrix of the broadcast, on average over matrices; None: nothing bounds
     it."""
+    bits: int = 32
+    """Number of bits of each number."""
     sketches: bool = False
     """Whether of sums that are too large as many components as `bound` suffice."""
 
@@ -140,7 +142,7 @@ class Truncated(Broadcast):
         """
         self._compress, self._largest_rank = compress, largest_rank
         self.owes, self.bound = compress.carry, compress.largest(largest_rank)
-        self.sketches = self.bound is not None
+        self.bits, self.sketches = compress.bits, self.bound is not None
 
     def make(
         self, sums: Sums, owed: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
