@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -260,6 +262,12 @@ def test_a_step_makes_better_answers_likelier_beside_worse_ones(model, name):
         job(model, examples, chosen, epochs=4), dict(model.network.named_parameters())
     )
     assert margin() > before
+
+
+def test_objectives_are_listed_without_torch():
+    code = "import sys; from hedgerow.training.objectives import OBJECTIVES; list(OBJECTIVES); "
+    code += "assert 'dpo' in OBJECTIVES; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # --- runs ---------------------------------------------------------------------------------------

@@ -63,7 +63,6 @@ def summed(values: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return zeros.index_add(0, rows, values), numbers
 
 
-@torch.no_grad()
 def referenced(
     network: Any,
     examples: Tokenized,
@@ -85,7 +84,8 @@ def referenced(
     for first in range(0, len(by_length), batch_size):
         chosen = by_length[first : first + batch_size]
         batch = collate([examples[int(index)] for index in chosen], pad_id)
-        values[chosen] = log_likelihoods(network, batch)[0].cpu().numpy()
+        with torch.no_grad():
+            values[chosen] = log_likelihoods(network, batch)[0].cpu().numpy()
     network.train(is_training)
     other = examples.other
     if other is not None:
