@@ -257,7 +257,7 @@ def _load_network(
         raise UserError(
             f"{where} cannot be loaded as a causal language model: {reason_of(error)}"
         ) from None
-    if own_kind and not all(quantized.is_whole(layer) for _, layer in quantized.layers(network)):
+    if not all(quantized.is_whole(layer) for _, layer in quantized.layers(network)):
         raise UserError(
             f"{where} {_quantized(config, place)} (it is not loaded here: its weights are not "
             "quantized as its config.json says)"

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Quantization = Literal["nf4", "fp4", "int8"]
 """Number types of quantized weights."""
 
-_KINDS = {"Params4bit": "4bit", "Int8Params": "8bit"}
-"""bitsandbytes' classes of weights, by name, as it is imported only where there are some."""
+_KINDS = {"Linear4bit": "4bit", "Linear8bitLt": "8bit"}
+"""bitsandbytes' classes of layers, by name, as it is imported only where there are some."""
 
 
 def check_installed(key: str) -> None:
@@ -61,19 +61,26 @@ def layers(network: Any) -> Iterator[tuple[str, Any]]:
 
 def is_quantized(layer: Any) -> bool:
     """Whether this is a linear layer of bitsandbytes, whose weight is quantized."""
-    return type(getattr(layer, "weight", None)).__name__ in _KINDS
+    return _bits_of(layer) is not None
+
+
+def _bits_of(layer: Any) -> str | None:
+    """`4bit` or `8bit`; None for a layer that is not quantized."""
+    kinds = type(layer).__mro__
+    own = (kind.__name__ for kind in kinds if kind.__module__.startswith("bitsandbytes."))
+    return next((_KINDS[name] for name in own if name in _KINDS), None)
 
 
 def is_whole(layer: Any) -> bool:
     """Whether a quantized layer has the scales of its weight."""
-    scales = "quant_state" if hasattr(layer.weight, "quant_type") else "SCB"
+    scales = {"4bit": "quant_state", "8bit": "SCB"}[_bits_of(layer) or "8bit"]
     return getattr(layer.weight, scales, None) is not None
 
 
 def peft_options(layer: Any) -> dict[str, bool]:
     """What peft has to be told to wrap a layer, which may be a quantized one."""
-    kind = _KINDS.get(type(getattr(layer, "weight", None)).__name__)
-    return {} if kind is None else {f"loaded_in_{kind}": True}
+    bits = _bits_of(layer)
+    return {} if bits is None else {f"loaded_in_{bits}": True}
 
 
 def kind_of(network: Any) -> Quantization | None:
@@ -124,7 +131,7 @@ def _product() -> Any:
 def dequantized(layer: Any) -> Tensor:
     """The weight (m, n) that a quantized layer computes with, in float32."""
     functional, weight = bitsandbytes.functional, layer.weight
-    if _KINDS[type(weight).__name__] == "8bit":
+    if _bits_of(layer) == "8bit":
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
         whole: Tensor = functional.int8_vectorwise_dequant(weight.data, scales)
         return whole.float()
