@@ -22,7 +22,8 @@ def main() -> None:
     """Run them one after another."""
     files = [Path(name) for name in sys.argv[1:]]
     folders = ("flora", "ferret", "flowertune", "fedllm_bench")
-    files = files or [file for each in folders for file in sorted(HERE.glob(f"{each}/*.yaml"))]
+    found = [file for each in folders for file in sorted(HERE.glob(f"{each}/*.yaml"))]
+    files = files or [*found, HERE / "preferences.yaml"]
     shutil.rmtree(OUT, ignore_errors=True)
     failed = []
     for file in files:

@@ -94,6 +94,7 @@ def test_each_file_of_a_benchmark_is_a_comparison_and_has_a_smoke_variant(path):
     for cell in small:
         assert (cell.experiment.model.path, cell.experiment.data.source) == ("demo", "demo")
         assert cell.experiment.federation.rounds <= 2
+        assert cell.experiment.objective == whole[0].experiment.objective
     experiment = whole[0].experiment
     assert experiment.about
     assert small[0].experiment.data.partition.kind == experiment.data.partition.kind
@@ -117,6 +118,14 @@ def test_the_leaderboards_tracks_are_as_its_project_has_them():
 def test_files_for_data_beside_the_repository_are_comparisons(path):
     assert load(path).about
     assert len(cells(path)) > 1
+
+
+def test_the_smoke_variant_of_preferences_prefers_too():
+    path = EXPERIMENTS / "preferences.yaml"
+    whole, small = (load(path, smoke=smoke) for smoke in (False, True))
+    assert small.objective == whole.objective
+    assert small.objective.name == "dpo"
+    assert small.data.partition is not None
 
 
 # --- compare, smoke and about -----------------------------------------------------------------

@@ -15,6 +15,7 @@ from hedgerow.errors import UserError
 from hedgerow.testing.models import byte_tokenizer
 from hedgerow.training import first_order
 from hedgerow.training.checkpointing import checkpointed
+from hedgerow.training.objectives.kto import KTO
 from hedgerow.training.objectives.supervised import Supervised
 
 ROWS = [{"instruction": f"Say {word}", "output": word} for word in ("cat", "a bird", "three dogs")]
@@ -433,6 +434,26 @@ def test_the_routers_loss_counts_in_the_gradient_alone(kind, checkpointing):
         torch.testing.assert_close(difference, gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_the_routers_loss_counts_once_beside_a_pass_without_gradients():
+    """As KTO has one, of answers to other prompts."""
+    made = network("Mixtral").train().requires_grad_(True)
+    tokens = torch.randint(3, 250, (4, 12), generator=torch.Generator().manual_seed(0))
+    reference, good = torch.zeros(4), torch.tensor([True, False])
+    batch = {"input_ids": tokens, "labels": tokens, "reference": reference, "desirable": good}
+    gradients = []
+    for coefficient in (0.0, 0.5):
+        made.zero_grad()
+        first_order.backward(KTO(), made, [batch], 2, 1, router=coefficient)
+        gradients.append({n: p.grad.clone() for n, p in made.named_parameters()})
+    made.zero_grad()
+    (0.5 * made(input_ids=tokens[:2], output_router_logits=True).aux_loss).backward()
+    own = {n: p.grad for n, p in made.named_parameters() if p.grad is not None and p.grad.any()}
+    assert own
+    for name, gradient in own.items():
+        difference = gradients[1][name] - gradients[0][name]
+        torch.testing.assert_close(difference, gradient, rtol=1e-3, atol=1e-5)
+
+
 def test_a_run_with_the_routers_loss_learns_otherwise_and_others_are_refused(tmp_path, base):
     folder = base("Mixtral")
     losses = []
@@ -457,6 +478,19 @@ def test_a_run_with_the_routers_loss_learns_otherwise_and_others_are_refused(tmp
             clients={"a": ROWS},
             data={"prompt": "plain", "max_length": 64},
             method={"name": "fedit", "ranks": 2},
+            training={"router_aux_loss_coef": 0.01},
+            out=tmp_path / "refused",
+            progress=False,
+        )
+
+
+def test_a_method_without_gradients_refuses_the_routers_loss(tmp_path, base):
+    with pytest.raises(UserError, match="is in gradients alone, of which fedkseed has none"):
+        hr.run(
+            model={"path": str(base("Mixtral"))},
+            clients={"a": ROWS},
+            data={"prompt": "plain", "max_length": 64},
+            method={"name": "fedkseed"},
             training={"router_aux_loss_coef": 0.01},
             out=tmp_path / "refused",
             progress=False,

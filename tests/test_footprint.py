@@ -106,6 +106,31 @@ def test_kept_moments_are_there_once_when_a_round_begins(experiment, numbers):
     assert whole.client.peak < 8 * NUMBER * numbers
 
 
+OBJECTIVES = {
+    "dpo": {"name": "dpo"},
+    "dpo beside the round's start": {"name": "dpo", "reference": "round"},
+    "ipo": {"name": "dpo", "loss": "ipo"},
+    "kto": {"name": "kto"},
+    "orpo": {"name": "orpo"},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_pairs_are_two_texts_each(experiment, objective):
+    long = ("data.max_length=256", "training.batch_size=4", FEDAVG)
+    chosen = json.dumps(OBJECTIVES[objective])
+    pairs = found(experiment, *long, f"training.objective={chosen}").client
+    answers = found(experiment, *long).client
+    # KTO's other answers are in a pass without gradients.
+    most, least = (1.2, 1.0) if objective == "kto" else (2.2, 1.8)
+    assert least <= pairs.parts["activations"] / answers.parts["activations"] <= most
+
+
+def test_quantized_weights_are_said_not_to_be_known(experiment):
+    with pytest.raises(hr.UserError, match="explain --memory does not know quantized weights"):
+        found(experiment, "model.quantization=nf4")
+
+
 def test_plain_sgd_keeps_nothing_of_its_own(experiment):
     sgd = ("training.optimizer=sgd", "training.max_grad_norm=null", "training.steps=2")
     plain = found(experiment, FEDAVG, *sgd).client

@@ -72,20 +72,11 @@ class ModelSettings(Section):
     them. With null, weights are as the checkpoint has them."""
     merged_rank: int | None = Field(None, ge=1)
     """Largest rank of what is kept beside a quantized weight: the sum of all that was learnt so far
-    is cut to it, and `merged_error` in a round's row says what the cuts amount to at most. With
-    null, nothing is cut."""
+    is cut to it, and `merged_error` in the rows of rounds that are scored says what the cuts amount
+    to at most. With null, nothing is cut."""
     device: str = "auto"
     """Device that trains and evaluates: `cpu`, `cuda`, `cuda:1` …; `auto` takes a GPU if there is
     one, else the CPU."""
-
-    @model_validator(mode="after")
-    def _merged_beside(self) -> ModelSettings:
-        if self.merged_rank is not None and self.quantization is None:
-            raise ValueError(
-                "`merged_rank` bounds what is kept beside quantized weights, and there are none: "
-                "give `quantization`, or leave it out"
-            )
-        return self
 
 
 OwnFiles = str | Annotated[list[str], Field(min_length=1)]

@@ -234,9 +234,15 @@ class _Auditor:
         return Spool().tokenize(name, rows, data.encoder, settings.max_length, settings.loss_on)
 
     def _drawn(self, examples: Tokenized, count: int, most: int, *use: str) -> _Sample:
-        """At most so many of the first `count` examples, drawn by the run's seed."""
+        """At most so many of the first `count` examples, drawn by the run's seed.
+
+        Not of answers that are labelled as bad ones, whose loss training raises.
+        """
         generator = self._seeds.numpy("audit", "rows", *use)
-        chosen = generator.choice(count, min(count, most), replace=False)
+        own = np.arange(count)
+        if examples.desirable is not None:
+            own = np.flatnonzero(examples.desirable[:count])
+        chosen = generator.choice(own, min(len(own), most), replace=False)
         return _Sample(examples, sorted(chosen.tolist()))
 
     def _sample_of_canaries(self, model: Model) -> _Sample | None:

@@ -510,7 +510,10 @@ class _Reader:
         if _has_messages(asked) or _has_messages(answer):
             turns = self._turns(asked, where, fields.instruction, "user")
             turns += self._turns(answer, where, fields.output, "assistant")
-            return replace(self._conversation(record, number, turns), desirable=desirable)
+            row = self._conversation(record, number, turns)
+            if fields.label is not None and row.calls:
+                raise _LeftOut("a labelled answer that calls tools")
+            return replace(row, desirable=desirable)
         output = _text(answer, f"{where}: column {fields.output!r}")
         return replace(self._plain(record, number, asked), output=output, desirable=desirable)
 

@@ -21,6 +21,7 @@ from hedgerow.loading import skeleton
 from hedgerow.methods.base import Client, Holds
 from hedgerow.methods.lora import LoraOptions
 from hedgerow.model import Model
+from hedgerow.training.optimizers import optimizer_of
 
 if TYPE_CHECKING:
     from hedgerow.experiment import Experiment
@@ -104,6 +105,14 @@ def footprint_of(experiment: Experiment) -> Footprint:
             "explain --memory does not know the memory of privacy.level example, whose gradients "
             "are made example by example: leave `privacy` out to see the rest"
         )
+    if experiment.model.quantization is not None:
+        raise UserError(
+            "explain --memory does not know quantized weights, nor what is kept beside them: leave "
+            "model.quantization out to see the rest"
+        )
+    # `auto` is not the CPU of this machine: where the experiment will run may be a GPU.
+    at = "cpu" if experiment.model.device == "cpu" else "cuda"
+    optimizer_of(experiment.training).check(torch.device(at))
     network = _network(experiment)
     asked, notes = _clients(experiment)
     try:
@@ -115,8 +124,9 @@ def footprint_of(experiment: Experiment) -> Footprint:
         stages = clients.stages(experiment, network, asked[0])
     except (NotImplementedError, RuntimeError) as error:
         raise UserError(
-            f"explain --memory cannot work out {experiment.model.path} with {method.name}: they "
-            f"look at numbers that are not there before a run ({reason_of(error)})"
+            f"explain --memory cannot work out {experiment.model.path} with {method.name} and "
+            f"{experiment.training.optimizer}: one of them looks at numbers that are not there "
+            f"before a run ({reason_of(error)})"
         ) from None
     update = method.update_holds(asked[0], expected)
     entry = method.aggregate_holds(asked, expected)

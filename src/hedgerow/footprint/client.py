@@ -83,7 +83,8 @@ def stages(experiment: Experiment, network: Any, client: Client) -> Stages:
     method, training = experiment.method, experiment.training
     model, held, memory = Model(network, _NoTokenizer(), "model"), Held(), _Memory()
     few = _few_steps(training)
-    examples = _Longest(few.batch_size * few.gradient_accumulation, experiment.data.max_length)
+    count, objective = few.batch_size * few.gradient_accumulation, experiment.objective
+    examples = _Longest(count, experiment.data.max_length, paired=objective.learns != "answers")
     remembers = method.clients_remember or training.keep_optimizer
     with held, _telling_steps(held):
         held.are_for(WEIGHTS, [*network.parameters(), *network.buffers()])
@@ -187,10 +188,14 @@ def _telling_gradients(held: Held, parameters: Mapping[str, nn.Parameter]) -> It
 
 
 class _Longest:
-    """Examples of so many tokens each, all of which are learnt."""
+    """Examples of so many tokens each, all of which are learnt; as `Tokenized` has them."""
 
-    def __init__(self, count: int, length: int) -> None:
-        self.lengths = np.full(count, length, dtype=np.int32)
+    desirable = None
+
+    def __init__(self, count: int, length: int, *, paired: bool = False) -> None:
+        self.lengths = self.widths = np.full(count, length, dtype=np.int32)
+        self.reference = np.zeros(count, dtype=np.float32)
+        self.other = _Longest(count, length) if paired else None
         self.told: Callable[[], None] = lambda: None
         """Called when an example is read."""
 

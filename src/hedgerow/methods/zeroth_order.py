@@ -90,7 +90,12 @@ class ZerothOrderMethod(Method):
         return Payload(steps_to_tensors(trained.steps), {})
 
     def check(self, model: Model, num_clients: int, training: TrainingSettings) -> None:
-        """Check that the weights resolve small steps."""
+        """Check that the weights resolve small steps, and that nothing is asked of gradients."""
+        if training.router_aux_loss_coef:
+            raise UserError(
+                "training.router_aux_loss_coef: the routers' auxiliary loss is in gradients alone, "
+                f"of which {self.name} has none: leave it out"
+            )
         if model.network.dtype != torch.float32:
             raise UserError(
                 f"method.name: {self.name} takes steps that {model.network.dtype} rounds away: "

@@ -238,6 +238,11 @@ def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
         raise UserError(
             "model.quantization: a base that is in memory is as it was given: load it from a folder"
         )
+    if experiment.model.merged_rank is not None and model.quantization is None:
+        raise UserError(
+            "model.merged_rank bounds what is kept beside quantized weights, and there are none: "
+            "give model.quantization, or leave it out"
+        )
     check_base(experiment.method, model.quantization, where)
     (check_adds if model.quantization is None else check_finite)(model.network, where)
     check_causal(model)

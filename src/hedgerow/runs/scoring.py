@@ -75,8 +75,8 @@ class Scorer:
     ) -> dict[str, Any]:
         """Scores of the model; of each client's and their mean where there is no global one.
 
-        Those of clients' own test rows are beside them (`over_clients`). Without test data they are
-        empty.
+        Those of clients' own test rows are beside them (`over_clients`), and with
+        `model.merged_rank` what was cut off. Without either, and test data, they are empty.
 
         Args:
             gather: gives the run's clients, where they have models of their own.

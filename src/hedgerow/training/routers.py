@@ -31,15 +31,22 @@ def balanced_loss(objective: Objective, network: Any, batch: Batch, coefficient:
     if not coefficient:
         return objective.total(network, batch)
     auxiliary: list[Tensor] = []
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        if output.aux_loss.requires_grad:  # a pass beside, as KTO's, has no gradient
+            auxiliary.append(output.aux_loss)
+
     hooks = [
         network.register_forward_pre_hook(_asking, with_kwargs=True),
-        network.register_forward_hook(lambda _, __, output: auxiliary.append(output.aux_loss)),
+        network.register_forward_hook(keep),
     ]
     try:
         loss = objective.total(network, batch)
     finally:
         for hook in hooks:
             hook.remove()
+    if not auxiliary:
+        return loss
     beside = coefficient * objective.count(batch) * torch.stack(auxiliary).mean()
     return loss + (beside - beside.detach())
 

@@ -56,15 +56,20 @@ class ORPO(Objective):
         """Sum over pairs; each has the batch's mean of the first term."""
         pairs = self.count(batch)
         losses, rows = token_losses(network, batch)
-        likelihood = losses[(rows < pairs).to(losses.device)].mean()
+        # Places are found on the CPU, where the batch is, without waiting for a GPU.
+        likelihood = losses[_places(rows < pairs, losses)].mean()
         # Losses are in the order of the labels that are predicted, row by row.
         is_answer = batch["answers"][:, 1:][batch["labels"][:, 1:] != -100]
-        chosen = is_answer.to(losses.device)
-        found, tokens = summed(-losses[chosen], rows[is_answer], 2 * pairs)
+        found, tokens = summed(-losses[_places(is_answer, losses)], rows[is_answer], 2 * pairs)
         better, worse = (found / tokens.clamp(min=1)).chunk(2)
         log_odds = (better - worse) - (_log1mexp(better) - _log1mexp(worse))
         ratios = torch.nn.functional.logsigmoid(log_odds)
         return pairs * likelihood - self.beta * ratios.sum()
+
+
+def _places(mask: Tensor, where: Tensor) -> Tensor:
+    """Places of a mask's true entries, shape (n,), on the device of another tensor."""
+    return mask.nonzero().squeeze(1).to(where.device)
 
 
 def _log1mexp(x: Tensor) -> Tensor:
