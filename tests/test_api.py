@@ -309,7 +309,11 @@ def test_what_training_changes_beside_weights_is_given_back(memory, network, tmp
 
 
 @pytest.mark.parametrize(
-    "place", ["hedgerow.adapter_layers.AdapterLayers.around", "hedgerow.training.loss.batch_loss"]
+    "place",
+    [
+        "hedgerow.adapter_layers.AdapterLayers.around",
+        "hedgerow.training.objectives.supervised.batch_loss",
+    ],
 )
 def test_an_interrupted_run_gives_the_model_back(memory, network, tmp_path, monkeypatch, place):
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
@@ -326,8 +330,6 @@ def test_an_interrupted_run_gives_the_model_back(memory, network, tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(place, interrupted)
-        if name == "batch_loss":
-            patch.setattr("hedgerow.training.first_order.batch_loss", interrupted)
         with pytest.raises(KeyboardInterrupt) as stop:
             hr.run(**memory, rounds=2, out=tmp_path / "a", resume=True)
     assert any("resume=True" in note for note in stop.value.__notes__)

@@ -14,6 +14,7 @@ from hedgerow.settings import TrainingSettings
 from hedgerow.testing.models import random_llama
 from hedgerow.training import first_order
 from hedgerow.training.checkpointing import checkpointed
+from hedgerow.training.objectives.supervised import Supervised
 
 
 class Peak(TorchDispatchMode):
@@ -54,7 +55,7 @@ def step(network: Any, asked: bool) -> tuple[float, int, dict[str, torch.Tensor]
         parameter.grad = torch.zeros_like(parameter)
     torch.manual_seed(1)
     with checkpointed(network, asked), Peak() as peak:
-        loss = first_order.backward(network, [batch], 4 * 95, 1)
+        loss = first_order.backward(Supervised(), network, [batch], 4 * 95, 1)
     return loss, peak.most, {n: p.grad.clone() for n, p in network.named_parameters()}
 
 

@@ -26,6 +26,7 @@ from hedgerow.sketch.blocks import group
 from hedgerow.sketch.coordinates import pack
 from hedgerow.testing.models import random_llama
 from hedgerow.training import first_order
+from hedgerow.training.objectives.supervised import Supervised
 from hedgerow.wire import Update
 
 PAPER_STEPS = {"optimizer": "sgd", "max_grad_norm": None, "learning_rate": 0.1}
@@ -423,20 +424,20 @@ def test_sgd_steps_in_the_backward_pass_are_sgd_s(run, monkeypatch):
 
 def test_gradients_never_exist_all_at_once_with_plain_sgd(run, monkeypatch):
     most = 0
-    original = first_order.batch_loss
+    original = Supervised.total
 
-    def watched(network, batch):
+    def watched(objective, network, batch):
         nonlocal most
-        loss, count = original(network, batch)
+        loss = original(objective, network, batch)
         for parameter in network.parameters():
             parameter.register_post_accumulate_grad_hook(lambda _: count_gradients(network))
-        return loss, count
+        return loss
 
     def count_gradients(network):
         nonlocal most
         most = max(most, sum(p.grad is not None for p in network.parameters()))
 
-    monkeypatch.setattr(first_order, "batch_loss", watched)
+    monkeypatch.setattr(Supervised, "total", watched)
     run("plain", training=PAPER_STEPS, federation={"rounds": 1})
     assert most <= 1
     run("clipped", training=PAPER_STEPS | {"max_grad_norm": 1.0}, federation={"rounds": 1})

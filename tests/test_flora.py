@@ -28,6 +28,7 @@ from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
 from hedgerow.testing.doubles import no_past
 from hedgerow.training import line_search
+from hedgerow.training.objectives.supervised import Supervised
 from hedgerow.wire import (
     LARGEST_BROADCAST,
     LARGEST_SENT,
@@ -429,13 +430,13 @@ def test_losses_along_a_step_are_those_of_the_models_on_its_ends(
 def test_losses_along_a_step_take_no_more_memory_than_training(
     hedgerow, experiment, tmp_path, monkeypatch
 ):
-    shapes, whole = set(), line_search.batch_loss
+    shapes, whole = set(), Supervised.total
 
-    def watched(network, batch):
+    def watched(objective, network, batch):
         shapes.add(len(batch["input_ids"]))
-        return whole(network, batch)
+        return whole(objective, network, batch)
 
-    monkeypatch.setattr(line_search, "batch_loss", watched)
+    monkeypatch.setattr(Supervised, "total", watched)
     changes = [
         "method.scaling=adaptive",
         "training.batch_size=2",

@@ -71,7 +71,7 @@ def test_every_metric_says_what_people_are_shown():
     assert {"loss", "rouge_l", "exact_match", "final_answer", "multiple_choice"} <= set(METRICS)
     for metric in metrics_of(METRICS):  # which also checks that no two give one score
         assert METRICS[metric.name].__doc__
-        assert metric.needs in ("likelihood", "answers", "choices")
+        assert metric.needs in ("likelihood", "answers", "choices", "preferences")
         assert metric.per in ("row", "corpus")
     assert scores_of(["loss"])["eval_loss"].title == "loss, nats per token"
     assert list(main_scores_of(["multiple_choice", "loss"])) == ["accuracy", "eval_loss"]

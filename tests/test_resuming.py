@@ -26,11 +26,11 @@ def test_a_client_whose_update_was_absurd_begins_anew(
     calls = dict.fromkeys(steps, 0)
     count = 1 if method == FERRET else 2
 
-    def backward(*arguments):
-        loss = steps["backward"](*arguments)
+    def backward(objective, network, *arguments, **options):
+        loss = steps["backward"](objective, network, *arguments, **options)
         calls["backward"] += 1
         if calls["backward"] == 2 * count and what == "inf gradients":  # client 1's last
-            for parameter in arguments[0].parameters():
+            for parameter in network.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(torch.inf)
         return loss

@@ -16,6 +16,7 @@ from hedgerow.experiment import load
 from hedgerow.methods.base import Client, Expected
 from hedgerow.seeds import Seeds
 from hedgerow.training import zeroth_order
+from hedgerow.training.objectives.supervised import Supervised
 from hedgerow.wire import Update
 
 
@@ -41,6 +42,7 @@ class OneStep:
 
     network = None
     learning_rate = 0.1
+    objective = Supervised()
 
     def steps(self):
         yield [{}], 1
@@ -72,11 +74,11 @@ def test_a_step_follows_the_slope_along_its_direction():
     """On ½‖w - a‖², the two-sided difference is exact, so one step is known in closed form."""
     target, weight = torch.randn(40), nn.Parameter(torch.zeros(40))
 
-    def half_square(network, batch):
-        return (weight - target).square().sum() / 2, 1
+    def half_square(objective, network, batch):
+        return (weight - target).square().sum() / 2
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zeroth_order, "batch_loss", half_square)
+        patch.setattr(Supervised, "total", half_square)
         _, steps = zeroth_order.train(OneStep(), [weight], lambda step: [5, 6], 1e-2)
     z = [torch.cat(list(zeroth_order.direction(weight, seed, 0))) for seed in (5, 6)]
     expected = [0.1 * float(target @ direction) / 2 for direction in z]
@@ -157,7 +159,7 @@ def test_an_update_that_is_no_list_of_steps_is_refused(run, damage):
 
 
 def test_a_loss_that_is_no_number_is_a_failure(monkeypatch):
-    monkeypatch.setattr(zeroth_order, "batch_loss", lambda network, batch: (float("inf"), 1))
+    monkeypatch.setattr(Supervised, "total", lambda *_: float("inf"))
     with pytest.raises(Diverged, match="at step 1"):
         zeroth_order.train(OneStep(), [nn.Parameter(torch.zeros(3))], lambda step: [5], 1e-3)
 
