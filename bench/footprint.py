@@ -150,7 +150,7 @@ class Texts:
     """Texts of so many tokens, all of which are learnt."""
 
     def __init__(self, count: int, length: int) -> None:
-        self.lengths = np.full(count, length, dtype=np.int32)
+        self.lengths = self.widths = np.full(count, length, dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -41,6 +41,7 @@ class Texts:
     def __init__(self, count: int, tokens: int, vocabulary: int) -> None:
         generator = np.random.default_rng(0)
         self.lengths = generator.integers(tokens // 2, tokens, size=count, endpoint=True)
+        self.widths = self.lengths
         self._texts = [
             generator.integers(vocabulary, size=n).astype(np.int32) for n in self.lengths
         ]
