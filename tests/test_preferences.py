@@ -485,20 +485,26 @@ def on_tasks(folder, model, method, training, rounds):
     )
 
 
+FLORA = {"name": "flora", "ranks": 8}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("objective", "method", "least"),
+    ("objective", "method", "rate", "rounds", "least"),
     [
-        ({"name": "dpo", "beta": 0.1}, {"name": "flora", "ranks": 8}, 90),
-        ({"name": "dpo", "beta": 0.1}, {"name": "ferret"}, 90),
-        ({"name": "kto", "beta": 0.1}, {"name": "flora", "ranks": 8}, 80),
-        ({"name": "orpo", "beta": 0.5}, {"name": "flora", "ranks": 8}, 80),
+        ({"name": "dpo", "beta": 0.1}, FLORA, 3e-5, 4, 90),
+        ({"name": "dpo", "beta": 0.1}, {"name": "ferret"}, 1e-5, 4, 90),
+        ({"name": "kto", "beta": 0.1}, FLORA, 1e-4, 4, 80),
+        ({"name": "orpo", "beta": 10.0}, FLORA, 3e-3, 8, 80),
     ],
     ids=["dpo with flora", "dpo with ferret", "kto", "orpo"],
 )
-def test_eight_clients_learn_to_prefer(supervised, tmp_path, objective, method, least):
-    training = {"steps": 8, "batch_size": 8, "learning_rate": 1e-3, "objective": objective}
-    experiment = on_tasks(supervised, supervised / "start", method, training, 4)
+def test_eight_clients_learn_to_prefer(
+    supervised, tmp_path, objective, method, rate, rounds, least
+):
+    """Rates were chosen on other questions: larger ones prefer more, and answer worse."""
+    training = {"steps": 8, "batch_size": 8, "learning_rate": rate, "objective": objective}
+    experiment = on_tasks(supervised, supervised / "start", method, training, rounds)
     rows = hr.run(experiment, out=tmp_path / "run").metrics
     first, last = rows.iloc[0], rows.iloc[-1]
     assert first["reward_accuracy"] == 50
