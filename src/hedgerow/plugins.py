@@ -154,23 +154,38 @@ class Registry(Mapping[str, type[_P]], Generic[_P]):
             f"package.module:Class); see `{self._see}`"
         )
 
-    def chosen(self, given: Any, key: str, unnamed: str) -> Any:
-        """Plug-in that a name, or a mapping with options, stands for; others stay as they are.
+    def named(
+        self, given: str | Mapping[str, Any], key: str, unnamed: str
+    ) -> tuple[type[_P], dict[str, Any]]:
+        """Class that a name, or a mapping with options, stands for, and these options.
 
         Args:
-            given: as the experiment file has it, before it is validated.
+            given: as the experiment file has it.
             key: where it stands there, as "method.server".
             unnamed: sentence about a mapping that has no name.
 
         Raises:
+            UserError: there is none of this name.
+        """
+        if isinstance(given, str):
+            return self.find(given, key), {"name": given}
+        name = given.get("name")
+        if not isinstance(name, str):
+            raise UserError(unnamed)
+        return self.find(name, f"{key}.name"), dict(given)
+
+    def chosen(self, given: Any, key: str, unnamed: str) -> Any:
+        """Plug-in that a name, or a mapping with options, stands for; others stay as they are.
+
+        The arguments are those of `named`; what is given is not validated yet.
+
+        Raises:
             UserError: there is none of this name, or an option of it is wrong.
         """
-        options = {"name": given} if isinstance(given, str) else given
-        if not isinstance(options, dict):
+        if not isinstance(given, str | dict):
             return given
-        if not isinstance(options.get("name"), str):
-            raise UserError(unnamed)
-        return self.find(options["name"], key)(**options)
+        kind, options = self.named(given, key, unnamed)
+        return kind(**options)
 
     def _imported(self, name: str) -> type[_P]:
         module, _, path = name.partition(":")

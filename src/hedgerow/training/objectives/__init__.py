@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from hedgerow.errors import UserError
 from hedgerow.plugins import Registry
 from hedgerow.settings import TrainingSettings
 from hedgerow.training.objectives.base import Objective
@@ -28,13 +27,8 @@ def chosen_objective(training: TrainingSettings) -> tuple[type[Objective], dict[
     Raises:
         UserError: there is no such objective.
     """
-    given = training.objective
-    options: dict[str, Any] = {"name": given} if isinstance(given, str) else dict(given)
-    key = "training.objective" if isinstance(given, str) else "training.objective.name"
-    name = options.get("name")
-    if not isinstance(name, str):
-        raise UserError("`training.objective` needs a name, as in {name: dpo, beta: 0.1}")
-    return OBJECTIVES.find(name, key), options
+    unnamed = "`training.objective` needs a name, as in {name: dpo, beta: 0.1}"
+    return OBJECTIVES.named(training.objective, "training.objective", unnamed)
 
 
 def objective_of(training: TrainingSettings) -> Objective:

@@ -32,20 +32,15 @@ def chosen(training: TrainingSettings) -> tuple[type[Optimizer], dict[str, Any]]
         UserError: there is no such optimiser; or it lacks what `training.momentum` or
             `training.weight_decay` gives, or has another value of its own for it.
     """
-    given = training.optimizer
-    options: dict[str, Any] = {"name": given} if isinstance(given, str) else dict(given)
-    key = "training.optimizer" if isinstance(given, str) else "training.optimizer.name"
-    name = options.get("name")
-    if not isinstance(name, str):
-        raise UserError(
-            "`training.optimizer` needs a name, as in {name: adamw, betas: [0.9, 0.99]}"
-        )
-    kind = OPTIMIZERS.find(name, key)
+    unnamed = "`training.optimizer` needs a name, as in {name: adamw, betas: [0.9, 0.99]}"
+    kind, options = OPTIMIZERS.named(training.optimizer, "training.optimizer", unnamed)
     for option in SHORTHANDS:
         value = getattr(training, option)
         if option not in kind.model_fields:
             if value:
-                raise UserError(f"`training.{option}`: the optimizer {name} has none: leave it out")
+                raise UserError(
+                    f"`training.{option}`: the optimizer {options['name']} has none: leave it out"
+                )
         elif option in training.model_fields_set and options.setdefault(option, value) != value:
             raise UserError(
                 f"`training.{option}` is {value} and `training.optimizer.{option}` is "
