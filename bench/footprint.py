@@ -1,13 +1,14 @@
-"""What `hedgerow explain --memory` says beside measured peaks, in six settings.
+"""What `hedgerow explain --memory` says beside measured peaks, in eight settings.
 
     python bench/footprint.py [NAME…]
 
 Each setting is a random Llama, a method, an optimiser and a batch shape, in a process of its own:
 a client takes two rounds of two steps, and sends its update; then a server aggregates four of them.
-What is measured is the kernel's high-water mark of the resident set, above what the process had
-after it had done the same with a tiny model, so that libraries and compiled kernels are not
-counted. In these processes glibc maps whatever has 64 KiB or more (`MALLOC_MMAP_THRESHOLD_`), so
-that freed memory is not counted either. Linux only.
+Beside quantized weights there is as much learnt as there may be at the end of the run. What is
+measured is the kernel's high-water mark of the resident set, above what the process had after it
+had done the same with a tiny model, so that libraries and compiled kernels are not counted. In
+these processes glibc maps whatever has 64 KiB or more (`MALLOC_MMAP_THRESHOLD_`), so that freed
+memory is not counted either. Linux only.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from hedgerow.data import Example, learnt_from
 from hedgerow.experiment import Experiment
 from hedgerow.federation.participant import train_client
 from hedgerow.footprint import FLOWER, footprint_of
+from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Client, ClientRound, ServerRound
+from hedgerow.methods.lora import LoraOptions
 from hedgerow.model import Model
 from hedgerow.runs.memory import RoundMemory
 from hedgerow.seeds import Seeds
@@ -57,13 +60,17 @@ class Setting:
     training: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     vocabulary: int = 8000
+    quantization: str | None = None
 
     def experiment(self, model: Path, *, steps: int = 2) -> Experiment:
         """The experiment, on a model in a folder."""
         texts, tokens = self.batch
         partition = {"kind": "iid", "clients": CLIENTS}
         return Experiment(
-            model={"path": str(model), "dtype": self.dtype, "device": "cpu"},
+            model={
+                **{"path": str(model), "dtype": self.dtype, "device": "cpu"},
+                "quantization": self.quantization,
+            },
             data={"source": "demo", "partition": partition, "max_length": tokens},
             method=self.method,
             training={"steps": steps, "batch_size": texts, **self.training},
@@ -92,6 +99,10 @@ SETTINGS = {
         {"name": "fedit", "ranks": 8, "targets": ["q_proj", "v_proj"]},
         (1, 64),
         dtype="bfloat16",
+    ),
+    "fedit, nf4": Setting(LARGE, {"name": "fedit", "ranks": 16}, (1, 64), quantization="nf4"),
+    "flora, int8": Setting(
+        MIDDLE, {"name": "flora", "ranks": [16, 8, 8, 4]}, (2, 64), quantization="int8"
     ),
 }
 
@@ -168,6 +179,7 @@ def peaks(setting: Setting, folder: Path) -> dict[str, int]:
     print(f"the process itself: {console.size(status('VmRSS'))}", file=sys.stderr)
     client = Peak()
     model = model_in(setting, folder / "model")
+    learn_beside(setting, model)
     client.begin()  # while a model is loaded its file is mapped, which is not held
     rounds(setting, model, folder / "client")
     found = {"client": client.end()}
@@ -182,6 +194,20 @@ def peaks(setting: Setting, folder: Path) -> dict[str, int]:
 def model_in(setting: Setting, place: Path) -> Model:
     """The model in a folder."""
     return Model.load(setting.experiment(place).model)
+
+
+def learn_beside(setting: Setting, model: Model) -> None:
+    """Merge as much into a quantized base as a run merges."""
+    experiment = setting.experiment(Path())
+    method = experiment.method
+    if setting.quantization is None or not isinstance(method, LoraOptions) or not method.merges:
+        return
+    clients = [Client(index, f"client-{index:03d}", 8) for index in range(CLIENTS)]
+    ranks = [method.rank(client) for client in clients]
+    learnt = experiment.federation.rounds * (sum(ranks) + max(ranks))
+    for name, (m, n) in method.trained_shapes(model).items():
+        rank = min(learnt, m, n)
+        model.merge(name, Factors(torch.randn(rank, n), torch.randn(m, rank)))
 
 
 def rounds(setting: Setting, model: Model, out: Path) -> None:

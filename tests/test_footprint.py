@@ -10,6 +10,7 @@ import torch
 from support.configurations import METHOD_OPTIONS
 
 import hedgerow as hr
+from hedgerow import quantized
 from hedgerow.experiment import load
 from hedgerow.footprint import footprint_of
 from hedgerow.footprint.hollow import Held
@@ -126,9 +127,37 @@ def test_pairs_are_two_texts_each(experiment, objective):
     assert least <= pairs.parts["activations"] / answers.parts["activations"] <= most
 
 
-def test_quantized_weights_are_said_not_to_be_known(experiment):
-    with pytest.raises(hr.UserError, match="explain --memory does not know quantized weights"):
-        found(experiment, "model.quantization=nf4")
+FLORA, FEDIT = {"name": "flora", "ranks": [2, 1]}, {"name": "fedit", "ranks": 4}
+BESIDE = "learnt beside quantized weights"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_quantized_weights_are_as_large_as_loaded_ones(experiment, tiny_model, kind):
+    told = found(experiment, f"model.quantization={kind}", method=FEDIT).client
+    settings = ModelSettings(path=str(tiny_model), device="cpu", quantization=kind)
+    network = Model.load(settings).network
+    scales = [quantized.scales_of(layer) for _, layer in quantized.layers(network)]
+    held = [*network.parameters(), *network.buffers(), *scales]
+    assert told.parts["base weights"] == sum(tensor.nbytes for tensor in held)
+    assert BESIDE not in told.parts  # its one adapter is all that FedIT learns
+
+
+def test_what_is_learnt_beside_quantized_weights_is_counted(experiment):
+    quantization = "model.quantization=nf4"
+
+    def beside(*overrides):
+        return found(experiment, quantization, *overrides, method=FLORA)
+
+    one, many = (beside(f"federation.rounds={rounds}") for rounds in (1, 1000))
+    cut = beside("model.merged_rank=2")
+    adapter = one.client.parts["adapter"]
+    # 2 + 1 of a round's sum, and 2 of the adapter that clients go on from.
+    assert one.client.parts[BESIDE] * 2 == 5 * adapter
+    # Matrices have no larger rank than their smaller side.
+    assert adapter < many.client.parts[BESIDE] < 100 * adapter
+    assert cut.client.parts[BESIDE] == adapter
+    assert cut.scoring.parts[BESIDE] == adapter
+    assert BESIDE not in cut.server.parts
 
 
 def test_plain_sgd_keeps_nothing_of_its_own(experiment):
@@ -186,6 +215,19 @@ def test_methods_know_the_size_of_what_they_send(configuration, model, tmp_path)
     assert entry / 1.1 - 512 <= said <= 2.5 * entry + 512
 
 
+@pytest.mark.parametrize("configuration", METHOD_OPTIONS)
+def test_methods_know_whether_they_merge(configuration, model, tmp_path):
+    options = {"name": configuration.split()[0], **METHOD_OPTIONS[configuration]}
+    method = METHODS[options["name"]].model_validate(options)
+    if not method.keeps_weights:
+        assert not method.merges  # nothing is merged, and no base is quantized
+        return
+    case, state = Case(method, model, tmp_path), model.state()
+    method.apply(model, case.arrive(case.entry))
+    assert method.merges == any(bool(change.any()) for _, change in model.changes(state))
+    model.reset(state)
+
+
 # --- what people see ------------------------------------------------------------------------------
 
 
@@ -231,7 +273,11 @@ BENCH = Path(__file__).parents[1] / "bench" / "footprint.py"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["fedavg", "fedit", "flora", "ferret", "ferret, plain SGD", "fedit, bfloat16"]
+    "name",
+    [
+        *("fedavg", "fedit", "flora", "ferret", "ferret, plain SGD"),
+        *("fedit, bfloat16", "fedit, nf4", "flora, int8"),
+    ],
 )
 def test_peaks_are_within_a_tenth_of_what_is_measured(name):
     spec = importlib.util.spec_from_file_location("footprint_bench", BENCH)

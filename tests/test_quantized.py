@@ -40,6 +40,14 @@ def small(tmp_path_factory) -> Path:
     return random_llama(folder, **sizes, num_attention_heads=2, num_key_value_heads=1)
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """One whose rows are whole blocks, which bitsandbytes' own layers get right on every CPU."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    folder = tmp_path_factory.mktemp("model") / "wide"
+    return random_llama(folder, **sizes, num_attention_heads=2, num_key_value_heads=1)
+
+
 def loaded(folder: Path, **options) -> Model:
     return Model.load(ModelSettings(path=str(folder), device="cpu", **options))
 
@@ -47,9 +55,12 @@ def loaded(folder: Path, **options) -> Model:
 def by_others(folder: Path):
     """The network in nf4, as transformers loads it."""
     own = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    return AutoModelForCausalLM.from_pretrained(
+    network = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=own, device_map={"": "cpu"}
     )
+    for _, layer in quantized.layers(network):
+        layer.support_avx512bf16_for_cpu = False  # or some CPUs would round what they compute with
+    return network
 
 
 def written(path: Path, **sections) -> Path:
@@ -73,7 +84,8 @@ def test_weights_are_rounded_and_nothing_else(small, kind):
     for name, layer in by_name.items():
         weight = quantized.dequantized(layer)
         plain = whole.get_submodule(name).weight
-        assert 0 < (weight - plain).norm() < 0.2 * plain.norm()
+        # 13 % is what fp4 takes from normal numbers.
+        assert 0 < (weight - plain).norm() < 0.15 * plain.norm()
         plain.data.copy_(weight)
     with torch.no_grad():
         rounded = whole(tokens).logits
@@ -246,28 +258,28 @@ def test_other_kinds_export_what_they_evaluated_too(kind, small, experiment, hed
 
 
 def test_an_adapter_gives_the_same_on_the_base_quantized_by_others(
-    small, experiment, hedgerow, tmp_path
+    wide, experiment, hedgerow, tmp_path
 ):
-    path = experiment(model={"path": str(small), "quantization": "nf4"})
+    path = experiment(model={"path": str(wide), "quantization": "nf4"})
     assert hedgerow("run", path, "--out", tmp_path / "run").code == 0
     assert hedgerow("export", tmp_path / "run", "--to", "adapter", tmp_path / "adapter").code == 0
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "quantized to nf4 by bitsandbytes when it was loaded, as it has to be" in card
-    adapted = PeftModel.from_pretrained(by_others(small), tmp_path / "adapter").eval()
+    adapted = PeftModel.from_pretrained(by_others(wide), tmp_path / "adapter").eval()
     tokens = torch.tensor([[0, 5, 9, 77, 130]])
     with torch.no_grad():
         merged = open_run(tmp_path / "run").model()(tokens).logits
         torch.testing.assert_close(adapted(tokens).logits, merged, rtol=0, atol=1e-4)
 
 
-def test_a_bounded_sum_says_its_error_and_decides_the_run(small, experiment, hedgerow, tmp_path):
-    model = {"path": str(small), "quantization": "nf4", "merged_rank": 5}
+def test_a_bounded_sum_says_its_error_and_decides_the_run(wide, experiment, hedgerow, tmp_path):
+    model = {"path": str(wide), "quantization": "nf4", "merged_rank": 5}
     path = experiment(model=model, federation={"rounds": 3})
     assert hedgerow("run", path, "--out", tmp_path / "run").code == 0
     errors = [row["merged_error"] for row in rows_of(tmp_path / "run")]
     assert errors[0] == 0 < errors[-1] < 1
     assert hedgerow("export", tmp_path / "run", "--to", "adapter", tmp_path / "adapter").code == 0
-    adapted = PeftModel.from_pretrained(by_others(small), tmp_path / "adapter").eval()
+    adapted = PeftModel.from_pretrained(by_others(wide), tmp_path / "adapter").eval()
     tokens = torch.tensor([[0, 5, 9, 77, 130]])
     with torch.no_grad():
         merged = open_run(tmp_path / "run").model()(tokens).logits

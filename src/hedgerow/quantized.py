@@ -10,6 +10,7 @@ with, so that the weights, dequantized, are the same function.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -50,6 +51,56 @@ def configuration(kind: Quantization, dtype: str) -> transformers.BitsAndBytesCo
         bnb_4bit_quant_type=kind,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
+
+
+def quantize_hollow(network: Any, kind: Quantization, dtype: str) -> None:
+    """Give a network without values the quantized layers that it would be loaded with.
+
+    Args:
+        network: on the meta device, in the number type that is computed with.
+        kind: number type of the weights.
+        dtype: name of the number type that is computed with.
+    """
+    quantizer = transformers.quantizers.AutoHfQuantizer.from_config(
+        configuration(kind, dtype), pre_quantized=False
+    )
+    quantizer.preprocess_model(model=network, device_map={"": "cpu"})
+    for _, layer in layers(network):
+        shape = layer.weight.shape
+        if _bits_of(layer) == "8bit":
+            layer.weight = bitsandbytes.nn.Int8Params(
+                torch.empty(shape, dtype=torch.int8, device="meta"),
+                requires_grad=False,
+                SCB=torch.empty(shape[0], device="meta"),
+            )
+            continue
+        blocks = -(-shape.numel() // _BLOCK)
+        state = bitsandbytes.functional.QuantState(
+            absmax=torch.empty(blocks, device="meta"),
+            shape=shape,
+            code=torch.empty(16, device="meta"),
+            blocksize=_BLOCK,
+            quant_type=kind,
+            dtype=getattr(torch, dtype),
+        )
+        layer.weight = bitsandbytes.nn.Params4bit(
+            torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8, device="meta"),
+            quant_state=state,
+            quant_type=kind,
+            bnb_quantized=True,
+        )
+
+
+_BLOCK = 64
+"""Number of 4-bit weights that have one scale."""
+
+
+def scales_of(layer: Any) -> Tensor:
+    """Scales of a quantized layer's weight."""
+    if _bits_of(layer) == "8bit":
+        found: Tensor = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+        return found
+    return layer.weight.quant_state.absmax  # type: ignore[no-any-return]
 
 
 def layers(network: Any) -> Iterator[tuple[str, Any]]:
@@ -95,23 +146,25 @@ def compute_exactly(network: Any) -> None:
     """Have quantized layers round their weights alone, and not what they compute with these.
 
     On some CPUs bitsandbytes would evaluate 4-bit layers in bfloat16 whatever is asked for, and it
-    rounds the inputs of 8-bit ones, too.
+    rounds the inputs of 8-bit ones, too. Where a row is not made of whole blocks, its CPU kernel
+    for AVX-512 takes wrong scales (bitsandbytes 0.50; see `dequantized`).
     """
     for _, layer in layers(network):
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
+        four_bits = _bits_of(layer) == "4bit"
+        if four_bits:
             layer.support_avx512bf16_for_cpu = False
-        else:
-            layer.forward = functools.partial(_forward_of_8_bits, layer)
+        if not four_bits or layer.in_features % layer.weight.quant_state.blocksize:
+            layer.forward = functools.partial(_forward, layer)
 
 
-def _forward_of_8_bits(layer: Any, inputs: Tensor) -> Tensor:
+def _forward(layer: Any, inputs: Tensor) -> Tensor:
     output: Tensor = _product().apply(inputs, layer)
     return output if layer.bias is None else output + layer.bias.to(output.dtype)
 
 
 @functools.cache
 def _product() -> Any:
-    """x·Wᵀ of an 8-bit layer, of which nothing but the layer is kept for the backward pass."""
+    """x·Wᵀ of a quantized layer, of which nothing else is kept for the backward pass."""
 
     # In here, as it could not be defined without importing torch.
     class Product(torch.autograd.Function):
@@ -132,10 +185,14 @@ def dequantized(layer: Any) -> Tensor:
     """The weight (m, n) that a quantized layer computes with, in float32."""
     functional, weight = bitsandbytes.functional, layer.weight
     if _bits_of(layer) == "8bit":
-        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-        whole: Tensor = functional.int8_vectorwise_dequant(weight.data, scales)
+        whole: Tensor = functional.int8_vectorwise_dequant(weight.data, scales_of(layer))
         return whole.float()
-    return functional.dequantize_4bit(weight.data, weight.quant_state).float()  # type: ignore[no-any-return]
+    # As one row: blocks are of all weights in their order, and go on from row to row, which the
+    # CPU kernel for AVX-512 gets wrong where rows are 32 weights longer than so many blocks.
+    state = copy.copy(weight.quant_state)
+    state.shape = torch.Size((1, weight.quant_state.shape.numel()))
+    flat: Tensor = functional.dequantize_4bit(weight.data, state)
+    return flat.view(weight.quant_state.shape).float()
 
 
 def nbytes(network: Any) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hedgerow import quantized
 from hedgerow.data.sources import client_files
 from hedgerow.errors import UserError, reason_of
 from hedgerow.footprint import client as clients
@@ -105,11 +106,6 @@ def footprint_of(experiment: Experiment) -> Footprint:
             "explain --memory does not know the memory of privacy.level example, whose gradients "
             "are made example by example: leave `privacy` out to see the rest"
         )
-    if experiment.model.quantization is not None:
-        raise UserError(
-            "explain --memory does not know quantized weights, nor what is kept beside them: leave "
-            "model.quantization out to see the rest"
-        )
     # `auto` is not the CPU of this machine: where the experiment will run may be a GPU.
     at = "cpu" if experiment.model.device == "cpu" else "cuda"
     optimizer_of(experiment.training).check(torch.device(at))
@@ -120,8 +116,9 @@ def footprint_of(experiment: Experiment) -> Footprint:
         with Held():
             method.check(model, len(asked), experiment.training)
             expected = experiment.expected(method.trained_shapes(model))
-        scoring = clients.scoring(experiment, network)
-        stages = clients.stages(experiment, network, asked[0])
+        beside = clients.hold_beside(network, expected.shapes, _rank_beside(experiment, asked))
+        scoring = clients.scoring(experiment, network, beside)
+        stages = clients.stages(experiment, network, asked[0], beside)
     except (NotImplementedError, RuntimeError) as error:
         raise UserError(
             f"explain --memory cannot work out {experiment.model.path} with {method.name} and "
@@ -133,7 +130,8 @@ def footprint_of(experiment: Experiment) -> Footprint:
     client = _client(stages, update)
     message = {FLOWER: _COPIES * max(update.message, entry.message)}
     server = Role(
-        "aggregating", _positive({SUMS: entry.sums, AGGREGATING: entry.work, ENTRY: entry.message})
+        "aggregating",
+        clients.positive({SUMS: entry.sums, AGGREGATING: entry.work, ENTRY: entry.message}),
     )
     return Footprint(
         client=client,
@@ -154,23 +152,35 @@ def _client(stages: clients.Stages, update: Holds) -> Role:
     sending = {UPDATE: update.message, AS_FILE: update.message}
     roles = [
         Role("training", stages.training),
-        Role("making its update", _positive({**stages.trained, **making})),
-        Role("sending its update", _positive({**stages.released, **sending})),
+        Role("making its update", clients.positive({**stages.trained, **making})),
+        Role("sending its update", clients.positive({**stages.released, **sending})),
     ]
     return max(roles, key=lambda role: role.peak)
-
-
-def _positive(parts: Mapping[str, int]) -> dict[str, int]:
-    return {part: size for part, size in parts.items() if size}
 
 
 def _network(experiment: Experiment) -> Any:
     """The base without values, as a client has it: what it takes follows from its tensors.
 
-    Whatever else a client's network has, as weights of fewer bits or layers that make their
-    activations again, belongs here: all parts are counted by going through its round.
+    Whatever else a client's network has, as layers that make their activations again, belongs here:
+    all parts are counted by going through its round.
     """
-    return skeleton(experiment.model).to(getattr(torch, experiment.model.dtype))
+    settings = experiment.model
+    network = skeleton(settings).to(getattr(torch, settings.dtype))
+    if settings.quantization is not None:
+        quantized.check_installed(f"model.quantization: {settings.quantization}")
+        quantized.quantize_hollow(network, settings.quantization, settings.dtype)
+    return network
+
+
+def _rank_beside(experiment: Experiment, asked: Sequence[Client]) -> int:
+    """Largest rank, at the end of the run, of what is kept beside a quantized weight."""
+    method = experiment.method
+    if not method.merges or not isinstance(method, LoraOptions):
+        return 0
+    # What a round merges is the sum of its clients' adapters, less the one that they go on from.
+    summed = sum(method.rank(client) for client in asked) + method.largest_rank
+    rank = experiment.federation.rounds * summed
+    return min(rank, experiment.model.merged_rank or rank)
 
 
 def _clients(experiment: Experiment) -> tuple[list[Client], list[str]]:

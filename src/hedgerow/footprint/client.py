@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch.optim import optimizer as optimizers
 
+from hedgerow import quantized
 from hedgerow.data import Example, collate, learnt_from
 from hedgerow.errors import InvalidMessage
 from hedgerow.federation.participant import job_of
 from hedgerow.footprint.hollow import Held
+from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Client, ClientRound
 from hedgerow.model import Model
+from hedgerow.quantized import SumBeside
 from hedgerow.seeds import Seeds
 from hedgerow.training.loss import batch_loss
 from hedgerow.wire import Kind
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from hedgerow.wire import Entry
 
 WEIGHTS = "base weights"
+BESIDE = "learnt beside quantized weights"
 TRAINED = "adapter"
 SNAPSHOT = "snapshot of the start"
 GRADIENTS = "gradients"
@@ -53,21 +57,23 @@ class Stages:
     """After it has given the model back, while its update is serialised."""
 
 
-def scoring(experiment: Experiment, network: Any) -> dict[str, int]:
+def scoring(experiment: Experiment, network: Any, beside: Sequence[Tensor] = ()) -> dict[str, int]:
     """What whoever scores the model on test rows holds, in bytes by part, at the peak.
 
-    Batches are the largest that there can be, as in `stages`.
+    Batches are the largest that there can be, as in `stages`, and so are the other arguments.
     """
     held, rows = Held(), experiment.evaluation.batch_size
     examples = _Longest(rows, experiment.data.max_length)
     with held, torch.no_grad():
-        held.are_for(WEIGHTS, [*network.parameters(), *network.buffers()])
+        _tell_base(held, network, beside)
         with held.made_for(ACTIVATIONS):
             batch_loss(network, collate([examples[i] for i in range(rows)], pad_id=0))
-    return _positive(held.peak)
+    return positive(held.peak)
 
 
-def stages(experiment: Experiment, network: Any, client: Client) -> Stages:
+def stages(
+    experiment: Experiment, network: Any, client: Client, beside: Sequence[Tensor] = ()
+) -> Stages:
     """Go through a client's round with a network that has no values.
 
     Batches are the largest that there can be: `training.batch_size` texts of `data.max_length`
@@ -79,6 +85,7 @@ def stages(experiment: Experiment, network: Any, client: Client) -> Stages:
         network: a causal language model on the meta device, in the dtype of the base; it is left
             with the method's layers.
         client: whose rank counts.
+        beside: what is kept beside quantized weights.
     """
     method, training = experiment.method, experiment.training
     model, held, memory = Model(network, _NoTokenizer(), "model"), Held(), _Memory()
@@ -87,7 +94,7 @@ def stages(experiment: Experiment, network: Any, client: Client) -> Stages:
     examples = _Longest(count, experiment.data.max_length, paired=objective.learns != "answers")
     remembers = method.clients_remember or training.keep_optimizer
     with held, _telling_steps(held):
-        held.are_for(WEIGHTS, [*network.parameters(), *network.buffers()])
+        _tell_base(held, network, beside)
         for _ in range(2 if remembers else 1):
             client_round = ClientRound(
                 client, 1, Seeds(experiment.federation.seed), training, memory, _no_past
@@ -109,12 +116,39 @@ def stages(experiment: Experiment, network: Any, client: Client) -> Stages:
             after = {part: size for part, size in held.now.items() if part != ACTIVATIONS}
             del trained, parameters, job, client_round
             model.release()
-        released = {part: held.now[part] for part in (WEIGHTS, TRAINED)}
-    return Stages(_positive(peak), _positive(after), _positive(released))
+        released = {part: held.now[part] for part in (WEIGHTS, BESIDE, TRAINED)}
+    return Stages(positive(peak), positive(after), positive(released))
 
 
-def _positive(parts: Mapping[str, int]) -> dict[str, int]:
+def positive(parts: Mapping[str, int]) -> dict[str, int]:
+    """The parts that take some bytes."""
     return {part: size for part, size in parts.items() if size > 0}
+
+
+def hold_beside(network: Any, shapes: Mapping[str, Sequence[int]], rank: int) -> list[Tensor]:
+    """Have quantized layers keep something beside their weights; returns all of it.
+
+    Args:
+        network: without values.
+        shapes: shapes of the matrices that are learnt, by the layer's name.
+        rank: rank of what is learnt, at most the matrix's own.
+    """
+    found: list[Tensor] = []
+    layers = dict(quantized.layers(network))
+    for name in shapes.keys() & layers.keys():
+        m, n = shapes[name]
+        r = min(rank, m, n)
+        beside = SumBeside(layers[name], most=None)
+        beside.factors = Factors(*(torch.empty(size, device="meta") for size in ((r, n), (m, r))))
+        found += beside.factors
+    return found
+
+
+def _tell_base(held: Held, network: Any, beside: Sequence[Tensor]) -> None:
+    """Have a network's weights be counted as such, and what is beside them."""
+    scales = [quantized.scales_of(layer) for _, layer in quantized.layers(network)]
+    held.are_for(WEIGHTS, [*network.parameters(), *network.buffers(), *scales])
+    held.are_for(BESIDE, beside)
 
 
 def _few_steps(training: TrainingSettings) -> TrainingSettings:

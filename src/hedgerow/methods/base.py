@@ -244,6 +244,9 @@ class Method(Plugin, ABC):
     """Number of times that a client trains in a round, which example-level privacy pays for."""
     compresses_broadcast: ClassVar[bool] = False
     """Whether the broadcast is smaller than what is trained, or an option makes it so."""
+    merges: ClassVar[bool] = False
+    """Whether entries are merged into the base's weights; beside quantized ones, their sum grows
+    from round to round."""
     tells_steps: ClassVar[bool] = False
     """Whether an update tells how many local steps it is of."""
     entries_accumulate: ClassVar[bool] = True

@@ -31,6 +31,7 @@ class ResidualAdapter(AveragedAdapter):
     """A global adapter that is not all of the aggregate; an entry may also have none."""
 
     entries_accumulate: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
 
     def apply(self, model: Model, entry: Entry) -> None:
         """Merge the residual into W, module by module; the global adapter is the entry's."""
