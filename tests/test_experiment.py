@@ -85,6 +85,11 @@ def test_a_hub_name_stays_a_name(experiment):
     [
         ("training.lerning_rate=1", "`training.lerning_rate` is not a known key, did you mean"),
         ("method.rank=4", "`method.rank` is not a known key, did you mean `ranks`"),
+        ("method.use_dora=true", "`method.use_dora` is not a known key: DoRA divides a weight by"),
+        ("method.modules_to_save=[lm_head]", "nothing is trained beside adapters; take `fedavg`"),
+        ("model.device_map=auto", "a model is on one device, which `device` names"),
+        ("model.load_in_4bit=true", "not a known key: give `quantization: nf4`; see `hedgerow ex"),
+        ("training.lr=1", "`training.lr` is not a known key: give `learning_rate`; see"),
         ("method.name=floral", "there is no 'floral', did you mean `flora`"),
         ("training.steps=0", "`training.steps`: must be at least 1"),
         ("training.steps=few", "`training.steps`: must be a whole number, not 'few'"),

@@ -58,8 +58,11 @@ def _wrong(errors: list[ErrorDetails], first: ErrorDetails, kind: type[BaseModel
     """What is wrong with a key."""
     location = _keys(first)
     if first["type"] == "extra_forbidden":
-        known = _keys_at(kind, location[:-1])
-        close = did_you_mean(str(location[-1]), known)
+        section, name = _section(kind, location[:-1]), str(location[-1])
+        if (instead := getattr(section, "elsewhere", {}).get(name)) is not None:
+            return f"`{key}` is not a known key: {instead}"
+        known = list(section.model_fields)
+        close = did_you_mean(name, known)
         listed = f" (known here: {', '.join(known)})" if len(known) <= _FEW else ""
         return f"`{key}` is not a known key{close}{listed}"
     if first["type"] == "missing":
@@ -170,21 +173,22 @@ _FORM = re.compile(
 """What pydantic puts into a location to name the form that it tried; it is no key of the file."""
 
 
-def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+def _section(kind: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel]:
+    """Class of the settings at a location, or of those around it."""
     for part in location:
         field = kind.model_fields.get(str(part))
         candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
         inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
         if inner:
             kind = inner[0]
-    return list(kind.model_fields)
+    return kind
 
 
 def _known(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     """As much of a location as `hedgerow explain` knows: to a list's or mapping's own entries."""
     known: list[str] = []
     for part in location:
-        if part not in _keys_at(kind, known):
+        if part not in _section(kind, known).model_fields:
             break
         known.append(str(part))
     return known

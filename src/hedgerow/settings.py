@@ -10,6 +10,7 @@ import datetime
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
@@ -35,6 +36,8 @@ class Section(BaseModel):
 
     by_word: ClassVar[bool] = False
     """Whether it may be given as `true`, with all its defaults, or `false`, which is null."""
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """Keys that other libraries have, and what to do here instead, for a sentence to end with."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -56,6 +59,16 @@ def sections(annotation: Any) -> list[type[Section]]:
 
 class ModelSettings(Section):
     """Base model, which stays where it is and is never changed on disk."""
+
+    elsewhere: ClassVar = {
+        "load_in_4bit": "give `quantization: nf4`",
+        "load_in_8bit": "give `quantization: int8`",
+        "torch_dtype": "give `dtype`",
+        "device_map": "a model is on one device, which `device` names; `quantization`, "
+        "`dtype: bfloat16` and `training.gradient_checkpointing` have it take less memory",
+        "trust_remote_code": "code that comes with a model is never run; give a model of an "
+        "architecture that transformers has itself",
+    }
 
     path: str
     """Folder in Hugging Face format, or name of a model on the Hub, or `demo`: the bundled tiny
@@ -391,6 +404,18 @@ class TrainingSettings(Section):
     """Training of a client in a round."""
 
     beside: ClassVar = ("gradient_checkpointing",)
+    elsewhere: ClassVar = {
+        "lr": "give `learning_rate`",
+        "max_steps": "give `steps`, of a client in a round",
+        "num_train_epochs": "give `epochs`, of a client in a round",
+        "per_device_train_batch_size": "give `batch_size`",
+        "gradient_accumulation_steps": "give `gradient_accumulation`",
+        "lr_scheduler_type": "give `schedule`",
+        "optim": "give `optimizer`",
+        "bf16": "give `model.dtype: bfloat16`",
+        "max_length": "give `data.max_length`",
+        "max_seq_length": "give `data.max_length`",
+    }
     """Keys that the entries of a run do not depend on, and that one which goes on may change."""
 
     steps: int | None = Field(None, ge=1)

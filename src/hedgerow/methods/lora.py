@@ -71,6 +71,21 @@ class LoraOptions(BaseModel):
     rslora: bool = False
     """Whether adapters are scaled by alpha/√r instead of alpha/r (arXiv 2312.03732)."""
 
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "r": "give `ranks`",
+        "lora_alpha": "give `alpha`",
+        "lora_dropout": "give `dropout`",
+        "target_modules": "give `targets`",
+        "use_rslora": "give `rslora`",
+        "use_dora": "DoRA divides a weight by its norm once what was learnt is in it, so that "
+        "adapters do not add up, and no aggregate of them is exact; leave it out",
+        "modules_to_save": "nothing is trained beside adapters; take `fedavg` or `ferret`, which "
+        "train all of the model",
+        "rank_pattern": "a client's adapter has one rank; take `flora_adalora`, which finds one "
+        "for each matrix",
+        "layers_to_transform": "give `targets` an expression, as '.*layers\\.[01]\\..*_proj'",
+    }
+    """Keys of peft's, and what to do here instead, for a sentence to end with."""
     adapts_experts: ClassVar[bool] = True
     """The method can adapt experts that a model keeps as parameters, beside linear layers."""
 
