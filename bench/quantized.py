@@ -14,6 +14,7 @@ already are not made again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import hedgerow as hr
@@ -109,7 +110,7 @@ def main() -> None:
 
 def run(experiment: Path, out: Path, overrides: list[str], more: list[str]) -> Path:
     """Run the experiment with these overrides, unless it is there; returns its directory."""
-    name = "".join(c if c.isalnum() else "-" for c in " ".join([*overrides, *more]))
+    name = hashlib.sha256(" ".join([*overrides, *more]).encode()).hexdigest()[:16]
     if not (out / name / "metrics.jsonl").is_file():
         hr.run(experiment, *overrides, *more, out=out / name, progress=False)
     return out / name
