@@ -2,8 +2,8 @@
 
     python bench/footprint.py [NAME…]
 
-Each setting is a random Llama, a method, an optimiser and a batch shape, in a process of its own:
-a client takes two rounds of two steps, and sends its update; then a server aggregates four of them.
+Each setting is a random Llama, a method, an optimiser and a batch shape. In a process of its own a
+client takes two rounds of two steps, and sends its update; in another, a server aggregates four.
 Beside quantized weights there is as much learnt as there may be at the end of the run. What is
 measured is the kernel's high-water mark of the resident set, above what the process had after it
 had done the same with a tiny model, so that libraries and compiled kernels are not counted. In
@@ -112,10 +112,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="Settings; by default all.")
     parser.add_argument("--measure", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         (name,) = options.names
-        print(json.dumps(peaks(SETTINGS[name], options.measure)))
+        print(ROLES[options.role](SETTINGS[name], options.measure))
         return
     rows = []
     for name in options.names or SETTINGS:
@@ -136,11 +137,13 @@ def compared(name: str) -> dict[str, tuple[int, int]]:
             "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, __file__, name, "--measure", place]
-        done = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-        )
-    measured = json.loads(done.stdout.splitlines()[-1])
+        measured = {}
+        for role in ROLES:
+            command = [sys.executable, __file__, name, "--measure", place, "--role", role]
+            done = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+            )
+            measured[role] = int(done.stdout.splitlines()[-1])
     # The server here reads files, and is none of Flower's.
     server = predicted.server.peak - predicted.server.parts[FLOWER]
     said = {"client": predicted.client.peak, "server": server}
@@ -171,24 +174,37 @@ class Texts:
         return Example(tokens, 1, learnt=learnt_from(0, len(tokens)))
 
 
-def peaks(setting: Setting, folder: Path) -> dict[str, int]:
-    """The most that a client holds, and a server, in bytes."""
+def client_peak(setting: Setting, folder: Path) -> int:
+    """The most that a client holds, in bytes; its update stays in the folder."""
     for what in ("tiny", "warm"):  # the second time, nothing is compiled or read any more
         rounds(setting, model_in(setting, folder / "tiny"), folder / what)
-        server(setting, folder / "tiny", folder / what)
     print(f"the process itself: {console.size(status('VmRSS'))}", file=sys.stderr)
-    client = Peak()
+    peak = Peak()
     model = model_in(setting, folder / "model")
     learn_beside(setting, model)
-    client.begin()  # while a model is loaded its file is mapped, which is not held
+    (folder / "shapes").write_text(json.dumps(dict(trained_by(setting, model))))
+    peak.begin()  # while a model is loaded its file is mapped, which is not held
     rounds(setting, model, folder / "client")
-    found = {"client": client.end()}
-    shapes = setting.experiment(folder / "model").method.trained_shapes(model)
-    del model
-    serving = Peak()
-    serving.begin()
-    server(setting, folder / "model", folder / "client", shapes)
-    return {**found, "server": serving.end()}
+    return peak.end()
+
+
+def server_peak(setting: Setting, folder: Path) -> int:
+    """The most that a server holds, in bytes, which has the update of a client in the folder."""
+    for _ in range(2):
+        server(setting, folder / "warm", trained_by(setting, model_in(setting, folder / "tiny")))
+    shapes = json.loads((folder / "shapes").read_text())
+    peak = Peak()
+    peak.begin()
+    server(setting, folder / "client", shapes)
+    return peak.end()
+
+
+ROLES = {"client": client_peak, "server": server_peak}
+
+
+def trained_by(setting: Setting, model: Model) -> Any:
+    """Shapes of what clients train of a model."""
+    return setting.experiment(Path()).method.trained_shapes(model)
 
 
 def model_in(setting: Setting, place: Path) -> Model:
@@ -227,11 +243,10 @@ def rounds(setting: Setting, model: Model, out: Path) -> None:
         del content
 
 
-def server(setting: Setting, place: Path, sent: Path, shapes: Any = None) -> None:
+def server(setting: Setting, sent: Path, shapes: Any) -> None:
     """Aggregate one update, as if each client had sent it, and write the entry."""
-    experiment = setting.experiment(place)
+    experiment = setting.experiment(Path())
     method = experiment.method
-    shapes = shapes or method.trained_shapes(model_in(setting, place))
     clients = [Client(index, f"client-{index:03d}", 8) for index in range(CLIENTS)]
     asked = ServerRound(1, clients, None, experiment.expected(shapes), Forgetful())
 

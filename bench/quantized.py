@@ -82,7 +82,7 @@ def main() -> None:
         clients = [str(data / f"local_training_{index}.json") for index in range(CLIENTS)]
         content = OF_DOLLY.format(model=options.model.absolute(), clients=clients, data=data)
     experiment.write_text(content + REST)
-    whole = nbytes(Model.load(load(experiment).model).network)
+    whole = nbytes(Model.load(load(experiment, options.set).model).network)
     rows = []
     for name, overrides in METHODS.items():
         plain = [each for each in overrides if "merged_rank" not in each]

@@ -1,6 +1,7 @@
 """The algebra of stacked factors, against plain matrices."""
 
 import tempfile
+import weakref
 
 import torch
 from hypothesis import given, settings
@@ -106,3 +107,13 @@ def test_factors_of_more_than_the_matrixs_rank_are_fitted_to_it_without_loss(see
     exact = large.double().product()
     assert (small.double().product() - exact).norm() < 2e-7 * exact.norm()
     assert lowrank.fitted(small) is small
+
+
+def test_nothing_of_what_is_spooled_stays_in_memory():
+    with tempfile.TemporaryFile(buffering=0) as file:
+        spooled, pair = lowrank.SpooledFactors(file), random_factors(0, 3)
+        storages = [weakref.ref(factor.untyped_storage()) for factor in pair]
+        spooled.add(pair)
+        del pair
+        assert [storage() for storage in storages] == [None, None]
+        assert spooled.factors().rank == 3

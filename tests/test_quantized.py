@@ -93,6 +93,16 @@ def test_weights_are_rounded_and_nothing_else(small, kind):
     assert quantized.nbytes(model.network) < quantized.nbytes(whole)
 
 
+def test_what_is_not_quantized_leaves_the_file(small):
+    """Or all of the file would stay in memory, since it was read to be quantized."""
+    model = loaded(small, quantization="nf4")
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        pytest.skip("only Linux says what is mapped")
+    assert str(small) not in maps.read_text()
+    assert model.network.lm_head.weight is model.network.model.embed_tokens.weight
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_pass_through_as_through_the_rounded_weights(small, kind):
     layer = next(iter(dict(quantized.layers(loaded(small, quantization=kind).network)).values()))

@@ -279,6 +279,7 @@ def _load_network(
             f"({len(unused):,} in all): give the checkpoint with its own config.json"
         )
     base_adapter.say_whether_tied(network)
+    quantized.leave_file(network)
     if quantization is not None and quantized.kind_of(network) is None:
         raise UserError(
             f"model.quantization: {place} has no linear layers that bitsandbytes could quantize: "

@@ -138,7 +138,10 @@ class SpooledFactors:
 
     def add(self, pair: Factors) -> None:
         """Append the rows of A and the columns of B, as the first pair has them."""
-        self._like = self._like or Factors(pair.A[:0], pair.B.T[:0])
+        if self._like is None:
+            # Not views, which would keep the first pair in memory.
+            (_, n), (m, _) = pair.A.shape, pair.B.shape
+            self._like = Factors(pair.A.new_empty(0, n), pair.B.new_empty(0, m))
         self._places.append((self._file.seek(0, os.SEEK_END), pair.rank))
         for rows in (pair.A, pair.B.T):
             # Rows of both, so that each client's part of either is one piece.

@@ -245,11 +245,7 @@ class Model:
 
     def take_snapshot(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take the snapshot that `trained_delta` compares with, in host memory."""
-        # `.to` alone would hand out the weights themselves where they are on the CPU already.
-        self._snapshot = {
-            name: p.detach().clone() if p.device.type == "cpu" else p.detach().cpu()
-            for name, p in parameters.items()
-        }
+        self._snapshot = {n: p.detach().to("cpu", copy=True) for n, p in parameters.items()}
         self._trained = dict(parameters)
 
     @property

@@ -110,6 +110,18 @@ def layers(network: Any) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def leave_file(network: Any) -> None:
+    """Have a network with quantized layers hold what else it has itself, and not in its file.
+
+    The file, all of whose weights were read to be quantized, would stay in memory with it.
+    """
+    if kind_of(network) is not None:
+        ours = {id(layer.weight) for _, layer in layers(network)}
+        for tensor in [*network.parameters(), *network.buffers()]:
+            if id(tensor) not in ours:
+                tensor.data = tensor.data.clone()
+
+
 def is_quantized(layer: Any) -> bool:
     """Whether this is a linear layer of bitsandbytes, whose weight is quantized."""
     return _bits_of(layer) is not None

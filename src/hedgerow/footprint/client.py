@@ -62,7 +62,7 @@ def scoring(experiment: Experiment, network: Any, beside: Sequence[Tensor] = ())
 
     Batches are the largest that there can be, as in `stages`, and so are the other arguments.
     """
-    held, rows = Held(), experiment.evaluation.batch_size
+    held, rows = _held(experiment), experiment.evaluation.batch_size
     examples = _Longest(rows, experiment.data.max_length)
     with held, torch.no_grad():
         _tell_base(held, network, beside)
@@ -88,7 +88,8 @@ def stages(
         beside: what is kept beside quantized weights.
     """
     method, training = experiment.method, experiment.training
-    model, held, memory = Model(network, _NoTokenizer(), "model"), Held(), _Memory()
+    model, memory = Model(network, _NoTokenizer(), "model"), _Memory()
+    held = _held(experiment)
     few = _few_steps(training)
     count, objective = few.batch_size * few.gradient_accumulation, experiment.objective
     examples = _Longest(count, experiment.data.max_length, paired=objective.learns != "answers")
@@ -142,6 +143,10 @@ def hold_beside(network: Any, shapes: Mapping[str, Sequence[int]], rank: int) ->
         beside.factors = Factors(*(torch.empty(size, device="meta") for size in ((r, n), (m, r))))
         found += beside.factors
     return found
+
+
+def _held(experiment: Experiment) -> Held:
+    return Held(on_cpu=experiment.model.device == "cpu")
 
 
 def _tell_base(held: Held, network: Any, beside: Sequence[Tensor]) -> None:

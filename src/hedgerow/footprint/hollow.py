@@ -45,14 +45,20 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         peak: the same, at the moment at which they were most since the last `begin`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_cpu: bool = False) -> None:
+        """Count nothing yet.
+
+        Args:
+            on_cpu: whether the tensors stand for some on the CPU, which are there already where
+                somebody asks for them there (`Tensor.cpu`).
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._label = ""
         self._total = self._most = 0
         self._live: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._functions = _Functions()
+        self._functions = _Functions(on_cpu)
 
     def __enter__(self) -> Held:
         self._functions.__enter__()  # type: ignore[no-untyped-call]
@@ -131,8 +137,13 @@ class _Functions(TorchFunctionMode):
     """What hollow tensors answer above PyTorch's dispatcher.
 
     Attention by the kernel that the CPU takes for other tensors: on the meta device it would be the
-    one that makes all weights of attention. Lists of numbers, which are 0.
+    one that makes all weights of attention. Lists of numbers, which are 0. Tensors on the
+    CPU, where they stand for some that are there.
     """
+
+    def __init__(self, on_cpu: bool) -> None:
+        super().__init__()
+        self._on_cpu = on_cpu
 
     def __torch_function__(
         self,
@@ -146,6 +157,8 @@ class _Functions(TorchFunctionMode):
             found = _fused(*arguments, **options)
             if found is not None:
                 return found
+        if function is torch.Tensor.cpu and self._on_cpu and arguments[0].is_meta:
+            return arguments[0]
         if function is torch.Tensor.tolist and arguments[0].is_meta:
             return torch.zeros(arguments[0].shape, dtype=arguments[0].dtype).tolist()
         return function(*arguments, **options)
