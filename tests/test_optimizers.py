@@ -16,8 +16,10 @@ from support.runs import ledger_bytes, rows_of
 from hedgerow.errors import UserError
 from hedgerow.experiment import load
 from hedgerow.plugins import Registry
+from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
 from hedgerow.training import first_order
+from hedgerow.training.job import Job
 from hedgerow.training.optimizers import OPTIMIZERS, Optimizer, optimizer_of
 
 
@@ -317,7 +319,8 @@ def test_what_earlier_versions_kept_is_still_used():
 def test_a_step_in_the_backward_pass_is_the_optimizer_s_own_offer():
     def offered(**training):
         settings = TrainingSettings(**{"max_grad_norm": None} | training)
-        return first_order._immediate_step(settings, 0.1) is not None
+        job = Job(None, [], settings, 0.1, 0, Seeds(0).numpy("order"), 1)
+        return first_order._immediate_steps(job) is not None
 
     assert offered(optimizer="sgd")
     assert offered(optimizer={"name": "sgd", "weight_decay": 0.1})

@@ -360,6 +360,7 @@ def test_bfloat16_does_not_lose_small_updates(hedgerow, experiment, tmp_path):
         {"steps": None, "epochs": 1},
         {"gradient_accumulation": 2, "schedule": "cosine"},
         {"optimizer": "sgd", "momentum": 0.9, "schedule": "linear", "max_grad_norm": None},
+        {"local_schedule": "cosine", "warmup_steps": 1},
     ],
 )
 def test_ways_of_training(hedgerow, experiment, tmp_path, training):

@@ -410,7 +410,8 @@ class TrainingSettings(Section):
         "num_train_epochs": "give `epochs`, of a client in a round",
         "per_device_train_batch_size": "give `batch_size`",
         "gradient_accumulation_steps": "give `gradient_accumulation`",
-        "lr_scheduler_type": "give `schedule`",
+        "lr_scheduler_type": "give `local_schedule`, over a client's steps in a round, or "
+        "`schedule`, over rounds",
         "optim": "give `optimizer`",
         "bf16": "give `model.dtype: bfloat16`",
         "max_length": "give `data.max_length`",
@@ -439,9 +440,15 @@ class TrainingSettings(Section):
     """Learning rate of the first round, and of all others with a constant `schedule`; what is good
     differs by method and optimiser."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Schedule of the learning rate over rounds, which is constant within one. In round t of T it
-    is `learning_rate` times 1 for `constant`, 1 - (t-1)/T for `linear`, and (1 + cos(π·(t-1)/T))/2
-    for `cosine`."""
+    """Schedule of the learning rate over rounds. In round t of T it is `learning_rate` times 1 for
+    `constant`, 1 - (t-1)/T for `linear`, and (1 + cos(π·(t-1)/T))/2 for `cosine`."""
+    local_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Schedule of the learning rate over a client's steps of a round, from the round's own to 0
+    after the last step, as transformers' Trainer has it: `linear`, as in the FLoRA authors' script,
+    or half a `cosine`."""
+    warmup_steps: int = Field(0, ge=0)
+    """Number of steps at the beginning of each client's round over which its learning rate rises
+    from 0 in equal parts, the first step's being 0, as transformers' Trainer has it; 0 is none."""
     optimizer: str | dict[str, Any] = "adamw"
     """Optimiser of the local steps: a name, or a mapping with options, as {name: adamw, betas:
     [0.9, 0.99]}; your own is `package.module:Class`."""

@@ -56,6 +56,7 @@ def train(
         "default",
     )
     optimizer = first_order.make_optimizer(parameters, settings, job.learning_rate)
+    pace = first_order.paced(optimizer, job)
     vectors = {name: p for name, p in parameters.items() if not name.endswith("lora_E")}
     survivors = None
     total_loss, total_tokens = 0.0, 0
@@ -74,6 +75,7 @@ def train(
                     parameter.grad = torch.zeros_like(parameter)
             if settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
+            pace(step - 1)
             optimizer.step()
             if step <= last_cut:
                 allocator.update_ipt(network)

@@ -75,13 +75,14 @@ def continue_training(
         The mean loss as `train` has it, and the optimiser's state.
     """
     network, settings, trainable = job.network, job.settings, list(parameters.values())
-    immediate_step = None
+    immediate_steps = None
     if after_backward is None and job.private is None:
-        immediate_step = _immediate_step(settings, job.learning_rate)
+        immediate_steps = _immediate_steps(job)
     optimizer = None
-    if immediate_step is None:
+    if immediate_steps is None:
         optimizer = make_optimizer(parameters, settings, job.learning_rate)
         _restore(optimizer, parameters, state)
+        pace = paced(optimizer, job)
     total_loss, total_tokens = 0.0, 0
     devices = [network.device] if network.device.type == "cuda" else []
     network.train()
@@ -89,17 +90,22 @@ def continue_training(
     with (
         torch.random.fork_rng(devices=devices),
         checkpointed(network, settings.gradient_checkpointing),
-        _stepping_in_backward(trainable, immediate_step) if immediate_step else nullcontext(),
+        _stepping_in_backward(trainable, immediate_steps)
+        if immediate_steps
+        else nullcontext() as step_is_done,
     ):
         torch.manual_seed(job.dropout_seed)
-        for loss_sum, step_tokens in gradients(job, parameters):
+        for step, (loss_sum, step_tokens) in enumerate(gradients(job, parameters)):
             if after_backward is not None:
                 after_backward(parameters)
             if optimizer is not None:
                 if settings.max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
+                pace(step)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            if step_is_done is not None:
+                step_is_done()
             total_loss, total_tokens = total_loss + loss_sum, total_tokens + step_tokens
     network.eval()
     return total_loss / max(total_tokens, 1), _state(optimizer, parameters)
@@ -231,35 +237,68 @@ def _restored(value: Tensor, ending: str, parameter: nn.Parameter) -> Any:
     return value.to(parameter.device, copy=True) if value.shape else value.clone()
 
 
-def _immediate_step(
-    settings: TrainingSettings, learning_rate: float
-) -> Callable[[Tensor], None] | None:
-    """The step that is taken in the backward pass, where optimiser and settings allow it."""
+def _immediate_steps(job: Job) -> list[Callable[[Tensor], None]] | None:
+    """The steps that are taken in backward passes, where optimiser and settings allow it."""
+    settings = job.settings
     if settings.max_grad_norm is not None or settings.gradient_accumulation > 1:
         return None
-    return optimizer_of(settings).immediate_step(learning_rate)
+    optimizer, steps = optimizer_of(settings), range(job.most_steps)
+    found = [optimizer.immediate_step(job.learning_rate * job.pace(step)) for step in steps]
+    taken = [step for step in found if step is not None]
+    return taken or None
 
 
 @contextmanager
 def _stepping_in_backward(
-    parameters: list[nn.Parameter], immediate_step: Callable[[Tensor], None]
-) -> Iterator[None]:
-    """A step on each parameter at the moment at which its gradient is complete."""
+    parameters: list[nn.Parameter], immediate_steps: Sequence[Callable[[Tensor], None]]
+) -> Iterator[Callable[[], None]]:
+    """A step on each parameter at the moment at which its gradient is complete.
+
+    Yields a function that is to be called when a step has been taken.
+    """
+    done = 0
 
     @torch.no_grad()
     def step(parameter: Tensor) -> None:
-        immediate_step(parameter)
+        immediate_steps[done](parameter)
         parameter.grad = None
+
+    def step_is_done() -> None:
+        nonlocal done
+        done += 1
 
     handles = [
         p.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
         for p in parameters
     ]
     try:
-        yield
+        yield step_is_done
     finally:
         for handle in handles:
             handle.remove()
+
+
+def paced(optimizer: torch.optim.Optimizer, job: Job) -> Callable[[int], None]:
+    """Function that gives the optimiser the learning rate of a step (0, 1, …) of the job.
+
+    Raises:
+        UserError: it has no learning rate that could change.
+    """
+    settings = job.settings
+    if settings.local_schedule == "constant" and not settings.warmup_steps:
+        return lambda step: None
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise UserError(
+            f"training.optimizer {settings.optimizer}: has no learning rate (`lr` of its groups) "
+            "that could change in a round: leave out training.local_schedule and warmup_steps"
+        )
+    rates = [group["lr"] for group in optimizer.param_groups]
+
+    def begin(step: int) -> None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * job.pace(step)
+
+    return begin
 
 
 def make_optimizer(

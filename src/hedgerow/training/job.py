@@ -62,7 +62,7 @@ class Job:
     """The client's examples; in private jobs, their number alone."""
     settings: TrainingSettings
     learning_rate: float
-    """Of this round."""
+    """Learning rate of this round."""
     pad_id: int
     order: np.random.Generator
     """Draws the examples and the order of the batches."""
@@ -88,6 +88,14 @@ class Job:
         if self.private is not None:
             return self.private.count
         return self.settings.most_steps(len(self.data))
+
+    def pace(self, step: int) -> float:
+        """Factor of the round's learning rate in a step (0, 1, …), by its schedule and warm-up."""
+        warmup, steps = self.settings.warmup_steps, self.most_steps
+        if step < warmup:
+            return step / warmup
+        done = (step - warmup) / max(steps - warmup, 1)
+        return _falling(self.settings.local_schedule, done)
 
     def steps(self) -> Iterator[tuple[list[Batch], int]]:
         """The batches of each optimiser step, and how many tokens or pairs its loss is a mean of.
@@ -144,10 +152,13 @@ def check_finite(loss: float, step: int, advice: str) -> None:
 
 def learning_rate(settings: TrainingSettings, round: int, rounds: int) -> float:
     """The learning rate of a round (1 … rounds): whole in the first, smaller later by schedule."""
-    done = (round - 1) / rounds
-    factor = {
+    return settings.learning_rate * _falling(settings.schedule, (round - 1) / rounds)
+
+
+def _falling(schedule: str, done: float) -> float:
+    """Factor of a learning rate that falls from 1 to 0, where so much (0 … 1) is done."""
+    return {
         "constant": 1.0,
         "linear": 1 - done,
         "cosine": (1 + float(np.cos(np.pi * done))) / 2,
-    }[settings.schedule]
-    return settings.learning_rate * factor
+    }[schedule]

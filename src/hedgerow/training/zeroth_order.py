@@ -69,7 +69,8 @@ def train(
                 move(weights, seed, epsilon)
                 check_finite(above + below, step + 1, LOWER_RATE)
                 slope = (above - below) / (2 * epsilon * max(tokens, 1))
-                moves.append(-job.learning_rate * slope / len(seeds))
+                rate = job.learning_rate * job.pace(step)
+                moves.append(-rate * slope / len(seeds))
                 total_loss += (above + below) / (2 * len(seeds))
             for seed, distance in zip(seeds, moves, strict=True):
                 move(weights, seed, distance)
