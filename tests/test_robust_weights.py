@@ -268,13 +268,12 @@ def hostile(monkeypatch):
     """The first client of three turns its update, and sends it ten times as long."""
     trained = LocalFleet._trained
 
-    def turned(self, client_round, examples, parent, clock, letter):
-        result = trained(self, client_round, examples, parent, clock, letter)
+    def turned(self, client_round, *given):
+        update = trained(self, client_round, *given)
         if client_round.client.index:
-            return result
-        update = Update.from_bytes(result.update)
+            return update
         worse = {n: -10 * each if ".lora_B." in n else each for n, each in update.tensors.items()}
-        return replace(result, update=replace(update, tensors=worse).to_bytes())
+        return replace(update, tensors=worse)
 
     monkeypatch.setattr(LocalFleet, "_trained", turned)
 
@@ -311,15 +310,14 @@ def test_the_middle_of_coordinates_is_what_it_is(
     trained = LocalFleet._trained
 
     def loud(self, client_round, *given):
-        result = trained(self, client_round, *given)
+        update = trained(self, client_round, *given)
         if client_round.client.index:
-            return result
-        update = Update.from_bytes(result.update)
+            return update
         scaled = {
             name: 1000 * each if each.is_floating_point() and ".lora_A." not in name else each
             for name, each in update.tensors.items()
         }
-        return replace(result, update=replace(update, tensors=scaled).to_bytes())
+        return replace(update, tensors=scaled)
 
     losses = {}
     for name, patched in (("quiet", trained), ("loud", loud)):

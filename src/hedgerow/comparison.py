@@ -22,6 +22,7 @@ from hedgerow.experiment import Experiment, load, method_changes, split_at
 from hedgerow.runs.directory import EXPERIMENT, RunDirectory, test_digests
 from hedgerow.runs.lender import Lender
 from hedgerow.runs.rows import read_rows
+from hedgerow.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from hedgerow.data import Held
@@ -148,6 +149,7 @@ def run(
     *,
     lender: Lender | None = None,
     held: Held | None = None,
+    workers: Workers = ALONE,
 ) -> list[Outcome]:
     """Run what is missing, one cell after another, on one model that is loaded once.
 
@@ -158,6 +160,7 @@ def run(
         watch: makes the watcher of a cell's run, with this title.
         lender: has the base model where it is in memory already.
         held: the rows that the experiment calls `(memory)`.
+        workers: who train a run's clients side by side.
 
     Raises:
         UserError: a cell's folder holds another experiment's run; nothing has been run.
@@ -187,6 +190,7 @@ def run(
                     held=held,
                     scored_on=scored_on,
                     say=partial(_say_once, watcher, said),
+                    workers=workers,
                 )
             except (UserError, RunFailed) as error:
                 failures[cell.folder] = str(error)

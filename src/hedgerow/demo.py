@@ -17,6 +17,7 @@ from hedgerow.engines import local
 from hedgerow.errors import UserError
 from hedgerow.experiment import load
 from hedgerow.runs.rows import read_rows
+from hedgerow.workers import Workers
 
 EXPERIMENT = """\
 model:      {{path: {model}}}
@@ -63,11 +64,11 @@ def run(out: Path) -> None:
     Raises:
         UserError: `out` is there and is not empty.
     """
-    experiment = prepare(out)
+    experiment, workers = prepare(out), Workers.of("auto")
     for method, label in METHODS.items():
         chosen = load(experiment, [f"method.name={method}"])
         with console.ProgressWatcher(label, chosen.evaluation.metrics) as watcher:
-            local.run(chosen, out / method, watcher, resume=True)
+            local.run(chosen, out / method, watcher, resume=True, workers=workers)
     rows = {method: read_rows(out / method) for method in METHODS}
     console.table(
         "eight clients, ten kinds of task, held-out questions of every kind",

@@ -27,6 +27,17 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 
 
 @contextmanager
+def emptied(folder: Path) -> Iterator[None]:
+    """A folder of its own until the block ends, empty at first: files in it are of no more use."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    folder.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the name `path` in one step when it is whole and on the disk."""
     # Of the name, as much as leaves room for what marks it, in whole characters.

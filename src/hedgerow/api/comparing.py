@@ -14,6 +14,7 @@ from hedgerow.api.draft import PathLike, SectionLike, draft, plain
 from hedgerow.api.running import watcher
 from hedgerow.experiment import Experiment, validate
 from hedgerow.names import MEMORY
+from hedgerow.workers import Workers
 
 if TYPE_CHECKING:
     import pandas
@@ -56,6 +57,7 @@ def compare(
     sweep: Mapping[str, Sequence[Any]] | None = None,
     seeds: int | None = None,
     target: float | None = None,
+    workers: int | str = 1,
     smoke: bool = False,
     progress: bool | None = None,
     model: Any = None,
@@ -84,6 +86,7 @@ def compare(
         sweep: values of each key that are tried: `{"training.learning_rate": [1e-3, 3e-3]}`.
         seeds: number of seeds each; they count up from `federation.seed`. 1 by default.
         target: loss that bytes and rounds are counted to.
+        workers: number of a run's clients that train side by side, as for `hr.run`.
 
     Returns:
         The comparison; a run that failed does not stop the others.
@@ -135,7 +138,9 @@ def compare(
         base = BaseInMemory(drafted.network, drafted.tokenizer)
     with nullcontext(None) if base is None else base.lent() as lender:
         held = drafted.held if drafted.has_rows else None
-        outcomes = comparison.run(cells, watch, lender=lender, held=held)
+        outcomes = comparison.run(
+            cells, watch, lender=lender, held=held, workers=Workers.of(workers)
+        )
     table = tables.summarise(outcomes, given.target)
     people = tables.shown(table, list(cells[0].sweep), tables.compared(outcomes))
     tables.write(table, people, Path(out))

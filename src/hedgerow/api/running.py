@@ -13,6 +13,7 @@ from hedgerow.api.draft import Draft, PathLike, SectionLike, draft, memory_model
 from hedgerow.errors import UserError, check_installed
 from hedgerow.experiment import Experiment
 from hedgerow.names import MEMORY
+from hedgerow.workers import Workers
 
 if TYPE_CHECKING:
     from hedgerow.api.runs import Run
@@ -29,6 +30,7 @@ def run(
     out: PathLike,
     resume: bool = False,
     engine: Engine = "local",
+    workers: int | str = 1,
     smoke: bool = False,
     progress: bool | None = None,
     model: Any = None,
@@ -56,6 +58,9 @@ def run(
             same objects: data and base model are compared by their digests.
         engine: where clients train: `local`, in this process, or `flower`, Flower's simulation
             runtime, which takes files only.
+        workers: number of clients that train side by side, each in one thread of a process of its
+            own that shares this one's memory; `auto`: as many as there are free processors. The
+            same run in one thread has the same bytes. On Linux, of models on the CPU.
         smoke: of a file: the variant of itself that takes seconds.
         progress: whether to show what happens. None, the default, shows it in a terminal and in a
             notebook.
@@ -115,7 +120,15 @@ def run(
     loaded = drafted.load(overrides)
     drafted.check_model(loaded)
     try:
-        _train(drafted, loaded, Path(out), resume=resume, engine=engine, progress=progress)
+        _train(
+            drafted,
+            loaded,
+            Path(out),
+            resume=resume,
+            engine=engine,
+            progress=progress,
+            workers=Workers.of(workers),
+        )
     except KeyboardInterrupt as stop:
         stop.add_note(f"what is written in {out} is valid: resume=True goes on with it")
         raise
@@ -170,10 +183,16 @@ def _train(
     resume: bool,
     engine: Engine,
     progress: bool | None,
+    workers: Workers,
 ) -> None:
     with watcher(progress, metrics=experiment.evaluation.metrics) as watching:
         if engine == "flower":
             _check_files_only(experiment)
+            if not workers.is_alone:
+                raise UserError(
+                    "workers: Flower's simulation has clients train side by side of its own: leave "
+                    "it out, or take engine=local"
+                )
             check_installed("flwr", "Flower", "flower")
             from hedgerow.engines.flower import simulation
 
@@ -190,6 +209,7 @@ def _train(
                     resume=resume,
                     model=model,
                     held=drafted.held,
+                    workers=workers,
                 )
 
             if drafted.network is None:

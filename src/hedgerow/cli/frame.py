@@ -67,6 +67,17 @@ Smoke = Annotated[
 ]
 
 
+WorkersOption = Annotated[
+    str,
+    typer.Option(
+        "--workers",
+        metavar="N|auto",
+        help="How many clients train side by side, in one thread each; auto: as many as there are "
+        "free processors. CPU only.",
+    ),
+]
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

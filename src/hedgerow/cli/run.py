@@ -11,6 +11,7 @@ from hedgerow.cli.frame import (
     Engine,
     Overrides,
     Smoke,
+    WorkersOption,
     advising,
     app,
 )
@@ -24,6 +25,7 @@ def run(
     out: Annotated[Path, typer.Option(help="The run's directory, made by this command.")] = ...,  # type: ignore[assignment]
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run in --out.")] = False,
     engine: Annotated[Engine, typer.Option(help="Where clients train.")] = Engine.local,
+    workers: WorkersOption = "1",
     smoke: Smoke = False,
 ) -> None:
     """Run an experiment.
@@ -39,6 +41,7 @@ def run(
             out=out,
             resume=resume,
             engine=engine.value,
+            workers=int(workers) if workers.isdecimal() else workers,
             smoke=smoke,
             progress=True,
         )
@@ -62,6 +65,7 @@ def compare(
     target: Annotated[
         float | None, typer.Option(help="Count bytes and rounds to this loss.")
     ] = None,
+    workers: WorkersOption = "1",
     smoke: Smoke = False,
 ) -> None:
     """Run several methods on one experiment, and put them beside each other.
@@ -83,6 +87,7 @@ def compare(
             sweep=None if sweep is None else comparison.split_sweeps(sweep),
             seeds=seeds,
             target=target,
+            workers=int(workers) if workers.isdecimal() else workers,
             smoke=smoke,
             progress=True,
         )

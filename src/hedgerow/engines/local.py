@@ -1,4 +1,4 @@
-"""The local engine: all clients in this process, one after another, on one base model.
+"""The local engine: all clients on one base model, one after another or side by side.
 
 Everything but the network is real: updates are serialised and read back, entries are applied from
 their files. A client costs its trainables while it trains, and a few bytes an example otherwise.
@@ -7,17 +7,19 @@ their files. A client costs its trainables while it trains, and a few bytes an e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 from hedgerow import federation, tracking
 from hedgerow.clock import Clock
-from hedgerow.data import Held, Tokenized
+from hedgerow.data import Held
 from hedgerow.errors import ClientFailed, UserError
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import ClientResult, Watcher
 from hedgerow.federation.participant import example_level, train_client
 from hedgerow.federation.secure import SecureClient, as_known, sum_of_round
+from hedgerow.files import emptied
 from hedgerow.methods.base import Client, ClientRound
 from hedgerow.model import Model
 from hedgerow.privacy.example_level import ExampleLevel
@@ -27,7 +29,8 @@ from hedgerow.runs.directory import TEST_DATA, RunDirectory, same_data
 from hedgerow.runs.preparation import Prepared, prepare, with_date_of
 from hedgerow.runs.scoring import Progress, Scorer
 from hedgerow.seeds import Seeds
-from hedgerow.wire import Entry
+from hedgerow.wire import Entry, Update
+from hedgerow.workers import ALONE, WorkerDied, Workers
 
 
 class LocalFleet:
@@ -39,20 +42,23 @@ class LocalFleet:
         prepared: Prepared,
         directory: RunDirectory,
         say: Callable[[str], None] = lambda sentence: None,
+        workers: Workers = ALONE,
     ) -> None:
         """Have nobody train yet.
 
         Args:
             say: told what a client says in its own log alone.
+            workers: who train side by side.
         """
-        self._say = say
+        self._say, self._workers = say, workers
+        self._arriving = directory.path / "arriving"
         self._experiment, self._prepared, self._directory = experiment, prepared, directory
         self._model = prepared.model
         self._seeds = Seeds(experiment.federation.seed)
         self._privacy: dict[str, ExampleLevel | None] = {}
         self._secure: dict[str, SecureClient] = {}
         self._scorer = Scorer(
-            experiment, prepared.model, directory.ledger, prepared.test, prepared.tests
+            experiment, prepared.model, directory.ledger, prepared.test, prepared.tests, workers
         )
 
     def gather(self) -> Sequence[Client]:
@@ -88,46 +94,84 @@ class LocalFleet:
         clock: Clock,
         letters: Mapping[str, AskMasked] | None = None,
     ) -> Iterator[ClientResult]:
-        """Train one client after another; each borrows the model and gives it back."""
-        for client in clients:
-            memory = self._directory.memory(client.name, round)
-            past = self._directory.ledger.read
-            client_round = ClientRound(
-                client, round, self._seeds, self._experiment.training, memory, past
-            )
-            examples = self._prepared.shards[client.name]
-            try:
-                letter = None if letters is None else letters[client.name]
-                yield self._trained(client_round, examples, parent, clock, letter)
-            except ClientFailed as error:
-                yield self._failed(client, round, error)
+        """Train clients, one after another or side by side; each borrows the model."""
 
-    def _failed(self, client: Client, round: int, error: ClientFailed) -> ClientResult:
+        def learn(client: Client) -> Update | Path:
+            update = self._trained(self._begun(client, round), parent, clock)
+            if self._workers.is_alone:
+                return update
+            path = self._arriving / f"{client.name}.safetensors"
+            with path.open("wb") as file:
+                update.write(file)
+            return path
+
+        alone = self._workers.is_alone
+        with (
+            nullcontext() if alone else emptied(self._arriving),
+            closing(self._workers.each(learn, clients)) as outcomes,
+        ):
+            for client in clients:
+                with nullcontext() if alone else clock("train"):
+                    outcome = next(outcomes)
+                letter = None if letters is None else letters[client.name]
+                try:
+                    yield self._sent(client, outcome.get(), round, parent, clock, letter)
+                except (ClientFailed, WorkerDied) as error:
+                    yield self._failed(client, round, error)
+
+    def _begun(self, client: Client, round: int) -> ClientRound:
+        directory = self._directory
+        return ClientRound(
+            client,
+            round,
+            self._seeds,
+            self._experiment.training,
+            directory.memory(client.name, round),
+            directory.ledger.read,
+        )
+
+    def _failed(self, client: Client, round: int, error: ClientFailed | WorkerDied) -> ClientResult:
         """Result of a client without an update, which says no more of it than it may."""
+        if isinstance(error, WorkerDied):
+            error = ClientFailed(str(error), kind=str(error))
         said = self._experiment.says.sentence(error)
         if said != str(error):
             self._say(f"{client.name}: round {round}: {error}")
         return ClientResult(client, failure=said)
 
-    def _trained(
+    def _trained(self, client_round: ClientRound, parent: str, clock: Clock) -> Update:
+        """A client's update; in a process of its own where there are several."""
+        name = client_round.client.name
+        examples, privacy = self._prepared.shards[name], self._privacy_of(client_round.client)
+        return train_client(
+            self._experiment, self._model, examples, client_round, parent, clock, privacy
+        )
+
+    def _sent(
         self,
-        client_round: ClientRound,
-        examples: Tokenized,
+        client: Client,
+        update: Update | Path,
+        round: int,
         parent: str,
         clock: Clock,
         letter: AskMasked | None,
     ) -> ClientResult:
-        privacy = self._privacy_of(client_round.client)
-        update = train_client(
-            self._experiment, self._model, examples, client_round, parent, clock, privacy
-        )
-        client, ledger, complaint = client_round.client, self._directory.ledger, None
+        """What a client sends: its update, which may be in a file; or codes, where those are asked.
+
+        Raises:
+            ClientFailed: it cannot make codes.
+        """
+        complaint = None
         if letter is not None:
             with clock("update"):
+                plain = Update.read(update) if isinstance(update, Path) else update
+                ledger = self._directory.ledger
                 known = as_known(client, ledger, self._experiment.expected(ledger.trained))
                 secure = self._secure_of(client)
-                update = secure.masked(update, letter, known)
+                update = secure.masked(plain, letter, known)
                 complaint = secure.unopened
+        if isinstance(update, Path):
+            return ClientResult(client, update)
         with clock("wire"):
             return ClientResult(client, update.to_bytes(), answer=complaint)
 
@@ -174,8 +218,9 @@ def run(
     say: Callable[[str], None] | None = None,
     scored_on: Mapping[str, str] | None = None,
     fleet: type[LocalFleet] = LocalFleet,
+    workers: Workers = ALONE,
 ) -> None:
-    """Run an experiment in this process; the run directory is written as it goes.
+    """Run an experiment on this machine; the run directory is written as it goes.
 
     Args:
         resume: go on with the run that is in `out`, if one was begun.
@@ -185,6 +230,7 @@ def run(
             before the run was resumed; None tells `watcher`.
         scored_on: digests that the test data must have, as `test_digests` has them, if any.
         fleet: who has the clients train.
+        workers: who train clients, and score the model, side by side.
 
     Raises:
         UserError: something in the experiment or in `out` is wrong; nothing has been written.
@@ -197,6 +243,11 @@ def run(
     else:
         RunDirectory.check_free(out)
     prepared = prepare(experiment, model, held)
+    if not workers.is_alone and prepared.model.device.type != "cpu":
+        raise UserError(
+            f"workers {workers.count}: the model is on {prepared.model.device}, where clients "
+            "train one after another: leave it out, or give model.device=cpu"
+        )
     experiment = prepared.experiment
     say = say or watcher.say
     for note in prepared.notes:
@@ -210,12 +261,15 @@ def run(
                 f"{key}: the runs of this comparison were scored on other test data: give the "
                 "same, or another --out"
             )
-    with opener(out, experiment, prepared.base, data, prepared.trained) as directory:
+    with (
+        workers.one_thread(),
+        opener(out, experiment, prepared.base, data, prepared.trained) as directory,
+    ):
         for change in directory.changes:
             say(change)
         prepared = prepared.referenced()
         expected = experiment.expected(directory.ledger.trained)
         directory.ledger.replay(experiment.method, prepared.model, expected=expected)
         with tracking.tracked(experiment, directory, watcher) as tracked:
-            everybody = fleet(experiment, prepared, directory, say)
+            everybody = fleet(experiment, prepared, directory, say, workers)
             federation.run(experiment, everybody, directory, tracked)

@@ -17,6 +17,7 @@ from hedgerow.evaluation.cache import goes_on_from_state, keeps_keys_only
 from hedgerow.evaluation.likelihood import Int64, Tick, batches
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.model import Model, max_positions
+from hedgerow.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from hedgerow.settings import EvaluationSettings
@@ -54,6 +55,7 @@ def generate(
     draws: Sequence[Draw | None] | None = None,
     ends: Sequence[int] = (),
     stop: Sequence[str] = (),
+    workers: Workers = ALONE,
 ) -> tuple[list[str], int]:
     """The model's answer to each prompt, without special tokens.
 
@@ -64,6 +66,7 @@ def generate(
         draws: how each answer is drawn; None, for one or all, is the greedy answer.
         ends: tokens that end an answer, beside the tokenizer's EOS and those that the model names.
         stop: texts at the first of which an answer ends, before it.
+        workers: who take batches side by side.
 
     Returns:
         The answers, and how many prompts were cut.
@@ -77,7 +80,8 @@ def generate(
     with _greedy(model, max_new_tokens, ends) as config:
         if not pads:
             config.use_cache = goes_on_from_state(model.network)
-        for batch in _batches(np.minimum(lengths, room), batch_size, pads):
+
+        def answered(batch: Int64) -> list[str]:
             inputs = _pad_left([prompts[i][-room:] for i in batch], config.pad_token_id)
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             drawn = _Drawn([draws[i] for i in batch]) if draws else None
@@ -94,8 +98,12 @@ def generate(
                 skip_special_tokens=True,
                 clean_up_tokenization_spaces=False,
             )
+            return [text[: min(_places(stop, text), default=None)] for text in texts]
+
+        made = _batches(np.minimum(lengths, room), batch_size, pads)
+        for batch, texts in zip(made, workers.map(answered, made), strict=True):
             for index, text in zip(batch, texts, strict=True):
-                answers[index] = text[: min(_places(stop, text), default=None)]
+                answers[index] = text
             tick(len(batch))
     return answers, int((lengths > room).sum())
 

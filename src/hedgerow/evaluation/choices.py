@@ -25,6 +25,7 @@ from hedgerow.errors import UserError
 from hedgerow.evaluation.cache import keeps_keys_only
 from hedgerow.evaluation.likelihood import Float64, Int64, Tick, batch_losses
 from hedgerow.model import max_positions
+from hedgerow.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from hedgerow.model import Model
@@ -277,7 +278,7 @@ def _check_counting(name: str, rows: Sequence[Row]) -> None:
 
 
 def log_likelihoods(
-    model: Model, choices: Choices, batch_size: int, tick: Tick
+    model: Model, choices: Choices, batch_size: int, tick: Tick, workers: Workers = ALONE
 ) -> tuple[list[Float64], int]:
     """The log-likelihood of each candidate after its prompt, without the EOS that would end it.
 
@@ -307,9 +308,14 @@ def log_likelihoods(
     fits = keeps_keys_only(model.network, min(int(longest.max()), limit))
     score = _shared if fits else _apart
     likelihoods: list[Float64] = [np.empty(0)] * len(offered)
-    for batch, options in _batches(prompts - cuts, offered, batch_size):
+
+    def scored(batch: list[int]) -> Float64:
         heads, tails = zip(*map(texts, batch), strict=True)
-        sums = score(model.network, heads, tails)
+        return score(model.network, heads, tails)
+
+    made = list(_batches(prompts - cuts, offered, batch_size))
+    found = workers.map(scored, [batch for batch, _ in made])
+    for (batch, options), sums in zip(made, found, strict=True):
         for question, sum_by_option in zip(batch, np.split(sums, len(batch)), strict=True):
             likelihoods[question] = -sum_by_option
         tick(options * len(batch))

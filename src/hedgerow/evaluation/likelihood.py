@@ -11,6 +11,7 @@ import torch
 
 from hedgerow.data import Example, collate
 from hedgerow.training.loss import token_losses
+from hedgerow.workers import ALONE, Workers
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -24,17 +25,24 @@ def losses(
     read: Callable[[int], Example],
     batch_size: int,
     tick: Tick,
+    workers: Workers = ALONE,
 ) -> tuple[Float64, Int64]:
     """The summed cross-entropy of each example, and how many tokens it sums; each of shape (n,).
 
     Args:
         lengths: shape (n,): tokens of each example.
         read: gives an example by its index.
+        workers: who take batches side by side.
     """
     sums = np.zeros(len(lengths))
     counts = np.zeros(len(lengths), dtype=np.int64)
-    for batch in batches(lengths, batch_size):
-        sums[batch], counts[batch] = batch_losses(network, [read(i) for i in batch.tolist()])
+    made = batches(lengths, batch_size)
+
+    def score(batch: Int64) -> tuple[Float64, Int64]:
+        return batch_losses(network, [read(i) for i in batch.tolist()])
+
+    for batch, found in zip(made, workers.map(score, made), strict=True):
+        sums[batch], counts[batch] = found
         tick(len(batch))
     return sums, counts
 

@@ -38,6 +38,7 @@ from hedgerow.evaluation.metrics.base import (
 )
 from hedgerow.files import to_json
 from hedgerow.names import MEMORY
+from hedgerow.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -201,17 +202,22 @@ class TestSet:
             return np.zeros(0, dtype=np.int64)
         return self.scored[other.prompt_lengths[self.scored] < self.max_length]
 
-    def preferences(self, model: Model, batch_size: int, tick: Tick) -> list[Preference]:
+    def preferences(
+        self, model: Model, batch_size: int, tick: Tick, workers: Workers = ALONE
+    ) -> list[Preference]:
         """Rewards that `model` gives the answers of `pairs`."""
         assert self.reference is not None, "rewards are beside the base, see `referenced`"
-        found = self.reward_scale * (self._of_pairs(model, batch_size, tick) - self.reference)
+        own = self._of_pairs(model, batch_size, tick, workers)
+        found = self.reward_scale * (own - self.reference)
         return [Preference(*pair) for pair in found.T.tolist()]
 
-    def _of_pairs(self, model: Model, batch_size: int, tick: Tick) -> Float64:
+    def _of_pairs(
+        self, model: Model, batch_size: int, tick: Tick, workers: Workers = ALONE
+    ) -> Float64:
         """Log-likelihoods of both answers of `pairs`; shape (2, m)."""
         assert self.examples.other is not None
         found = [
-            -_losses(model, part, self.pairs, self.max_length, batch_size, tick)[0]
+            -_losses(model, part, self.pairs, self.max_length, batch_size, tick, workers)[0]
             for part in (self.examples, self.examples.other)
         ]
         return np.stack(found)
@@ -243,6 +249,7 @@ def evaluate(
     test: TestSet,
     settings: EvaluationSettings,
     progress: Callable[[int, int], None] | None = None,
+    workers: Workers = ALONE,
 ) -> dict[str, Any]:
     """What `model` scores on `test`, by the metrics that `settings` asks for, in that order.
 
@@ -253,6 +260,7 @@ def evaluate(
     Args:
         test: prepared with these settings.
         progress: told how many forward passes or answers are done, of how many.
+        workers: who take batches side by side.
 
     Raises:
         UserError: a metric fails.
@@ -277,21 +285,21 @@ def evaluate(
     evidence: dict[Need, Evidence] = {}
     counts: dict[str, int] = {}
     if "likelihood" in needs:
-        evidence["likelihood"] = _likelihoods(model, test, settings.batch_size, tick)
+        evidence["likelihood"] = _likelihoods(model, test, settings.batch_size, tick, workers)
     if "answers" in needs:
-        said, counts["answer_prompts_cut"] = answers(model, test, settings, tick)
+        said, counts["answer_prompts_cut"] = answers(model, test, settings, tick, workers)
         right = [test.references[place] for place in test.texts.tolist()]
         pairs = [Answer(*pair) for pair in zip(right, said, strict=True)]
         evidence["answers"] = Evidence(test.texts, pairs)
     if "choices" in needs:
         assert test.choices is not None, "the test set is prepared with the same settings"
-        likelihoods, cut = log_likelihoods(model, test.choices, settings.batch_size, tick)
+        likelihoods, cut = log_likelihoods(model, test.choices, settings.batch_size, tick, workers)
         counts["choice_prompts_cut"] = cut
         asked = zip(test.choices.questions, likelihoods, strict=True)
         found = [Choice(question.candidates, question.right, each) for question, each in asked]
         evidence["choices"] = Evidence(test.choices.rows, found)
     if "preferences" in needs:
-        rewards = test.preferences(model, settings.batch_size, tick)
+        rewards = test.preferences(model, settings.batch_size, tick, workers)
         evidence["preferences"] = Evidence(test.pairs, rewards)
 
     result: dict[str, Any] = {}
@@ -304,14 +312,23 @@ def evaluate(
     return result | by_group | counts
 
 
-def _likelihoods(model: Model, test: TestSet, batch_size: int, tick: Tick) -> Evidence:
-    sums, tokens = _losses(model, test.examples, test.scored, test.max_length, batch_size, tick)
+def _likelihoods(
+    model: Model, test: TestSet, batch_size: int, tick: Tick, workers: Workers
+) -> Evidence:
+    examples, rows = test.examples, test.scored
+    sums, tokens = _losses(model, examples, rows, test.max_length, batch_size, tick, workers)
     found = [Likelihood(*row) for row in zip(sums.tolist(), tokens.tolist(), strict=True)]
     return Evidence(test.scored, found)
 
 
 def _losses(
-    model: Model, examples: Tokenized, rows: Int64, max_length: int, batch_size: int, tick: Tick
+    model: Model,
+    examples: Tokenized,
+    rows: Int64,
+    max_length: int,
+    batch_size: int,
+    tick: Tick,
+    workers: Workers,
 ) -> tuple[Float64, Int64]:
     """Summed cross-entropy of some examples, cut at `max_length`, and numbers of tokens."""
     lengths = np.minimum(examples.lengths[rows], max_length)
@@ -321,11 +338,15 @@ def _losses(
         cut = slice(max_length)
         return Example(example.tokens[cut], example.prompt_length, example.learnt[cut])
 
-    return losses(model.network, lengths, read, batch_size, tick)
+    return losses(model.network, lengths, read, batch_size, tick, workers)
 
 
 def answers(
-    model: Model, test: TestSet, settings: EvaluationSettings, tick: Tick
+    model: Model,
+    test: TestSet,
+    settings: EvaluationSettings,
+    tick: Tick,
+    workers: Workers = ALONE,
 ) -> tuple[list[str], int]:
     """The model's greedy answer to each row of `texts`, and how many prompts had to be cut."""
     examples = (test.examples[index] for index in test.texts.tolist())
@@ -338,6 +359,7 @@ def answers(
         tick,
         ends=test.template.ends,
         stop=settings.stop,
+        workers=workers,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from hedgerow import lowrank
 from hedgerow.errors import RunFailed
-from hedgerow.files import replacing
+from hedgerow.files import emptied, replacing
 from hedgerow.lazy import torch
 from hedgerow.lowrank import Factors
 from hedgerow.methods.base import Method, ServerRound
@@ -35,9 +34,7 @@ def on_disk(updates: Iterable[Update], folder: Path) -> Iterator[list[Update]]:
         updates: as they arrive.
         folder: of its own, which is made anew, and removed in the end.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-    folder.mkdir()
-    try:
+    with emptied(folder):
         kept = []
         for update in updates:
             path = folder / f"{update.client}.safetensors"
@@ -45,8 +42,6 @@ def on_disk(updates: Iterable[Update], folder: Path) -> Iterator[list[Update]]:
                 update.write(file)
             kept.append(Update.read(path))
         yield kept
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def weigh(

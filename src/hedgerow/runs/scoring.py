@@ -33,6 +33,7 @@ from hedgerow.runs.rows import ROWS_BY_CLIENT
 from hedgerow.seeds import Seeds
 from hedgerow.settings import DEFAULT_TEST, Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
+from hedgerow.workers import ALONE, Workers
 
 Progress = Callable[[int, int], None]
 """Callback that is told how many forward passes or answers are done, of how many."""
@@ -53,6 +54,7 @@ class Scorer:
         ledger: Ledger,
         test: TestSet | None,
         tests: Mapping[str, TestSet] | None = None,
+        workers: Workers = ALONE,
     ) -> None:
         """Score the model at the ledger's head.
 
@@ -62,7 +64,9 @@ class Scorer:
             ledger: the run's.
             test: test data for all; None for none.
             tests: test rows of clients, by name, for the models that they have.
+            workers: who take batches side by side.
         """
+        self._workers = workers
         self._experiment, self._model, self._ledger = experiment, model, ledger
         self._test, self._tests = test, tests or {}
 
@@ -89,11 +93,11 @@ class Scorer:
         if self._test is not None:
             clients = [] if method.has_global_model else [client.name for client in gather()]
             scored = {
-                name: evaluate(self._model, self._test, settings, progress)
+                name: evaluate(self._model, self._test, settings, progress, self._workers)
                 for name in models.models(self._model, clients)
             }
             found |= by_model(scored, settings.metrics)
-        own = score_clients(models, self._model, self._tests, settings, progress)
+        own = score_clients(models, self._model, self._tests, settings, progress, self._workers)
         count = self._experiment.says.count
         said = {name: each._replace(rows=count(each.rows)) for name, each in own.items()}
         return found | over_clients(said, settings.metrics)
@@ -105,6 +109,7 @@ def score_clients(
     tests: Mapping[str, TestSet],
     settings: EvaluationSettings,
     progress: Progress | None = None,
+    workers: Workers = ALONE,
 ) -> dict[str, ClientScores]:
     """Scores of clients' models on their own test rows, by name.
 
@@ -119,7 +124,7 @@ def score_clients(
     found = {}
     for name, test in tests.items():
         for _ in models.of_client(model, name):
-            scores = evaluate(model, test, whole, progress)
+            scores = evaluate(model, test, whole, progress, workers)
             found[name] = ClientScores(len(test), {key: float(scores[key]) for key in keys})
     return found
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from hedgerow.errors import RunFailed, UserError
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import Experiment, validate
 from hedgerow.federation.fleet import Watcher
-from hedgerow.files import replacing
+from hedgerow.files import emptied, replacing
 from hedgerow.ledger import Base
 from hedgerow.model import Model
 from hedgerow.runs.directory import TEST_DATA, Digests, RunDirectory
@@ -127,9 +126,7 @@ def serve(
             directory.ledger.replay(experiment.method, model, expected=expected)
             scorer = Scorer(experiment, model, directory.ledger, test)
         arrived = out / "arrived"
-        shutil.rmtree(arrived, ignore_errors=True)  # of a server that was killed
-        arrived.mkdir()
-        try:
+        with emptied(arrived):
             fleet = FlowerFleet(
                 grid,
                 experiment=experiment,
@@ -145,8 +142,6 @@ def serve(
             with tracking.tracked(experiment, directory, watcher) as tracked:
                 federation.run(experiment, fleet, directory, tracked)
             fleet.finish()
-        finally:
-            shutil.rmtree(arrived)
 
 
 def _at_home(experiment: Experiment, settings: ServerSettings) -> Experiment:

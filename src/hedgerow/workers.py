@@ -1,0 +1,221 @@
+"""Work side by side, in processes that are forked from this one.
+
+A forked process sees the memory of this one as it is at that moment, and shares it: a base model is
+there once, and a process takes what it writes, as the parameters that it trains, and what it makes.
+So nothing has to be sent to it, and what it sends back is pickled, as between one's own processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from hedgerow.errors import ClientFailed, UserError
+from hedgerow.lazy import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class WorkerDied(Exception):
+    """A process that ended before its work was done, as where the system has killed it."""
+
+
+class Outcome(NamedTuple, Generic[R]):
+    """Result of a piece of work, or why there is none."""
+
+    result: R | None
+    error: BaseException | None = None
+
+    def get(self) -> R:
+        """The result.
+
+        Raises:
+            BaseException: what the work has raised; or a `WorkerDied`.
+        """
+        if self.error is not None:
+            raise self.error
+        return self.result  # type: ignore[return-value]
+
+
+class Workers:
+    """So many processes at a time, each of which computes in one thread; with 1, this one alone."""
+
+    def __init__(self, count: int = 1, *, is_single: bool | None = None) -> None:
+        """Begin nothing yet.
+
+        Args:
+            count: number of processes.
+            is_single: whether this process computes in one thread, too, so that its sums are those
+                of any number of others; None: where there are others.
+        """
+        self.count = count
+        self._is_single = count > 1 if is_single is None else is_single
+
+    @classmethod
+    def of(cls, given: int | str) -> Workers:
+        """Workers as they are asked for.
+
+        Args:
+            given: their number, or `auto`, as many as there are processors that have nothing to do,
+                whose bytes are the same however many those are.
+
+        Raises:
+            UserError: it is no such number, or the system cannot fork processes safely.
+        """
+        if given == "auto":
+            return cls(_free_processors() if sys.platform == "linux" else 1, is_single=True)
+        if not isinstance(given, int) or given < 1:
+            raise UserError(f"workers {given}: give 1 or more, or auto")
+        if given > 1 and sys.platform != "linux":
+            raise UserError(
+                f"workers {given}: processes that share their memory are for Linux: leave it out"
+            )
+        return cls(given)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this process does all the work."""
+        return self.count == 1
+
+    @contextlib.contextmanager
+    def one_thread(self) -> Iterator[None]:
+        """Have this process compute in one thread, too, where it is to."""
+        threads = torch.get_num_threads()
+        if self._is_single:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def each(self, work: Callable[[T], R], items: Sequence[T]) -> Generator[Outcome[R], None, None]:
+        """Outcomes of the work on each item, in their order; each goes to whoever is free.
+
+        What the work changes in memory is gone with the process that has done it. One that ends
+        before its work is done costs the item that it has, alone.
+        """
+        if not self.is_alone:
+            yield from self._forked(work, items)
+            return
+        for item in items:
+            try:
+                yield Outcome(work(item))
+            except Exception as error:
+                yield Outcome(None, error)
+
+    def map(self, work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        """Results of the work on each item, in their order.
+
+        Raises:
+            WorkerDied: a process has ended before its work was done.
+            Exception: what the work has raised.
+        """
+        for outcome in self.each(work, items):
+            yield outcome.get()
+
+    def _forked(self, work: Callable[[T], R], items: Sequence[T]) -> Iterator[Outcome[R]]:
+        waiting = deque(range(len(items)))
+        running: dict[Any, _Worker[R]] = {}
+        found: dict[int, Outcome[R]] = {}
+        try:
+            for place in range(len(items)):
+                while place not in found:
+                    while waiting and len(running) < self.count:
+                        worker: _Worker[R] = _Worker(work, items)
+                        worker.begin(waiting.popleft())
+                        running[worker.pipe] = worker
+                    for pipe in wait(list(running)):
+                        worker = running[pipe]
+                        found[worker.place] = worker.outcome()
+                        if worker.is_there and waiting:
+                            worker.begin(waiting.popleft())
+                        else:
+                            worker.end()
+                            del running[pipe]
+                yield found.pop(place)
+        finally:
+            for worker in running.values():
+                worker.end()
+
+
+ALONE = Workers()
+"""This process, by itself."""
+
+
+class _Worker(Generic[R]):
+    """A forked process, which works on one item at a time."""
+
+    def __init__(self, work: Callable[[T], R], items: Sequence[T]) -> None:
+        self.place = 0
+        """Place of the item that it has."""
+        self.is_there = True
+        """Whether it has not ended by itself."""
+        self.pipe, theirs = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_work, args=(work, items, theirs, os.getpid()), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def begin(self, place: int) -> None:
+        """Have it begin with an item."""
+        self.place = place
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which `outcome` says
+            self.pipe.send(place)
+
+    def outcome(self) -> Outcome[R]:
+        """Wait for what comes of the item."""
+        try:
+            outcome: Outcome[R] = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self.is_there = False
+            self._process.join()
+            code = self._process.exitcode or 0
+            how = signal.Signals(-code).name if code < 0 else f"code {code}"
+            return Outcome(None, WorkerDied(f"its process ended before it was done ({how})"))
+        return outcome
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
+
+
+def _work(work: Callable[[T], R], items: Sequence[T], pipe: Connection, parent: int) -> None:
+    """What a forked process does: one item after another, until it is ended."""
+    _end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever waits
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers say that they were forked
+    torch.set_num_threads(1)
+    while True:
+        item = items[pipe.recv()]
+        try:
+            outcome: Outcome[R] = Outcome(work(item))
+        except Exception as error:
+            if not isinstance(error, UserError | ClientFailed):
+                error.add_note("".join(traceback.format_exception(error)))
+            outcome = Outcome(None, error)
+        pipe.send(outcome)
+
+
+def _end_with(parent: int) -> None:
+    """Have this process be killed when the one that forked it ends, in whatever way."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _free_processors() -> int:
+    busy = round(os.getloadavg()[0])
+    return max(1, len(os.sched_getaffinity(0)) - busy)
