@@ -264,6 +264,9 @@ def test_mistakes_are_one_sentence(hedgerow, experiment, tmp_path):
     private = hedgerow("explain", "--memory", experiment(), FEDAVG, noise)
     assert private.code == 2
     assert "privacy.level example" in private.err
+    trained = hedgerow("explain", "--memory", experiment(), FEDAVG, "training.trainer=transformers")
+    assert trained.code == 2
+    assert "another library's trainer" in trained.err
 
 
 # --- beside what is measured ----------------------------------------------------------------------

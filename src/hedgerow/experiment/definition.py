@@ -30,6 +30,7 @@ from hedgerow.experiment.mistakes import (
     with_objective,
     with_optimizer,
     with_privacy,
+    with_trainer,
     with_weights,
 )
 from hedgerow.methods.base import Expected, Method
@@ -106,7 +107,9 @@ class Experiment(Section):
     @classmethod
     def _with_optimizer(cls, training: TrainingSettings, info: ValidationInfo) -> TrainingSettings:
         training = with_objective(with_optimizer(training))
-        return with_kept(training, info.data["method"]) if "method" in info.data else training
+        if "method" not in info.data:
+            return training
+        return with_kept(with_trainer(training, info.data["method"]), info.data["method"])
 
     @field_validator("evaluation")
     @classmethod

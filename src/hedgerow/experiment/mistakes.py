@@ -18,6 +18,7 @@ from hedgerow.methods.abilities import (
     hides_examples,
     takes_given_weights,
     takes_quantized_base,
+    takes_trainer,
 )
 from hedgerow.methods.base import Method
 from hedgerow.sentences import sentence
@@ -33,6 +34,7 @@ from hedgerow.settings import (
 )
 from hedgerow.training.objectives import chosen_objective, objective_of
 from hedgerow.training.optimizers import SHORTHANDS, chosen, optimizer_of
+from hedgerow.training.trainers import chosen_trainer
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 
@@ -115,6 +117,32 @@ def with_objective(training: TrainingSettings) -> TrainingSettings:
     return training.model_copy(update={"objective": objective.model_dump(mode="json")})
 
 
+def with_trainer(training: TrainingSettings, method: Method) -> TrainingSettings:
+    """The settings with all options of the trainer, where there is one.
+
+    Raises:
+        UserError: the method's clients cannot be trained by another's loop.
+    """
+    chosen = chosen_trainer(training)
+    if chosen is None:
+        return training
+    kind, options = chosen
+    trainer = parsed(kind, options, kind.section)
+    if not takes_trainer(method):
+        raise UserError(
+            f"training.trainer {trainer.name}: clients of {method.name} take local steps of its "
+            f"own: leave it out, or take one of {able(takes_trainer)}"
+        )
+    if training.keep_optimizer:
+        raise UserError(
+            f"training.keep_optimizer: the trainer {trainer.name} begins each round with an "
+            "optimiser of its own: leave it out"
+        )
+    given = training.trainer
+    complete = given if isinstance(given, str) else trainer.model_dump(mode="json")
+    return training.model_copy(update={"keep_optimizer": False, "trainer": complete})
+
+
 def check_objective(
     training: TrainingSettings,
     data: DataSettings,
@@ -124,6 +152,11 @@ def check_objective(
     """Raise a `UserError` where an objective cannot learn from such data, or as privately."""
     objective = objective_of(training)
     where = f"training.objective {objective.name}"
+    if training.trainer is not None and privacy is not None and privacy.level == "example":
+        raise UserError(
+            "training.trainer: under privacy.level example noise hides each step's gradients, "
+            "which other libraries' steps do not let it: leave it out"
+        )
     if data.loss_on not in objective.loss_on:
         raise UserError(
             f"data.loss_on {data.loss_on}: {where} has its loss on {' or '.join(objective.loss_on)}"

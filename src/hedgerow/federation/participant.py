@@ -131,6 +131,7 @@ def job_of(
         order=seeds.numpy("batches", round, name),
         dropout_seed=seeds.derive("dropout", round, name),
         private=private,
+        tokenizer=model.tokenizer,
     )
 
 

@@ -106,6 +106,11 @@ def footprint_of(experiment: Experiment) -> Footprint:
             "explain --memory does not know the memory of privacy.level example, whose gradients "
             "are made example by example: leave `privacy` out to see the rest"
         )
+    if experiment.training.trainer is not None:
+        raise UserError(
+            "explain --memory does not know what another library's trainer holds: leave "
+            "training.trainer out to see what hedgerow's own loop would"
+        )
     # `auto` is not the CPU of this machine: where the experiment will run may be a GPU.
     at = "cpu" if experiment.model.device == "cpu" else "cuda"
     optimizer_of(experiment.training).check(torch.device(at))

@@ -60,6 +60,11 @@ def takes_quantized_base(method: Method) -> Answer:
     return method.keeps_weights
 
 
+def takes_trainer(method: Method) -> Answer:
+    """Whether clients' steps may be another library's (`training.trainer`)."""
+    return not method.own_steps
+
+
 def compresses_broadcast(method: Method) -> Answer:
     """Whether the broadcast is smaller than what is trained, or an option makes it so."""
     return method.compresses_broadcast if method.communicates else None

@@ -244,6 +244,8 @@ class Method(Plugin, ABC):
     """Number of times that a client trains in a round, which example-level privacy pays for."""
     compresses_broadcast: ClassVar[bool] = False
     """Whether the broadcast is smaller than what is trained, or an option makes it so."""
+    own_steps: ClassVar[bool] = False
+    """Whether clients take local steps of the method's own, or change the gradients of others."""
     merges: ClassVar[bool] = False
     """Whether entries are merged into the base's weights; beside quantized ones, their sum grows
     from round to round."""

@@ -38,6 +38,7 @@ class Ditto(OwnFactors, ContinuedAdapter):
     """Adapters of one rank, averaged, and one of each client's own."""
 
     name: str = "ditto"
+    own_steps: ClassVar[bool] = True
     summary: ClassVar[str] = (
         "averaged LoRA, and an adapter of each client's own that is drawn to it"
     )

@@ -39,6 +39,7 @@ class FLoRAAdaLoRA(ExactlyStacked, ResidualAdapter):
     """Adapters whose ranks differ by client and by matrix, stacked: the aggregate is exact."""
 
     name: str = "flora_adalora"
+    own_steps: ClassVar[bool] = True
     summary: ClassVar[str] = "FLoRA of AdaLoRA: a rank for each matrix by its importance, stacked"
     reference: ClassVar[str] = "FLoRA, arXiv 2409.05976, with AdaLoRA, 2303.10512"
     adapts_experts: ClassVar[bool] = False

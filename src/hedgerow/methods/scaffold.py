@@ -40,6 +40,7 @@ class Scaffold(Composed):
     """All parameters, averaged, with gradients corrected by control variates."""
 
     name: str = "scaffold"
+    own_steps: ClassVar[bool] = True
     summary: ClassVar[str] = "FedAvg with control variates against the clients' drift"
     reference: ClassVar[str] = "SCAFFOLD, arXiv 1910.06378"
 

@@ -53,6 +53,7 @@ class ZerothOrderMethod(Method):
     A good learning rate is smaller than a first-order one by orders of magnitude.
     """
 
+    own_steps: ClassVar[bool] = True
     compresses_broadcast: ClassVar[bool] = True
     tells_steps: ClassVar[bool] = True
 

@@ -51,6 +51,7 @@ from hedgerow.training.checkpointing import check_checkpointing
 from hedgerow.training.objectives.answers import referenced
 from hedgerow.training.optimizers import optimizer_of
 from hedgerow.training.routers import check_router_loss
+from hedgerow.training.trainers import trainer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -248,6 +249,8 @@ def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
     check_causal(model)
     check_max_length(model, experiment.data.max_length)
     optimizer_of(experiment.training).check(model.device)
+    if (trainer := trainer_of(experiment.training)) is not None:
+        trainer.check(experiment.training)
     if experiment.training.gradient_checkpointing:
         check_checkpointing(model.network)
     if experiment.training.router_aux_loss_coef:

@@ -9,6 +9,7 @@ from hedgerow.lazy import peft, torch
 from hedgerow.training import first_order
 from hedgerow.training.checkpointing import checkpointed
 from hedgerow.training.job import Job
+from hedgerow.training.optimizers import make_optimizer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,7 +56,7 @@ def train(
         ),
         "default",
     )
-    optimizer = first_order.make_optimizer(parameters, settings, job.learning_rate)
+    optimizer = make_optimizer(parameters, settings, job.learning_rate)
     pace = first_order.paced(optimizer, job)
     vectors = {name: p for name, p in parameters.items() if not name.endswith("lora_E")}
     survivors = None

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from hedgerow.errors import UserError
 from hedgerow.lazy import torch
-from hedgerow.settings import TrainingSettings
 from hedgerow.training import private_steps
 from hedgerow.training.checkpointing import checkpointed
 from hedgerow.training.job import OR_CLIP, Job, check_finite
 from hedgerow.training.objectives.base import Batch, Objective
-from hedgerow.training.optimizers import optimizer_of
+from hedgerow.training.optimizers import make_optimizer, optimizer_of
 from hedgerow.training.routers import balanced_loss
+from hedgerow.training.trainers import trainer_of
 from hedgerow.wire import is_writable
 
 if TYPE_CHECKING:
@@ -75,6 +75,13 @@ def continue_training(
         The mean loss as `train` has it, and the optimiser's state.
     """
     network, settings, trainable = job.network, job.settings, list(parameters.values())
+    if (trainer := trainer_of(settings)) is not None:
+        if after_backward is not None or job.private is not None:
+            raise UserError(
+                f"training.trainer {trainer.name}: its steps cannot be changed, as the method or "
+                "`privacy` needs it: leave it out"
+            )
+        return trainer.train(job, parameters), {}
     immediate_steps = None
     if after_backward is None and job.private is None:
         immediate_steps = _immediate_steps(job)
@@ -299,17 +306,3 @@ def paced(optimizer: torch.optim.Optimizer, job: Job) -> Callable[[int], None]:
             group["lr"] = rate * job.pace(step)
 
     return begin
-
-
-def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], settings: TrainingSettings, learning_rate: float
-) -> torch.optim.Optimizer:
-    """The optimiser that the experiment names."""
-    optimizer = optimizer_of(settings).build(parameters, learning_rate)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        given = settings.optimizer
-        raise UserError(
-            f"training.optimizer {given}: `build` must return a torch.optim.Optimizer, not "
-            f"{type(optimizer).__name__}"
-        )
-    return optimizer

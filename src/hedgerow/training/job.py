@@ -73,6 +73,8 @@ class Job:
     taken no snapshot."""
     shared_state: Mapping[str, Tensor] = field(default_factory=dict)
     """What everybody keeps beside the global model, as `Model.shared_state`."""
+    tokenizer: Any = None
+    """The model's, for trainers of other libraries; None where nobody has said."""
     private: GaussianSteps | None = None
     """Samples the examples, bounds their gradients and adds noise, for example-level privacy; None:
     nothing does."""

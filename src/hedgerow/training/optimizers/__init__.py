@@ -6,12 +6,17 @@ anywhere: `training.optimizer: {name: "package.module:Class"}`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from hedgerow.errors import UserError
+from hedgerow.lazy import torch
 from hedgerow.plugins import Registry
 from hedgerow.settings import TrainingSettings
 from hedgerow.training.optimizers.base import Optimizer
+
+if TYPE_CHECKING:
+    from torch import nn
 
 OPTIMIZERS: Registry[Optimizer] = Registry(
     "optimizer",
@@ -55,4 +60,18 @@ def optimizer_of(training: TrainingSettings) -> Optimizer:
     return kind.model_validate(options)
 
 
-__all__ = ["OPTIMIZERS", "SHORTHANDS", "Optimizer", "chosen", "optimizer_of"]
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], settings: TrainingSettings, learning_rate: float
+) -> torch.optim.Optimizer:
+    """The optimiser that the experiment names."""
+    optimizer = optimizer_of(settings).build(parameters, learning_rate)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        given = settings.optimizer
+        raise UserError(
+            f"training.optimizer {given}: `build` must return a torch.optim.Optimizer, not "
+            f"{type(optimizer).__name__}"
+        )
+    return optimizer
+
+
+__all__ = ["OPTIMIZERS", "SHORTHANDS", "Optimizer", "chosen", "make_optimizer", "optimizer_of"]

@@ -1,0 +1,40 @@
+"""What a trainer is: whatever takes a client's local steps in the place of hedgerow's own loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from hedgerow.plugins import Plugin
+from hedgerow.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hedgerow.training.job import Job
+
+
+class Trainer(Plugin, ABC):
+    """Local training: its fields are the options under `training.trainer:`."""
+
+    section = ("training", "trainer")
+
+    def check(self, training: TrainingSettings) -> None:
+        """Raise a `UserError` where it cannot train so, before anything is loaded."""
+
+    @abstractmethod
+    def train(self, job: Job, parameters: Mapping[str, nn.Parameter]) -> float:
+        """Train a client's parameters in place, and nothing else of the network.
+
+        Args:
+            job: the model as the method has prepared it (`network`), the client's examples
+                (`data`, whose items are tokens and which of them are learnt), and the settings.
+            parameters: what trains, by name; all else of the network is frozen.
+
+        Returns:
+            The mean training loss.
+
+        Raises:
+            Diverged: the loss is no longer a number (`hedgerow.training.job.check_finite`).
+        """

@@ -1,0 +1,134 @@
+"""What trainers of transformers' family have in common: their arguments, and the network's loan."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from hedgerow.errors import UserError, reason_of
+from hedgerow.lazy import torch, transformers
+from hedgerow.settings import TrainingSettings
+from hedgerow.training.job import Job
+
+OURS = {
+    "learning_rate": "training.learning_rate",
+    "max_steps": "training.steps",
+    "num_train_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation",
+    "activation_checkpointing": "training.gradient_checkpointing",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "max_grad_norm": "training.max_grad_norm",
+    "warmup_steps": "training.warmup_steps",
+    "lr_scheduler_type": "training.local_schedule",
+    "optim": "training.optimizer",
+    "weight_decay": "training.weight_decay",
+    "seed": "federation.seed",
+    "data_seed": "federation.seed",
+    "output_dir": None,
+    "save_strategy": None,
+    "report_to": "tracking.to",
+    "push_to_hub": None,
+    "use_cpu": "model.device",
+}
+"""Arguments that are given in the experiment's own words, and those that a run has no use for."""
+
+
+def check_names(arguments: Mapping[str, Any]) -> None:
+    """Raise a `UserError` where an argument has a place of its own in the experiment."""
+    for key in sorted(arguments.keys() & OURS.keys()):
+        instead = f"give {OURS[key]}" if OURS[key] else "leave it out, since a run keeps its own"
+        raise UserError(f"`training.trainer.arguments.{key}`: {instead}")
+
+
+def arguments_of(
+    kind: type[Any],
+    given: Mapping[str, Any],
+    training: TrainingSettings,
+    folder: str,
+    *,
+    device: str,
+    job: Job | None = None,
+    **more: Any,
+) -> Any:
+    """Arguments of a trainer of transformers' family, for a job.
+
+    Args:
+        kind: class of the arguments.
+        given: arguments that the experiment gives.
+        training: the experiment's settings.
+        folder: where it may write.
+        device: kind of the model's device.
+        job: gives seeds and the learning rate of its round; None for arguments to be looked at.
+        more: others.
+
+    Raises:
+        UserError: there is no such argument, or a value is wrong.
+    """
+    schedule = training.local_schedule
+    if schedule == "constant" and training.warmup_steps:
+        schedule = "constant_with_warmup"  # type: ignore[assignment]
+    own = {
+        "output_dir": folder,
+        "max_steps": training.steps or 1 if job is None else job.most_steps,
+        "per_device_train_batch_size": training.batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation,
+        "activation_checkpointing": training.gradient_checkpointing,
+        "bf16": False,  # which TRL would have by itself
+        "learning_rate": training.learning_rate if job is None else job.learning_rate,
+        "lr_scheduler_type": schedule,
+        "warmup_steps": training.warmup_steps,
+        "max_grad_norm": training.max_grad_norm or 0.0,
+        "seed": 0 if job is None else job.dropout_seed % 2**31,
+        "data_seed": 0 if job is None else int(job.order.integers(2**31)),
+        "use_cpu": device == "cpu",
+        "remove_unused_columns": False,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    try:
+        return kind(**{**own, **more, **given})
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(
+            f"`training.trainer.arguments`: {kind.__name__} does not take them: {reason_of(error)}"
+        ) from None
+
+
+@contextmanager
+def lent(job: Job) -> Iterator[None]:
+    """Lend the network to a trainer: global randomness and the network's settings come back."""
+    network = job.network
+    devices = [network.device] if network.device.type == "cuda" else []
+    states = random.getstate(), np.random.get_state()
+    cached, own = network.config.use_cache, dict(vars(network))
+    # Of quantized weights the Trainer would train none but by peft's own models, and TRL would have
+    # adapters in bfloat16.
+    for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        setattr(network, flag, False)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        network.config.use_cache = cached
+        # Mixed precision, for one, puts a function around `forward`.
+        vars(network).clear()
+        vars(network).update(own)
+        network.zero_grad(set_to_none=True)
+        network.eval()
+
+
+def run(trainer: Any) -> float:
+    """Have a trainer train without a word; returns the mean loss of its steps."""
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    found = trainer.train()
+    trainer.accelerator.free_memory()
+    return float(found.training_loss)
