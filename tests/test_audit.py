@@ -411,6 +411,7 @@ def test_with_noise_the_bound_is_below_the_promise(tmp_path, hedgerow):
     assert {word for each in found.left for word in each.said} == {"num_examples", "epsilon"}
 
 
+@pytest.mark.slow
 def test_noise_that_is_missing_is_found(tmp_path, monkeypatch):
     """A promise that a fault makes untrue: gradients are bounded, and nothing is added to them."""
     monkeypatch.setattr(GaussianSteps, "add_noise", lambda self, sums, step: None)

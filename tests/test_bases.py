@@ -198,6 +198,7 @@ def test_run_exports_and_evaluation_on_an_adapter_agree(
     assert "base_model: base\n" in (tmp_path / "adapter" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_adapters_tokenizer_survives_and_others_need_no_hedgerow(
     hedgerow, experiment, tmp_path, untied
 ):

@@ -20,7 +20,17 @@ def keeps_its_promises(name):
     check_method(METHODS[options["name"]].model_validate(options))
 
 
-@pytest.mark.parametrize("name", METHOD_OPTIONS)
+TWICE = ["ferret of the largest, both ways", "ferret of the paper", "ditto", "fedsa_lora", "rolora"]
+"""Configurations whose parts others have, too, and that take seconds each."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in TWICE else [])
+        for name in METHOD_OPTIONS
+    ],
+)
 def test_every_configuration_keeps_its_promises(name):
     keeps_its_promises(name)
 

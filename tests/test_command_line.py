@@ -148,7 +148,10 @@ def test_who_stops_a_run_is_told_how_it_goes_on(endless, tmp_path, number):
     ]
 
 
-@pytest.mark.parametrize("seconds", [0, 0.02, 0.2, 0.6])
+SLOWLY = [pytest.param(each, marks=pytest.mark.slow) for each in (0.02, 0.2)]
+
+
+@pytest.mark.parametrize("seconds", [0, *SLOWLY, 0.6])
 def test_who_stops_a_run_twice_is_told_the_same(endless, tmp_path, seconds):
     """Wherever the second one comes: while what is open is closed, or while the process ends."""
     running = process("run", endless, "--out", tmp_path / "run")

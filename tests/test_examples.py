@@ -164,6 +164,7 @@ def test_a_site_that_lacks_the_method_says_so_in_a_sentence(here, hedgerow, monk
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_own_metric_is_measured_and_reported(here):
     shutil.copy(EXAMPLES / "own_metric.py", here)
     metric = 'evaluation.metrics=["loss", "own_metric:LengthRatio"]'
@@ -180,6 +181,7 @@ def test_own_metric_is_measured_and_reported(here):
     assert "length ratio" in (here / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_in_memory_runs_and_goes_on(tmp_path, monkeypatch):
     shutil.copy(EXAMPLES / "in_memory.py", tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -422,6 +422,7 @@ def test_an_empty_folder_is_filled_and_keeps_its_mode(hedgerow, experiment, tmp_
     assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
+@pytest.mark.slow
 def test_a_base_of_the_hub_keeps_its_whole_name(experiment, tmp_path, tiny_model, monkeypatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "home" / "hub" / "models--acme--tiny-llama"

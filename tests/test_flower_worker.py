@@ -71,6 +71,7 @@ def test_a_worker_ends_when_nothing_is_asked_and_is_started_again(worker_request
     assert ask(place, worker_request).reply.num_examples == 5
 
 
+@pytest.mark.slow
 def test_a_worker_that_has_a_part_in_a_sum_waits_for_the_others(worker_request, experiment):
     """Its keys are in memory alone: who trains for longer than it rests would end the sum."""
     changes = ["data.test=null", "method={name: fedavg}", "federation.secure=true"]

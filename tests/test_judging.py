@@ -469,8 +469,7 @@ def test_a_rating_that_is_out_of_bounds_is_nobodys(judge, endpoint, files):
         assert (result.code, "other.jsonl line 1" in result.err) == (2, True)
 
 
-@pytest.mark.parametrize("times", [1, 3])
-@pytest.mark.parametrize("answer", [silent, slow_body])
+@pytest.mark.parametrize(("answer", "times"), [(silent, 3), (slow_body, 1)])
 def test_ctrl_c_ends_it_at_once(endpoint, files, answer, times):
     asked = threading.Event()
 

@@ -142,13 +142,12 @@ PRIVATE = "privacy={level: example, clip: 1, noise_multiplier: 1, delta: 1e-3, s
         ["method={name: flora, ranks: [4, 2, 1]}"],
         ["method=fedavg"],
         ["method={name: ferret, compression: 64}"],
-        ["method={name: fedavg, server: adam}", "training.keep_optimizer=true"],
         ["method={name: fedit, ranks: 2}", "federation.secure=true"],
         ["method={name: fedit, ranks: 2}", "federation.weights=multi_krum"],
         ["method={name: standalone, ranks: 2}"],
         ["method=fedavg", PRIVATE],
     ],
-    ids=["flora", "fedavg", "ferret", "moments", "secure", "weighed", "standalone", "private"],
+    ids=["flora", "fedavg", "ferret", "secure", "weighed", "standalone", "private"],
 )
 def test_bytes_are_those_of_one_process(overrides, hedgerow, experiment, tmp_path):
     metrics = "evaluation.metrics=[loss, rouge_l]"

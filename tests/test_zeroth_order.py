@@ -47,6 +47,9 @@ class OneStep:
     def steps(self):
         yield [{}], 1
 
+    def pace(self, step):
+        return 1.0
+
 
 def test_a_direction_is_normal_and_of_the_seed_and_the_weight_alone():
     weight = torch.zeros(300, 400)
