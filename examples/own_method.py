@@ -32,6 +32,7 @@ class FedProx(FedAvg):
 
     summary: ClassVar[str] = "FedAvg with a proximal term in the clients' objective"
     reference: ClassVar[str] = "FedProx, arXiv 1812.06127"
+    own_steps: ClassVar[bool] = True
 
     mu: float = Field(0.01, ge=0)
     """Strength μ of the proximal term; 0 is FedAvg, and the paper tries 0.001 to 1."""

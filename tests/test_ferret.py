@@ -416,7 +416,7 @@ def test_an_update_that_is_not_what_was_asked_for_is_refused(run, damage):
 
 def test_sgd_steps_in_the_backward_pass_are_sgd_s(run, monkeypatch):
     fused = run("fused", training=PAPER_STEPS | {"weight_decay": 0.01})
-    monkeypatch.setattr(first_order, "_immediate_steps", lambda job: None)
+    monkeypatch.setattr(first_order, "_steps_immediately", lambda job: False)
     usual = run("usual", training=PAPER_STEPS | {"weight_decay": 0.01})
     name = "ledger/0003.safetensors"
     assert (fused / name).read_bytes() == (usual / name).read_bytes()

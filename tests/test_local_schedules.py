@@ -20,7 +20,7 @@ def job(steps: int, **training) -> Job:
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup", [0, 1, 3])
-@pytest.mark.parametrize("steps", [3, 10])
+@pytest.mark.parametrize("steps", [4, 10])
 def test_paces_are_those_of_transformers(schedule, warmup, steps):
     ours = job(steps, local_schedule=schedule, warmup_steps=warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
@@ -48,19 +48,25 @@ FALLING = "training.local_schedule=linear"
     ],
     ids=["sgd", "zeroth order", "adalora", "kept moments"],
 )
-def test_every_learner_has_them(overrides, hedgerow, experiment, tmp_path):
-    """With as many steps to warm up in as there are, and one step, nothing is learnt."""
-    path, none = experiment(federation={"rounds": 1}), "training.warmup_steps=1"
-    for name, *more in (
-        ["plain"],
-        ["falling", FALLING],
-        ["still", "training.steps=1", none],
-    ):
-        done = hedgerow("run", path, *overrides, *more, "--out", tmp_path / name)
+def test_every_learner_has_them(overrides, hedgerow, experiment, tmp_path, monkeypatch):
+    """At no pace nothing is learnt."""
+    path = experiment(federation={"rounds": 1})
+    paces = {"whole": Job.pace, "none": lambda self, step: 0.0}
+    for name, pace in paces.items():
+        monkeypatch.setattr(Job, "pace", pace)
+        done = hedgerow("run", path, *overrides, FALLING, "--out", tmp_path / name)
         assert done.code == 0, done.err
-    assert ledger_bytes(tmp_path / "plain") != ledger_bytes(tmp_path / "falling")
-    before, after = rows_of(tmp_path / "still")
-    assert after["eval_loss"] == pytest.approx(before["eval_loss"], abs=1e-6)
+    learnt, still = (rows_of(tmp_path / name) for name in paces)
+    assert learnt[1]["eval_loss"] != pytest.approx(learnt[0]["eval_loss"], abs=1e-4)
+    assert still[1]["eval_loss"] == pytest.approx(still[0]["eval_loss"], abs=1e-6)
+
+
+def test_a_warm_up_that_does_not_end_is_refused(hedgerow, experiment, tmp_path):
+    out = ["--out", tmp_path / "run"]
+    done = hedgerow("run", experiment(), "training.steps=5", "training.warmup_steps=5", *out)
+    assert done.code == 2
+    assert "`warmup_steps` must be below the number of steps, 5" in done.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_steps_in_the_backward_pass_are_as_long_as_the_optimizer_s(hedgerow, experiment, tmp_path):

@@ -320,7 +320,7 @@ def test_a_step_in_the_backward_pass_is_the_optimizer_s_own_offer():
     def offered(**training):
         settings = TrainingSettings(**{"max_grad_norm": None} | training)
         job = Job(None, [], settings, 0.1, 0, Seeds(0).numpy("order"), 1)
-        return first_order._immediate_steps(job) is not None
+        return first_order._steps_immediately(job)
 
     assert offered(optimizer="sgd")
     assert offered(optimizer={"name": "sgd", "weight_decay": 0.1})

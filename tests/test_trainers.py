@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import sys
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import yaml
 from support.runs import ledger_bytes, rows_of
+
+from hedgerow.training import first_order
 
 NAMES = ["transformers", "trl"]
 
@@ -89,11 +92,78 @@ def test_global_randomness_is_given_back(run, name):
     assert before == (random.getstate(), np.random.get_state()[1].tolist())
 
 
-def test_arguments_are_handed_on(run, tmp_path):
-    trainer = "training.trainer={{name: trl, arguments: {}}}"
-    run("plain", trainer.format("{}"), "federation.rounds=1")
-    run("packed", trainer.format("{neftune_noise_alpha: 5}"), "federation.rounds=1")
-    assert ledger_bytes(tmp_path / "plain") != ledger_bytes(tmp_path / "packed")
+TRL = "training.trainer={{name: trl, arguments: {}}}"
+
+
+@pytest.mark.parametrize(
+    "arguments", ["{packing: true}", "{padding_free: true}", "{neftune_noise_alpha: 5}"]
+)
+def test_arguments_are_handed_on(run, tmp_path, arguments):
+    run("plain", TRL.format("{}"), "federation.rounds=1")
+    rows = run("other", TRL.format(arguments), "federation.rounds=1")
+    assert ledger_bytes(tmp_path / "plain") != ledger_bytes(tmp_path / "other")
+    assert rows[1]["eval_loss"] < rows[0]["eval_loss"]
+
+
+def test_what_the_library_refuses_while_training_is_a_sentence(hedgerow, experiment, tmp_path):
+    if importlib.util.find_spec("liger_kernel") is not None:
+        pytest.skip("Liger's kernels are here")
+    liger = TRL.format("{use_liger_kernel: true}")
+    done = hedgerow("run", experiment(), liger, "--out", tmp_path / "run")
+    assert done.code == 2
+    assert "`training.trainer.arguments`: the trainer does not take them" in done.err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_of_the_network_are_given_back(hedgerow, experiment, tmp_path, name, monkeypatch):
+    seen = []
+    train = first_order.continue_training
+
+    def watched(job, *given, **more):
+        configs = (job.network.config, job.network.generation_config)
+        before = [dict(vars(each)) for each in configs]
+        kept = set(vars(job.network))
+        found = train(job, *given, **more)
+        seen.append((before, [dict(vars(each)) for each in configs], kept, set(vars(job.network))))
+        return found
+
+    monkeypatch.setattr(first_order, "continue_training", watched)
+    path = experiment(federation={"rounds": 1})
+    done = hedgerow("run", path, f"training.trainer={name}", "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    for before, after, kept, own in seen:
+        assert (before, kept) == (after, own)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_clients_side_by_side_have_the_same_bytes(hedgerow, experiment, tmp_path, name):
+    path = experiment(federation={"rounds": 2})
+    for out, *more in (["one"], ["two", "--workers", "2"]):
+        given = [f"training.trainer={name}", *more, "--out", tmp_path / out]
+        assert hedgerow("run", path, *given).code == 0
+    assert ledger_bytes(tmp_path / "one") == ledger_bytes(tmp_path / "two")
+
+
+def test_one_that_loads_data_in_processes_has_them_beside_others(hedgerow, experiment, tmp_path):
+    loads = "{name: transformers, arguments: {dataloader_num_workers: 1}}"
+    given = [f"training.trainer={loads}", "federation.rounds=1", "--workers", "2"]
+    done = hedgerow("run", experiment(), *given, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert rows_of(tmp_path / "run")[1]["failures"] == {}
+
+
+def test_it_is_explained_and_its_options_are_overrides(run, hedgerow, tmp_path):
+    said = hedgerow("explain", "training.trainer").out
+    assert "transformers" in said
+    assert "SFTConfig" in said
+    more = ["training.trainer=transformers", "training.trainer.arguments.adam_beta1=0.5"]
+    run("run", *more, "federation.rounds=1", "method=fedavg")
+    path = tmp_path / "run" / "experiment.yaml"
+    assert yaml.safe_load(path.read_text())["training"]["keep_optimizer"] is False
+    out = ["--out", tmp_path / "again"]
+    assert hedgerow("run", path, "training.trainer=null", *out).code == 0
+    again = yaml.safe_load((tmp_path / "again" / "experiment.yaml").read_text())
+    assert again["training"]["keep_optimizer"] is True
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -104,10 +174,10 @@ def test_bases_may_be_quantized(run, name, kind):
 
 
 def test_schedules_are_the_trainer_s(run, tmp_path):
-    """With as many steps to warm up in as there are, and one step, nothing is learnt."""
-    still = ["training.steps=1", "training.warmup_steps=1", "federation.rounds=1"]
-    rows = run("run", "training.trainer=transformers", *still, "method=fedavg")
-    assert rows[-1]["eval_loss"] == pytest.approx(rows[0]["eval_loss"], abs=1e-6)
+    one = ["training.trainer=transformers", "federation.rounds=1", "method=fedavg"]
+    run("constant", *one)
+    run("falling", *one, "training.local_schedule=cosine", "training.warmup_steps=1")
+    assert ledger_bytes(tmp_path / "constant") != ledger_bytes(tmp_path / "falling")
 
 
 OWN = """
@@ -151,7 +221,11 @@ PRIVATE = "privacy={level: example, clip: 1, noise_multiplier: 1, delta: 1e-3}"
         (["training.trainer={arguments: {}}"], "`training.trainer` needs a name"),
         (["training.trainer=trl", "method=fedkseed"], "take local steps of its own"),
         (["training.trainer=trl", "method={name: fedprox, mu: 0.1}"], "or take one of"),
-        (["training.trainer=trl", "method=fedavg", PRIVATE], "noise hides each step's gradients"),
+        (
+            ["training.trainer=trl", "method=fedavg", PRIVATE],
+            "gradients of hedgerow's own steps",
+        ),
+        (["training.trainer=trl", "training.objective=dpo"], "is for the objective supervised"),
         (["training.trainer=trl", "training.keep_optimizer=true"], "an optimiser of its own"),
         (
             ["training.trainer={name: trl, arguments: {learning_rate: 1}}"],
@@ -163,7 +237,7 @@ PRIVATE = "privacy={level: example, clip: 1, noise_multiplier: 1, delta: 1e-3}"
         ),
         (
             ["training.trainer={name: trl, arguments: {packed: true}}"],
-            "`training.trainer.arguments`: SFTConfig does not take them: ",
+            "`training.trainer.arguments`: the trainer does not take them: ",
         ),
     ],
 )

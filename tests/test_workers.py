@@ -1,10 +1,12 @@
 """Clients side by side: `--workers`, and the processes behind it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from support.runs import ledger_bytes, rows_of
 
 from hedgerow.engines.local import LocalFleet
 from hedgerow.errors import ClientFailed, UserError
+from hedgerow.evaluation import likelihood
 from hedgerow.workers import ALONE, WorkerDied, Workers
 
 TWO = Workers(2)
@@ -114,7 +117,7 @@ def is_there(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("given", [0, -1, "two", "", 1.5])
+@pytest.mark.parametrize("given", [0, -1, "two", "", 1.5, "0", True])
 def test_other_numbers_are_refused(given):
     with pytest.raises(UserError, match="give 1 or more, or auto"):
         Workers.of(given)
@@ -134,6 +137,7 @@ def test_auto_is_what_is_free():
 # --- runs -----------------------------------------------------------------------------------------
 
 PRIVATE = "privacy={level: example, clip: 1, noise_multiplier: 1, delta: 1e-3, seed: 3}"
+SECRET = PRIVATE.replace(", seed: 3", "")
 
 
 @pytest.mark.parametrize(
@@ -156,15 +160,121 @@ def test_bytes_are_those_of_one_process(overrides, hedgerow, experiment, tmp_pat
         done = hedgerow("run", path, *overrides, metrics, *more, "--out", tmp_path / name)
         assert done.code == 0, done.err
     one, two = tmp_path / "one", tmp_path / "two"
-    if PRIVATE not in overrides:  # whose keys differ
-        assert ledger_bytes(one) == ledger_bytes(two)
-        for before, after in zip(rows_of(one), rows_of(two), strict=True):
-            timed = {key for key in before | after if key.endswith("seconds")}
-            assert {k: v for k, v in before.items() if k not in timed} == {
-                k: v for k, v in after.items() if k not in timed
-            }
+    assert ledger_bytes(one) == ledger_bytes(two)
+    for before, after in zip(rows_of(one), rows_of(two), strict=True):
+        timed = {key for key in before | after if key.endswith("seconds")}
+        assert {k: v for k, v in before.items() if k not in timed} == {
+            k: v for k, v in after.items() if k not in timed
+        }
     assert [row["failures"] for row in rows_of(two)[1:]] == [{}, {}, {}]
     assert not (two / "arriving").exists()
+
+
+def test_all_have_one_secret_key_and_a_resumed_run_has_the_same(hedgerow, experiment, tmp_path):
+    """It is made in the first round, before there is anybody who could make another."""
+    path, two = experiment(federation={"rounds": 3}), ["--workers", "2"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    given = [path, "method=fedavg", SECRET]
+    done = hedgerow("run", *given, "federation.rounds=1", *two, "--out", part)
+    assert done.code == 0, done.err
+    shutil.copytree(part, whole)
+    for out in (whole, part):
+        more = two if out == part else []
+        done = hedgerow("run", *given, *more, "--out", out, "--resume")
+        assert done.code == 0, done.err
+    assert ledger_bytes(whole) == ledger_bytes(part)
+    assert [row["failures"] for row in rows_of(part)[1:]] == [{}, {}, {}]
+
+
+def test_a_process_that_dies_while_scoring_stops_the_run(
+    hedgerow, experiment, tmp_path, monkeypatch
+):
+    def dying(*given, **more):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    path = experiment(federation={"rounds": 1}, evaluation={"every": 1, "batch_size": 1})
+    monkeypatch.setattr(likelihood, "batch_losses", dying)
+    done = hedgerow("run", path, "--workers", "2", "--out", tmp_path / "run")
+    assert done.code == 1
+    assert "a worker ended before it was done (SIGKILL)" in done.err
+    assert "give fewer --workers" in done.err
+
+
+def test_a_killed_run_leaves_nobody_and_goes_on(experiment, tmp_path):
+    path, run = experiment(federation={"rounds": 8}, training={"steps": 20}), tmp_path / "run"
+    command = [sys.executable, "-m", "hedgerow", "run", str(path), "--workers", "2"]
+    process = subprocess.Popen([*command, "--out", str(run)], stdout=subprocess.DEVNULL)
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    subprocess.run([*command, "--out", str(run), "--resume"], check=True, capture_output=True)
+    whole = [*command[:-1], "1", "--out", str(tmp_path / "whole")]
+    subprocess.run(whole, check=True, capture_output=True)
+    assert ledger_bytes(run) == ledger_bytes(tmp_path / "whole")
+    assert not (run / "arriving").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_stops_a_run_is_told_once(experiment, tmp_path, number):
+    path, run = experiment(training={"steps": 100_000}), tmp_path / "run"
+    command = [sys.executable, "-m", "hedgerow", "run", str(path), "--workers", "2"]
+    process = subprocess.Popen(
+        [*command, "--out", str(run)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not (run / "arriving").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode in (130, 143)
+    assert said.count("interrupted") == 1
+    assert "Traceback" not in said
+
+
+def test_no_update_is_held_while_the_next_client_trains(
+    hedgerow, experiment, tmp_path, monkeypatch
+):
+    trained, held = LocalFleet._trained, []
+
+    def watched(self, *given):
+        assert all(each() is None for each in held)
+        update = trained(self, *given)
+        held.append(weakref.ref(update))
+        return update
+
+    monkeypatch.setattr(LocalFleet, "_trained", watched)
+    done = hedgerow("run", experiment(federation={"rounds": 1}), "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert len(held) == 3
+
+
+def test_on_a_gpu_clients_train_one_after_another():
+    assert Workers(2, is_auto=True).on("cuda") is ALONE
+    assert Workers(2).on("cpu").count == 2
+    with pytest.raises(UserError, match=r"give model\.device=cpu"):
+        Workers(2).on("cuda")
+
+
+class Odd(Exception):
+    """An error that cannot be read by another process."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+def test_an_error_that_cannot_travel_is_told_in_words():
+    def wrong(number):
+        raise Odd(1, 2)
+
+    [outcome] = TWO.each(wrong, [1])
+    assert isinstance(outcome.error, RuntimeError)
+    assert "Odd: 1 and 2" in str(outcome.error)
 
 
 def test_a_process_that_dies_costs_its_client_a_round(hedgerow, experiment, tmp_path, monkeypatch):

@@ -79,7 +79,7 @@ def run(out: Path) -> None:
         ],
     )
     console.out.print(
-        f"the same again: hedgerow run {experiment} --out another-run\n"
+        f"the same again: hedgerow run {experiment} --workers auto --out another-run\n"
         f"a page to look at: hedgerow report {out} --out page.html\n"
         f"an adapter for peft: hedgerow export {out / 'flora'} adapter --to adapter"
     )

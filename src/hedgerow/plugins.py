@@ -1,8 +1,9 @@
 """Plug-ins: what an experiment names is found here, whether it is hedgerow's own or anybody's.
 
 Three kinds of name are known: one of hedgerow's own (`flora`); one that an installed package
-declares as an entry point (group `hedgerow.methods`, `hedgerow.metrics`, `hedgerow.optimizers` or
-`hedgerow.objectives`); and `package.module:Class`, for whatever can be imported.
+declares as an entry point (group `hedgerow.methods`, `hedgerow.metrics`, `hedgerow.optimizers`,
+`hedgerow.objectives` or `hedgerow.trainers`); and `package.module:Class`, for whatever can be
+imported.
 """
 
 from __future__ import annotations

@@ -404,6 +404,7 @@ class TrainingSettings(Section):
     """Training of a client in a round."""
 
     beside: ClassVar = ("gradient_checkpointing",)
+    """Keys that the entries of a run do not depend on, and that one which goes on may change."""
     elsewhere: ClassVar = {
         "lr": "give `learning_rate`",
         "max_steps": "give `steps`, of a client in a round",
@@ -417,7 +418,6 @@ class TrainingSettings(Section):
         "max_length": "give `data.max_length`",
         "max_seq_length": "give `data.max_length`",
     }
-    """Keys that the entries of a run do not depend on, and that one which goes on may change."""
 
     steps: int | None = Field(None, ge=1)
     """Number of optimiser steps of a client in a round; with null, `epochs` decides, or there are
@@ -472,7 +472,8 @@ class TrainingSettings(Section):
     keep_optimizer: bool | None = None
     """Whether each client keeps its optimiser's moments for its next round, on its own disk; they
     are never sent. With null, as the method has it: yes for `fedavg`, `diloco`, `sparseloco`,
-    `ferret` and `flora`, whose papers do not say otherwise, and no for others."""
+    `ferret` and `flora`, whose papers do not say otherwise, and no for others, and with a
+    `trainer`."""
 
     def most_steps(self, num_examples: int) -> int:
         """Number of optimiser steps of a client with so many examples in a round."""
@@ -498,6 +499,11 @@ class TrainingSettings(Section):
     def _steps_or_epochs(self) -> TrainingSettings:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give `steps` or `epochs`, not both")
+        if self.epochs is None and self.warmup_steps >= self.most_steps(1):
+            raise ValueError(
+                f"`warmup_steps` must be below the number of steps, {self.most_steps(1)}, or no "
+                "step would have the whole learning rate"
+            )
         return self
 
 

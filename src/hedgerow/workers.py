@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -19,14 +20,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from hedgerow.errors import ClientFailed, UserError
+from hedgerow.errors import ClientFailed, RunFailed, UserError
 from hedgerow.lazy import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class WorkerDied(Exception):
+class WorkerDied(RunFailed):
     """A process that ended before its work was done, as where the system has killed it."""
 
 
@@ -50,31 +51,32 @@ class Outcome(NamedTuple, Generic[R]):
 class Workers:
     """So many processes at a time, each of which computes in one thread; with 1, this one alone."""
 
-    def __init__(self, count: int = 1, *, is_single: bool | None = None) -> None:
+    def __init__(self, count: int = 1, *, is_auto: bool = False) -> None:
         """Begin nothing yet.
 
         Args:
             count: number of processes.
-            is_single: whether this process computes in one thread, too, so that its sums are those
-                of any number of others; None: where there are others.
+            is_auto: whether the machine has decided it, so that bytes must not depend on it.
         """
-        self.count = count
-        self._is_single = count > 1 if is_single is None else is_single
+        self.count, self._is_auto = count, is_auto
 
     @classmethod
     def of(cls, given: int | str) -> Workers:
         """Workers as they are asked for.
 
         Args:
-            given: their number, or `auto`, as many as there are processors that have nothing to do,
-                whose bytes are the same however many those are.
+            given: their number, which may be a text; or `auto`, as many as there are processors
+                that this process may use and that have nothing to do, whose bytes are the same
+                however many those are.
 
         Raises:
             UserError: it is no such number, or the system cannot fork processes safely.
         """
         if given == "auto":
-            return cls(_free_processors() if sys.platform == "linux" else 1, is_single=True)
-        if not isinstance(given, int) or given < 1:
+            return cls(_free_processors() if sys.platform == "linux" else 1, is_auto=True)
+        if isinstance(given, str) and given.isdecimal():
+            given = int(given)
+        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
             raise UserError(f"workers {given}: give 1 or more, or auto")
         if given > 1 and sys.platform != "linux":
             raise UserError(
@@ -87,11 +89,29 @@ class Workers:
         """Whether this process does all the work."""
         return self.count == 1
 
+    def on(self, device: str) -> Workers:
+        """The workers for a model on a kind of device: on another than the CPU, one.
+
+        Raises:
+            UserError: somebody has asked for several there.
+        """
+        if device == "cpu" or self.is_alone:
+            return self
+        if self._is_auto:
+            return ALONE
+        raise UserError(
+            f"workers {self.count}: the model is on a device ({device}) where clients train one "
+            "after another: leave it out, or give model.device=cpu"
+        )
+
     @contextlib.contextmanager
     def one_thread(self) -> Iterator[None]:
-        """Have this process compute in one thread, too, where it is to."""
+        """Have this process compute in one thread, too, so that its sums are those of any number.
+
+        Not where it is alone and nobody has asked for anything else.
+        """
         threads = torch.get_num_threads()
-        if self._is_single:
+        if self.count > 1 or self._is_auto:
             torch.set_num_threads(1)
         try:
             yield
@@ -145,6 +165,8 @@ class Workers:
                 yield found.pop(place)
         finally:
             for worker in running.values():
+                worker.kill()  # all of them, before an interrupt may come while one is waited for
+            for worker in running.values():
                 worker.end()
 
 
@@ -164,7 +186,12 @@ class _Worker(Generic[R]):
         self._process = multiprocessing.get_context("fork").Process(
             target=_work, args=(work, items, theirs, os.getpid()), daemon=True
         )
-        self._process.start()
+        # Ctrl-C between its beginning and its first line would be told by it, too.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def begin(self, place: int) -> None:
@@ -182,12 +209,22 @@ class _Worker(Generic[R]):
             self._process.join()
             code = self._process.exitcode or 0
             how = signal.Signals(-code).name if code < 0 else f"code {code}"
-            return Outcome(None, WorkerDied(f"its process ended before it was done ({how})"))
+            return Outcome(
+                None,
+                WorkerDied(
+                    f"a worker ended before it was done ({how}), as where there is too little "
+                    "memory: give fewer --workers"
+                ),
+            )
         return outcome
 
-    def end(self) -> None:
-        """End the process, whatever it does."""
+    def kill(self) -> None:
+        """Have the process end, whatever it does."""
         self._process.kill()
+
+    def end(self) -> None:
+        """Kill the process, and wait for its end."""
+        self.kill()
         self._process.join()
         self.pipe.close()
 
@@ -196,6 +233,12 @@ def _work(work: Callable[[T], R], items: Sequence[T], pipe: Connection, parent: 
     """What a forked process does: one item after another, until it is ended."""
     _end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever waits
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # Whoever draws progress here has locks that nobody opens any more.
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    # Its own processes, as those that load data, end with it.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers say that they were forked
     torch.set_num_threads(1)
     while True:
@@ -203,10 +246,20 @@ def _work(work: Callable[[T], R], items: Sequence[T], pipe: Connection, parent: 
         try:
             outcome: Outcome[R] = Outcome(work(item))
         except Exception as error:
-            if not isinstance(error, UserError | ClientFailed):
-                error.add_note("".join(traceback.format_exception(error)))
-            outcome = Outcome(None, error)
+            outcome = Outcome(None, _portable(error))
         pipe.send(outcome)
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that another process can read, with where it was raised if it was not meant."""
+    said = "".join(traceback.format_exception(error))
+    if not isinstance(error, UserError | ClientFailed | RunFailed):
+        error.add_note(said)
+    try:
+        found = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(said)
+    return error if type(found) is type(error) else RuntimeError(said)
 
 
 def _end_with(parent: int) -> None:

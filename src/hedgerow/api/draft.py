@@ -260,8 +260,9 @@ def _merged(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
             continue
         own = merged.get(name)
         own = own if isinstance(own, dict) else {}
-        if name == "training" and "optimizer" in section:
+        if name == "training" and section.keys() & {"optimizer", "trainer"}:
             forget_kept(merged)
+        if name == "training" and "optimizer" in section:
             forget_defaults(own)
         merged[name] = own | section
     data, new = merged.get("data", {}), given.get("data", {})

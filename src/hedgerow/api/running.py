@@ -60,7 +60,8 @@ def run(
             runtime, which takes files only.
         workers: number of clients that train side by side, each in one thread of a process of its
             own that shares this one's memory; `auto`: as many as there are free processors. The
-            same run in one thread has the same bytes. On Linux, of models on the CPU.
+            same run in one thread has the same bytes, and so it is to be resumed with it, or in
+            one thread. On Linux, of models on the CPU.
         smoke: of a file: the variant of itself that takes seconds.
         progress: whether to show what happens. None, the default, shows it in a terminal and in a
             notebook.
@@ -127,7 +128,7 @@ def run(
             resume=resume,
             engine=engine,
             progress=progress,
-            workers=Workers.of(workers),
+            workers=workers,
         )
     except KeyboardInterrupt as stop:
         stop.add_note(f"what is written in {out} is valid: resume=True goes on with it")
@@ -183,12 +184,13 @@ def _train(
     resume: bool,
     engine: Engine,
     progress: bool | None,
-    workers: Workers,
+    workers: int | str,
 ) -> None:
+    side_by_side = Workers.of(workers)
     with watcher(progress, metrics=experiment.evaluation.metrics) as watching:
         if engine == "flower":
             _check_files_only(experiment)
-            if not workers.is_alone:
+            if workers not in (1, "1"):
                 raise UserError(
                     "workers: Flower's simulation has clients train side by side of its own: leave "
                     "it out, or take engine=local"
@@ -209,7 +211,7 @@ def _train(
                     resume=resume,
                     model=model,
                     held=drafted.held,
-                    workers=workers,
+                    workers=side_by_side,
                 )
 
             if drafted.network is None:

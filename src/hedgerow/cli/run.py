@@ -41,7 +41,7 @@ def run(
             out=out,
             resume=resume,
             engine=engine.value,
-            workers=int(workers) if workers.isdecimal() else workers,
+            workers=workers,
             smoke=smoke,
             progress=True,
         )
@@ -87,7 +87,7 @@ def compare(
             sweep=None if sweep is None else comparison.split_sweeps(sweep),
             seeds=seeds,
             target=target,
-            workers=int(workers) if workers.isdecimal() else workers,
+            workers=workers,
             smoke=smoke,
             progress=True,
         )

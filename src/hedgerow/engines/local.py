@@ -6,6 +6,7 @@ their files. A client costs its trainables while it trains, and a few bytes an e
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -30,7 +31,7 @@ from hedgerow.runs.preparation import Prepared, prepare, with_date_of
 from hedgerow.runs.scoring import Progress, Scorer
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry, Update
-from hedgerow.workers import ALONE, WorkerDied, Workers
+from hedgerow.workers import ALONE, Outcome, WorkerDied, Workers
 
 
 class LocalFleet:
@@ -52,6 +53,7 @@ class LocalFleet:
         """
         self._say, self._workers = say, workers
         self._arriving = directory.path / "arriving"
+        shutil.rmtree(self._arriving, ignore_errors=True)  # of a process that was killed
         self._experiment, self._prepared, self._directory = experiment, prepared, directory
         self._model = prepared.model
         self._seeds = Seeds(experiment.federation.seed)
@@ -106,18 +108,37 @@ class LocalFleet:
             return path
 
         alone = self._workers.is_alone
+        if not alone:
+            for client in clients:
+                # In here, so that all have one key where it is made in this round. What is kept of
+                # it is not, since it goes on elsewhere.
+                self._privacy_of(client)
+            self._privacy.clear()
         with (
             nullcontext() if alone else emptied(self._arriving),
             closing(self._workers.each(learn, clients)) as outcomes,
         ):
             for client in clients:
-                with nullcontext() if alone else clock("train"):
-                    outcome = next(outcomes)
                 letter = None if letters is None else letters[client.name]
-                try:
-                    yield self._sent(client, outcome.get(), round, parent, clock, letter)
-                except (ClientFailed, WorkerDied) as error:
-                    yield self._failed(client, round, error)
+                # In a function, so that nothing holds its update while the next client trains.
+                yield self._result(outcomes, client, round, parent, clock, letter)
+
+    def _result(
+        self,
+        outcomes: Iterator[Outcome[Update | Path]],
+        client: Client,
+        round: int,
+        parent: str,
+        clock: Clock,
+        letter: AskMasked | None,
+    ) -> ClientResult:
+        """What comes of the next client's training."""
+        with nullcontext() if self._workers.is_alone else clock("train"):
+            outcome = next(outcomes)
+        try:
+            return self._sent(client, outcome.get(), round, parent, clock, letter)
+        except (ClientFailed, WorkerDied) as error:
+            return self._failed(client, round, error)
 
     def _begun(self, client: Client, round: int) -> ClientRound:
         directory = self._directory
@@ -243,11 +264,7 @@ def run(
     else:
         RunDirectory.check_free(out)
     prepared = prepare(experiment, model, held)
-    if not workers.is_alone and prepared.model.device.type != "cpu":
-        raise UserError(
-            f"workers {workers.count}: the model is on {prepared.model.device}, where clients "
-            "train one after another: leave it out, or give model.device=cpu"
-        )
+    workers = workers.on(prepared.model.device.type)
     experiment = prepared.experiment
     say = say or watcher.say
     for note in prepared.notes:

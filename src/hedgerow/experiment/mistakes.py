@@ -154,8 +154,8 @@ def check_objective(
     where = f"training.objective {objective.name}"
     if training.trainer is not None and privacy is not None and privacy.level == "example":
         raise UserError(
-            "training.trainer: under privacy.level example noise hides each step's gradients, "
-            "which other libraries' steps do not let it: leave it out"
+            "training.trainer: privacy.level example adds noise to the gradients of hedgerow's own "
+            "steps: leave it out"
         )
     if data.loss_on not in objective.loss_on:
         raise UserError(

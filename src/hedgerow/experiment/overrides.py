@@ -19,6 +19,7 @@ from hedgerow.plugins import Registry
 from hedgerow.settings import Section, TrainingSettings, sections
 from hedgerow.training.objectives import OBJECTIVES
 from hedgerow.training.optimizers import OPTIMIZERS, SHORTHANDS
+from hedgerow.training.trainers import TRAINERS
 
 Change = tuple[list[str], Any]
 """The keys that lead to a value, and the value that it gets."""
@@ -73,7 +74,7 @@ def changed(
         for key in reversed(keys[:-1]):
             nested = {key: nested}
         make_paths_absolute(nested, folders)
-        if keys[-1] == "name" or keys in (["method"], ["training", "optimizer"]):
+        if keys[-1] == "name" or keys in _DECIDE_WHAT_IS_KEPT:
             forget_kept(content)
         section = content
         for depth, key in enumerate(keys[:-1], start=1):
@@ -92,6 +93,9 @@ def changed(
         section[keys[-1]] = nested[keys[-1]]
     _drop_idle(content, before, changes)
     return content
+
+
+_DECIDE_WHAT_IS_KEPT = (["method"], ["training", "optimizer"], ["training", "trainer"])
 
 
 def _is_by_word(keys: Sequence[str]) -> bool:
@@ -141,15 +145,18 @@ def forget_defaults(training: dict[str, Any]) -> None:
 
 
 def forget_kept(content: dict[str, Any]) -> None:
-    """Drop a `training.keep_optimizer` that is the default of a method, or optimiser, replaced."""
+    """Drop a `training.keep_optimizer` that is the default of what is replaced.
+
+    Of the method, the optimiser or the trainer, with which there is none to keep.
+    """
     training = content.get("training")
     if not isinstance(training, dict) or "keep_optimizer" not in training:
         return
     try:
-        default = method_of(content.get("method")).keeps_optimizer
+        default = bool(method_of(content.get("method")).keeps_optimizer)
     except UserError:
         return  # which is said where the whole experiment is checked
-    if training["keep_optimizer"] in (None, bool(default)):
+    if training["keep_optimizer"] in (None, default and training.get("trainer") is None):
         del training["keep_optimizer"]
 
 
@@ -169,6 +176,7 @@ _CHOICES = {
     ("training", "objective"): _Choice(
         OBJECTIVES, TrainingSettings.model_fields["objective"].default
     ),
+    ("training", "trainer"): _Choice(TRAINERS, None),
     ("method", "server"): _Choice(SERVER_OPTIMIZERS, None),
     ("method", "up"): _Choice(CODECS, None),
     ("method", "down"): _Choice(CODECS, None),

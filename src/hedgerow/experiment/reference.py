@@ -33,11 +33,13 @@ from hedgerow.plugins import Plugin, Registry
 from hedgerow.settings import Comparison
 from hedgerow.training.objectives import OBJECTIVES
 from hedgerow.training.optimizers import OPTIMIZERS
+from hedgerow.training.trainers import TRAINERS
 
 REGISTRIES: Mapping[str, Registry[Any]] = {
     "method": METHODS,
     "training.objective": OBJECTIVES,
     "training.optimizer": OPTIMIZERS,
+    "training.trainer": TRAINERS,
     "evaluation.metrics": METRICS,
     "method.server": SERVER_OPTIMIZERS,
     "method.up": CODECS,

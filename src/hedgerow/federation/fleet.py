@@ -20,7 +20,8 @@ class ClientResult:
 
     client: Client
     update: bytes | Path = b""
-    """Update in the format of `hedgerow.wire`; or its file, which is deleted when it is used up."""
+    """Update in the format of `hedgerow.wire`; or its file, which is there while results of the
+    round are asked for, and is deleted when it is used up."""
     failure: str | None = None
     absent: bool = False
     """The failure is that nothing was heard, so that asking again may help."""

@@ -62,7 +62,7 @@ def takes_quantized_base(method: Method) -> Answer:
 
 def takes_trainer(method: Method) -> Answer:
     """Whether clients' steps may be another library's (`training.trainer`)."""
-    return not method.own_steps
+    return not (method.own_steps or type(method).after_backward is not Method.after_backward)
 
 
 def compresses_broadcast(method: Method) -> Answer:

@@ -250,7 +250,7 @@ def check_fits(experiment: Experiment, model: Model, num_clients: int) -> None:
     check_max_length(model, experiment.data.max_length)
     optimizer_of(experiment.training).check(model.device)
     if (trainer := trainer_of(experiment.training)) is not None:
-        trainer.check(experiment.training)
+        trainer.check(experiment.training, model.device)
     if experiment.training.gradient_checkpointing:
         check_checkpointing(model.network)
     if experiment.training.router_aux_loss_coef:

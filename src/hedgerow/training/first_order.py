@@ -82,11 +82,9 @@ def continue_training(
                 "`privacy` needs it: leave it out"
             )
         return trainer.train(job, parameters), {}
-    immediate_steps = None
-    if after_backward is None and job.private is None:
-        immediate_steps = _immediate_steps(job)
+    immediate = after_backward is None and job.private is None and _steps_immediately(job)
     optimizer = None
-    if immediate_steps is None:
+    if not immediate:
         optimizer = make_optimizer(parameters, settings, job.learning_rate)
         _restore(optimizer, parameters, state)
         pace = paced(optimizer, job)
@@ -97,9 +95,7 @@ def continue_training(
     with (
         torch.random.fork_rng(devices=devices),
         checkpointed(network, settings.gradient_checkpointing),
-        _stepping_in_backward(trainable, immediate_steps)
-        if immediate_steps
-        else nullcontext() as step_is_done,
+        _stepping_in_backward(trainable, job) if immediate else nullcontext() as step_is_done,
     ):
         torch.manual_seed(job.dropout_seed)
         for step, (loss_sum, step_tokens) in enumerate(gradients(job, parameters)):
@@ -244,35 +240,33 @@ def _restored(value: Tensor, ending: str, parameter: nn.Parameter) -> Any:
     return value.to(parameter.device, copy=True) if value.shape else value.clone()
 
 
-def _immediate_steps(job: Job) -> list[Callable[[Tensor], None]] | None:
-    """The steps that are taken in backward passes, where optimiser and settings allow it."""
+def _steps_immediately(job: Job) -> bool:
+    """Whether optimiser and settings allow steps to be taken in backward passes."""
     settings = job.settings
     if settings.max_grad_norm is not None or settings.gradient_accumulation > 1:
-        return None
-    optimizer, steps = optimizer_of(settings), range(job.most_steps)
-    found = [optimizer.immediate_step(job.learning_rate * job.pace(step)) for step in steps]
-    taken = [step for step in found if step is not None]
-    return taken or None
+        return False
+    return optimizer_of(settings).immediate_step(job.learning_rate) is not None
 
 
 @contextmanager
-def _stepping_in_backward(
-    parameters: list[nn.Parameter], immediate_steps: Sequence[Callable[[Tensor], None]]
-) -> Iterator[Callable[[], None]]:
+def _stepping_in_backward(parameters: list[nn.Parameter], job: Job) -> Iterator[Callable[[], None]]:
     """A step on each parameter at the moment at which its gradient is complete.
 
     Yields a function that is to be called when a step has been taken.
     """
-    done = 0
+    optimizer, done = optimizer_of(job.settings), 0
+    take = optimizer.immediate_step(job.learning_rate * job.pace(done))
 
     @torch.no_grad()
     def step(parameter: Tensor) -> None:
-        immediate_steps[done](parameter)
+        assert take is not None, "`_steps_immediately` has asked"
+        take(parameter)
         parameter.grad = None
 
     def step_is_done() -> None:
-        nonlocal done
+        nonlocal done, take
         done += 1
+        take = optimizer.immediate_step(job.learning_rate * job.pace(done))
 
     handles = [
         p.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]

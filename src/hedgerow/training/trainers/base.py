@@ -10,6 +10,7 @@ from hedgerow.plugins import Plugin
 from hedgerow.settings import TrainingSettings
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from hedgerow.training.job import Job
@@ -20,12 +21,22 @@ class Trainer(Plugin, ABC):
 
     section = ("training", "trainer")
 
-    def check(self, training: TrainingSettings) -> None:
-        """Raise a `UserError` where it cannot train so, before anything is loaded."""
+    def check(self, training: TrainingSettings, device: torch.device) -> None:
+        """Raise a `UserError` where it cannot train so, before anything is written.
+
+        Args:
+            training: the experiment's settings.
+            device: of the model.
+        """
 
     @abstractmethod
     def train(self, job: Job, parameters: Mapping[str, nn.Parameter]) -> float:
         """Train a client's parameters in place, and nothing else of the network.
+
+        The learning rate of a step (0, 1, …) is `job.learning_rate * job.pace(step)`, the batches
+        that hedgerow's own loop would take are `job.steps()`, and dropout layers draw from the
+        global generator, seeded with `job.dropout_seed`. Global randomness is to be as it was in
+        the end, and the network in evaluation mode.
 
         Args:
             job: the model as the method has prepared it (`network`), the client's examples

@@ -12,6 +12,7 @@ import numpy as np
 from hedgerow.errors import UserError, reason_of
 from hedgerow.lazy import torch, transformers
 from hedgerow.settings import TrainingSettings
+from hedgerow.training.checkpointing import checkpointed
 from hedgerow.training.job import Job
 
 OURS = {
@@ -27,6 +28,7 @@ OURS = {
     "lr_scheduler_type": "training.local_schedule",
     "optim": "training.optimizer",
     "weight_decay": "training.weight_decay",
+    "router_aux_loss_coef": "training.router_aux_loss_coef",
     "seed": "federation.seed",
     "data_seed": "federation.seed",
     "output_dir": None,
@@ -51,7 +53,7 @@ def arguments_of(
     training: TrainingSettings,
     folder: str,
     *,
-    device: str,
+    device: torch.device,
     job: Job | None = None,
     **more: Any,
 ) -> Any:
@@ -62,22 +64,30 @@ def arguments_of(
         given: arguments that the experiment gives.
         training: the experiment's settings.
         folder: where it may write.
-        device: kind of the model's device.
+        device: of the model.
         job: gives seeds and the learning rate of its round; None for arguments to be looked at.
-        more: others.
+        more: others, which count less than what is given.
 
     Raises:
-        UserError: there is no such argument, or a value is wrong.
+        UserError: there is no such argument, a value is wrong, or the device is not the first.
     """
-    schedule = training.local_schedule
+    if device.type == "cuda" and device.index not in (None, 0):
+        raise UserError(
+            f"training.trainer: it takes the first GPU, and model.device is {device}: give "
+            "cuda, and the GPU's number in CUDA_VISIBLE_DEVICES"
+        )
+    # Under either of its names; `lent` does it.
+    words = ("activation_checkpointing", "gradient_checkpointing")
+    checkpointing = next(word for word in words if word in kind.__dataclass_fields__)
+    schedule: str = training.local_schedule
     if schedule == "constant" and training.warmup_steps:
-        schedule = "constant_with_warmup"  # type: ignore[assignment]
+        schedule = "constant_with_warmup"
     own = {
         "output_dir": folder,
         "max_steps": training.steps or 1 if job is None else job.most_steps,
         "per_device_train_batch_size": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation,
-        "activation_checkpointing": training.gradient_checkpointing,
+        checkpointing: False,
         "bf16": False,  # which TRL would have by itself
         "learning_rate": training.learning_rate if job is None else job.learning_rate,
         "lr_scheduler_type": schedule,
@@ -85,20 +95,34 @@ def arguments_of(
         "max_grad_norm": training.max_grad_norm or 0.0,
         "seed": 0 if job is None else job.dropout_seed % 2**31,
         "data_seed": 0 if job is None else int(job.order.integers(2**31)),
-        "use_cpu": device == "cpu",
+        "use_cpu": device.type == "cpu",
         "remove_unused_columns": False,
         "save_strategy": "no",
         "logging_strategy": "no",
+        "logging_nan_inf_filter": False,
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
+    with in_a_sentence("arguments"):
+        found = kind(**{**own, **more, **given})
+    found._n_gpu = min(found.n_gpu, 1)  # of several it would give each a batch of its own
+    return found
+
+
+@contextmanager
+def in_a_sentence(what: str) -> Iterator[None]:
+    """Have what a library refuses be a `UserError`.
+
+    Args:
+        what: key under `training.trainer` that has caused it, at a guess.
+    """
     try:
-        return kind(**{**own, **more, **given})
-    except (TypeError, ValueError, ImportError) as error:
+        yield
+    except (TypeError, ValueError, ImportError, NotImplementedError) as error:
         raise UserError(
-            f"`training.trainer.arguments`: {kind.__name__} does not take them: {reason_of(error)}"
-        ) from None
+            f"`training.trainer.{what}`: the trainer does not take them: {reason_of(error)}"
+        ) from error
 
 
 @contextmanager
@@ -107,21 +131,24 @@ def lent(job: Job) -> Iterator[None]:
     network = job.network
     devices = [network.device] if network.device.type == "cuda" else []
     states = random.getstate(), np.random.get_state()
-    cached, own = network.config.use_cache, dict(vars(network))
-    # Of quantized weights the Trainer would train none but by peft's own models, and TRL would have
-    # adapters in bfloat16.
-    for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        setattr(network, flag, False)
+    configs = (network.config, network.config.get_text_config(), network.generation_config)
+    lendings = [(each, dict(vars(each))) for each in (network, *configs) if each is not None]
     try:
-        with torch.random.fork_rng(devices=devices):
+        # Of quantized weights the Trainer would train none but by peft's own models, and TRL would
+        # have adapters in bfloat16.
+        for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+            setattr(network, flag, False)
+        with (
+            torch.random.fork_rng(devices=devices),
+            checkpointed(network, job.settings.gradient_checkpointing),
+        ):
             yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        network.config.use_cache = cached
-        # Mixed precision, for one, puts a function around `forward`.
-        vars(network).clear()
-        vars(network).update(own)
+        for each, own in lendings:  # mixed precision, for one, puts a function around `forward`
+            vars(each).clear()
+            vars(each).update(own)
         network.zero_grad(set_to_none=True)
         network.eval()
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from hedgerow.data import Tokenized
-from hedgerow.lazy import transformers
+from hedgerow.lazy import torch, transformers
 from hedgerow.settings import TrainingSettings
-from hedgerow.training.job import LOWER_RATE, Job, check_finite
+from hedgerow.training.job import OR_CLIP, Job, check_finite
 from hedgerow.training.optimizers import make_optimizer
+from hedgerow.training.routers import balanced_loss
 from hedgerow.training.trainers import family
 from hedgerow.training.trainers.base import Trainer
 
@@ -34,16 +35,17 @@ class Transformers(Trainer):
     those that the experiment has words for, as `learning_rate`, are given there. By default none
     beside these."""
 
-    def check(self, training: TrainingSettings) -> None:
+    def check(self, training: TrainingSettings, device: torch.device) -> None:
         """Check the arguments."""
         family.check_names(self.arguments)
         with tempfile.TemporaryDirectory() as folder:
-            self._settings(training, folder, device="cpu")
+            kind = transformers.TrainingArguments
+            family.arguments_of(kind, self.arguments, training, folder, device=device)
 
     def train(self, job: Job, parameters: Mapping[str, nn.Parameter]) -> float:
         """Have a Trainer take the steps of the job."""
-        data = job.referring(job.data)
-        totals = _Totals()
+        data, settings = job.referring(job.data), job.settings
+        total, count = 0.0, 0
 
         def collate(indices: list[int]) -> dict[str, Tensor]:
             return dict(job.objective.collate(data, indices, job.pad_id))
@@ -56,37 +58,36 @@ class Transformers(Trainer):
                 return_outputs: bool = False,
                 num_items_in_batch: Any = None,
             ) -> Tensor:
-                total, count = job.objective.total(model, inputs), job.objective.count(inputs)
-                totals.add(float(total.detach()), count)
+                nonlocal total, count
+                router = settings.router_aux_loss_coef
+                loss = balanced_loss(job.objective, model, inputs, router)
+                tokens = job.objective.count(inputs)
+                check_finite(float(loss.detach()), self.state.global_step + 1, OR_CLIP)
+                total, count = total + float(loss.detach()), count + tokens
                 # Of passes that are accumulated, each is a mean of its own.
-                return total / max(count, 1)
+                return loss / max(tokens, 1)
 
         with family.lent(job), tempfile.TemporaryDirectory() as folder:
-            trainer = Along(
-                model=job.network,
-                args=self._settings(
-                    job.settings,
-                    folder,
-                    device=job.network.device.type,
-                    job=job,
-                ),
-                train_dataset=_Indices(data),
-                data_collator=collate,
-                optimizers=(
-                    make_optimizer(parameters, job.settings, job.learning_rate),
-                    None,
-                ),
+            arguments = family.arguments_of(
+                transformers.TrainingArguments,
+                self.arguments,
+                settings,
+                folder,
+                device=job.network.device,
+                job=job,
             )
-            trainer.model_accepts_loss_kwargs = False
-            family.run(trainer)
-        check_finite(totals.loss, job.most_steps, LOWER_RATE)
-        return totals.loss / max(totals.count, 1)
-
-    def _settings(
-        self, training: TrainingSettings, folder: str, *, device: str, job: Job | None = None
-    ) -> Any:
-        kind = transformers.TrainingArguments
-        return family.arguments_of(kind, self.arguments, training, folder, device=device, job=job)
+            optimizer = make_optimizer(parameters, settings, job.learning_rate)
+            with family.in_a_sentence("arguments"):
+                trainer = Along(
+                    model=job.network,
+                    args=arguments,
+                    train_dataset=_Indices(data),
+                    data_collator=collate,
+                    optimizers=(optimizer, None),
+                )
+                trainer.model_accepts_loss_kwargs = False
+                family.run(trainer)
+        return total / max(count, 1)
 
 
 class _Indices:
@@ -100,13 +101,3 @@ class _Indices:
 
     def __getitem__(self, index: int) -> int:
         return index
-
-
-class _Totals:
-    """Sum of losses, and of what they count."""
-
-    def __init__(self) -> None:
-        self.loss, self.count = 0.0, 0
-
-    def add(self, loss: float, count: int) -> None:
-        self.loss, self.count = self.loss + loss, self.count + count

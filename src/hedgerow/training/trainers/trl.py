@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: packing, padding-free batches, Liger's kernels and what else it has.
+"""TRL's SFTTrainer: packing, padding-free batches and what else it has.
 
 It gets the client's tokens as they are, and -100 as the label of those that carry no loss; its loss
 and its batches are its own.
@@ -15,8 +15,9 @@ from pydantic import Field
 
 from hedgerow.data import Tokenized
 from hedgerow.errors import UserError, check_installed
+from hedgerow.lazy import torch
 from hedgerow.settings import TrainingSettings
-from hedgerow.training.job import LOWER_RATE, Job, check_finite
+from hedgerow.training.job import OR_CLIP, Job, check_finite
 from hedgerow.training.optimizers import make_optimizer
 from hedgerow.training.trainers import family
 from hedgerow.training.trainers.base import Trainer
@@ -30,10 +31,10 @@ class TRL(Trainer):
 
     name: str = "trl"
     arguments: dict[str, Any] = Field({})
-    """Arguments of TRL's `SFTConfig`, as {packing: true, use_liger_kernel: true}; those that the
+    """Arguments of TRL's `SFTConfig`, as {packing: true, neftune_noise_alpha: 5}; those that the
     experiment has words for, as `learning_rate`, are given there. By default none beside these."""
 
-    def check(self, training: TrainingSettings) -> None:
+    def check(self, training: TrainingSettings, device: torch.device) -> None:
         """Check the objective, that TRL is there, and the arguments."""
         objective = training.objective
         name = objective if isinstance(objective, str) else objective.get("name")
@@ -42,36 +43,63 @@ class TRL(Trainer):
                 f"training.trainer trl: is for the objective supervised, not {name}: take the "
                 "trainer transformers, which follows every objective"
             )
+        if training.router_aux_loss_coef:
+            raise UserError(
+                "training.router_aux_loss_coef: TRL adds such a loss to what it reports, too: take "
+                "the trainer transformers, or leave it out"
+            )
         check_installed("trl", "TRL", "trl")
         family.check_names(self.arguments)
         with tempfile.TemporaryDirectory() as folder:
-            self._config(training, folder, device="cpu")
+            self._config(training, folder, device)
 
     def train(self, job: Job, parameters: Mapping[str, nn.Parameter]) -> float:
-        """Have an SFTTrainer take the steps of the job."""
+        """Have an SFTTrainer take the steps of the job.
+
+        Raises:
+            UserError: the model's output layer is adapted, past which its loss is computed.
+        """
         from trl import SFTTrainer
 
+        class Quiet(SFTTrainer):  # type: ignore[misc]
+            def _send_telemetry(self) -> None:
+                """Tell nobody."""
+
+        if hasattr(job.network.get_output_embeddings(), "base_layer"):
+            raise UserError(
+                "training.trainer trl: its loss is computed past an adapter of the output layer: "
+                "leave that out of method.targets, or take the trainer transformers"
+            )
         data = job.referring(job.data)
         with family.lent(job), tempfile.TemporaryDirectory() as folder:
-            trainer = SFTTrainer(
-                model=job.network,
-                args=self._config(job.settings, folder, device=job.network.device.type, job=job),
-                train_dataset=_rows(data),
-                processing_class=copy.deepcopy(job.tokenizer),  # which it may change
-                optimizers=(
-                    make_optimizer(parameters, job.settings, job.learning_rate),
-                    None,
-                ),
-            )
-            loss = family.run(trainer)
-        check_finite(loss, job.most_steps, LOWER_RATE)
+            config = self._config(job.settings, folder, job.network.device, job, data)
+            optimizer = make_optimizer(parameters, job.settings, job.learning_rate)
+            with family.in_a_sentence("arguments"):
+                trainer = Quiet(
+                    model=job.network,
+                    args=config,
+                    train_dataset=_rows(data),
+                    processing_class=copy.deepcopy(job.tokenizer),  # which it may change
+                    optimizers=(optimizer, None),
+                )
+                loss = family.run(trainer)
+        check_finite(loss, job.most_steps, OR_CLIP)
         return loss
 
     def _config(
-        self, training: TrainingSettings, folder: str, *, device: str, job: Job | None = None
+        self,
+        training: TrainingSettings,
+        folder: str,
+        device: torch.device,
+        job: Job | None = None,
+        data: Tokenized | None = None,
     ) -> Any:
         from trl import SFTConfig
 
+        # Examples are cut already; what they are packed into has to be as long as one.
+        longest = None
+        if self.arguments.get("packing"):
+            longest = training.batch_size if data is None else int(data.lengths.max())
         return family.arguments_of(
             SFTConfig,
             self.arguments,
@@ -79,7 +107,8 @@ class TRL(Trainer):
             folder,
             device=device,
             job=job,
-            max_length=None,  # examples are cut already
+            max_length=longest,
+            router_aux_loss_coef=0.0,
         )
 
 
