@@ -6,7 +6,7 @@ Without arguments it takes the built-in demo's experiment. In turns, each in pro
 one worker with one thread, one with N, and N workers with one each. The table has the seconds of
 rounds beside the first's (median; the first round, which warms caches, is left out), whether the
 ledger has its bytes, and what one worker holds that is its own, at most, beside the bytes of the
-base's weights. Linux only.
+base's weights, in a run of its own, since looking takes time. Linux only.
 """
 
 from __future__ import annotations
@@ -49,19 +49,20 @@ def main() -> None:
         size = nbytes(Model.load(load(path, overrides).model).network)
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         own = dict.fromkeys(kinds, 0)
-        for turn in range(arguments.times):
+        for turn in range(arguments.times + 1):
             for kind, (workers, threads) in kinds.items():
                 run = out / f"{kind} {turn}"
                 command = [sys.executable, "-m", "hedgerow", "run", str(path), *overrides]
                 command += ["--workers", str(workers), "--out", str(run)]
                 environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
                 with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as whole:
-                    while whole.poll() is None:
+                    while turn == arguments.times and whole.poll() is None:
                         own[kind] = max(own[kind], *map(_private, _children(whole.pid)), 0)
                         time.sleep(0.05)
                 if whole.returncode:
                     raise SystemExit(f"{' '.join(command)} has failed")
-                seconds[kind].append(sum(row["seconds"] for row in read_rows(run)[2:]))
+                if turn < arguments.times:
+                    seconds[kind].append(sum(row["seconds"] for row in read_rows(run)[2:]))
         bytes_of = {
             kind: [file.read_bytes() for file in sorted((out / f"{kind} 0/ledger").iterdir())]
             for kind in kinds
@@ -92,12 +93,12 @@ def _children_file(parent: int) -> Path:
 
 
 def _private(process: int) -> int:
-    """Bytes of memory that a process shares with no other."""
+    """Bytes of memory that a process has written, and shares with no other."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except OSError:  # it has ended
         return 0
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
 
 
 if __name__ == "__main__":

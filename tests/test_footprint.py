@@ -274,7 +274,11 @@ def test_mistakes_are_one_sentence(hedgerow, experiment, tmp_path):
 BENCH = Path(__file__).parents[1] / "bench" / "footprint.py"
 
 
-FARTHER = {"ferret, plain SGD": 0.2, "fedit, nf4": 0.2, "flora": 0.5}
+FARTHER = {
+    ("ferret, plain SGD", "client"): 0.2,
+    ("fedit, nf4", "client"): 0.2,
+    ("flora", "server"): 0.5,
+}
 """Settings that are not within a tenth: the first two are said to need less than they do, and of
 FLoRA's server, where steps have a lower rank than they may have, more."""
 
@@ -295,4 +299,4 @@ def test_peaks_are_near_what_is_measured(name):
     for role, (said, measured) in bench.compared(name).items():
         print(name, role, said, measured, said / measured)
         if role == "client" or measured > 50e6:
-            assert said == pytest.approx(measured, rel=FARTHER.get(name, 0.1))
+            assert said == pytest.approx(measured, rel=FARTHER.get((name, role), 0.1))
