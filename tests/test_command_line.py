@@ -217,7 +217,13 @@ def test_who_stops_it_while_it_starts_is_promised_nothing(endless, tmp_path, sec
     running = process("run", endless, "--out", tmp_path / "run")
     time.sleep(seconds)
     running.send_signal(signal.SIGINT)
-    shown, _ = running.communicate()
+    try:
+        shown, _ = running.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        # Python drops what is raised in a finalizer or a weakref's callback, an interrupt, too.
+        running.send_signal(signal.SIGINT)
+        running.communicate(timeout=120)
+        pytest.skip("the interrupt came while Python could not raise it")
     assert running.returncode in (130, -signal.SIGINT)
     assert "--resume" not in shown
     if running.returncode == 130:
