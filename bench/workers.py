@@ -83,13 +83,9 @@ def main() -> None:
 
 def _children(parent: int) -> list[int]:
     try:
-        return [int(each) for each in _children_file(parent).read_text().split()]
-    except OSError:
+        return list(map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()))
+    except OSError:  # it has ended
         return []
-
-
-def _children_file(parent: int) -> Path:
-    return Path(f"/proc/{parent}/task/{parent}/children")
 
 
 def _private(process: int) -> int:

@@ -137,7 +137,9 @@ class LocalFleet:
             outcome = next(outcomes)
         try:
             return self._sent(client, outcome.get(), round, parent, clock, letter)
-        except (ClientFailed, WorkerDied) as error:
+        except WorkerDied as error:
+            return self._failed(client, round, ClientFailed(str(error), kind=str(error)))
+        except ClientFailed as error:
             return self._failed(client, round, error)
 
     def _begun(self, client: Client, round: int) -> ClientRound:
@@ -151,10 +153,8 @@ class LocalFleet:
             directory.ledger.read,
         )
 
-    def _failed(self, client: Client, round: int, error: ClientFailed | WorkerDied) -> ClientResult:
+    def _failed(self, client: Client, round: int, error: ClientFailed) -> ClientResult:
         """Result of a client without an update, which says no more of it than it may."""
-        if isinstance(error, WorkerDied):
-            error = ClientFailed(str(error), kind=str(error))
         said = self._experiment.says.sentence(error)
         if said != str(error):
             self._say(f"{client.name}: round {round}: {error}")

@@ -23,6 +23,7 @@ from hedgerow.experiment.mistakes import (
     check_objective,
     check_says,
     check_secure,
+    check_trainer,
     check_turns,
     method_of,
     says_of,
@@ -107,9 +108,8 @@ class Experiment(Section):
     @classmethod
     def _with_optimizer(cls, training: TrainingSettings, info: ValidationInfo) -> TrainingSettings:
         training = with_objective(with_optimizer(training))
-        if "method" not in info.data:
-            return training
-        return with_kept(with_trainer(training, info.data["method"]), info.data["method"])
+        method = info.data.get("method")
+        return training if method is None else with_kept(with_trainer(training, method), method)
 
     @field_validator("evaluation")
     @classmethod
@@ -139,6 +139,7 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _objective_fits(self) -> Experiment:
+        check_trainer(self.training, self.privacy)
         check_objective(self.training, self.data, self.privacy, self.audit)
         return self
 

@@ -143,6 +143,15 @@ def with_trainer(training: TrainingSettings, method: Method) -> TrainingSettings
     return training.model_copy(update={"keep_optimizer": False, "trainer": complete})
 
 
+def check_trainer(training: TrainingSettings, privacy: PrivacySettings | None) -> None:
+    """Raise a `UserError` where noise is to be added to steps that another library takes."""
+    if training.trainer is not None and privacy is not None and privacy.level == "example":
+        raise UserError(
+            "training.trainer: privacy.level example adds noise to the gradients of hedgerow's own "
+            "steps: leave it out"
+        )
+
+
 def check_objective(
     training: TrainingSettings,
     data: DataSettings,
@@ -152,11 +161,6 @@ def check_objective(
     """Raise a `UserError` where an objective cannot learn from such data, or as privately."""
     objective = objective_of(training)
     where = f"training.objective {objective.name}"
-    if training.trainer is not None and privacy is not None and privacy.level == "example":
-        raise UserError(
-            "training.trainer: privacy.level example adds noise to the gradients of hedgerow's own "
-            "steps: leave it out"
-        )
     if data.loss_on not in objective.loss_on:
         raise UserError(
             f"data.loss_on {data.loss_on}: {where} has its loss on {' or '.join(objective.loss_on)}"

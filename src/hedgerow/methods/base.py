@@ -245,7 +245,8 @@ class Method(Plugin, ABC):
     compresses_broadcast: ClassVar[bool] = False
     """Whether the broadcast is smaller than what is trained, or an option makes it so."""
     own_steps: ClassVar[bool] = False
-    """Whether clients take local steps of the method's own, or change the gradients of others."""
+    """Whether clients take local steps of the method's own, or change the gradients of others
+    otherwise than by `after_backward`."""
     merges: ClassVar[bool] = False
     """Whether entries are merged into the base's weights; beside quantized ones, their sum grows
     from round to round."""

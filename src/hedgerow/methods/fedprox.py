@@ -29,7 +29,6 @@ class FedProx(AveragedWeights):
     """All parameters, averaged, with a proximal term in every client's loss."""
 
     name: str = "fedprox"
-    own_steps: ClassVar[bool] = True
     summary: ClassVar[str] = "FedAvg with a proximal term that holds clients together"
     reference: ClassVar[str] = "FedProx, arXiv 1812.06127"
 

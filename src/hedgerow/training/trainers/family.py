@@ -104,24 +104,20 @@ def arguments_of(
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    with in_a_sentence("arguments"):
+    with in_a_sentence():
         found = kind(**{**own, **more, **given})
     found._n_gpu = min(found.n_gpu, 1)  # of several it would give each a batch of its own
     return found
 
 
 @contextmanager
-def in_a_sentence(what: str) -> Iterator[None]:
-    """Have what a library refuses be a `UserError`.
-
-    Args:
-        what: key under `training.trainer` that has caused it, at a guess.
-    """
+def in_a_sentence() -> Iterator[None]:
+    """Have what a library refuses, most likely for its arguments, be a `UserError`."""
     try:
         yield
     except (TypeError, ValueError, ImportError, NotImplementedError) as error:
         raise UserError(
-            f"`training.trainer.{what}`: the trainer does not take them: {reason_of(error)}"
+            f"`training.trainer.arguments`: the trainer does not take them: {reason_of(error)}"
         ) from error
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from hedgerow.data import Tokenized
 from hedgerow.lazy import torch, transformers
 from hedgerow.settings import TrainingSettings
 from hedgerow.training.job import OR_CLIP, Job, check_finite
@@ -77,27 +76,14 @@ class Transformers(Trainer):
                 job=job,
             )
             optimizer = make_optimizer(parameters, settings, job.learning_rate)
-            with family.in_a_sentence("arguments"):
+            with family.in_a_sentence():
                 trainer = Along(
                     model=job.network,
                     args=arguments,
-                    train_dataset=_Indices(data),
+                    train_dataset=range(len(data)),  # of which `collate` makes batches
                     data_collator=collate,
                     optimizers=(optimizer, None),
                 )
                 trainer.model_accepts_loss_kwargs = False
                 family.run(trainer)
         return total / max(count, 1)
-
-
-class _Indices:
-    """The places of a client's examples: batches are made of those alone."""
-
-    def __init__(self, data: Tokenized) -> None:
-        self._count = len(data)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> int:
-        return index

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import Field
 
 from hedgerow.data import Tokenized
@@ -74,7 +75,7 @@ class TRL(Trainer):
         with family.lent(job), tempfile.TemporaryDirectory() as folder:
             config = self._config(job.settings, folder, job.network.device, job, data)
             optimizer = make_optimizer(parameters, job.settings, job.learning_rate)
-            with family.in_a_sentence("arguments"):
+            with family.in_a_sentence():
                 trainer = Quiet(
                     model=job.network,
                     args=config,
@@ -119,10 +120,7 @@ def _rows(data: Tokenized) -> Any:
     examples = [data[index] for index in range(len(data))]
     return datasets.Dataset.from_dict(
         {
-            "input_ids": [example.tokens.tolist() for example in examples],
-            "labels": [
-                [token if learnt else -100 for token, learnt in zip(*pair, strict=True)]
-                for pair in ((e.tokens.tolist(), e.learnt.tolist()) for e in examples)
-            ],
+            "input_ids": [each.tokens.tolist() for each in examples],
+            "labels": [np.where(each.learnt, each.tokens, -100).tolist() for each in examples],
         }
     )
