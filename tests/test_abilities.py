@@ -37,6 +37,7 @@ ASKS = {
     ),
     "secure": "federation.secure=true",
     "weights": "federation.weights=krum",
+    "trainer": "training.trainer=transformers",
 }
 
 

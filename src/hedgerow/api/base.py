@@ -33,7 +33,10 @@ class BaseInMemory:
 
     def load(self, _: ModelSettings) -> Model:
         """A copy, for whoever asks to change and to keep: a `runs.Loader`."""
-        return Model(copy.deepcopy(self.network), self.tokenizer, self._name)
+        copied = copy.deepcopy(self.network)
+        # A trainer may have put a function around it, which would go on calling the original.
+        vars(copied).pop("forward", None)
+        return Model(copied, self.tokenizer, self._name)
 
     @contextmanager
     def lent(self) -> Iterator[Lender]:

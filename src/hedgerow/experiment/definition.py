@@ -139,7 +139,8 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _objective_fits(self) -> Experiment:
-        check_trainer(self.training, self.privacy)
+        if self.training.trainer is not None:
+            check_trainer("training.trainer", self.method, self.training, self.privacy)
         check_objective(self.training, self.data, self.privacy, self.audit)
         return self
 

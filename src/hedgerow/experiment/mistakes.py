@@ -121,33 +121,46 @@ def with_trainer(training: TrainingSettings, method: Method) -> TrainingSettings
     """The settings with all options of the trainer, where there is one.
 
     Raises:
-        UserError: the method's clients cannot be trained by another's loop.
+        UserError: as `check_trainer` says.
     """
     chosen = chosen_trainer(training)
     if chosen is None:
         return training
     kind, options = chosen
     trainer = parsed(kind, options, kind.section)
-    if not takes_trainer(method):
-        raise UserError(
-            f"training.trainer {trainer.name}: clients of {method.name} take local steps of its "
-            f"own: leave it out, or take one of {able(takes_trainer)}"
-        )
-    if training.keep_optimizer:
-        raise UserError(
-            f"training.keep_optimizer: the trainer {trainer.name} begins each round with an "
-            "optimiser of its own: leave it out"
-        )
+    check_trainer(f"training.trainer {trainer.name}", method, training)
     given = training.trainer
     complete = given if isinstance(given, str) else trainer.model_dump(mode="json")
     return training.model_copy(update={"keep_optimizer": False, "trainer": complete})
 
 
-def check_trainer(training: TrainingSettings, privacy: PrivacySettings | None) -> None:
-    """Raise a `UserError` where noise is to be added to steps that another library takes."""
-    if training.trainer is not None and privacy is not None and privacy.level == "example":
+def check_trainer(
+    trainer: str,
+    method: Method,
+    training: TrainingSettings,
+    privacy: PrivacySettings | None = None,
+) -> None:
+    """Raise a `UserError` where a client's steps cannot be another library's.
+
+    Args:
+        trainer: whose steps they would be, for a sentence to begin with.
+        method: the experiment's.
+        training: the experiment's.
+        privacy: the experiment's, where it is known.
+    """
+    if not takes_trainer(method):
         raise UserError(
-            "training.trainer: privacy.level example adds noise to the gradients of hedgerow's own "
+            f"{trainer}: clients of {method.name} take local steps of its own: leave it out, or "
+            f"take one of {able(takes_trainer)}"
+        )
+    if training.keep_optimizer:
+        raise UserError(
+            f"training.keep_optimizer: {trainer} begins each round with an optimiser of its own: "
+            "leave it out"
+        )
+    if privacy is not None and privacy.level == "example":
+        raise UserError(
+            f"{trainer}: privacy.level example adds noise to the gradients of hedgerow's own "
             "steps: leave it out"
         )
 

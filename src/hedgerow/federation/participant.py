@@ -10,7 +10,7 @@ from hedgerow.errors import ClientFailed, Diverged, InvalidMessage
 from hedgerow.lazy import torch
 from hedgerow.privacy.example_level import ExampleLevel, GaussianSteps
 from hedgerow.privacy.releases import RELEASES
-from hedgerow.training.job import LOWER_RATE, Job, SealedExamples, learning_rate
+from hedgerow.training.job import LOWER_RATE, Job, SealedExamples, TakesSteps, learning_rate
 from hedgerow.wire import LARGEST_SENT, Update, check_numbers
 
 if TYPE_CHECKING:
@@ -27,17 +27,19 @@ if TYPE_CHECKING:
 def train_client(
     experiment: Experiment,
     model: Model,
-    examples: Tokenized,
+    examples: Tokenized | SealedExamples,
     client_round: ClientRound,
     parent: str,
     clock: Clock,
     privacy: ExampleLevel | None = None,
+    trainer: TakesSteps | None = None,
 ) -> Update:
     """Train from the global model, which is given back as it was; returns what travels up.
 
     Args:
         parent: hash of the entry that the model is at.
         privacy: the client's, where the experiment's level is its examples.
+        trainer: takes the local steps in the place of what the experiment says.
 
     Raises:
         ClientFailed: training diverged, the device has too little memory, the method made what
@@ -46,7 +48,7 @@ def train_client(
             says.
     """
     if privacy is None:
-        return _trained(experiment, model, examples, client_round, parent, clock)
+        return _trained(experiment, model, examples, client_round, parent, clock, trainer=trainer)
     round = client_round.round
     try:
         update = _trained(
@@ -64,11 +66,12 @@ def train_client(
 def _trained(
     experiment: Experiment,
     model: Model,
-    examples: Tokenized,
+    examples: Tokenized | SealedExamples,
     client_round: ClientRound,
     parent: str,
     clock: Clock,
     private: GaussianSteps | None = None,
+    trainer: TakesSteps | None = None,
 ) -> Update:
     """Train as `train_client` does, without an account of privacy."""
     method, client = experiment.method, client_round.client
@@ -77,7 +80,9 @@ def _trained(
         with clock("start"):
             parameters = method.start(model, client_round)
         with clock("train"):
-            job = replace(job, start=model.snapshot, shared_state=model.shared_state)
+            job = replace(
+                job, start=model.snapshot, shared_state=model.shared_state, trainer=trainer
+            )
             trained = method.train(job, client_round, parameters)
         with clock("update"):
             tensors, about = method.update(model, client_round, trained)
@@ -112,7 +117,7 @@ def _trained(
 def job_of(
     experiment: Experiment,
     model: Model,
-    examples: Tokenized,
+    examples: Tokenized | SealedExamples,
     client_round: ClientRound,
     private: GaussianSteps | None = None,
 ) -> Job:

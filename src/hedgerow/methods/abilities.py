@@ -90,6 +90,7 @@ ABILITIES: Mapping[str, Ability] = {
     "weights": Ability("robust weights", takes_given_weights),
     "broadcast": Ability("compressed broadcast", compresses_broadcast),
     "quantized": Ability("quantized base", takes_quantized_base),
+    "trainer": Ability("other trainers", takes_trainer),
 }
 """Everything that may be asked of a method, by a short name, in the order of tables."""
 

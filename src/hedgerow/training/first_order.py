@@ -75,7 +75,7 @@ def continue_training(
         The mean loss as `train` has it, and the optimiser's state.
     """
     network, settings, trainable = job.network, job.settings, list(parameters.values())
-    if (trainer := trainer_of(settings)) is not None:
+    if (trainer := job.trainer or trainer_of(settings)) is not None:
         if after_backward is not None or job.private is not None:
             raise UserError(
                 f"training.trainer {trainer.name}: its steps cannot be changed, as the method or "

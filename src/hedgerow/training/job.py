@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -17,39 +17,58 @@ from hedgerow.training.objectives.answers import referenced
 from hedgerow.training.objectives.base import Batch
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from hedgerow.privacy.example_level import GaussianSteps
 
 
 class SealedExamples:
-    """Examples of a private job, which nothing may read but the steps that add noise.
+    """Examples that methods may not read, only count.
 
-    Methods know their number; that they read more is a mistake of theirs, which no account covers.
+    Those of a private job, which nothing may read but the steps that add noise: that a method reads
+    more is a mistake of its own, which no account covers. And those that a script's trainer has.
     """
 
-    def __init__(self, examples: Tokenized) -> None:
+    def __init__(self, examples: Sized, refusal: str | None = None) -> None:
+        """Seal examples.
+
+        Args:
+            examples: what is counted.
+            refusal: sentence to whoever reads them; None is that of private jobs.
+        """
         self._examples = examples
+        self._refusal = _SEALED if refusal is None else refusal
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getattr__(self, name: str) -> Any:
-        raise UserError(_SEALED)
+        raise UserError(self._refusal)
 
     def __getitem__(self, index: int) -> Any:
-        raise UserError(_SEALED)
+        raise UserError(self._refusal)
 
     @staticmethod
     def open(data: Tokenized | SealedExamples) -> Tokenized:
         """The examples, for whoever adds noise to what it makes of them."""
-        return data._examples if isinstance(data, SealedExamples) else data
+        return cast(Tokenized, data._examples) if isinstance(data, SealedExamples) else data
 
 
 _SEALED = (
     "privacy.level example: the method reads its clients' examples itself, beside the steps that "
     "hide them by noise: have it train along `train_along` alone, or say `learns_by_steps` False"
 )
+
+
+class TakesSteps(Protocol):
+    """What takes a job's steps in the place of hedgerow's own loop, as any `Trainer` does."""
+
+    @property
+    def name(self) -> str:
+        """Its name, for sentences."""
+
+    def train(self, job: Job, parameters: Mapping[str, nn.Parameter]) -> float:
+        """Train the parameters in place; returns the mean loss."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,7 @@ class Job:
     network: Any
     """The model, as its methods have prepared it."""
     data: Tokenized | SealedExamples
-    """The client's examples; in private jobs, their number alone."""
+    """The client's examples; their number alone in private jobs, and where `trainer` has them."""
     settings: TrainingSettings
     learning_rate: float
     """Learning rate of this round."""
@@ -75,6 +94,8 @@ class Job:
     """What everybody keeps beside the global model, as `Model.shared_state`."""
     tokenizer: Any = None
     """The model's, for trainers of other libraries; None where nobody has said."""
+    trainer: TakesSteps | None = None
+    """Takes the steps in the place of what the settings say; None: nothing does."""
     private: GaussianSteps | None = None
     """Samples the examples, bounds their gradients and adds noise, for example-level privacy; None:
     nothing does."""

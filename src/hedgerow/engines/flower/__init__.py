@@ -7,6 +7,7 @@ the app's components; `simulation` runs both on one machine or a Ray cluster.
     fleet    the SuperNodes as the round loop sees them
     client   what Flower starts at a site for each message; hands it to the site's worker
     worker   the process at a site that stays, and keeps the model in memory between rounds
+    script   the same process where it is a script of the site's own, with a trainer of its own
     site     what a site does: checks entries, keeps its copy of the ledger, trains
     node     a site's own settings
     messages what travels between server and sites

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +26,14 @@ from hedgerow.engines.flower.node import SiteSettings, place_of
 from hedgerow.errors import ClientFailed, InvalidMessage, NothingToLearn, UserError
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import validate
+from hedgerow.experiment.mistakes import check_trainer
 from hedgerow.federation.participant import example_level, train_client
 from hedgerow.federation.secure import UNMASKED, SecureClient, as_known, sum_of_round
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger, Record
 from hedgerow.methods.base import Client, ClientRound, check_entry
 from hedgerow.model import Model
+from hedgerow.names import MEMORY
 from hedgerow.privacy.noise import PRIVACY_KEY
 from hedgerow.privacy.secure.letters import Ask, AskMasked
 from hedgerow.runs.directory import EXPERIMENT
@@ -51,6 +53,7 @@ from hedgerow.runs.scoring import score_clients
 from hedgerow.seeds import Seeds
 from hedgerow.settings import ClientFile, PrivacySettings
 from hedgerow.terminal import say
+from hedgerow.training.job import SealedExamples, TakesSteps
 from hedgerow.wire import LARGEST_SENT, Entry, Update, header_limit
 
 LONGEST_STAGE = 86400.0
@@ -113,6 +116,50 @@ def _own_privacy(asked: PrivacySettings | None, epsilon: float | None) -> Privac
     return asked.model_copy(update={"epsilon": budget})
 
 
+@dataclass(frozen=True)
+class Script:
+    """What a script of its own brings in the place of a site's files, and of hedgerow's steps."""
+
+    trainer: TakesSteps
+    num_examples: int
+    base: Callable[[], Model]
+    """Lends the base model as it was in the beginning, for whoever changes it."""
+
+
+def of_script(app: Path, name: str, folder: Path, script: Script) -> Site:
+    """The site of a script.
+
+    Args:
+        app: the Flower app's folder.
+        name: the client's.
+        folder: as in the module's text.
+
+    Raises:
+        UserError: the app asks for what a script's trainer does not do.
+    """
+    loaded = App.load(app)
+    experiment, trainer = loaded.experiment, script.trainer.name
+    training = experiment.training
+    if training.keep_optimizer:
+        _say(name, f"{trainer} begins each round with an optimiser of its own")
+        training = training.model_copy(update={"keep_optimizer": False})
+    check_trainer(trainer, experiment.method, training, experiment.privacy)
+    if experiment.audit is not None and experiment.audit.client == name:
+        raise UserError(
+            f"audit.client: canaries would be among the rows of {name}, which {trainer}"
+            " has: name another client"
+        )
+    changes = {
+        "training": training,
+        "model": experiment.model.model_copy(update={"path": MEMORY}),
+        "data": experiment.data.model_copy(
+            update={"clients": [ClientFile(name=name, file=MEMORY)], "client_test": None}
+        ),
+    }
+    changed = without_test(experiment.model_copy(update=changes))
+    return Site(replace(loaded, experiment=changed), folder, script=script)
+
+
 class Refused(Exception):
     """The site does not take part; `public` says why without naming anything of its own."""
 
@@ -124,15 +171,23 @@ class Refused(Exception):
 class Site:
     """A process that trains for one client (in a simulation, for several), on one base model."""
 
-    def __init__(self, app: App, folder: Path, memory: Path | None = None) -> None:
+    def __init__(
+        self,
+        app: App,
+        folder: Path,
+        memory: Path | None = None,
+        script: Script | None = None,
+    ) -> None:
         """Load nothing before the first request.
 
         Args:
             app: with this site's model and data in its experiment.
             folder: as in the module's text.
             memory: the folder of the clients' memories, where it is not in `folder`.
+            script: has the model and the data, and trains.
         """
         self._app, self._folder, self._memory = app, folder, memory
+        self._script = script
         self._experiment = app.experiment
         self._seeds = Seeds(self._experiment.federation.seed)
         self._run = ""
@@ -140,7 +195,7 @@ class Site:
         self._shapes: Mapping[str, Sequence[int]] = {}
         self._applied: list[str] = []
         self._data: ClientData | None = None
-        self._examples: dict[str, Tokenized] = {}
+        self._examples: dict[str, Tokenized | SealedExamples] = {}
         self._tests: dict[str, TestSet | None] = {}
         self._secure: dict[str, SecureClient] = {}
         self._told: set[tuple[str, str]] = set()
@@ -170,6 +225,18 @@ class Site:
         finally:
             for file in files:
                 file.unlink(missing_ok=True)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this site has the entries of all rounds."""
+        ledger = self.place / "ledger"
+        rounds = self._experiment.federation.rounds
+        return (ledger / INDEX).exists() and len(Ledger.open(ledger)) >= rounds
+
+    @property
+    def place(self) -> Path:
+        """The folder of the run that was asked for last, a run directory."""
+        return self._folder / self._run
 
     @property
     def awaits(self) -> float:
@@ -220,6 +287,21 @@ class Site:
             return reply.model_copy(update={"failure": said}), None
         return reply.model_copy(update={"files": [info(update)]}), update
 
+    def follow(self, name: str, run: str, date: datetime.date | None) -> None:
+        """Train the next round beside another process, which sends what comes of it.
+
+        Args:
+            name: the client's.
+            run: the run's name; what this site's folder has of it is up to date.
+            date: as `Request.date`.
+
+        Raises:
+            UserError, ClientFailed, Refused: it cannot.
+        """
+        self._begin(run, date)
+        self._load()
+        self._update_of(name, self._ledger(), self._examples_of(name))
+
     def _begin(self, run: str, date: datetime.date | None) -> None:
         """Forget another run, or the same with another day.
 
@@ -233,8 +315,8 @@ class Site:
         self._run, self._experiment = run, experiment
         self._model, self._data, self._examples, self._tests = None, None, {}, {}
         self._secure = {}
-        self._place.mkdir(parents=True, exist_ok=True)
-        with replacing(self._place / EXPERIMENT) as file:
+        self.place.mkdir(parents=True, exist_ok=True)
+        with replacing(self.place / EXPERIMENT) as file:
             file.write(experiment.dump().encode())
 
     def _load(self) -> None:
@@ -246,7 +328,7 @@ class Site:
                     f'the node config needs model="…", this site\'s copy of {self._app.base.name}: '
                     f"{settings.path} is no folder"
                 )
-            model = Model.load(settings)
+            model = Model.load(settings) if self._script is None else self._script.base()
             if difference := Base.of(model).difference(self._app.base):
                 raise Refused(
                     f"it has another base model: {difference}", f"{settings.path}: {difference}"
@@ -255,28 +337,46 @@ class Site:
             self._shapes = self._experiment.method.trained_shapes(model)
             self._model, self._applied = model, []
 
-    def _examples_of(self, name: str) -> Tokenized:
+    def _examples_of(self, name: str) -> Tokenized | SealedExamples:
         """A client's examples; those that it began the run with."""
-        assert self._model is not None
         if name not in self._app.clients:
             raise Refused(f"the experiment has no client {name}, only {_listed(self._app.clients)}")
         if name not in self._examples:
-            data = self._data = self._data or self._read_settings(self._model)
-            try:
-                examples = data.tokenize(name)
-            finally:
-                # Taken, or they would be counted on top of these next time.
-                self._tell(name, data.remarks.take())
-            self._tell(name, notes_on_data({name: examples}))
-            check_privacy(self._experiment, name, len(examples))
-            path = self._place / "updates" / name / "data.sha256"
-            if path.exists() and path.read_text() != examples.digest():
-                raise Refused("its data have changed since the run began")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
-                file.write(examples.digest().encode())
-            self._examples[name] = self._referring(examples)
+            self._examples[name] = self._read(name) if self._script is None else self._counted(name)
         return self._examples[name]
+
+    def _read(self, name: str) -> Tokenized:
+        """The examples of a client's file."""
+        assert self._model is not None
+        data = self._data = self._data or self._read_settings(self._model)
+        try:
+            examples = data.tokenize(name)
+        finally:
+            # Taken, or they would be counted on top of these next time.
+            self._tell(name, data.remarks.take())
+        self._tell(name, notes_on_data({name: examples}))
+        check_privacy(self._experiment, name, len(examples))
+        self._check_unchanged(name, examples.digest())
+        return self._referring(examples)
+
+    def _counted(self, name: str) -> SealedExamples:
+        """The examples of a script, of which no more is known than their number."""
+        assert self._script is not None
+        count, trainer = self._script.num_examples, self._script.trainer.name
+        self._check_unchanged(name, f"{count} rows of a script's own")
+        method = self._experiment.method.name
+        return SealedExamples(
+            range(count), f"{trainer} has the rows, which {method} would read: take another method"
+        )
+
+    def _check_unchanged(self, name: str, digest: str) -> None:
+        """Raise `Refused` unless a client's data have the digest that the run began with."""
+        path = self.place / "updates" / name / "data.sha256"
+        if path.exists() and path.read_text() != digest:
+            raise Refused("its data have changed since the run began")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(digest.encode())
 
     def _referring(self, examples: Tokenized) -> Tokenized:
         """Examples with what the objective compares with."""
@@ -320,7 +420,7 @@ class Site:
 
     def _ledger(self) -> Ledger:
         """This site's copy."""
-        folder = self._place / "ledger"
+        folder = self.place / "ledger"
         if (folder / INDEX).exists():
             return Ledger.open(folder)
         return Ledger.create(folder, self._app.base, self._shapes)
@@ -370,15 +470,29 @@ class Site:
         if strangers := {p.client for p in entry.participants} - set(self._app.clients):
             raise InvalidMessage(f"participant {min(strangers)} is not a client of the experiment")
 
-    def _train(self, name: str, ledger: Ledger, examples: Tokenized) -> Path:
+    def _train(self, name: str, ledger: Ledger, examples: Tokenized | SealedExamples) -> Path:
         """The client's update of the next round, in a file."""
         round, parent = len(ledger) + 1, ledger.head
-        folder = self._place / "updates" / name
+        folder = self.place / "updates" / name
         path = folder / f"{round:04d}-{parent[:16]}.safetensors"
         if path.exists():
             # Asked once more, as after a reply that was lost: it would come to the same bytes.
             return path
         _say(name, f"round {round}: training")
+        update = self._update_of(name, ledger, examples)
+        before = sorted(folder.glob("*.safetensors"), key=lambda old: old.stat().st_mtime_ns)
+        with replacing(path) as file:
+            update.write(file)
+        for old in before[:-1]:  # the last may still be on its way
+            old.unlink()
+        numbers = {"train loss": update.train_loss, "epsilon": update.epsilon}
+        said = [f"{what} {value:.4g}" for what, value in numbers.items() if value is not None]
+        _say(name, f"round {round}: {', '.join(said) or 'trained'}")
+        return path
+
+    def _update_of(self, name: str, ledger: Ledger, examples: Tokenized | SealedExamples) -> Update:
+        """The client's update of the round after the ledger's last."""
+        round = len(ledger) + 1
         model = self._advanced(ledger)
         client = self._client(name)
         counts = partial(ledger.took_part, name)
@@ -391,18 +505,16 @@ class Site:
         privacy = example_level(
             self._experiment, name, len(examples), ledger, own / PRIVACY_KEY, own
         )
-        update = train_client(
-            self._experiment, model, examples, client_round, parent, Clock(), privacy
+        return train_client(
+            self._experiment,
+            model,
+            examples,
+            client_round,
+            ledger.head,
+            Clock(),
+            privacy,
+            None if self._script is None else self._script.trainer,
         )
-        before = sorted(folder.glob("*.safetensors"), key=lambda old: old.stat().st_mtime_ns)
-        with replacing(path) as file:
-            update.write(file)
-        for old in before[:-1]:  # the last may still be on its way
-            old.unlink()
-        numbers = {"train loss": update.train_loss, "epsilon": update.epsilon}
-        said = [f"{what} {value:.4g}" for what, value in numbers.items() if value is not None]
-        _say(name, f"round {round}: {', '.join(said) or 'trained'}")
-        return path
 
     def _secure_of(self, name: str) -> SecureClient | None:
         """A client's part in secure sums; None where the experiment has none."""
@@ -446,7 +558,7 @@ class Site:
 
     def _own_scores(self, name: str, ledger: Ledger) -> OwnScores | None:
         """Scores of the client's model on its own test rows; None where it has none."""
-        test = self._test_of(name)
+        test = self._test_of(name) if self._script is None else None
         if test is None:
             return None
         model, settings = self._advanced(ledger), self._experiment.evaluation
@@ -486,12 +598,7 @@ class Site:
     @property
     def _memories(self) -> Path:
         """The folder of the clients' memories."""
-        return self._memory or self._place / CLIENTS
-
-    @property
-    def _place(self) -> Path:
-        """The run's folder."""
-        return self._folder / self._run
+        return self._memory or self.place / CLIENTS
 
 
 def wrong_settings(name: str, error: UserError) -> Reply:

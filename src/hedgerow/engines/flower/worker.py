@@ -15,9 +15,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
@@ -26,6 +27,9 @@ from hedgerow.engines.flower.node import IDLE
 from hedgerow.environment import quieten
 from hedgerow.errors import UserError
 from hedgerow.files import replacing
+
+if TYPE_CHECKING:
+    from hedgerow.engines.flower.site import Site
 
 ADDRESS = "worker.socket"
 """The file in a site's folder that names the worker's socket."""
@@ -138,50 +142,81 @@ def _is_alive(process: int) -> bool:
 
 def serve(place: Path, parent: int) -> None:
     """Handle requests, one after another, until the process `parent` has ended."""
-    # In a folder of its own, which only this user may enter: whoever connects is believed.
-    socket = Path(tempfile.mkdtemp(prefix="hedgerow-")) / "socket"
-    keeper = _Keeper(parent, socket)
-    with Listener(str(socket), family="AF_UNIX") as listener:
-        with replacing(place / ADDRESS) as file:
-            file.write(str(socket).encode())
+    with listening(place) as listener:
+        keeper = _Keeper(parent, Path(str(listener.address)))
         keeper.start()
-        host = Host()
+        host = Host(_site_of_node)
         while True:
             with listener.accept() as connection:
                 keeper.resting_since = None
-                try:
-                    request = WorkerRequest.model_validate_json(connection.recv_bytes())
-                    reply = host.handle(request)
-                    connection.send_bytes(reply.model_dump_json().encode())
-                except (EOFError, BrokenPipeError, ConnectionResetError):
-                    pass  # who asked is gone, as when a run is stopped
+                answer(connection, host)
                 keeper.idle = host.idle
                 keeper.resting_since = time.monotonic()
+
+
+@contextlib.contextmanager
+def listening(place: Path) -> Iterator[Listener]:
+    """Listen for the ClientApps of the site whose folder this is."""
+    # In a folder of its own, which only this user may enter: whoever connects is believed.
+    socket = Path(tempfile.mkdtemp(prefix="hedgerow-")) / "socket"
+    try:
+        with Listener(str(socket), family="AF_UNIX") as listener:
+            with replacing(place / ADDRESS) as file:
+                file.write(str(socket).encode())
+            yield listener
+    finally:
+        shutil.rmtree(socket.parent, ignore_errors=True)
+
+
+def answer(connection: Connection, host: Host) -> None:
+    """Have a request handled; who asked may be gone meanwhile, as when a run is stopped."""
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        request = WorkerRequest.model_validate_json(connection.recv_bytes())
+        reply = host.handle(request)
+        connection.send_bytes(reply.model_dump_json().encode())
 
 
 class Host:
     """The site that requests are for; another app or node config makes another site."""
 
-    def __init__(self) -> None:
+    def __init__(self, open_site: Callable[[Path, Mapping[str, object]], tuple[Site, float]]):
+        """Make no site before the first request.
+
+        Args:
+            open_site: makes the site of an app's folder and a node config, and says how many
+                seconds without a request it is kept.
+        """
+        self._open = open_site
         self.idle = self._idle = IDLE
         """Seconds without a request after which this process ends."""
+        self.site: Site | None = None
+        self.asked: WorkerRequest | None = None
+        """The last request."""
         self._made_for: object = None
 
     def handle(self, request: WorkerRequest) -> WorkerReply:
         """Hand a request to the site."""
         # Here, so that the ClientApp, which starts this module, need not import them.
-        from hedgerow.engines.flower import site
+        from hedgerow.engines.flower.site import wrong_settings
 
         name = str(request.node.get("name"))
+        self.asked = request
         try:
-            if self._made_for != (request.app, request.node):
-                settings, self._site = site.of_node(request.app, request.node)
-                self._made_for, self._idle = (request.app, request.node), settings.idle
+            if self.site is None or self._made_for != (request.app, request.node):
+                self.site, self._idle = self._open(request.app, request.node)
+                self._made_for = (request.app, request.node)
         except UserError as error:
-            return WorkerReply(reply=site.wrong_settings(name, error))
-        reply, update = self._site.handle(name, request.request, request.files)
-        self.idle = self._idle + self._site.awaits
+            return WorkerReply(reply=wrong_settings(name, error))
+        reply, update = self.site.handle(name, request.request, request.files)
+        self.idle = self._idle + self.site.awaits
         return WorkerReply(reply=reply, update=update)
+
+
+def _site_of_node(app: Path, node: Mapping[str, object]) -> tuple[Site, float]:
+    from hedgerow.engines.flower import site
+
+    settings, made = site.of_node(app, node)
+    return made, settings.idle
 
 
 if __name__ == "__main__":

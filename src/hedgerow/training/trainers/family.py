@@ -110,6 +110,15 @@ def arguments_of(
     return found
 
 
+def check_output_layer(network: Any, trainer: str) -> None:
+    """Raise a `UserError` where the output layer has an adapter, past which TRL's loss goes."""
+    if hasattr(network.get_output_embeddings(), "base_layer"):
+        raise UserError(
+            f"{trainer}: its loss is computed past an adapter of the output layer: leave that out "
+            "of method.targets, or take the trainer transformers"
+        )
+
+
 @contextmanager
 def in_a_sentence() -> Iterator[None]:
     """Have what a library refuses, most likely for its arguments, be a `UserError`."""

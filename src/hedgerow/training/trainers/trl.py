@@ -66,11 +66,7 @@ class TRL(Trainer):
             def _send_telemetry(self) -> None:
                 """Tell nobody."""
 
-        if hasattr(job.network.get_output_embeddings(), "base_layer"):
-            raise UserError(
-                "training.trainer trl: its loss is computed past an adapter of the output layer: "
-                "leave that out of method.targets, or take the trainer transformers"
-            )
+        family.check_output_layer(job.network, "training.trainer trl")
         data = job.referring(job.data)
         with family.lent(job), tempfile.TemporaryDirectory() as folder:
             config = self._config(job.settings, folder, job.network.device, job, data)
