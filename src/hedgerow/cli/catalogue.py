@@ -142,8 +142,9 @@ def _explain_memory(experiment: Path, overrides: Sequence[str], *, as_json: bool
         say(f"Where a GPU trains, these are in host memory: {', '.join(host)}.")
     say(
         f"A round of {found.clients} clients: each sends {console.size(found.update)} and gets "
-        f"{console.size(found.entry)}, by which the ledger grows; each keeps "
-        f"{console.size(found.kept)} on its disk for the next round, in two copies."
+        f"{console.size(found.entry)}, by which the ledger grows; the server gets "
+        f"{console.size(found.bytes_up)} and sends {console.size(found.bytes_down)} in all; each "
+        f"client keeps {console.size(found.kept)} on its disk for the next round, in two copies."
     )
     for note in found.notes:
         say(note)

@@ -62,8 +62,8 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         asked, population = asked_in(round, everybody), len(everybody)
         if sum_of is not None:
             # Of a sum that was to be unmasked, all; who else has joined since changes who is drawn.
-            bound = sums.of(round, ledger.head) or ()
-            asked = [client for client in everybody if client in asked or client.name in bound]
+            names = {*(client.name for client in asked), *(sums.of(round, ledger.head) or ())}
+            asked = [client for client in everybody if client.name in names]
             return SecureInbox(
                 experiment, round, asked, population, previous, directory, watcher, sum_of, sums
             )

@@ -19,7 +19,7 @@ from hedgerow.errors import UserError, reason_of
 from hedgerow.footprint import client as clients
 from hedgerow.footprint.hollow import Held
 from hedgerow.loading import skeleton
-from hedgerow.methods.base import Client, Holds
+from hedgerow.methods.base import Client, Expected, Holds, Method
 from hedgerow.methods.lora import LoraOptions
 from hedgerow.model import Model
 from hedgerow.training.optimizers import optimizer_of
@@ -72,6 +72,12 @@ class Footprint:
     """Bytes that a client sends in a round."""
     entry: int
     """Bytes that everybody gets in a round, by which the ledger grows."""
+    bytes_up: int
+    """Bytes that the server gets in a round, of all its clients: `bytes_up` in metrics.jsonl, but
+    for the files' headers."""
+    bytes_down: int
+    """Bytes that the clients of a round get of it together: `bytes_down` in metrics.jsonl, but for
+    the files' headers. Entries that a client has missed, which it gets first, come on top."""
     kept: int
     """Bytes that a client keeps on disk for its next round."""
     clients: int
@@ -132,6 +138,7 @@ def footprint_of(experiment: Experiment) -> Footprint:
         ) from None
     update = method.update_holds(asked[0], expected)
     entry = method.aggregate_holds(asked, expected)
+    sending = asked if method.communicates else []
     client = _client(stages, update)
     message = {FLOWER: _COPIES * max(update.message, entry.message)}
     server = Role(
@@ -145,9 +152,22 @@ def footprint_of(experiment: Experiment) -> Footprint:
         scoring=Role("scoring", scoring),
         update=update.message,
         entry=entry.message,
+        bytes_up=_sent(method, sending, expected),
+        bytes_down=entry.message * len(sending),
         kept=stages.trained.get(clients.KEPT, 0) + update.sums,
         clients=len(asked),
         notes=[*notes, *_left_out(experiment)],
+    )
+
+
+def _sent(method: Method, asked: Sequence[Client], expected: Expected) -> int:
+    """Bytes of all clients' updates, of which those of one rank are equally long."""
+    alike: dict[int, list[Client]] = {}
+    for client in asked:
+        rank = method.rank(client) if isinstance(method, LoraOptions) else 0
+        alike.setdefault(rank, []).append(client)
+    return sum(
+        len(those) * method.update_holds(those[0], expected).message for those in alike.values()
     )
 
 

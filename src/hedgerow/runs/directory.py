@@ -356,12 +356,12 @@ def _check_data(path: Path, before: Digests, now: Digests, other_date: str | Non
             data.
     """
     old, new = ([name for name in each if name not in OF_TESTS] for each in (before, now))
-    if gone := [name for name in old if name not in new]:
+    if gone := [name for name in old if name not in now]:
         raise UserError(
             f"--resume: {path} began with {_listed(gone)}, which now has no examples or is not "
             "named: give the same clients"
         )
-    if added := [name for name in new if name not in old]:
+    if added := [name for name in new if name not in before]:
         raise UserError(
             f"--resume: {path} began without {_listed(added)}, which is named now or has examples "
             "now: give the same clients"
