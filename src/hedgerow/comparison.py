@@ -168,13 +168,14 @@ def run(
     # Not at the top: scoring and tracking import torch, which takes seconds, and a mistake in what
     # is to be compared should be told at once.
     from hedgerow.engines import local
+    from hedgerow.runs.shelf import Shelf
 
     # What is in memory may be another than when a cell was done: its run compares digests.
     in_memory = lender is not None or held is not None
     for cell in cells:
         _check_scored_alike(cell)
     missing = [cell for cell in cells if in_memory or not _is_done(cell)]
-    lender, failures = lender or Lender(), {}
+    lender, shelf, failures = lender or Lender(), Shelf(), {}
     said: set[str] = set()  # cells share their data, so that what is left out is said once
     for count, cell in enumerate(missing, start=1):
         with watch(f"[{count}/{len(missing)}] {title(cell)}:") as watcher:
@@ -191,6 +192,7 @@ def run(
                     scored_on=scored_on,
                     say=partial(_say_once, watcher, said),
                     workers=workers,
+                    shelf=shelf,
                 )
             except (UserError, RunFailed) as error:
                 failures[cell.folder] = str(error)

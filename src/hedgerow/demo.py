@@ -16,7 +16,9 @@ from hedgerow.bundled import MODEL, tasks
 from hedgerow.engines import local
 from hedgerow.errors import UserError
 from hedgerow.experiment import load
+from hedgerow.runs.lender import Lender
 from hedgerow.runs.rows import read_rows
+from hedgerow.runs.shelf import Shelf
 from hedgerow.workers import Workers
 
 EXPERIMENT = """\
@@ -65,10 +67,19 @@ def run(out: Path) -> None:
         UserError: `out` is there and is not empty.
     """
     experiment, workers = prepare(out), Workers.of("auto")
+    lender, shelf = Lender(), Shelf()
     for method, label in METHODS.items():
         chosen = load(experiment, [f"method.name={method}"])
         with console.ProgressWatcher(label, chosen.evaluation.metrics) as watcher:
-            local.run(chosen, out / method, watcher, resume=True, workers=workers)
+            local.run(
+                chosen,
+                out / method,
+                watcher,
+                resume=True,
+                model=lender.lend(chosen.model),
+                workers=workers,
+                shelf=shelf,
+            )
     rows = {method: read_rows(out / method) for method in METHODS}
     console.table(
         "eight clients, ten kinds of task, held-out questions of every kind",

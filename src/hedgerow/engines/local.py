@@ -29,6 +29,7 @@ from hedgerow.privacy.secure.letters import Ask, AskMasked
 from hedgerow.runs.directory import TEST_DATA, RunDirectory, same_data
 from hedgerow.runs.preparation import Prepared, prepare, with_date_of
 from hedgerow.runs.scoring import Progress, Scorer
+from hedgerow.runs.shelf import Shelf
 from hedgerow.seeds import Seeds
 from hedgerow.wire import Entry, Update
 from hedgerow.workers import ALONE, Outcome, WorkerDied, Workers
@@ -240,6 +241,7 @@ def run(
     scored_on: Mapping[str, str] | None = None,
     fleet: type[LocalFleet] = LocalFleet,
     workers: Workers = ALONE,
+    shelf: Shelf | None = None,
 ) -> None:
     """Run an experiment on this machine; the run directory is written as it goes.
 
@@ -252,6 +254,7 @@ def run(
         scored_on: digests that the test data must have, as `test_digests` has them, if any.
         fleet: who has the clients train.
         workers: who train clients, and score the model, side by side.
+        shelf: has what runs before have made of the same model and data.
 
     Raises:
         UserError: something in the experiment or in `out` is wrong; nothing has been written.
@@ -263,7 +266,7 @@ def run(
         experiment = with_date_of(experiment, out)
     else:
         RunDirectory.check_free(out)
-    prepared = prepare(experiment, model, held)
+    prepared = prepare(experiment, model, held, shelf)
     workers = workers.on(prepared.model.device.type)
     experiment = prepared.experiment
     say = say or watcher.say

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hedgerow.data import (
-    Canaries,
     ClientData,
     Held,
     Records,
@@ -29,7 +28,7 @@ from hedgerow.data import (
     read,
 )
 from hedgerow.data.sources import share_of
-from hedgerow.errors import NothingToLearn, NothingToScore, UserError, did_you_mean
+from hedgerow.errors import NothingToScore, UserError, did_you_mean
 from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.metrics.base import LIKELIHOODS
@@ -45,6 +44,7 @@ from hedgerow.names import MEMORY
 from hedgerow.privacy.bands import groups_of
 from hedgerow.privacy.example_level import check_example_level
 from hedgerow.runs.directory import CLIENT_TESTS, EXPERIMENT, TEST_DATA, Digests
+from hedgerow.runs.shelf import NAMED, Shelf
 from hedgerow.seeds import Seeds
 from hedgerow.settings import EvaluationSettings, FederationSettings, TextSettings
 from hedgerow.training.checkpointing import check_checkpointing
@@ -56,8 +56,6 @@ from hedgerow.training.trainers import trainer_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NAMED = 10
-"""Clients that are named where several are left out for one reason."""
 _MUCH = 0.05
 """Share of unknown tokens that is worth a sentence."""
 
@@ -76,7 +74,7 @@ class Prepared:
     """Shapes of what clients train (`Method.trained_shapes`)."""
     clients: list[Client]
     """Clients that have something to learn from, each with its place among all that are named."""
-    shards: dict[str, Tokenized]
+    shards: Mapping[str, Tokenized]
     """Examples of each client, by name."""
     test: TestSet | None
     tests: dict[str, TestSet]
@@ -110,7 +108,10 @@ class Prepared:
 
 
 def prepare(
-    experiment: Experiment, model: Model | None = None, held: Held | None = None
+    experiment: Experiment,
+    model: Model | None = None,
+    held: Held | None = None,
+    shelf: Shelf | None = None,
 ) -> Prepared:
     """Load the model and tokenise everybody's data.
 
@@ -118,27 +119,20 @@ def prepare(
         experiment: names them.
         model: the base model where it is loaded already.
         held: the rows that the experiment calls `(memory)`.
+        shelf: has what other runs have made of the same.
 
     Raises:
         UserError: naming what in the experiment does not fit.
     """
     model = model or Model.load(experiment.model)
-    held = held or Held()
-    seeds = Seeds(experiment.federation.seed)
-    data = ClientData(
-        experiment.data,
-        model.tokenizer,
-        seeds,
-        held,
-        vocabulary_size=model.vocabulary_size,
-        canaries=Canaries.of(experiment.audit, seeds),
-        learns=experiment.objective.learns,
-    )
+    shelf = shelf or Shelf()
+    examples_of_all = shelf.examples(experiment, model, held)
+    data = examples_of_all.data
     check_audit(experiment, data.names)
     experiment = with_date(experiment, data.encoder.template.date)
-    base = Base.of(model)  # before any forward pass, of which RWKV's first rescales its weights
+    base = shelf.base(model)  # before any forward pass, of which RWKV's first rescales its weights
     check_fits(experiment, model, len(data.names))
-    shards, left_out = _tokenized(data)
+    shards, left_out = examples_of_all.tokenized
     clients = [
         Client(index, name, experiment.says.count(len(shards[name])))
         for index, name in enumerate(data.names)
@@ -162,7 +156,9 @@ def prepare(
         check_privacy(experiment, name, len(shard))
     test = None
     if experiment.data.test is not None:
-        test = load_test(experiment.data, experiment.evaluation, model, held.test)
+        test = load_test(
+            experiment.data, experiment.evaluation, model, None if held is None else held.test
+        )
         notes += notes_on_test(test, experiment.evaluation)
     examples = sum(len(shard) for shard in shards.values())
     there_is = f"{base.name}, {len(clients)} clients, {examples:,} examples"
@@ -297,10 +293,10 @@ def _check_sampling(experiment: Experiment, num_clients: int) -> None:
 def check_audit(experiment: Experiment, clients: Sequence[str]) -> None:
     """Raise a `UserError` where canaries are for none of the clients that there are."""
     if experiment.audit is not None and experiment.audit.client not in clients:
-        name, known = experiment.audit.client, ", ".join(clients[:_NAMED])
+        name, known = experiment.audit.client, ", ".join(clients[:NAMED])
         raise UserError(
             f"`audit.client`: there is no client {name!r} with examples"
-            f"{did_you_mean(name, clients)}: name one of {known}{' …' * (len(clients) > _NAMED)}"
+            f"{did_you_mean(name, clients)}: name one of {known}{' …' * (len(clients) > NAMED)}"
         )
 
 
@@ -551,40 +547,11 @@ def notes_on_test(test: TestSet, settings: EvaluationSettings) -> list[str]:
     ]
 
 
-def _tokenized(data: ClientData) -> tuple[dict[str, Tokenized], list[str]]:
-    """Examples of each client that has some, and sentences on those that have none.
-
-    Raises:
-        NothingToLearn: no client has any.
-    """
-    shards: dict[str, Tokenized] = {}
-    empty: dict[str, NothingToLearn] = {}
-    for name in data.names:
-        try:
-            shards[name] = data.tokenize(name)
-        except NothingToLearn as error:
-            empty[name] = error
-    if not shards:
-        raise next(iter(empty.values()))
-    reasons: dict[str, list[str]] = {}
-    for name, reason in empty.items():
-        reasons.setdefault(str(reason).removeprefix(f"{name}: "), []).append(name)
-    return shards, [_left_out(names, why) for why, names in reasons.items()]
-
-
-def _left_out(names: Sequence[str], why: str) -> str:
-    """A sentence on clients that are left out for one reason."""
-    if len(names) == 1:
-        return f"client {names[0]} is left out: {why}"
-    named = ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
-    return f"{len(names)} clients are left out ({named}): {why}"
-
-
 def check_trusted(experiment: Experiment, names: Sequence[str]) -> None:
     """Raise a `UserError` where the client that is trusted is none of these, or not in a round."""
     trusted, per_round = experiment.federation.trusted, experiment.federation.clients_per_round
     if trusted is not None and trusted not in names:
-        known = ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
+        known = ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")
         raise UserError(
             f"federation.trusted: there is no client {trusted!r} (the clients: {known})"
         )
