@@ -115,11 +115,12 @@ def test_losses_are_in_float32_and_know_their_rows(network, batch):
     assert rows.tolist() == [0] * 7 + [1] * 4 + [2]
 
 
-def test_logits_are_made_only_where_some_row_has_a_label(network, batch):
+def test_logits_are_made_only_where_there_are_labels(network, batch):
     made = []
-    network.lm_head.register_forward_hook(lambda *call: made.append(call[2].shape[1]))
+    network.lm_head.register_forward_hook(lambda *call: made.append(tuple(call[2].shape)))
     batch_loss(network, batch)
-    assert made == [9]  # labels at 3 … 11, predicted from 2 … 10
+    assert made == [(1, 7 + 4 + 1, 64)]
+    assert not network.lm_head._forward_pre_hooks
 
 
 def test_a_batch_without_labels_costs_nothing_and_has_a_gradient(network, batch):

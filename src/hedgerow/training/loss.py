@@ -6,7 +6,8 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hedgerow.lazy import torch
@@ -82,14 +83,55 @@ def _token_losses(
     labels = labels[:, positions]
     rows, columns = (labels != _NO_LOSS).nonzero(as_tuple=True)
     kept = positions.to(device)
+    rows_there, columns_there = rows.to(device), columns.to(device)
     keeps = _can_keep_logits(type(network).forward)
     if keeps:
         inputs["logits_to_keep"] = kept
-    output = network(input_ids=batch["input_ids"].to(device), use_cache=False, **inputs)
-    logits = output.logits if keeps else output.logits[:, kept]
-    logits = logits[rows.to(device), columns.to(device)]
+    with _only_at(network, len(labels), len(kept), rows_there, columns_there) as is_gathered:
+        output = network(input_ids=batch["input_ids"].to(device), use_cache=False, **inputs)
+    if is_gathered:
+        logits = output.logits[0]
+    else:
+        logits = output.logits if keeps else output.logits[:, kept]
+        logits = logits[rows_there, columns_there]
     targets = labels[rows, columns].to(device)
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none"), rows
+
+
+@contextmanager
+def _only_at(
+    network: Any, height: int, width: int, rows: Tensor, columns: Tensor
+) -> Iterator[list[bool]]:
+    """Have the output layer compute nothing but the logits that count, one after another.
+
+    Args:
+        network: a causal language model of transformers.
+        height: number of rows of the batch.
+        width: number of positions at which logits are asked for.
+        rows: row of each logit that counts, shape (n,).
+        columns: which of the positions it is at, shape (n,).
+
+    Yields:
+        A list that is not empty where it did, and is where no layer reads states of such a shape.
+    """
+    done: list[bool] = []
+
+    def gather(layer: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        states, *more = arguments
+        if states.shape[:-1] != (height, width):
+            return arguments
+        done.append(True)
+        return states[rows, columns].unsqueeze(0), *more
+
+    layer = getattr(network, "get_output_embeddings", lambda: None)()
+    if layer is None:
+        yield done
+        return
+    handle = layer.register_forward_pre_hook(gather)
+    try:
+        yield done
+    finally:
+        handle.remove()
 
 
 def _lengths(labels: Tensor) -> Tensor:
