@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+import trl
 import yaml
 from support.network import BIN, Network, wait_for
 from support.runs import entries, rows_of
@@ -127,6 +129,40 @@ def test_one_step_on_all_rows_is_that_of_a_site_with_a_file(script, hedgerow, tm
     assert trainer.args.learning_rate == 123.0
     assert trainer.args.max_steps == 99
     assert not list((tmp_path / "trainer").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("method", [{"name": "flora", "ranks": [4, 2, 1]}, {"name": "fedavg"}])
+def test_dpo_begins_at_the_base_and_goes_on_from_it(experiment, tiny_model, tmp_path, method):
+    """TRL's trainer keeps a copy of the base to refer to."""
+    steps = {"steps": 3, "batch_size": 4, "learning_rate": 0.01}
+    path = experiment(training=steps)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"method": method}))
+    loaded = load(path, ["data.test=null"])
+    init(loaded, tmp_path / "app", "tiny")
+    model = Model.load(loaded.model)
+    rows = [{"prompt": f"Say {i}", "chosen": f"{i}" * 3, "rejected": "no"} for i in range(9)]
+    trainer = trl.DPOTrainer(
+        model=model.network,
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path / "trainer"),
+            per_device_train_batch_size=4,
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=model.tokenizer,
+    )
+    base = Model(trainer.model, trainer.processing_class, "tiny")
+    own = Script(ScriptTrainer.of(trainer), 9, lambda: base)
+    site = of_script(tmp_path / "app", NAME, tmp_path / "site", own)
+    reply, file = site.handle(NAME, Request(run=RUN, train=True), [])
+    assert reply.failure is None
+    first, *_, last = [each["loss"] for each in trainer.state.log_history if "loss" in each]
+    assert float(first) == pytest.approx(math.log(2), rel=1e-3)
+    assert float(last) < float(first)
+    assert Update.read(file).tensors
 
 
 def test_a_site_whose_rows_have_become_others_stays_out(script, capsys):

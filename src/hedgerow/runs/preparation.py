@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,7 +142,13 @@ def prepare(
     check_audit(experiment, list(shards))
     notes = notes_on_model(model, data.encoder.template, experiment.method)
     notes += [*left_out, *data.remarks.sentences(), *notes_on_data(shards)]
-    tests, untested = client_tests(experiment, model, data, list(shards))
+    tests, untested = shelf.scored(
+        "client_test",
+        experiment,
+        model,
+        held,
+        partial(client_tests, experiment, model, data, list(shards)),
+    )
     notes += untested
     if experiment.method.pools_data:
         shards = {"pooled": Tokenized.concatenate(list(shards.values()))}
@@ -156,8 +163,13 @@ def prepare(
         check_privacy(experiment, name, len(shard))
     test = None
     if experiment.data.test is not None:
-        test = load_test(
-            experiment.data, experiment.evaluation, model, None if held is None else held.test
+        rows = None if held is None else held.test
+        test = shelf.scored(
+            "test",
+            experiment,
+            model,
+            held,
+            partial(load_test, experiment.data, experiment.evaluation, model, rows),
         )
         notes += notes_on_test(test, experiment.evaluation)
     examples = sum(len(shard) for shard in shards.values())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from hedgerow.data import Canaries, ClientData, Held, Tokenized
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from hedgerow.experiment import Experiment
     from hedgerow.model import Model
 
-_MOST = 8
-"""Number of ways to ask for examples, of which those that were used last are kept."""
+_MOST = 16
+"""Number of things that are kept, of those that were used last."""
 NAMED = 10
 """Clients that are named where several are left out for one reason."""
+
+_T = TypeVar("_T")
 
 
 class Examples:
@@ -69,7 +71,7 @@ class Shelf:
 
     def __init__(self) -> None:
         self._bases: WeakKeyDictionary[Model, Base] = WeakKeyDictionary()
-        self._examples: OrderedDict[str, tuple[Any, Held | None, Examples]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[Any, Held | None, Any]] = OrderedDict()
 
     def base(self, model: Model) -> Base:
         """Description of a model that is as it was loaded."""
@@ -88,9 +90,8 @@ class Shelf:
         Raises:
             UserError: a file is missing, or the source or its division is wrong.
         """
-        asked = _all_that_decides(experiment, experiment.data.template.date)
-        tokenizer, known, found = self._examples.get(asked, (None, None, None))
-        if found is None or tokenizer is not model.tokenizer or known is not held:
+
+        def make() -> Examples:
             seeds = Seeds(experiment.federation.seed)
             data = ClientData(
                 experiment.data,
@@ -101,23 +102,55 @@ class Shelf:
                 canaries=Canaries.of(experiment.audit, seeds),
                 learns=experiment.objective.learns,
             )
-            found = Examples(data)
+            return Examples(data)
+
+        date = experiment.data.template.date
+        found = self._found(_asked("examples", experiment, date), model, held, make)
         # The next run is given the day that the template has written in this one.
-        for date in (experiment.data.template.date, found.data.encoder.template.date):
-            asked = _all_that_decides(experiment, date)
-            self._examples[asked] = (model.tokenizer, held, found)
-            self._examples.move_to_end(asked)
-        while len(self._examples) > _MOST:
-            self._examples.popitem(last=False)
-        return found
+        written = found.data.encoder.template.date
+        return self._found(_asked("examples", experiment, written), model, held, lambda: found)
+
+    def scored(
+        self,
+        what: str,
+        experiment: Experiment,
+        model: Model,
+        held: Held | None,
+        make: Callable[[], _T],
+    ) -> _T:
+        """What an experiment is scored on, which `make` makes where there is none.
+
+        Args:
+            what: name of it.
+            experiment: says what is scored, with the day that its template writes.
+            model: has the tokenizer.
+            held: the rows that the experiment calls `(memory)`.
+            make: reads and tokenises it.
+        """
+        evaluation = experiment.evaluation.model_dump_json()
+        asked = _asked(f"{what} {evaluation}", experiment, experiment.data.template.date)
+        return self._found(asked, model, held, make)
+
+    def _found(self, asked: str, model: Model, held: Held | None, make: Callable[[], _T]) -> _T:
+        """What was asked for before of the same tokenizer and rows, or is made now."""
+        tokenizer, rows, found = self._kept.get(asked, (None, None, None))
+        if tokenizer is not model.tokenizer or rows is not held:
+            found = make()
+        self._kept[asked] = (model.tokenizer, held, found)
+        self._kept.move_to_end(asked)
+        if len(self._kept) > _MOST:
+            self._kept.popitem(last=False)
+        made: _T = found
+        return made
 
 
-def _all_that_decides(experiment: Experiment, date: datetime.date | None) -> str:
-    """All that decides what examples become, but for tokenizer and rows in memory."""
+def _asked(what: str, experiment: Experiment, date: datetime.date | None) -> str:
+    """All that decides what rows become, but for the tokenizer and rows in memory."""
     data, audit = experiment.data, experiment.audit
     by_chance = data.clients is None or isinstance(data.client_test, float) or audit is not None
     return json.dumps(
         [
+            what,
             data.model_dump(mode="json", exclude={"template": {"date"}}),
             str(date),
             None if audit is None else audit.model_dump(mode="json"),
