@@ -1,5 +1,6 @@
 """Clients side by side: `--workers`, and the processes behind it."""
 
+import json
 import os
 import shutil
 import signal
@@ -314,3 +315,25 @@ def test_mistakes_are_sentences(hedgerow, experiment, tmp_path):
     assert done.code == 2
     assert "take engine=local" in done.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_evaluated_by_them_too(hedgerow, experiment, tmp_path, monkeypatch):
+    assert hedgerow("run", experiment(), "--out", tmp_path / "run").code == 0
+    metrics = ["--metrics", "loss,exact_match", "--json"]
+    alone = hedgerow("evaluate", tmp_path / "run", *metrics)
+    forked = []
+    original = Workers._forked
+
+    def counted(self, work, items):
+        forked.append(len(items))
+        return original(self, work, items)
+
+    monkeypatch.setattr(Workers, "_forked", counted)
+    small = "evaluation.batch_size=1"
+    done = hedgerow("evaluate", tmp_path / "run", small, *metrics, "--workers", "2")
+    assert done.code == 0, done.err
+    assert forked
+    assert json.loads(done.out) == pytest.approx(json.loads(alone.out))
+    refused = hedgerow("evaluate", tmp_path / "run", "--harness", "mmlu", "--workers", "2")
+    assert refused.code == 2
+    assert "--workers: lm-eval's tasks are asked in one process" in refused.err

@@ -14,6 +14,7 @@ from hedgerow.names import MEMORY
 from hedgerow.runs import RunModels, model_at, opened
 from hedgerow.runs.opening import Loader, check_client, check_round
 from hedgerow.runs.rows import read_rows
+from hedgerow.workers import Workers
 
 if TYPE_CHECKING:
     import pandas
@@ -114,6 +115,7 @@ class Run:
         by: str | None = None,
         round: int | None = None,
         client: str | None = None,
+        workers: int | str = 1,
     ) -> dict[str, Any]:
         """Scores of the model after a round, by name, as in a row of `metrics`.
 
@@ -124,6 +126,8 @@ class Run:
             by: column whose values are also scored each by itself.
             round: number of the round; None for the last.
             client: name of the client whose model is meant; None for all.
+            workers: number of processes that take batches side by side, in one thread each;
+                `auto`: as many as there are free processors. On Linux, of models on the CPU.
 
         Raises:
             UserError: naming what does not fit.
@@ -148,6 +152,7 @@ class Run:
             load=self._load,
             held=held,
             own_tests=data is None,
+            workers=Workers.of(workers),
         )
         return scores
 

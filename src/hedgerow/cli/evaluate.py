@@ -12,6 +12,7 @@ import typer
 from hedgerow.cli.frame import (
     AsJson,
     Overrides,
+    WorkersOption,
     app,
 )
 from hedgerow.errors import UserError, check_installed
@@ -80,6 +81,7 @@ def evaluate(
     log_samples: Annotated[
         Path | None, typer.Option(help="A new file: a line of JSON on each question of lm-eval.")
     ] = None,
+    workers: WorkersOption = "1",
     as_json: AsJson = False,
 ) -> None:
     """Score a run's model, or any causal language model in a folder, on test data.
@@ -91,6 +93,8 @@ def evaluate(
     if harness is not None:
         if (data, metrics, by) != (None, None, None):
             raise UserError("--harness brings data and metrics: leave out --data, --metrics, --by")
+        if workers != "1":
+            raise UserError("--workers: lm-eval's tasks are asked in one process: leave it out")
         names = [name.strip() for name in harness.split(",") if name.strip()]
         if not names or not (limit is None or 0 < limit < math.inf):
             raise UserError("--harness needs a task, as --harness mmlu, and --limit a question")
@@ -132,6 +136,7 @@ def evaluate(
         raise UserError(f"{', '.join(given)}: of use with --harness TASKS only: add it")
     from hedgerow.evaluation.metrics import scores_of
     from hedgerow.runs.scoring import asked_for, score_path
+    from hedgerow.workers import Workers
 
     named = None
     if metrics is not None:
@@ -147,6 +152,7 @@ def evaluate(
             watcher.evaluated,
             own_tests=data is None,
             say=said.append,
+            workers=Workers.of(workers),
         )
     for sentence in said:
         say(sentence)

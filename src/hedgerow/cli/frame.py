@@ -72,8 +72,8 @@ WorkersOption = Annotated[
     typer.Option(
         "--workers",
         metavar="N|auto",
-        help="How many clients train side by side, in one thread each; auto: as many as there are "
-        "free processors. CPU only.",
+        help="How many clients train, or batches are scored, side by side, in one thread each; "
+        "auto: as many as there are free processors. CPU only.",
     ),
 ]
 

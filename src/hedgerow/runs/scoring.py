@@ -312,6 +312,7 @@ def score_path(
     held: Records | None = None,
     own_tests: bool = True,
     say: Callable[[str], None] = lambda sentence: None,
+    workers: Workers = ALONE,
 ) -> tuple[dict[str, Any], list[str]]:
     """Scores of a run's model after a round, or of a model folder; the arguments are `loaded`'s.
 
@@ -319,6 +320,7 @@ def score_path(
         held: the test rows, where `data.test` is `(memory)`.
         own_tests: score clients on test rows of their own too, where the run has those.
         say: told what a run says of its model, prompts and test data when it begins.
+        workers: who take batches side by side.
 
     Returns:
         The scores, and the names of the metrics that gave them.
@@ -326,7 +328,8 @@ def score_path(
     Raises:
         UserError: naming what does not fit.
     """
-    with loaded(path, overrides, round, client, load) as it:
+    with workers.one_thread(), loaded(path, overrides, round, client, load) as it:
+        workers = workers.on(it.model.device.type)
         found: dict[str, Any] = {}
         has_own = it.experiment is not None and it.experiment.data.client_test is not None
         metrics = it.evaluation.metrics
@@ -335,11 +338,14 @@ def score_path(
             test = _beside_base(it, {"": test})[""]
             for note in notes_on_scoring(it.model, test, it.evaluation):
                 say(note)
-            scored = {n: evaluate(it.model, test, it.evaluation, progress) for n in it.models()}
+            scored = {
+                name: evaluate(it.model, test, it.evaluation, progress, workers)
+                for name in it.models()
+            }
             found = by_model(scored, metrics) | counts(test)
         if has_own and own_tests:
             try:
-                found |= _of_own_tests(it, client, progress, say)
+                found |= _of_own_tests(it, client, progress, say, workers)
             except UserError as error:
                 if not found:
                     raise
@@ -365,7 +371,11 @@ def _beside_base(it: Subject, tests: dict[str, TestSet]) -> dict[str, TestSet]:
 
 
 def _of_own_tests(
-    it: Subject, client: str | None, progress: Progress | None, say: Callable[[str], None]
+    it: Subject,
+    client: str | None,
+    progress: Progress | None,
+    say: Callable[[str], None],
+    workers: Workers,
 ) -> dict[str, Any]:
     """Scores of all clients, or of one, on their own test rows, as `over_clients` has them."""
     assert it.experiment is not None
@@ -382,7 +392,7 @@ def _of_own_tests(
     for note in without:
         say(note)
     tests = _beside_base(it, tests)
-    own = score_clients(it.own, it.model, tests, it.evaluation, progress)
+    own = score_clients(it.own, it.model, tests, it.evaluation, progress, workers)
     return over_clients(own, it.evaluation.metrics)
 
 
