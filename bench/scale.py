@@ -9,7 +9,7 @@ who takes part for the second time does the same work as who does for the first.
 N clients beside 100: the peak of the resident set, libraries included, and how many bytes of it
 each further client takes; a round's seconds (median; the first round, which warms caches, is left
 out); what goes down in the last round, in which clients get the entries that they have missed; and
-all that is before the first round, as a share of a round's training for each client. Linux only.
+all that is beside rounds, as the start, in rounds of a client. Linux only.
 
 `paper` works out Llamas of 1.1 to 70 billion parameters in bfloat16 with `footprint_of`, as
 `hedgerow explain --memory` does, without any weights: what a site sends and gets in a round, what
@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -55,7 +55,7 @@ SIMULATED = {
 }
 ON_PAPER = {
     "flora": {"name": "flora", "ranks": 16},
-    "flora, compress": {"name": "flora", "ranks": 16, "compress": True},
+    "flora-compress": {"name": "flora", "ranks": 16, "compress": True},
     "fedit": {"name": "fedit", "ranks": 16},
     "ferret": {"name": "ferret"},
     "fedavg": {"name": "fedavg"},
@@ -78,24 +78,41 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     simulated = commands.add_parser("simulate", help="what grows with the number of clients")
     simulated.add_argument("overrides", nargs="*", metavar="key.path=value")
-    simulated.add_argument("--clients", type=int, default=10_000)
-    simulated.add_argument("--methods", type=_names, default=list(SIMULATED))
+    simulated.add_argument("--clients", type=_more_than_few, default=10_000)
+    simulated.add_argument("--methods", type=_names_of(SIMULATED), default=list(SIMULATED))
     simulated.set_defaults(command=simulate)
-    on_paper = commands.add_parser("paper", help="bytes, memory and seconds of large models")
-    on_paper.add_argument("--models", type=_names, default=list(SHAPES))
-    on_paper.add_argument("--methods", type=_names, default=list(ON_PAPER))
-    on_paper.add_argument("--sites", type=_numbers, default=[10, 100, 1000])
-    on_paper.set_defaults(command=paper)
+    worked_out = commands.add_parser("paper", help="bytes, memory and seconds of large models")
+    worked_out.add_argument("--models", type=_names_of(SHAPES), default=list(SHAPES))
+    worked_out.add_argument("--methods", type=_names_of(ON_PAPER), default=list(ON_PAPER))
+    worked_out.add_argument("--sites", type=_numbers, default=[10, 100, 1000])
+    worked_out.set_defaults(command=paper)
     options = parser.parse_args()
     options.command(options)
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
+def _names_of(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """What reads a list of names that are known."""
+
+    def names(text: str) -> list[str]:
+        found = [name.strip() for name in text.split(",")]
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"there is no {name}: choose from {', '.join(known)}"
+                )
+        return found
+
+    return names
 
 
 def _numbers(text: str) -> list[int]:
     return list(map(int, text.split(",")))
+
+
+def _more_than_few(text: str) -> int:
+    if int(text) <= FEW:
+        raise argparse.ArgumentTypeError(f"give more than {FEW}, which are compared with")
+    return int(text)
 
 
 # --- by simulation --------------------------------------------------------------------------------
@@ -111,7 +128,7 @@ class Measured:
     """Median of the rounds but the first."""
     bytes_down: int
     """Of the last round."""
-    before: float
+    beside: float
     """Seconds of the process beside its rounds."""
 
 
@@ -134,17 +151,24 @@ def simulate(options: argparse.Namespace) -> None:
                     console.size(max(0, many.peak - few.peak) // further),
                     f"{many.seconds / few.seconds:.2f}",
                     f"{many.bytes_down / few.bytes_down:.2f}",
-                    f"{(many.before - few.before) / further / (few.seconds / FEW):.3f}",
+                    f"{(many.beside - few.beside) / further / (few.seconds / FEW):.3f}",
                 )
             )
             sizes = " and ".join(console.size(each.peak) for each in (few, many))
             console.out.print(
                 f"{name}: {sizes}; {few.seconds:.1f} and {many.seconds:.1f} s a round; "
-                f"{few.before:.0f} and {many.before:.0f} s beside rounds"
+                f"{few.beside:.0f} and {many.beside:.0f} s beside rounds"
             )
     console.table(
         f"{options.clients:,} clients beside {FEW}, {FEW} of them in a round",
-        ["method", "peak", "a further client", "round", "bytes down", "start, in client rounds"],
+        [
+            "method",
+            "peak",
+            "a further client",
+            "round",
+            "bytes down",
+            "beside rounds, in client rounds",
+        ],
         rows,
     )
 
@@ -184,7 +208,7 @@ def measured(place: Path, method: dict[str, Any], overrides: Iterable[str]) -> M
         peak=used.ru_maxrss * 1024,
         seconds=median(seconds[1:]),
         bytes_down=rounds[-1]["bytes_down"],
-        before=took - sum(seconds),
+        beside=took - sum(seconds),
     )
 
 

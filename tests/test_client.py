@@ -26,7 +26,7 @@ from hedgerow.data import ClientData
 from hedgerow.engines.flower.app import init
 from hedgerow.engines.flower.messages import Request
 from hedgerow.engines.flower.site import Script, of_script
-from hedgerow.errors import UserError
+from hedgerow.errors import RunFailed, UserError
 from hedgerow.experiment import load
 from hedgerow.model import Model
 from hedgerow.seeds import Seeds
@@ -77,7 +77,7 @@ def trainer_of(model, tokens, folder, **options):
 def script(experiment, tmp_path):
     """A Trainer on one client's rows, a function that makes its site, and the experiment."""
 
-    def make(method, *overrides, **sections):
+    def make(method, *overrides, trained_by=trainer_of, **sections):
         path = experiment(**{"training": STEP} | sections)
         text = yaml.safe_load(path.read_text())
         path.write_text(yaml.safe_dump(text | {"method": method}))
@@ -86,7 +86,8 @@ def script(experiment, tmp_path):
         model = Model.load(loaded.model)
         data = ClientData(loaded.data, model.tokenizer, Seeds(0))
         tokens = data.tokenize(NAME)
-        trainer = trainer_of(model, [tokens[i] for i in range(len(tokens))], tmp_path / "trainer")
+        examples = [tokens[i] for i in range(len(tokens))]
+        trainer = trained_by(model, examples, tmp_path / "trainer")
 
         def site(count=None):
             base = Model(trainer.model, trainer.processing_class, "tiny")
@@ -131,38 +132,101 @@ def test_one_step_on_all_rows_is_that_of_a_site_with_a_file(script, hedgerow, tm
     assert not list((tmp_path / "trainer").glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("method", [{"name": "flora", "ranks": [4, 2, 1]}, {"name": "fedavg"}])
-def test_dpo_begins_at_the_base_and_goes_on_from_it(experiment, tiny_model, tmp_path, method):
-    """TRL's trainer keeps a copy of the base to refer to."""
-    steps = {"steps": 3, "batch_size": 4, "learning_rate": 0.01}
-    path = experiment(training=steps)
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"method": method}))
-    loaded = load(path, ["data.test=null"])
-    init(loaded, tmp_path / "app", "tiny")
-    model = Model.load(loaded.model)
+def dpo_trainer(model, tokens, folder):
+    """TRL's trainer, which keeps a copy of the base to refer to."""
     rows = [{"prompt": f"Say {i}", "chosen": f"{i}" * 3, "rejected": "no"} for i in range(9)]
-    trainer = trl.DPOTrainer(
+    arguments = trl.DPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+    )
+    return trl.DPOTrainer(
         model=model.network,
-        args=trl.DPOConfig(
-            output_dir=str(tmp_path / "trainer"),
-            per_device_train_batch_size=4,
-            logging_steps=1,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-        ),
+        args=arguments,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=model.tokenizer,
     )
-    base = Model(trainer.model, trainer.processing_class, "tiny")
-    own = Script(ScriptTrainer.of(trainer), 9, lambda: base)
-    site = of_script(tmp_path / "app", NAME, tmp_path / "site", own)
-    reply, file = site.handle(NAME, Request(run=RUN, train=True), [])
+
+
+@pytest.mark.parametrize("method", [{"name": "flora", "ranks": [4, 2, 1]}, {"name": "fedavg"}])
+def test_dpo_begins_at_the_base_and_goes_on_from_it(script, method):
+    steps = {"steps": 3, "batch_size": 4, "learning_rate": 0.01}
+    _, trainer, site = script(method, trained_by=dpo_trainer, training=steps)
+    reply, file = site().handle(NAME, Request(run=RUN, train=True), [])
     assert reply.failure is None
     first, *_, last = [each["loss"] for each in trainer.state.log_history if "loss" in each]
     assert float(first) == pytest.approx(math.log(2), rel=1e-3)
     assert float(last) < float(first)
     assert Update.read(file).tensors
+
+
+def test_a_trainer_whose_loss_diverges_is_the_client_s_failure(script, capsys):
+    steps = {"steps": 5, "batch_size": 9, "learning_rate": 1e30, "optimizer": "sgd"}
+    _, _, site = script({"name": "fedavg"}, training=steps)
+    reply, file = site().handle(NAME, Request(run=RUN, train=True), [])
+    assert file is None
+    assert "training.learning_rate" in reply.failure
+    assert "max_grad_norm" not in reply.failure
+
+
+def test_the_federation_s_rate_counts_whatever_makes_the_optimiser(script):
+    rates = []
+
+    class Noted(torch.optim.SGD):
+        def __init__(self, parameters, **options):
+            rates.append(options["lr"])
+            super().__init__(parameters, **options)
+
+    _, trainer, site = script({"name": "fedavg"})
+    trainer.optimizer_cls_and_kwargs = (Noted, {"lr": 7.0, "momentum": 0.5})
+    site().handle(NAME, Request(run=RUN, train=True), [])
+    assert rates == [0.01]
+    assert trainer.optimizer_cls_and_kwargs == (Noted, {"lr": 7.0, "momentum": 0.5})
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_the_order_of_rows_is_the_experiment_s(script, tmp_path, other):
+    """Though the script has a seed of its own for it, which the Trainer hands on early."""
+    seen = []
+
+    def noting(model, tokens, folder):
+        trainer = trainer_of(model, tokens, folder)
+        trainer.accelerator.dataloader_config.data_seed = 1
+        collate = trainer.data_collator
+        trainer.data_collator = lambda rows: seen.extend(map(str, rows)) or collate(rows)
+        return trainer
+
+    _, trainer, site = script({"name": "fedavg"}, trained_by=noting)
+    site().handle(NAME, Request(run=RUN, train=True), [])
+    first, seen[:] = list(seen), []
+    again = site()
+    if other:
+        again._seeds = Seeds(1)
+    again.handle(NAME, Request(run="1" * 32, train=True), [])
+    assert len(first) == len(seen) >= 9
+    assert (first == seen) is not other
+    assert trainer.accelerator.dataloader_config.data_seed == 1
+
+
+def test_another_process_follows_and_writes_nothing(script, tmp_path):
+    """As in several processes of one site; the folder is the first one's."""
+    method = {"name": "fedavg", "up": "top_k", "error_feedback": 0.9}
+    _, trainer, site = script(method)
+    told = []
+    main = site()
+    main._before = lambda run, date: told.append(run)
+    main.handle(NAME, Request(run=RUN, train=True), [])
+    assert told == [RUN]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "site").rglob("*")}
+    calls = []
+    train = trainer.train
+    trainer.train = lambda: calls.append(1) or train()
+    site().follow(NAME, RUN, None)
+    assert calls == [1]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "site").rglob("*")} == before
 
 
 def test_a_site_whose_rows_have_become_others_stays_out(script, capsys):
@@ -211,6 +275,8 @@ def no_length():
             "optim",
         ),
         (lambda trainer: _with(trainer, processing_class=None), "processing_class"),
+        (lambda trainer: _with(trainer, model_init=lambda: trainer.model), "model_init"),
+        (lambda trainer: _with(trainer, is_fsdp_enabled=True), "FSDP"),
         (
             lambda trainer: _with(
                 trainer, train_dataset=datasets.IterableDataset.from_generator(no_length)
@@ -230,6 +296,42 @@ def test_mistakes_are_one_sentence(tiny_model, tmp_path, change, said):
     )
     with pytest.raises(UserError, match=said):
         federate(change(trainer), superlink="127.0.0.1:1", name="north", insecure=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"private_key": "nowhere.key"}, "private_key: .*nowhere.key is no file"),
+        ({"root_certificates": "x"}, "leave one of them out"),
+        ({"name": "no/name"}, "give letters"),
+        ({"folder": 'a"b'}, "has a quote"),
+        ({"num_examples": 0}, "give 1 or more"),
+    ],
+)
+def test_what_is_given_beside_a_trainer_is_checked(script, given, said):
+    _, trainer, _ = script({"name": "fedavg"})
+    where = {"superlink": "127.0.0.1:1", "name": NAME, "insecure": True}
+    with pytest.raises(UserError, match=said):
+        federate(trainer, **where | given)
+
+
+def test_another_base_is_said(script, tmp_path, tiny_model):
+    _, trainer, site = script({"name": "fedavg"})
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight.add_(1)
+    with pytest.raises(UserError, match="is not for the federation's base: its fingerprint"):
+        site()
+
+
+@pytest.mark.slow
+def test_a_supernode_that_ends_is_said(script, tmp_path):
+    """Nobody answers at this address; one process at a time is a client."""
+    _, trainer, _ = script({"name": "fedavg"})
+    where = {"superlink": "127.0.0.1:1", "name": NAME, "folder": tmp_path / "site"}
+    key = tmp_path / "no.key"
+    key.write_text("this is no key")
+    with pytest.raises(RunFailed, match="the SuperNode has ended"):
+        federate(trainer, **where, insecure=True, private_key=key)
 
 
 def _with(trainer, **attributes):

@@ -14,10 +14,12 @@ import os
 import pickle
 import signal
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from hedgerow.errors import ClientFailed, RunFailed, UserError
@@ -25,6 +27,9 @@ from hedgerow.lazy import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_LOOK = 0.25
+"""Seconds for which it is looked at how busy the machine is."""
 
 
 class WorkerDied(RunFailed):
@@ -270,5 +275,28 @@ def _end_with(parent: int) -> None:
 
 
 def _free_processors() -> int:
-    busy = round(os.getloadavg()[0])
-    return max(1, len(os.sched_getaffinity(0)) - busy)
+    """Number of processors that nobody uses at this moment, of those that this process may use.
+
+    Not by the load, a mean over the last minute, which knows of what has just ended.
+    """
+    allowed = len(os.sched_getaffinity(0))
+    before = _ticks()
+    time.sleep(_LOOK)
+    idle, all_of_them = (now - then for now, then in zip(_ticks(), before, strict=True))
+    busy = round((os.cpu_count() or allowed) * (1 - idle / max(all_of_them, 1)))
+    return max(1, min(allowed - busy, _quota()))
+
+
+def _ticks() -> tuple[int, int]:
+    """Ticks in which the machine's processors were idle, and all, since it was started."""
+    ticks = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]))
+    return ticks[3] + ticks[4], sum(ticks)
+
+
+def _quota() -> int:
+    """Number of processors that a container may use at most (control groups, version 2)."""
+    try:
+        most, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return sys.maxsize
+    return sys.maxsize if most == "max" else max(1, int(most) // int(period))

@@ -21,6 +21,7 @@ from hedgerow.api.running import open_run
 from hedgerow.client.processes import Processes
 from hedgerow.client.trainer import ScriptTrainer, check_script
 from hedgerow.errors import UserError, check_installed
+from hedgerow.files import expanded
 from hedgerow.names import MEMORY, NAME
 from hedgerow.settings import ModelSettings
 
@@ -43,8 +44,10 @@ def federate(
 ) -> Run:
     """Train as a client of a federation, by a trainer of one's own, until the run is over.
 
-    It starts a SuperNode of Flower's and is what that hands its messages to. The model is given
-    back as it was; what the federation has made of it is in the run that is returned.
+    It starts a SuperNode of Flower's and is what that hands its messages to. It waits for a run to
+    begin, for as long as it takes, and is over when the run's last entry has come. The model's
+    weights, gradients and modes are given back as they were; what the federation has made of it is
+    in the run that is returned.
 
     Args:
         trainer: transformers' Trainer or one of its kind, as TRL's SFTTrainer; its model is the
@@ -65,8 +68,9 @@ def federate(
         The site's run: `model()`, `export_adapter` and `export_merged` have what was made.
 
     Raises:
-        UserError: something is wrong with the trainer or with what is given beside it.
-        RunFailed: the SuperNode ended before the run was over.
+        UserError: something is wrong with the trainer or with what is given beside it, or the
+            federation asks for what it cannot do.
+        RunFailed: the SuperNode, or one of several processes, ended before the run was over.
         KeyboardInterrupt: it was interrupted; called again, it goes on.
     """
     check_installed("flwr", "Flower", "flower")
@@ -84,22 +88,31 @@ def federate(
     options = ["--superlink", superlink]
     if insecure:
         options.append("--insecure")
-    for option, file in (
-        ("--root-certificates", root_certificates),
-        ("--auth-supernode-private-key", private_key),
+    for key, option, file in (
+        ("root_certificates", "--root-certificates", root_certificates),
+        ("private_key", "--auth-supernode-private-key", private_key),
     ):
-        if file is not None:
-            options += [option, str(Path(file).absolute())]
-    place = place_of({"name": name, "folder": folder})
+        if file is None:
+            continue
+        path = Path(expanded(str(file))).absolute()
+        if not path.is_file():
+            raise UserError(f"{key}: {path} is no file")
+        options += [option, str(path)]
+    place = place_of({"name": name, "folder": folder and expanded(str(folder))})
+    if set(str(place)) & set('"\\\n'):
+        raise UserError(f"folder: {place} has a quote or a backslash, which Flower cannot be given")
     own = ScriptTrainer.of(trainer)
     settings = ModelSettings(path=MEMORY)
     processes = Processes(trainer.accelerator, name, place)
     with BaseInMemory(network, tokenizer).lent() as lender, processes:
-        site = Script(trainer=own, num_examples=count, base=lambda: lender.lend(settings))
+        site = Script(
+            trainer=own,
+            num_examples=count,
+            base=lambda: lender.lend(settings),
+            before=processes.join_in if processes.is_main else None,
+        )
         if processes.is_main:
-            host = script.host(name, place, site)
-            own.call_before(lambda: processes.join_in(host.asked))
-            run = script.serve(name, place, host, options)
+            run = script.serve(name, place, script.host(name, place, site), options)
             processes.end(run)
         else:
             run = processes.follow(site)

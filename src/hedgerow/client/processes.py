@@ -6,6 +6,7 @@ model and the adapter that it has, from the site's own copy of the ledger, and a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import shutil
 import tempfile
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from hedgerow.errors import ClientFailed, RunFailed
+
 if TYPE_CHECKING:
     from hedgerow.engines.flower.site import Script
-    from hedgerow.engines.flower.worker import WorkerRequest
 
 
 class _Next(BaseModel):
@@ -78,14 +80,26 @@ class Processes:
         for connection in self._others:
             connection.close()
 
-    def join_in(self, asked: WorkerRequest | None) -> None:
-        """In the main process, before it trains as it was asked to: have the others train, too."""
-        assert asked is not None
-        self._send(_Next(app=asked.app, run=asked.request.run, date=asked.request.date))
+    def join_in(self, app: Path, run: str, date: datetime.date | None) -> None:
+        """In the main process, before it trains: have the others train, too.
+
+        Args:
+            app: the Flower app's folder.
+            run: the run's name.
+            date: day that its chat template writes.
+
+        Raises:
+            RunFailed: one of them has ended.
+        """
+        try:
+            self._send(_Next(app=app, run=run, date=date))
+        except OSError:
+            raise RunFailed(f"{self._name}: one of its processes has ended") from None
 
     def end(self, place: Path) -> None:
         """In the main process: the run is over, and its directory is `place`."""
-        self._send(_Next(place=place))
+        with contextlib.suppress(OSError):
+            self._send(_Next(place=place))
 
     def _send(self, what: _Next) -> None:
         for connection in self._others:
@@ -95,7 +109,7 @@ class Processes:
         """In another process: train whenever the main one does; returns the run's directory.
 
         Raises:
-            EOFError: the main process has ended.
+            RunFailed: the main process has ended.
         """
         from hedgerow.engines.flower.site import Site, of_script
 
@@ -103,10 +117,14 @@ class Processes:
         site: Site | None = None
         app: Path | None = None
         while True:
-            asked = _Next.model_validate_json(main.recv_bytes())
+            try:
+                asked = _Next.model_validate_json(main.recv_bytes())
+            except (EOFError, OSError):
+                raise RunFailed(f"{self._name}: its main process has ended") from None
             if asked.place is not None:
                 return asked.place
             if site is None or asked.app != app:
                 assert asked.app is not None
                 site, app = of_script(asked.app, self._name, self._place, script), asked.app
-            site.follow(self._name, asked.run, asked.date)
+            with contextlib.suppress(ClientFailed):  # which the main process says
+                site.follow(self._name, asked.run, asked.date)

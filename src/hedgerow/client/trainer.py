@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pydantic import PrivateAttr
 
-from hedgerow.errors import UserError
-from hedgerow.lazy import peft, transformers
-from hedgerow.training.job import OR_CLIP, Job, check_finite
+from hedgerow.errors import RunFailed, UserError, reason_of
+from hedgerow.lazy import peft, torch, transformers
+from hedgerow.training.job import LOWER_RATE, Job, check_finite
 from hedgerow.training.trainers import Trainer, family
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ class ScriptTrainer(Trainer):
 
     name: str = "the script's trainer"
     _trainer: Any = PrivateAttr()
-    _before: Callable[[], None] | None = PrivateAttr(default=None)
 
     @classmethod
     def of(cls, trainer: Any) -> ScriptTrainer:
@@ -31,30 +31,35 @@ class ScriptTrainer(Trainer):
         made._trainer = trainer
         return made
 
-    def call_before(self, before: Callable[[], None]) -> None:
-        """Call a function before the steps of each round."""
-        self._before = before
-
     def train(self, job: Job, parameters: Mapping[str, nn.Parameter]) -> float:
         """Have the trainer take the steps of the job.
 
         Raises:
             UserError: it computes its loss past an adapter of the output layer.
+            RunFailed: one of several processes could not go on.
         """
         trainer = self._trainer
-        if any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__):
+        if any(kind.__name__ == "SFTTrainer" for kind in type(trainer).__mro__):
             family.check_output_layer(job.network, self.name)
-        if self._before is not None:
-            self._before()
-        with family.lent(job), _with(trainer.args, _given(job)):
+        with family.lent(job.network), _as_asked(trainer, job):
             transformers.set_seed(job.dropout_seed % 2**31)
             _forget(trainer)
             try:
-                loss = float(trainer.train().training_loss)
+                found = trainer.train().training_loss
+            except Exception as error:
+                if trainer.accelerator.num_processes == 1:
+                    raise
+                # The others wait for this one's gradients, and can do nothing else.
+                raise RunFailed(
+                    f"{self.name}: one of its processes has failed: {reason_of(error)}"
+                ) from error
             finally:
                 trainer.accelerator.free_memory()
                 _forget(trainer)
-        check_finite(loss, job.most_steps, OR_CLIP)
+            # Of which each process knows its own part.
+            part = torch.tensor(found, device=trainer.accelerator.device)
+            loss = float(trainer.accelerator.reduce(part, "mean"))
+        check_finite(loss, trainer.state.global_step, LOWER_RATE)
         return loss
 
 
@@ -69,6 +74,10 @@ def check_script(trainer: Any, num_examples: int | None) -> int:
             f"federate: {type(trainer).__name__} is no transformers Trainer, nor of its kind, as "
             "TRL's SFTTrainer"
         )
+    if trainer.model_init is not None:
+        raise UserError(
+            "federate: the trainer's model_init makes another model in each round: give model=…"
+        )
     if isinstance(trainer.model, peft.PeftModel):
         raise UserError(
             "federate: the trainer's model has an adapter: give it the base model alone (without "
@@ -79,6 +88,14 @@ def check_script(trainer: Any, num_examples: int | None) -> int:
             "federate: the trainer's optimizers=… hold other parameters than a round trains: name "
             "the optimiser in its arguments (optim), or as optimizer_cls_and_kwargs"
         )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise UserError(
+            "federate: FSDP and DeepSpeed divide the parameters, of which a round's update needs "
+            "all: launch the script without them"
+        )
+    several = trainer.accelerator.num_processes
+    if int(os.environ.get("LOCAL_WORLD_SIZE", several)) != several:
+        raise UserError("federate: a site is one machine: launch the script with --num_machines 1")
     if trainer.processing_class is None:
         raise UserError("federate: the trainer needs processing_class=…, the model's tokenizer")
     if num_examples is None:
@@ -93,38 +110,47 @@ def check_script(trainer: Any, num_examples: int | None) -> int:
     return num_examples
 
 
-def _given(job: Job) -> dict[str, Any]:
-    """Arguments that the federation gives in a round, in the place of the script's."""
-    settings = job.settings
-    schedule: str = settings.local_schedule
-    if schedule == "constant" and settings.warmup_steps:
-        schedule = "constant_with_warmup"
-    return {
+@contextmanager
+def _as_asked(trainer: Any, job: Job) -> Iterator[None]:
+    """The trainer with what the federation asks for in the place of the script's arguments."""
+    settings, order = job.settings, int(job.order.integers(2**31))
+    arguments = {
         "max_steps": settings.steps if settings.epochs is None else -1,
         "num_train_epochs": settings.epochs or 1,
         "learning_rate": job.learning_rate,
-        "lr_scheduler_type": transformers.SchedulerType(schedule),
+        "lr_scheduler_type": transformers.SchedulerType(family.schedule_of(settings)),
         "lr_scheduler_kwargs": {},
         "warmup_steps": settings.warmup_steps,
         "seed": job.dropout_seed % 2**31,
-        "data_seed": int(job.order.integers(2**31)),
+        "data_seed": order,
         # What a round has made is in the ledger; a checkpoint of it would be nobody's.
         "save_strategy": transformers.trainer_utils.SaveStrategy.NO,
         "load_best_model_at_end": False,
     }
+    own = {}
+    if trainer.optimizer_cls_and_kwargs is not None:
+        kind, options = trainer.optimizer_cls_and_kwargs
+        own["optimizer_cls_and_kwargs"] = (kind, {**options, "lr": job.learning_rate})
+    with (
+        _with(trainer.args, arguments),
+        _with(trainer, own),
+        # The Trainer has handed it on when it was made.
+        _with(trainer.accelerator.dataloader_config, {"data_seed": order}),
+    ):
+        yield
 
 
 @contextmanager
-def _with(arguments: Any, changes: Mapping[str, Any]) -> Iterator[None]:
-    """Other arguments, until the block ends."""
-    before = {name: getattr(arguments, name) for name in changes}
+def _with(whose: Any, changes: Mapping[str, Any]) -> Iterator[None]:
+    """Other attributes, until the block ends."""
+    before = {name: getattr(whose, name) for name in changes}
     for name, value in changes.items():
-        setattr(arguments, name, value)
+        setattr(whose, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(arguments, name, value)
+            setattr(whose, name, value)
 
 
 def _forget(trainer: Any) -> None:

@@ -114,6 +114,28 @@ def _trained(
     return update
 
 
+def train_beside(
+    experiment: Experiment,
+    model: Model,
+    examples: SealedExamples,
+    client_round: ClientRound,
+    trainer: TakesSteps,
+) -> None:
+    """Take a client's steps as `train_client` does, beside another process that makes the update.
+
+    Raises:
+        ClientFailed: training diverged, as it has in the other process.
+    """
+    method = experiment.method
+    job = job_of(experiment, model, examples, client_round)
+    try:
+        parameters = method.start(model, client_round)
+        job = replace(job, start=model.snapshot, shared_state=model.shared_state, trainer=trainer)
+        method.train(job, client_round, parameters)
+    finally:
+        model.release()
+
+
 def job_of(
     experiment: Experiment,
     model: Model,

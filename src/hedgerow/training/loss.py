@@ -117,10 +117,10 @@ def _only_at(
     done: list[bool] = []
 
     def gather(layer: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        states, *more = arguments
-        if states.shape[:-1] != (height, width):
+        if not arguments or arguments[0].shape[:-1] != (height, width):
             return arguments
         done.append(True)
+        states, *more = arguments
         return states[rows, columns].unsqueeze(0), *more
 
     layer = getattr(network, "get_output_embeddings", lambda: None)()

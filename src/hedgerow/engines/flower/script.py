@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import subprocess
-import time
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from hedgerow.engines.flower import site
 from hedgerow.engines.flower.node import IDLE
 from hedgerow.engines.flower.supernode import supernode
 from hedgerow.engines.flower.worker import Host, answer, listening
-from hedgerow.errors import RunFailed
+from hedgerow.errors import RunFailed, UserError
 
 GRACE = 5.0
-"""Seconds after the last reply of a run in which the SuperNode delivers it."""
+"""Seconds without a request after which a complete run is over, since its last reply is there."""
 
 
 def host(name: str, place: Path, script: site.Script) -> Host:
@@ -35,7 +36,7 @@ def host(name: str, place: Path, script: site.Script) -> Host:
 
 
 def serve(name: str, place: Path, host: Host, options: Sequence[str]) -> Path:
-    """Take part in a run as a client, until it is over.
+    """Take part in a run as a client, until its last entry has come.
 
     Args:
         name: the client's.
@@ -47,25 +48,46 @@ def serve(name: str, place: Path, host: Host, options: Sequence[str]) -> Path:
         The run's directory at this site.
 
     Raises:
+        UserError: the site is another process's, or cannot take part in what is asked of it.
         RunFailed: the SuperNode has ended before.
     """
     place.mkdir(parents=True, exist_ok=True)
-    with listening(place) as listener:
+    with (place / "script.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{place} is the site of another process, which is {name} already: end that, or "
+                "name another folder"
+            ) from None
+        with listening(place) as listener:
 
-        def wake() -> None:
-            with contextlib.suppress(OSError):
-                Client(str(listener.address), family="AF_UNIX").close()
+            def wake() -> None:
+                with contextlib.suppress(OSError):
+                    Client(str(listener.address), family="AF_UNIX").close()
 
-        with supernode(name, place, options, wake) as process:
-            return _answered(name, host, listener, process)
+            with supernode(name, place, options, wake) as process:
+                return _answered(name, host, listener, process, wake)
 
 
-def _answered(name: str, host: Host, listener: Listener, process: subprocess.Popen[bytes]) -> Path:
+def _answered(
+    name: str,
+    host: Host,
+    listener: Listener,
+    process: subprocess.Popen[bytes],
+    wake: Callable[[], None],
+) -> Path:
     """Answer until the run is over; returns its directory."""
     while process.poll() is None:
+        is_done = host.site is not None and host.site.is_done
+        timer = threading.Timer(GRACE, wake)
+        if is_done or host.mistake is not None:
+            timer.start()
         with listener.accept() as connection:
-            answer(connection, host)
-        if host.site is not None and host.site.is_done:
-            time.sleep(GRACE)
+            asked = answer(connection, host)
+        timer.cancel()
+        if not asked and host.mistake is not None:
+            raise host.mistake
+        if not asked and is_done and host.site is not None:
             return host.site.place
-    raise RunFailed(f"{name}: the SuperNode has ended with {process.returncode}: see above")
+    raise RunFailed(f"{name}: the SuperNode has ended ({process.returncode}): it has said why")

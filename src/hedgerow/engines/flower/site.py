@@ -27,7 +27,7 @@ from hedgerow.errors import ClientFailed, InvalidMessage, NothingToLearn, UserEr
 from hedgerow.evaluation.scores import TestSet
 from hedgerow.experiment import validate
 from hedgerow.experiment.mistakes import check_trainer
-from hedgerow.federation.participant import example_level, train_client
+from hedgerow.federation.participant import example_level, train_beside, train_client
 from hedgerow.federation.secure import UNMASKED, SecureClient, as_known, sum_of_round
 from hedgerow.files import replacing
 from hedgerow.ledger import INDEX, Base, Ledger, Record
@@ -124,6 +124,9 @@ class Script:
     num_examples: int
     base: Callable[[], Model]
     """Lends the base model as it was in the beginning, for whoever changes it."""
+    before: Callable[[Path, str, datetime.date | None], None] | None = None
+    """Called before each round's steps with the app's folder, the run's name, and the day that its
+    chat template writes."""
 
 
 def of_script(app: Path, name: str, folder: Path, script: Script) -> Site:
@@ -135,7 +138,7 @@ def of_script(app: Path, name: str, folder: Path, script: Script) -> Site:
         folder: as in the module's text.
 
     Raises:
-        UserError: the app asks for what a script's trainer does not do.
+        UserError: the app asks for what a script's trainer does not do, or has another base.
     """
     loaded = App.load(app)
     experiment, trainer = loaded.experiment, script.trainer.name
@@ -156,8 +159,13 @@ def of_script(app: Path, name: str, folder: Path, script: Script) -> Site:
             update={"clients": [ClientFile(name=name, file=MEMORY)], "client_test": None}
         ),
     }
+    if difference := Base.of(script.base()).difference(loaded.base):
+        raise UserError(f"{trainer} is not for the federation's base: {difference}")
+    if experiment.data.client_test is not None:
+        _say(name, f"{trainer} has no test rows: the client is not scored by itself")
     changed = without_test(experiment.model_copy(update=changes))
-    return Site(replace(loaded, experiment=changed), folder, script=script)
+    before = None if script.before is None else partial(script.before, app)
+    return Site(replace(loaded, experiment=changed), folder, script=script, before=before)
 
 
 class Refused(Exception):
@@ -177,6 +185,7 @@ class Site:
         folder: Path,
         memory: Path | None = None,
         script: Script | None = None,
+        before: Callable[[str, datetime.date | None], None] | None = None,
     ) -> None:
         """Load nothing before the first request.
 
@@ -185,9 +194,10 @@ class Site:
             folder: as in the module's text.
             memory: the folder of the clients' memories, where it is not in `folder`.
             script: has the model and the data, and trains.
+            before: called before each round's steps with the run's name and its day.
         """
         self._app, self._folder, self._memory = app, folder, memory
-        self._script = script
+        self._script, self._before = script, before
         self._experiment = app.experiment
         self._seeds = Seeds(self._experiment.federation.seed)
         self._run = ""
@@ -288,7 +298,7 @@ class Site:
         return reply.model_copy(update={"files": [info(update)]}), update
 
     def follow(self, name: str, run: str, date: datetime.date | None) -> None:
-        """Train the next round beside another process, which sends what comes of it.
+        """Train the next round beside another process, which makes the update; writes nothing.
 
         Args:
             name: the client's.
@@ -296,11 +306,17 @@ class Site:
             date: as `Request.date`.
 
         Raises:
-            UserError, ClientFailed, Refused: it cannot.
+            ClientFailed: training diverged, there as here.
         """
-        self._begin(run, date)
+        assert self._script is not None
+        self._turn_to(run, date)
         self._load()
-        self._update_of(name, self._ledger(), self._examples_of(name))
+        ledger = self._ledger()
+        examples = self._sealed()
+        self._examples[name] = examples
+        client_round = self._round_of(name, ledger)
+        model = self._advanced(ledger)
+        train_beside(self._experiment, model, examples, client_round, self._script.trainer)
 
     def _begin(self, run: str, date: datetime.date | None) -> None:
         """Forget another run, or the same with another day.
@@ -309,15 +325,21 @@ class Site:
             run: the run's name.
             date: day that its chat template writes; None for the app's.
         """
+        if not self._turn_to(run, date):
+            return
+        self.place.mkdir(parents=True, exist_ok=True)
+        with replacing(self.place / EXPERIMENT) as file:
+            file.write(self._experiment.dump().encode())
+
+    def _turn_to(self, run: str, date: datetime.date | None) -> bool:
+        """Forget another run, or the same with another day; returns whether there was one."""
         experiment = with_date(self._app.experiment, date)
         if (run, experiment) == (self._run, self._experiment):
-            return
+            return False
         self._run, self._experiment = run, experiment
         self._model, self._data, self._examples, self._tests = None, None, {}, {}
         self._secure = {}
-        self.place.mkdir(parents=True, exist_ok=True)
-        with replacing(self.place / EXPERIMENT) as file:
-            file.write(experiment.dump().encode())
+        return True
 
     def _load(self) -> None:
         """Load the base model, unless it is here, and compare it with the run's."""
@@ -360,13 +382,18 @@ class Site:
         return self._referring(examples)
 
     def _counted(self, name: str) -> SealedExamples:
+        """The examples of a script, compared with those that the run began with by their number."""
+        assert self._script is not None
+        self._check_unchanged(name, f"{self._script.num_examples} rows of a script's own")
+        return self._sealed()
+
+    def _sealed(self) -> SealedExamples:
         """The examples of a script, of which no more is known than their number."""
         assert self._script is not None
-        count, trainer = self._script.num_examples, self._script.trainer.name
-        self._check_unchanged(name, f"{count} rows of a script's own")
-        method = self._experiment.method.name
+        trainer, method = self._script.trainer.name, self._experiment.method.name
         return SealedExamples(
-            range(count), f"{trainer} has the rows, which {method} would read: take another method"
+            range(self._script.num_examples),
+            f"{trainer} has the rows, which {method} would read: take another method",
         )
 
     def _check_unchanged(self, name: str, digest: str) -> None:
@@ -492,15 +519,10 @@ class Site:
 
     def _update_of(self, name: str, ledger: Ledger, examples: Tokenized | SealedExamples) -> Update:
         """The client's update of the round after the ledger's last."""
-        round = len(ledger) + 1
+        client_round = self._round_of(name, ledger)
         model = self._advanced(ledger)
-        client = self._client(name)
-        counts = partial(ledger.took_part, name)
-        memory = RoundMemory(self._memories / name, round, counts, ledger.parent)
-        self._check_memory(name, ledger, memory)
-        client_round = ClientRound(
-            client, round, self._seeds, self._experiment.training, memory, ledger.read
-        )
+        if self._before is not None:
+            self._before(self._run, self._experiment.data.template.date)
         own = self._memories / name
         privacy = example_level(
             self._experiment, name, len(examples), ledger, own / PRIVACY_KEY, own
@@ -514,6 +536,16 @@ class Site:
             Clock(),
             privacy,
             None if self._script is None else self._script.trainer,
+        )
+
+    def _round_of(self, name: str, ledger: Ledger) -> ClientRound:
+        """The client's part in the round after the ledger's last."""
+        round = len(ledger) + 1
+        counts = partial(ledger.took_part, name)
+        memory = RoundMemory(self._memories / name, round, counts, ledger.parent)
+        self._check_memory(name, ledger, memory)
+        return ClientRound(
+            self._client(name), round, self._seeds, self._experiment.training, memory, ledger.read
         )
 
     def _secure_of(self, name: str) -> SecureClient | None:

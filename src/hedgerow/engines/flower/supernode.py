@@ -55,16 +55,23 @@ def supernode(
         yield process
     finally:
         assert process.stdin is not None
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            # Closing alone says nothing where another process has inherited this end.
+            process.stdin.write(b".")
+            process.stdin.close()
         process.wait()
 
 
 def _guard(command: Sequence[str]) -> int:
-    """Run a command until standard input is closed; returns its exit status."""
+    """Run a command until something stands in standard input, or that is closed.
+
+    Returns:
+        The command's exit status.
+    """
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
     def end() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # not by sys.stdin, whose lock would be held at this process's end
         process.terminate()
         try:
             process.wait(30)

@@ -168,12 +168,18 @@ def listening(place: Path) -> Iterator[Listener]:
         shutil.rmtree(socket.parent, ignore_errors=True)
 
 
-def answer(connection: Connection, host: Host) -> None:
-    """Have a request handled; who asked may be gone meanwhile, as when a run is stopped."""
+def answer(connection: Connection, host: Host) -> bool:
+    """Have a request handled, and say whether there was one.
+
+    Who asked may be gone meanwhile, as when a run is stopped.
+    """
+    asked = False
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         request = WorkerRequest.model_validate_json(connection.recv_bytes())
+        asked = True
         reply = host.handle(request)
         connection.send_bytes(reply.model_dump_json().encode())
+    return asked
 
 
 class Host:
@@ -190,8 +196,8 @@ class Host:
         self.idle = self._idle = IDLE
         """Seconds without a request after which this process ends."""
         self.site: Site | None = None
-        self.asked: WorkerRequest | None = None
-        """The last request."""
+        self.mistake: UserError | None = None
+        """What kept the last site that was asked for from being made."""
         self._made_for: object = None
 
     def handle(self, request: WorkerRequest) -> WorkerReply:
@@ -200,12 +206,12 @@ class Host:
         from hedgerow.engines.flower.site import wrong_settings
 
         name = str(request.node.get("name"))
-        self.asked = request
         try:
             if self.site is None or self._made_for != (request.app, request.node):
                 self.site, self._idle = self._open(request.app, request.node)
                 self._made_for = (request.app, request.node)
         except UserError as error:
+            self.mistake = error
             return WorkerReply(reply=wrong_settings(name, error))
         reply, update = self.site.handle(name, request.request, request.files)
         self.idle = self._idle + self.site.awaits

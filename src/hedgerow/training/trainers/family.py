@@ -12,7 +12,6 @@ import numpy as np
 from hedgerow.errors import UserError, reason_of
 from hedgerow.lazy import torch, transformers
 from hedgerow.settings import TrainingSettings
-from hedgerow.training.checkpointing import checkpointed
 from hedgerow.training.job import Job
 
 OURS = {
@@ -76,12 +75,9 @@ def arguments_of(
             f"training.trainer: it takes the first GPU, and model.device is {device}: give "
             "cuda, and the GPU's number in CUDA_VISIBLE_DEVICES"
         )
-    # Under either of its names; `lent` does it.
+    # Under either of its names; `checkpointed` does it.
     words = ("activation_checkpointing", "gradient_checkpointing")
     checkpointing = next(word for word in words if word in kind.__dataclass_fields__)
-    schedule: str = training.local_schedule
-    if schedule == "constant" and training.warmup_steps:
-        schedule = "constant_with_warmup"
     own = {
         "output_dir": folder,
         "max_steps": training.steps or 1 if job is None else job.most_steps,
@@ -90,7 +86,7 @@ def arguments_of(
         checkpointing: False,
         "bf16": False,  # which TRL would have by itself
         "learning_rate": training.learning_rate if job is None else job.learning_rate,
-        "lr_scheduler_type": schedule,
+        "lr_scheduler_type": schedule_of(training),
         "warmup_steps": training.warmup_steps,
         "max_grad_norm": training.max_grad_norm or 0.0,
         "seed": 0 if job is None else job.dropout_seed % 2**31,
@@ -110,12 +106,19 @@ def arguments_of(
     return found
 
 
+def schedule_of(training: TrainingSettings) -> str:
+    """Name that transformers has for the schedule within a round."""
+    if training.local_schedule == "constant" and training.warmup_steps:
+        return "constant_with_warmup"
+    return training.local_schedule
+
+
 def check_output_layer(network: Any, trainer: str) -> None:
     """Raise a `UserError` where the output layer has an adapter, past which TRL's loss goes."""
     if hasattr(network.get_output_embeddings(), "base_layer"):
         raise UserError(
             f"{trainer}: its loss is computed past an adapter of the output layer: leave that out "
-            "of method.targets, or take the trainer transformers"
+            "of method.targets, or take transformers' Trainer"
         )
 
 
@@ -131,9 +134,8 @@ def in_a_sentence() -> Iterator[None]:
 
 
 @contextmanager
-def lent(job: Job) -> Iterator[None]:
-    """Lend the network to a trainer: global randomness and the network's settings come back."""
-    network = job.network
+def lent(network: Any) -> Iterator[None]:
+    """Lend a network to a trainer: global randomness and the network's settings come back."""
     devices = [network.device] if network.device.type == "cuda" else []
     states = random.getstate(), np.random.get_state()
     configs = (network.config, network.config.get_text_config(), network.generation_config)
@@ -143,10 +145,7 @@ def lent(job: Job) -> Iterator[None]:
         # have adapters in bfloat16.
         for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
             setattr(network, flag, False)
-        with (
-            torch.random.fork_rng(devices=devices),
-            checkpointed(network, job.settings.gradient_checkpointing),
-        ):
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(states[0])

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from hedgerow.lazy import torch, transformers
 from hedgerow.settings import TrainingSettings
+from hedgerow.training.checkpointing import checkpointed
 from hedgerow.training.job import OR_CLIP, Job, check_finite
 from hedgerow.training.optimizers import make_optimizer
 from hedgerow.training.routers import balanced_loss
@@ -66,7 +67,11 @@ class Transformers(Trainer):
                 # Of passes that are accumulated, each is a mean of its own.
                 return loss / max(tokens, 1)
 
-        with family.lent(job), tempfile.TemporaryDirectory() as folder:
+        with (
+            family.lent(job.network),
+            checkpointed(job.network, job.settings.gradient_checkpointing),
+            tempfile.TemporaryDirectory() as folder,
+        ):
             arguments = family.arguments_of(
                 transformers.TrainingArguments,
                 self.arguments,

@@ -18,6 +18,7 @@ from hedgerow.data import Tokenized
 from hedgerow.errors import UserError, check_installed
 from hedgerow.lazy import torch
 from hedgerow.settings import TrainingSettings
+from hedgerow.training.checkpointing import checkpointed
 from hedgerow.training.job import OR_CLIP, Job, check_finite
 from hedgerow.training.optimizers import make_optimizer
 from hedgerow.training.trainers import family
@@ -68,7 +69,11 @@ class TRL(Trainer):
 
         family.check_output_layer(job.network, "training.trainer trl")
         data = job.referring(job.data)
-        with family.lent(job), tempfile.TemporaryDirectory() as folder:
+        with (
+            family.lent(job.network),
+            checkpointed(job.network, job.settings.gradient_checkpointing),
+            tempfile.TemporaryDirectory() as folder,
+        ):
             config = self._config(job.settings, folder, job.network.device, job, data)
             optimizer = make_optimizer(parameters, job.settings, job.learning_rate)
             with family.in_a_sentence():
