@@ -36,8 +36,8 @@ evaluation: {{every: 8, metrics: [loss, exact_match], max_new_tokens: 24, batch_
 METHODS = {"standalone": "standalone mean", "zero_padding": "zero-padding", "flora": "FLoRA"}
 """What is compared, and what the table calls it."""
 OWN = {"standalone": ["training.learning_rate=1e-3"]}
-"""Changes that are better for one method: alone, clients forget more at the others' rate. Rates were
-chosen on clients and questions that another seed draws."""
+"""Changes that are better for one method: alone, clients forget more at the others' rate. Rates
+were chosen on clients and questions that another seed draws."""
 
 
 def prepare(out: Path) -> Path:
