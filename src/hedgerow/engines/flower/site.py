@@ -342,22 +342,28 @@ class Site:
         return True
 
     def _load(self) -> None:
-        """Load the base model, unless it is here, and compare it with the run's."""
+        """Have the base model, unless it is here."""
         if self._model is None:
-            settings = self._experiment.model
-            if Path(settings.path).is_absolute() and not Path(settings.path).is_dir():
-                raise UserError(
-                    f'the node config needs model="…", this site\'s copy of {self._app.base.name}: '
-                    f"{settings.path} is no folder"
-                )
-            model = Model.load(settings) if self._script is None else self._script.base()
-            if difference := Base.of(model).difference(self._app.base):
-                raise Refused(
-                    f"it has another base model: {difference}", f"{settings.path}: {difference}"
-                )
+            # A script's has been compared with the run's already.
+            model = self._loaded() if self._script is None else self._script.base()
             check_fits(self._experiment, model, len(self._app.clients))
             self._shapes = self._experiment.method.trained_shapes(model)
             self._model, self._applied = model, []
+
+    def _loaded(self) -> Model:
+        """The base model of the site's folder, which is compared with the run's."""
+        settings = self._experiment.model
+        if Path(settings.path).is_absolute() and not Path(settings.path).is_dir():
+            raise UserError(
+                f'the node config needs model="…", this site\'s copy of {self._app.base.name}: '
+                f"{settings.path} is no folder"
+            )
+        model = Model.load(settings)
+        if difference := Base.of(model).difference(self._app.base):
+            raise Refused(
+                f"it has another base model: {difference}", f"{settings.path}: {difference}"
+            )
+        return model
 
     def _examples_of(self, name: str) -> Tokenized | SealedExamples:
         """A client's examples; those that it began the run with."""
