@@ -145,7 +145,7 @@ def serve(place: Path, parent: int) -> None:
     with listening(place) as listener:
         keeper = _Keeper(parent, Path(str(listener.address)))
         keeper.start()
-        host = Host(_site_of_node)
+        host = Host()
         while True:
             with listener.accept() as connection:
                 keeper.resting_since = None
@@ -182,15 +182,24 @@ def answer(connection: Connection, host: Host) -> bool:
     return asked
 
 
+def _site_of_node(app: Path, node: Mapping[str, object]) -> tuple[Site, float]:
+    from hedgerow.engines.flower import site
+
+    settings, made = site.of_node(app, node)
+    return made, settings.idle
+
+
 class Host:
     """The site that requests are for; another app or node config makes another site."""
 
-    def __init__(self, open_site: Callable[[Path, Mapping[str, object]], tuple[Site, float]]):
+    def __init__(
+        self, open_site: Callable[[Path, Mapping[str, object]], tuple[Site, float]] = _site_of_node
+    ) -> None:
         """Make no site before the first request.
 
         Args:
             open_site: makes the site of an app's folder and a node config, and says how many
-                seconds without a request it is kept.
+                seconds without a request it is kept; by default that of the config's files.
         """
         self._open = open_site
         self.idle = self._idle = IDLE
@@ -216,13 +225,6 @@ class Host:
         reply, update = self.site.handle(name, request.request, request.files)
         self.idle = self._idle + self.site.awaits
         return WorkerReply(reply=reply, update=update)
-
-
-def _site_of_node(app: Path, node: Mapping[str, object]) -> tuple[Site, float]:
-    from hedgerow.engines.flower import site
-
-    settings, made = site.of_node(app, node)
-    return made, settings.idle
 
 
 if __name__ == "__main__":
