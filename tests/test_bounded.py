@@ -145,8 +145,8 @@ PARENT = textwrap.dedent(
     bounded._process = Process(seconds=int(sys.argv[1]))
     asked = {ASKED!r}
     bounded.render("", asked, {{}})
-    print(bounded._process._started.process.pid, flush=True)
     try:
+        print(bounded._process._started.process.pid, flush=True)
         bounded.render({LOOPS!r}, asked, {{}})
     except KeyboardInterrupt:
         print(bounded.render("{{{{ 1 }}}}", asked, {{}}))
@@ -170,11 +170,25 @@ def parent(request):
         process.kill()
 
 
+def status(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def wait_until_it_works(pid):
+    """Until the process is at the template that goes on and on, so that somebody waits for it."""
+
+    def ticks():
+        return sum(int(each) for each in status(pid)[11:13])  # in its own code and in the kernel's
+
+    before = ticks()
+    while ticks() < before + 5:
+        time.sleep(0.02)
+
+
 def wait_for_the_end(pid):
     with contextlib.suppress(ProcessLookupError):
         while Path(f"/proc/{pid}/stat").exists():
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            if state == "Z":
+            if status(pid)[0] == "Z":
                 return
             time.sleep(0.05)
 
@@ -182,6 +196,7 @@ def wait_for_the_end(pid):
 @pytest.mark.parametrize("parent", [100], indirect=True)
 def test_ctrl_c_ends_who_waits_and_replies_do_not_get_mixed_up(parent):
     process, worker = parent
+    wait_until_it_works(worker)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate()
     assert (out, err) == ("['1']\n", "")

@@ -201,6 +201,32 @@ cli.main()
     assert running.returncode == 128 + signal.SIGTERM
 
 
+def test_a_third_interrupt_does_not_repeat_what_a_second_says():
+    code = """
+import os, signal
+from hedgerow import cli
+from hedgerow.cli import entry
+from hedgerow.cli.frame import advisers
+def advice():
+    os.kill(os.getpid(), signal.SIGINT)
+    return "there is more to do"
+def stubborn(arguments):
+    advisers.append(advice)
+    for _ in range(2):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            pass
+entry._run = stubborn
+cli.main()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=hear_interrupts
+    )
+    assert ended.stderr == "hedgerow: interrupted: there is more to do\n"
+    assert ended.returncode == 128 + signal.SIGINT
+
+
 def test_who_stops_a_comparison_is_told_how_it_goes_on(endless, tmp_path):
     running = process("compare", endless, "--methods", "flora", "--out", tmp_path / "all")
     while "flora" not in running.stdout.readline():

@@ -119,6 +119,8 @@ def _stopped_by_signals() -> Iterator[list[int]]:
         signals.append(number)
         if len(signals) == 2:
             raise KeyboardInterrupt
+        if len(signals) > 3:
+            return  # the second is about to end the process
         advice = filter(None, [each() for each in advisers])
         sentence = printable(": ".join(["interrupted", *advice]))
         shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, which bars hide
