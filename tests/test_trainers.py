@@ -18,6 +18,20 @@ from hedgerow.training import first_order
 NAMES = ["transformers", "trl"]
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+METHODS = [
+    "{name: flora, ranks: [4, 2, 1]}",
+    "{name: fedit, ranks: 2}",
+    "fedavg",
+    "{name: ferret, compression: 64}",
+    "{name: fed_sb, ranks: 2}",
+]
+QUICK = [("transformers", METHODS[0]), ("trl", METHODS[3])]
+
+
 @pytest.fixture
 def run(hedgerow, experiment, tmp_path):
     """Run an experiment; returns its rows."""
@@ -32,16 +46,13 @@ def run(hedgerow, experiment, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method",
+    ("name", "method"),
     [
-        "{name: flora, ranks: [4, 2, 1]}",
-        "{name: fedit, ranks: 2}",
-        "fedavg",
-        "{name: ferret, compression: 64}",
-        "{name: fed_sb, ranks: 2}",
+        (name, method) if (name, method) in QUICK else slow(name, method)
+        for name in NAMES
+        for method in METHODS
     ],
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_runs_learn_and_go_on_with_the_same_bytes(run, tmp_path, hedgerow, name, method):
     given = [f"training.trainer={name}", f"method={method}"]
     rows = run("whole", *given)
@@ -96,7 +107,8 @@ TRL = "training.trainer={{name: trl, arguments: {}}}"
 
 
 @pytest.mark.parametrize(
-    "arguments", ["{packing: true}", "{padding_free: true}", "{neftune_noise_alpha: 5}"]
+    "arguments",
+    ["{packing: true}", slow("{padding_free: true}"), slow("{neftune_noise_alpha: 5}")],
 )
 def test_arguments_are_handed_on(run, tmp_path, arguments):
     run("plain", TRL.format("{}"), "federation.rounds=1")
@@ -135,7 +147,7 @@ def test_settings_of_the_network_are_given_back(hedgerow, experiment, tmp_path, 
         assert (before, kept) == (after, own)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["transformers", slow("trl")])
 def test_clients_side_by_side_have_the_same_bytes(hedgerow, experiment, tmp_path, name):
     path = experiment(federation={"rounds": 2})
     for out, *more in (["one"], ["two", "--workers", "2"]):
@@ -166,8 +178,15 @@ def test_it_is_explained_and_its_options_are_overrides(run, hedgerow, tmp_path):
     assert again["training"]["keep_optimizer"] is True
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("transformers", "nf4"),
+        slow("transformers", "int8"),
+        slow("trl", "nf4"),
+        slow("trl", "int8"),
+    ],
+)
 def test_bases_may_be_quantized(run, name, kind):
     rows = run("run", f"training.trainer={name}", f"model.quantization={kind}")
     assert rows[-1]["train_loss"] < rows[1]["train_loss"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.runs import ledger_bytes, rows_of
+from support.runs import hear_interrupts, ledger_bytes, rows_of
 
 from hedgerow.engines.local import LocalFleet
 from hedgerow.errors import ClientFailed, UserError
@@ -227,6 +227,7 @@ def test_who_stops_a_run_is_told_once(experiment, tmp_path, number):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_interrupts,
     )
     while process.poll() is None and not (run / "arriving").exists():
         time.sleep(0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -23,5 +24,7 @@ def quieten() -> None:
         "WANDB_SILENT": "true",
     }.items():
         os.environ.setdefault(name, value)
+    # peft imports bitsandbytes where it is installed, which names a faster kernel that it misses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars
