@@ -1,5 +1,6 @@
 # make demo   install, then run the main job on the built-in model and data
 # make test   install, then lint, check types and run the tests
+# make docs   install, then build the documentation into site/
 # make browser   install Chromium where root can, for the tests that are skipped without one
 # make experiments-smoke   install, then try the papers' experiments on the built-in model and data
 # An existing .venv is used as it is; what is missing is installed into it.
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.hedgerow-installed
 
-.PHONY: install demo experiments-smoke test test-slow browser lint format clean
+.PHONY: install demo docs experiments-smoke test test-slow browser lint format clean
 
 install: $(INSTALLED)
 
@@ -24,6 +25,10 @@ demo: install
 
 experiments-smoke: install
 	$(BIN)/python experiments/smoke.py
+
+# Without the variable the theme's advice to change to its successor is a page long.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: install lint
 	$(BIN)/python -m pytest
@@ -47,4 +52,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis demo-run
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache site .hypothesis demo-run

@@ -20,7 +20,16 @@ from hedgerow.methods import METHODS
 from hedgerow.plugins import Plugin, Registry
 from hedgerow.settings import Section
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+# The walk-through of real networks has other programs' commands, and is run by test_deploy.py; a
+# table of architectures is no experiment's.
+_APART = {ROOT / "docs/deploy.md", ROOT / "docs/compatibility.md"}
+DOCS = "\n".join(
+    path.read_text()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if path not in _APART
+)
+"""README, and the documentation."""
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 UNITS = re.compile(
@@ -216,7 +225,7 @@ def test_a_plugin_without_source_has_no_meaning_and_does_no_harm():
     assert (option.type, option.default, option.meaning) == ("whole number", 3, "")
 
 
-# --- README -------------------------------------------------------------------------------------
+# --- documentation ------------------------------------------------------------------------------
 
 
 def nested(content, prefix=""):
@@ -227,25 +236,25 @@ def nested(content, prefix=""):
             yield from nested(value, f"{prefix}{key}.")
 
 
-BLOCKS = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-OVERRIDES = set(re.findall(r"\b((?:[a-z_]+\.)+[a-z_]+)=", README))
+BLOCKS = re.findall(r"```yaml\n(.*?)```", DOCS, re.DOTALL)
+OVERRIDES = set(re.findall(r"\b((?:[a-z_]+\.)+[a-z_]+)=", DOCS))
 WRITTEN = {key for block in BLOCKS for key in nested(yaml.safe_load(block))}
 
 
 @pytest.mark.parametrize("key", sorted(OVERRIDES | WRITTEN))
-def test_readmes_keys_are_explained(hedgerow, monkeypatch, key):
-    if key == "method.mu":  # of the example that README runs
+def test_documented_keys_are_explained(hedgerow, monkeypatch, key):
+    if key == "method.mu":  # of the example that the documentation runs
         monkeypatch.syspath_prepend(str(EXAMPLES))
         key = "method.own_method:FedProx.mu"
     assert hedgerow("explain", key).code == 0
 
 
-def test_readmes_inline_options_are_explained():
+def test_documented_inline_options_are_explained():
     """`restart: warm`, `{kind: iid, clients: 10}`: keys of some section."""
     assert len(OVERRIDES | WRITTEN) > 30
     known = {option.key.rpartition(".")[2] for option in OPTIONS} | {o.key for o in OPTIONS}
     known |= {"north", "south"}  # names of clients
-    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", DOCS, flags=re.DOTALL)
     for span in re.findall(r"`([^`]+)`", text):
         try:
             content = yaml.safe_load(" ".join(span.split()))
@@ -255,13 +264,14 @@ def test_readmes_inline_options_are_explained():
             assert {key for key in content if isinstance(key, str)} <= known, span
 
 
-def test_readmes_commands_and_their_options_have_help():
+def test_documented_commands_and_their_options_have_help():
     known = commands()
     options = {name for c in known.values() for p in c.params for name in (*p.opts, "--help")}
-    # TensorBoard's, and of bench/bytes_to_loss.py and bench/privacy.py
+    # TensorBoard's, of bench/bytes_to_loss.py and bench/privacy.py, and of servers
     others = {"--logdir", "--only", "--choose", "--levels", "--dolly"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - others <= options
-    used = re.findall(r"(?:^|/|`)hedgerow ([a-z-]+)", README, re.MULTILINE)
+    others |= {"--enable-lora", "--max-lora-rank", "--lora-modules", "--outfile"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", DOCS)) - others <= options
+    used = re.findall(r"(?:^|/|`)hedgerow ([a-z-]+)", DOCS, re.MULTILINE)
     assert len(used) > 20
     assert {(name,) for name in used} <= known.keys()
 

@@ -1,0 +1,127 @@
+"""The documentation: its links, its blocks, and the site that is made of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hedgerow import demo
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "bench/README.md", "experiments/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+BLOCK = re.compile(
+    r"(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<kind>\w*)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+GENERATED = {
+    "measured.md",
+    *(f"reference/{name}.md" for name in ("settings", "methods", "parts", "metrics", "commands")),
+}
+LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, kind: str) -> list[tuple[str, str]]:
+    """Blocks of a kind, each with why it is not run (or nothing)."""
+    found = BLOCK.finditer(page.read_text("utf-8"))
+    return [(each["code"], each["why"] or "") for each in found if each["kind"] == kind]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_of_the_repository(page):
+    for link in LINK.findall(page.read_text("utf-8")):
+        target = (page.parent / link).resolve()
+        # The site has pages that are made of code, and one of a file of bench/.
+        assert target.exists() or target.relative_to(ROOT / "docs").as_posix() in GENERATED, link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_says_what_it_is(page):
+    fences = re.findall(r"^```(\w*)$", page.read_text("utf-8"), re.M)
+    assert set(fences[::2]) <= {"sh", "yaml", "python", "text", "nginx", "toml"}
+    assert set(fences[1::2]) <= {""}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_python_is_python_and_runs(page, tmp_path):
+    for code, why in blocks(page, "python"):
+        if why:
+            # An outline has headers without bodies.
+            whole = re.sub(r":( +#[^\n]*)$", r": ...\1", code, flags=re.M)
+            compile(whole, name_of(page), "exec")
+        else:
+            prelude = "import torch\ndelta = torch.randn(5000)\n"
+            done = subprocess.run(
+                [sys.executable, "-c", prelude + code], cwd=tmp_path, capture_output=True, text=True
+            )
+            assert done.returncode == 0, code + done.stderr
+
+
+@pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="outside the repository")
+def test_the_site_is_built_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quiet)
+    assert done.returncode == 0, done.stderr
+    settings = (tmp_path / "site/reference/settings/index.html").read_text("utf-8")
+    assert "training.learning_rate" in settings
+    methods = (tmp_path / "site/reference/methods/index.html").read_text("utf-8")
+    assert 'id="flora"' in methods
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+# docs/deploy.md is run by test_deploy.py, which starts what goes on in terminals of their own.
+WITH_COMMANDS = [
+    page
+    for page in PAGES
+    if name_of(page) != "docs/deploy.md" and any(not why for _, why in blocks(page, "sh"))
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with what the commands name: the demo's experiment and runs, small; the examples."""
+    folder = tmp_path_factory.mktemp("docs")
+    path = demo.prepare(folder / "demo-run")
+    content = yaml.safe_load(path.read_text())
+    content["training"]["steps"], content["data"]["test_rows"] = 1, 8
+    path.write_text(yaml.safe_dump(content))
+    content["federation"]["rounds"] = 1
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(content))
+    shutil.copytree(folder / "demo-run/data", folder / "data")
+    for name in ("examples", "experiments"):
+        shutil.copytree(ROOT / name, folder / name)
+    for method in ("flora", "zero_padding", "standalone"):
+        out = ["federation.rounds=2", "--out", f"demo-run/{method}"]
+        run(["hedgerow", "run", "demo-run/experiment.yaml", f"method.name={method}", *out], folder)
+    return folder
+
+
+def run(command: list[str], folder: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=name_of)
+def test_commands_run_as_they_are_written(place, page):
+    for code, why in blocks(page, "sh"):
+        if not why:
+            run(["bash", "-ec", code], place)
