@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -111,7 +112,7 @@ def methods() -> str:
         cells = [words[answers.get(title)] for title in titles]
         lines.append(f"| [`{name}`](#{name}) | {' | '.join(cells)} |")
     lines += ["", "With default options; `–` is where the question does not arise."]
-    return "\n".join([*lines, *_plugins("method"), ""])
+    return "\n".join([*lines, *_plugins("method"), *_shared(names), ""])
 
 
 def parts() -> str:
@@ -157,7 +158,9 @@ def commands() -> str:
 def _plugins(place: str, level: str = "##") -> Iterable[str]:
     for plugin in reference.listed(place):
         yield from ("", f"{level} `{plugin.name}` {{ #{_anchor(plugin.name)} }}", "")
-        yield f"{_text(plugin.summary)}. {_text(plugin.reference)}".rstrip(" .") + "."
+        summary = plugin.summary[:1].upper() + plugin.summary[1:]
+        source = f" Source: {plugin.reference}." if plugin.reference else ""
+        yield f"{_text(summary)}.{source}"
         description = reference.description(place, plugin.name).partition("\n\n")[2]
         if place == "method" and description:
             yield from ("", description)
@@ -166,10 +169,31 @@ def _plugins(place: str, level: str = "##") -> Iterable[str]:
             yield from ("", "Options:", "")
             for option in own:
                 key = option.key.removeprefix(f"{place}.")
-                yield f"* **`{key}`** ({_form(option)}). {_text(' '.join(option.meaning.split()))}"
+                yield f"* **`{key}`** ({_form(option)}). {_meant(option)}"
         if place == "method" and shared:
             names = {o.key.removeprefix(f"{place}.").partition(".")[0]: None for o in shared}
             yield from ("", f"Shared with other methods: {', '.join(f'`{n}`' for n in names)}.")
+
+
+def _shared(names: Iterable[str]) -> Iterable[str]:
+    """Options that methods inherit, each once, with those that have it."""
+    having: list[tuple[Option, list[str]]] = []
+    for name in names:
+        for option in reference.plugin_options("method", name)[1]:
+            same = [of for known, of in having if replace(option, plugins=known.plugins) == known]
+            if same:
+                same[0].append(name)
+            else:
+                having.append((option, [name]))
+    yield from ("", "## Options that several methods share")
+    for option, those in sorted(having, key=lambda each: each[0].key):
+        key = option.key.removeprefix("method.")
+        of = ", ".join(f"`{name}`" for name in those)
+        yield from ("", f"* **`{key}`** ({_form(option)}). {_meant(option)} *Of {of}.*")
+
+
+def _meant(option: Option) -> str:
+    return _text(" ".join(option.meaning.split()))
 
 
 def _said(option: Option) -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import shutil
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import hedgerow
 from hedgerow import demo
+from hedgerow.experiment import reference
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -76,10 +79,28 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quiet)
     assert done.returncode == 0, done.stderr
-    settings = (tmp_path / "site/reference/settings/index.html").read_text("utf-8")
-    assert "training.learning_rate" in settings
-    methods = (tmp_path / "site/reference/methods/index.html").read_text("utf-8")
-    assert 'id="flora"' in methods
+    said = {
+        name: html.unescape((tmp_path / f"site/reference/{name}/index.html").read_text("utf-8"))
+        for name in ("settings", "methods", "parts", "metrics", "commands", "python")
+    }
+    pages = [reference.page(), reference.page("method.server"), reference.page("method.up")]
+    options = [option for page in pages for option in page.options]
+    assert len(options) > 200
+    for option in options:
+        assert option.meaning, option.key
+        if option.plugins:
+            places = [each for each in reference.REGISTRIES if option.key.startswith(f"{each}.")]
+            place = max(places, key=len)
+            page = {"method": "methods", "evaluation.metrics": "metrics"}.get(place, "parts")
+            assert f">{option.key.removeprefix(place + '.')}<" in said[page], option.key
+        elif not option.key.startswith(("method.server.", "method.up.")):
+            assert f">{option.key}<" in said["settings"], option.key
+    for place in reference.REGISTRIES:
+        for plugin in reference.listed(place):
+            assert any(f'id="{plugin.name}"' in each for each in said.values()), plugin.name
+    public = set(hedgerow.__all__) - {"methods", "sketch", "testing"}  # which are modules
+    for name in public:
+        assert re.search(rf'id="hedgerow[a-z_.]*\.{name}"', said["python"]), name
 
 
 # --- commands -------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from support.runs import rows_of
+from support.runs import ledger_bytes, rows_of
 
 import hedgerow as hr
 from hedgerow.evaluation.metrics import Score
@@ -380,3 +380,22 @@ def test_a_comparison_is_scored_on_one_set_of_clients_own_rows(tested, hedgerow,
     assert result.code == 1
     said = " ".join((result.out + result.err).split())
     assert "data.client_test: the runs of this comparison were scored on other test data" in said
+
+
+# --- metrics of answers, less often than others --------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fedit", "standalone"])
+def test_answers_are_scored_in_rounds_of_their_own(tested, hedgerow, tmp_path, method):
+    every = ["evaluation.metrics=[rouge_l, loss]", "federation.rounds=3"]
+    path = tested(method)
+    for name, more in {"all": [], "some": ["evaluation.answers_every=2"]}.items():
+        assert hedgerow("run", path, *every, *more, "--out", tmp_path / name).code == 0
+    for whole, row in zip(rows_of(tmp_path / "all"), rows_of(tmp_path / "some"), strict=True):
+        scores = {key: value for key, value in whole.items() if "loss" in key or "rouge" in key}
+        if row["round"] == 1:
+            scores = {key: value for key, value in scores.items() if "rouge" not in key}
+        assert {
+            key: value for key, value in row.items() if "loss" in key or "rouge" in key
+        } == scores
+    assert ledger_bytes(tmp_path / "all") == ledger_bytes(tmp_path / "some")

@@ -31,7 +31,13 @@ data:
 method:     {{name: flora, ranks: [32, 32, 16, 16, 8, 8, 4, 2], alpha: 2r}}
 training:   {{steps: 15, batch_size: 8, learning_rate: 3.0e-3}}
 federation: {{rounds: 8}}
-evaluation: {{every: 8, metrics: [loss, exact_match], max_new_tokens: 24, batch_size: 64, by: kind}}
+evaluation:
+  every:    1
+  answers_every: 8
+  metrics:  [loss, exact_match]
+  max_new_tokens: 24
+  batch_size: 64
+  by:       kind
 """
 METHODS = {"standalone": "standalone mean", "zero_padding": "zero-padding", "flora": "FLoRA"}
 """What is compared, and what the table calls it."""

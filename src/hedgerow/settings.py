@@ -752,6 +752,10 @@ class EvaluationSettings(Section):
 
     every: int = Field(1, ge=1)
     """Number of rounds from one evaluation to the next; the last round is always evaluated."""
+    answers_every: int | None = Field(None, ge=1)
+    """Number of rounds from one evaluation by metrics of greedy answers to the next, which take far
+    longer than losses: those whose number it divides, of the rounds that `every` evaluates, and the
+    last. With null, all of them."""
     metrics: list[str] = ["loss"]
     """Names of the metrics of the global model, each once; your own is `package.module:Class`."""
     by: str | None = None

@@ -243,6 +243,19 @@ def scored_rows(row: Row, settings: TextSettings) -> Sequence[Row]:
     return answered_turns(row) if settings.loss_on == "turns" else [row]
 
 
+def in_round(settings: EvaluationSettings, round: int, rounds: int) -> EvaluationSettings:
+    """Settings with the metrics that are due when a round is evaluated.
+
+    Args:
+        rounds: number of the run's last round, in which all are due.
+    """
+    if round == rounds or settings.answers_every is None or round % settings.answers_every == 0:
+        return settings
+    known = zip(settings.metrics, metrics_of(settings.metrics), strict=True)
+    due = [name for name, metric in known if metric.needs != "answers"]
+    return settings.model_copy(update={"metrics": due})
+
+
 @torch.inference_mode()
 def evaluate(
     model: Model,

@@ -15,7 +15,7 @@ from hedgerow.data import ClientData, Records
 from hedgerow.errors import UserError
 from hedgerow.evaluation.measuring import derived
 from hedgerow.evaluation.metrics import main_scores_of, metrics_of
-from hedgerow.evaluation.scores import TestSet, evaluate
+from hedgerow.evaluation.scores import TestSet, evaluate, in_round
 from hedgerow.experiment import Experiment, apply_overrides, validate
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Client
@@ -85,7 +85,8 @@ class Scorer:
         Args:
             gather: gives the run's clients, where they have models of their own.
         """
-        method, settings = self._experiment.method, self._experiment.evaluation
+        method, rounds = self._experiment.method, self._experiment.federation.rounds
+        settings = in_round(self._experiment.evaluation, len(self._ledger), rounds)
         models = RunModels(method, self._ledger, len(self._ledger))
         found: dict[str, Any] = {}
         if self._model.merged_rank is not None:

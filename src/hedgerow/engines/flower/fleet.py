@@ -29,12 +29,14 @@ from hedgerow.engines.flower.messages import (
 )
 from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.evaluation.metrics import main_scores_of
+from hedgerow.evaluation.scores import in_round
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import ClientResult
 from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Client
 from hedgerow.privacy.secure.letters import Ask, AskMasked
 from hedgerow.runs.scoring import ClientScores, Scorer, over_clients
+from hedgerow.settings import EvaluationSettings
 from hedgerow.wire import MAX_HEADER_BYTES, Entry
 
 BATCH = 256 << 20
@@ -104,7 +106,7 @@ class FlowerFleet:
     ) -> None:
         self._grid, self._method, self._ledger = grid, experiment.method, ledger
         self._settings, self._names = experiment.federation, list(names)
-        self._metrics = experiment.evaluation.metrics
+        self._evaluation = experiment.evaluation
         self._is_told = experiment.says.examples != "withheld"
         self._has_tests = experiment.data.client_test is not None
         self._date = experiment.data.template.date
@@ -287,7 +289,13 @@ class FlowerFleet:
         """
         scorer = self._scorer
         found = {} if scorer is None else scorer.evaluate(self.gather, progress)
-        return found | (over_clients(self._own_scores(), self._metrics) if self._has_tests else {})
+        if not self._has_tests:
+            return found
+        return found | over_clients(self._own_scores(), self._due().metrics)
+
+    def _due(self) -> EvaluationSettings:
+        """What is scored at the ledger's head."""
+        return in_round(self._evaluation, len(self._ledger), self._settings.rounds)
 
     def _own_scores(self) -> dict[str, ClientScores]:
         """Scores of all clients that are connected and have test rows of their own, by name."""
@@ -462,10 +470,11 @@ class FlowerFleet:
         """What a client's model scores on its own test rows."""
         if reply.scores is None:
             return None
-        keys, values = main_scores_of(self._metrics), reply.scores.values
-        if strangers := values.keys() - keys:
+        # Its experiment may end in an earlier round, in which it scores all that there is.
+        known, values = main_scores_of(self._evaluation.metrics), reply.scores.values
+        if strangers := values.keys() - known:
             raise InvalidMessage(f"it has a score {min(strangers)} that nobody asked for")
-        return ClientScores(reply.scores.rows, {key: values.get(key, math.nan) for key in keys})
+        return ClientScores(reply.scores.rows, {key: values.get(key, math.nan) for key in known})
 
     def _rounds_held(self, held: Held | None) -> int:
         """The rounds of the ledger that a site has; 0 where its copy is another."""

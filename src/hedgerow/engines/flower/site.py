@@ -24,7 +24,7 @@ from hedgerow.engines.flower.app import App, without_test
 from hedgerow.engines.flower.messages import Held, OwnScores, Reply, Request, info
 from hedgerow.engines.flower.node import SiteSettings, place_of
 from hedgerow.errors import ClientFailed, InvalidMessage, NothingToLearn, UserError
-from hedgerow.evaluation.scores import TestSet
+from hedgerow.evaluation.scores import TestSet, in_round
 from hedgerow.experiment import validate
 from hedgerow.experiment.mistakes import check_trainer
 from hedgerow.federation.participant import example_level, train_beside, train_client
@@ -599,7 +599,8 @@ class Site:
         test = self._test_of(name) if self._script is None else None
         if test is None:
             return None
-        model, settings = self._advanced(ledger), self._experiment.evaluation
+        model, rounds = self._advanced(ledger), self._experiment.federation.rounds
+        settings = in_round(self._experiment.evaluation, len(ledger), rounds)
         models = RunModels(self._experiment.method, ledger, len(ledger), self._memories)
         found = score_clients(models, model, {name: test}, settings)[name]
         finite = {key: value for key, value in found.values.items() if abs(value) <= LARGEST_SENT}
