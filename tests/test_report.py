@@ -133,6 +133,15 @@ def test_many_rounds_are_drawn():
     assert 'stroke="var(--series-0)"' in charts.lines(frame, ["flora"], x="round", y="loss")
 
 
+def test_who_was_weighed_otherwise_is_marked():
+    rows = [("ash", 1, 0.5, "took part", ""), ("elm", 1, 0.7, "took part", "counts for nothing")]
+    frame = pd.DataFrame(rows, columns=["client", "round", "loss", "state", "weighed"])
+    svg = charts.taking_part(frame, (0.5, 0.7), legend=False)
+    assert svg.count("○") == 1
+    assert "elm, round 1: train loss 0.7, counts for nothing" in svg
+    assert "○" not in charts.taking_part(frame[:1], (0.5, 0.7), legend=False)
+
+
 def test_axes_have_marks_that_can_be_read():
     frame = pd.DataFrame({"series": "flora", "x": [1.0, 2.0, 3.0], "y": [0.0, 1e-12, 1e-3]})
     frame = frame.assign(low=frame["y"], high=frame["y"])

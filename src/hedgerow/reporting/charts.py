@@ -103,8 +103,8 @@ def taking_part(frame: pd.DataFrame, domain: tuple[float, float], *, legend: boo
     """Clients by rounds: the training loss of who took part, a cross where one failed.
 
     Args:
-        frame: columns `client`, `round`, `loss` (NaN where it is not known) and `state` (`took
-            part`, or why it failed).
+        frame: columns `client`, `round`, `loss` (NaN where it is not known), `state` (`took part`,
+            or why it failed), and `weighed` (how a rule has weighed it otherwise, or nothing).
         domain: of the losses of all such charts of the page.
         legend: whether to say what the colours mean.
     """
@@ -112,6 +112,7 @@ def taking_part(frame: pd.DataFrame, domain: tuple[float, float], *, legend: boo
     frame["label"] = [
         f"{r.client}, round {r.round}: "
         + (r.state if pd.isna(r.loss) else f"train loss {console.score(r.loss)}")
+        + (f", {r.weighed}" if r.weighed else "")
         for r in _rows(frame)
     ]
     rounds = int(frame["round"].max())
@@ -129,6 +130,7 @@ def taking_part(frame: pd.DataFrame, domain: tuple[float, float], *, legend: boo
         (known, place.mark_rect().encode(losses)),
         (~known & there, place.mark_rect(color="var(--rule)")),
         (~there, place.mark_text(text="✕", color="var(--bad)", fontWeight="bold")),
+        (frame["weighed"] != "", place.mark_text(text="○", color="var(--bad)", fontWeight="bold")),
     ]
     chart = alt.layer(
         *(layer.properties(data=frame[which]) for which, layer in layers if which.any())
@@ -218,7 +220,7 @@ def _svg(chart: Any) -> str:
     # The page scales it; and it is one thing with a name there, not a tree of nameless groups.
     return re.sub(
         r'<svg [^>]*?width="(\d+)" height="\d+" (viewBox="[^"]+")>',
-        r'<svg \2 style="max-width: \1px" role="group">',
+        r'<svg \2 style="max-width: calc(1.5 * \1px)" role="group">',
         svg,
         count=1,
     )

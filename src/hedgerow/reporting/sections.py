@@ -298,8 +298,8 @@ def _participation(series: Sequence[Series]) -> Section:
             svg = charts.counts(counted.rename("count").reset_index())
         drawn.append(Chart(name, svg, words))
     about = (
-        "Who took part (coloured by training loss) and who failed (✕), of one seed each; only how "
-        "many, where clients and rounds are too many to draw."
+        "Who took part (coloured by training loss; ○ where a rule has weighed it otherwise) and who "
+        "failed (✕), of one seed each; only how many, where clients and rounds are too many to draw."
     )
     return Section("Clients", about, drawn)
 
@@ -308,12 +308,16 @@ def _attendance(series: Series) -> pd.DataFrame:
     found = []
     for row in series.first.rows[1:]:
         losses = row.get("train_loss_by_client", {})
+        weighed = row.get("weighed_otherwise") or {}
         states = {**dict.fromkeys(row["participants"], "took part"), **row["failures"]}
         found += [
-            {"client": name, "round": row["round"], "loss": losses.get(name), "state": state}
+            {
+                **{"client": name, "round": row["round"], "loss": losses.get(name)},
+                **{"state": state, "weighed": weighed.get(name, "")},
+            }
             for name, state in states.items()
         ]
-    frame = pd.DataFrame(found, columns=["client", "round", "loss", "state"])
+    frame = pd.DataFrame(found, columns=["client", "round", "loss", "state", "weighed"])
     return frame.astype({"loss": "float64"}).sort_values(["client", "round"])
 
 
