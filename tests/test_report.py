@@ -102,6 +102,10 @@ def test_labels_are_as_short_as_they_can_be(experiment):
             "federation.seed=3",
         ],
         "standalone": ["method=standalone"],
+        "ffa_lora": ["method=ffa_lora"],
+        "ffa_lora, weights=krum": ["method=ffa_lora", "federation.weights=krum"],
+        "rolora, max_grad_norm=1.0": ["method=rolora"],
+        "rolora, max_grad_norm=None": ["method=rolora", "training.max_grad_norm=null"],
     }
     experiments = [load(experiment(), each) for each in changes.values()]
     assert labels(experiments) == list(changes)

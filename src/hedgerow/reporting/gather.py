@@ -105,7 +105,8 @@ def told(folders: Iterable[Path]) -> Told:
 def labels(experiments: Sequence[Experiment]) -> list[str]:
     """Each experiment's method, with as few options as tell it from others of its name.
 
-    Seeds are no options, and neither is who is told of the run.
+    Seeds are no options, and neither is who is told of the run. What is null where it is null
+    unless somebody asks for more, as `privacy`, goes without saying.
     """
     flats = [
         flat(experiment.model_dump(mode="json", exclude={"tracking"})) for experiment in experiments
@@ -117,10 +118,12 @@ def labels(experiments: Sequence[Experiment]) -> list[str]:
     }
     telling = {name: _telling(others) for name, others in alike.items()}
     words = []
-    for name, mine in zip(names, flats, strict=True):
+    for name, mine, experiment in zip(names, flats, experiments, strict=True):
+        asked = flat(experiment.model_dump(mode="json", exclude_defaults=True))
         options = [
             f"{key[-1]}={_short(mine.get(key), [other.get(key) for other in alike[name]])}"
             for key in telling[name]
+            if mine.get(key) is not None or key in asked
         ]
         words.append(", ".join([name, *options]))
     return words

@@ -298,8 +298,9 @@ def _participation(series: Sequence[Series]) -> Section:
             svg = charts.counts(counted.rename("count").reset_index())
         drawn.append(Chart(name, svg, words))
     about = (
-        "Who took part (coloured by training loss; ○ where a rule has weighed it otherwise) and who "
-        "failed (✕), of one seed each; only how many, where clients and rounds are too many to draw."
+        "Who took part (coloured by training loss; ○ where a rule has weighed it otherwise) and "
+        "who failed (✕), of one seed each; only how many, where clients and rounds are too many to "
+        "draw."
     )
     return Section("Clients", about, drawn)
 
