@@ -14,7 +14,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 
 from hedgerow import __version__
-from hedgerow.errors import UserError
+from hedgerow.errors import UserError, reason_of
 from hedgerow.lazy import torch
 from hedgerow.workers import Workers
 
@@ -88,7 +88,7 @@ class Diagnosis:
         torch: version of torch; None where it cannot be imported.
         broken: why it cannot be; empty where it can.
         devices: those that torch finds, the CPU last.
-        threads: number of threads that torch computes in.
+        threads: number of threads that torch computes in; 0 where it cannot be imported.
         processors: number of processors that this process may use.
         free_processors: number of those that have nothing to do, at least 1; on Linux alone, and 1
             elsewhere. It is what `--workers auto` takes.
@@ -109,10 +109,16 @@ class Diagnosis:
     features: tuple[Feature, ...]
 
     @property
-    def lacks(self) -> list[str]:
-        """What every installation needs and this one lacks, each in a few words."""
-        found = [str(library) for library in self.libraries if not library.will_do]
-        return [*found, f"a torch that can be imported ({self.broken})"] if self.broken else found
+    def problem(self) -> str:
+        """What keeps this installation from working, and what mends it; empty where all is well."""
+        if lacking := [str(library) for library in self.libraries if not library.will_do]:
+            return f"hedgerow needs {', '.join(lacking)}: pip install hedgerow"
+        if self.broken:
+            return (
+                f"torch is installed, but cannot be imported ({self.broken}): "
+                "pip install --force-reinstall torch"
+            )
+        return ""
 
 
 def examine() -> Diagnosis:
@@ -131,11 +137,8 @@ def examine() -> Diagnosis:
     version, broken, devices, threads = None, "", list[Device](), 0
     try:
         version, devices, threads = torch.__version__, _devices(), torch.get_num_threads()
-    except ModuleNotFoundError as error:
-        # That it is not there at all is said of the libraries.
-        broken = "" if error.name == "torch" else str(error)
-    except (ImportError, OSError) as error:  # of another processor or system, or damaged
-        broken = str(error)
+    except (ImportError, OSError) as error:  # missing, of another processor or system, or damaged
+        broken = reason_of(error)
     return Diagnosis(
         hedgerow=__version__,
         python=platform.python_version(),

@@ -27,11 +27,11 @@ def doctor(as_json: AsJson = False) -> None:
         content = asdict(found)
         for feature, values in zip(found.features, content["features"], strict=True):
             values["command"] = feature.command
-        show(to_json(content | {"lacks": found.lacks}, ensure_ascii=False, indent=2))
+        show(to_json(content | {"problem": found.problem}, ensure_ascii=False, indent=2))
     else:
         _say(found)
-    if found.lacks:
-        raise RunFailed(f"hedgerow needs {', '.join(found.lacks)}: pip install hedgerow")
+    if found.problem:
+        raise RunFailed(found.problem)
 
 
 def _say(found: Diagnosis) -> None:
