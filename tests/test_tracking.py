@@ -246,7 +246,8 @@ def test_a_tracker_that_is_not_installed_is_one_sentence(
     arguments = [experiment(), "tracking.to=tensorboard", *options, "--out", tmp_path / "out"]
     result = hedgerow(verb, *arguments)
     assert result.code == 2
-    assert "tensorboard is not installed: pip install 'hedgerow[tensorboard]'" in result.err
+    assert "tracking.to needs tensorboard, which is not installed: pip install" in result.err
+    assert "'hedgerow[tensorboard]'" in result.err
     assert not (tmp_path / "out").exists()
 
 

@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hedgerow.errors import RunFailed, UserError
-from hedgerow.experiment import Experiment, load, method_changes, split_at
+from hedgerow.experiment import (
+    Experiment,
+    check_libraries,
+    load,
+    method_changes,
+    split_at,
+)
 from hedgerow.runs.directory import EXPERIMENT, RunDirectory, test_digests
 from hedgerow.runs.lender import Lender
 from hedgerow.runs.rows import read_rows
@@ -116,6 +122,7 @@ def plan(
             settings = dict(zip(sweeps, values, strict=True))
             swept = [f"{key}={value}" for key, value in settings.items()]
             loaded = load([*overrides, *chosen, *swept])
+            check_libraries(loaded)
             _check_tracking(loaded.tracking)
             for seed in range(loaded.federation.seed, loaded.federation.seed + seeds):
                 federation = loaded.federation.model_copy(update={"seed": seed})

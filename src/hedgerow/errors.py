@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 from collections.abc import Iterable
 
 
@@ -91,9 +90,3 @@ def which_client(what: str, clients: Iterable[str]) -> UserError:
     """
     known = ", ".join(clients) or "none before round 1"
     return UserError(f"{what} has a model for each client: name one with --client ({known})")
-
-
-def check_installed(module: str, name: str, extra: str) -> None:
-    """Raise a `UserError` where an optional part is not installed."""
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"{name} is not installed: pip install 'hedgerow[{extra}]'")

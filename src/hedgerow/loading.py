@@ -18,6 +18,7 @@ from hedgerow.bundled import MODEL
 from hedgerow.errors import UserError, readable, reason_of
 from hedgerow.lazy import huggingface_hub, peft, tokenizers, torch, transformers
 from hedgerow.names import DEMO, MEMORY
+from hedgerow.optional import check_installed
 
 if TYPE_CHECKING:
     from hedgerow.quantized import Quantization
@@ -101,7 +102,7 @@ def load(settings: ModelSettings) -> Loaded:
         raise UserError(f"{where} {problem}: give a model folder in Hugging Face format")
     device = _device(settings.device)
     if settings.quantization is not None:
-        quantized.check_installed(f"model.quantization: {settings.quantization}")
+        check_installed(f"model.quantization: {settings.quantization}", "bitsandbytes")
     if (adapted := adapter_folder(settings)) is not None:
         if settings.quantization is not None:
             raise UserError(
@@ -218,7 +219,7 @@ def _load_network(
                 )
             own_kind = _method_of(config) == "bitsandbytes"
             if own_kind:
-                quantized.check_installed(f"{where} has weights that are quantized, which")
+                check_installed(f"{where} has weights that are quantized, which", "bitsandbytes")
             else:
                 unusable = _quantized(config, place)
         kind = _kind_of(config, where)

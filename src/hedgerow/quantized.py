@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from hedgerow import lowrank
-from hedgerow.errors import UserError
 from hedgerow.lazy import bitsandbytes, torch, transformers
 from hedgerow.lowrank import Factors
 
@@ -29,12 +27,6 @@ Quantization = Literal["nf4", "fp4", "int8"]
 
 _KINDS = {"Linear4bit": "4bit", "Linear8bitLt": "8bit"}
 """bitsandbytes' classes of layers, by name, as it is imported only where there are some."""
-
-
-def check_installed(key: str) -> None:
-    """Raise a `UserError` for a key of the experiment where bitsandbytes is not installed."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{key} needs bitsandbytes: pip install 'hedgerow[quantized]'")
 
 
 def configuration(kind: Quantization, dtype: str) -> transformers.BitsAndBytesConfig:

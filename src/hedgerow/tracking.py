@@ -36,6 +36,7 @@ from hedgerow.errors import UserError, readable
 from hedgerow.experiment import Experiment, without_folders
 from hedgerow.federation.fleet import Watcher
 from hedgerow.files import replacing
+from hedgerow.optional import not_installed
 from hedgerow.runs.changes import flat
 from hedgerow.runs.directory import RunDirectory
 from hedgerow.settings import TrackingSettings
@@ -52,7 +53,7 @@ def check(settings: TrackingSettings) -> None:
     available = {str(name) for name in get_available_trackers()}
     for name in settings.to:
         if name not in available:
-            raise UserError(f"tracking.to: {name} is not installed: pip install 'hedgerow[{name}]'")
+            raise not_installed("tracking.to", name)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from hedgerow.api.draft import PathLike, SectionLike, draft, plain
 from hedgerow.api.running import watcher
 from hedgerow.experiment import Experiment, validate
 from hedgerow.names import MEMORY
+from hedgerow.optional import check_installed
 from hedgerow.workers import Workers
 
 if TYPE_CHECKING:
@@ -189,8 +190,10 @@ def report(
         What could not be shown, and why.
 
     Raises:
-        UserError: one of them is no run, or `out` cannot be written to.
+        UserError: one of them is no run, `out` cannot be written to, or what draws charts is not
+            installed.
     """
+    check_installed("a report page", "altair", "vl_convert")
     from hedgerow.api.runs import Run
     from hedgerow.reporting import page
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hedgerow.api.draft import Draft, PathLike, SectionLike, draft, memory_model
-from hedgerow.errors import UserError, check_installed
+from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment
 from hedgerow.names import MEMORY
+from hedgerow.optional import check_installed
 from hedgerow.workers import Workers
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def _train(
                     "workers: Flower's simulation has clients train side by side of its own: leave "
                     "it out, or take engine=local"
                 )
-            check_installed("flwr", "Flower", "flower")
+            check_installed("the engine flower", "flwr")
             from hedgerow.engines.flower import simulation
 
             simulation.run(experiment, out, watching, resume=resume)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hedgerow.errors import UserError
 from hedgerow.names import MEMORY
+from hedgerow.optional import check_installed
 from hedgerow.runs import RunModels, model_at, opened
 from hedgerow.runs.opening import Loader, check_client, check_round
 from hedgerow.runs.rows import read_rows
@@ -253,8 +254,9 @@ class Run:
             score: a column of `metrics`.
 
         Raises:
-            UserError: there is no such score.
+            UserError: there is no such score, or what draws charts is not installed.
         """
+        check_installed("a chart", "altair", "vl_convert")
         from hedgerow.api.charts import by_round
 
         rows = [row for row in self._rows() if row.get(score) is not None]

@@ -31,7 +31,8 @@ import hedgerow.cli.audit
 import hedgerow.cli.mt_bench
 import hedgerow.cli.ledger
 import hedgerow.cli.flower
-import hedgerow.cli.catalogue  # noqa: F401
+import hedgerow.cli.catalogue
+import hedgerow.cli.doctor  # noqa: F401
 # isort: on
 
 

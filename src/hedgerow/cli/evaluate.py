@@ -15,8 +15,9 @@ from hedgerow.cli.frame import (
     WorkersOption,
     app,
 )
-from hedgerow.errors import UserError, check_installed
+from hedgerow.errors import UserError
 from hedgerow.files import to_json
+from hedgerow.optional import check_installed
 from hedgerow.terminal import say, show
 
 _LONGEST = 60
@@ -98,7 +99,7 @@ def evaluate(
         names = [name.strip() for name in harness.split(",") if name.strip()]
         if not names or not (limit is None or 0 < limit < math.inf):
             raise UserError("--harness needs a task, as --harness mmlu, and --limit a question")
-        check_installed("lm_eval", "lm-eval", "harness")
+        check_installed("--harness", "lm_eval")
         from hedgerow.benchmarks import harness as lm_eval
 
         found = lm_eval.score_path(

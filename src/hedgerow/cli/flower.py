@@ -11,7 +11,7 @@ from hedgerow.cli.frame import (
     Overrides,
     flower_app,
 )
-from hedgerow.errors import check_installed
+from hedgerow.optional import check_installed
 
 
 @flower_app.command("init")
@@ -27,7 +27,7 @@ def flower_init(
     from hedgerow import console
     from hedgerow import experiment as experiments
 
-    check_installed("flwr", "Flower", "flower")
+    check_installed("hedgerow flower", "flwr")
     loaded = experiments.load(experiment, overrides or [])
     # After a mistake has been found: it imports torch.
     from hedgerow.engines.flower import app as apps

@@ -13,7 +13,8 @@ from hedgerow.cli.frame import (
     advising,
     mt_bench_app,
 )
-from hedgerow.errors import RunFailed, check_installed
+from hedgerow.errors import RunFailed
+from hedgerow.optional import check_installed
 
 _GO_ON = "given again, the same command does what is missing"
 
@@ -94,7 +95,7 @@ def mt_bench_judge(
     """
     from hedgerow import console
 
-    check_installed("openai", "openai", "judge")
+    check_installed("hedgerow mt-bench judge", "openai")
     from hedgerow.benchmarks import judging
 
     judge = judging.Judge(endpoint, model, os.environ.get(key_variable), key_variable)

@@ -20,9 +20,10 @@ from hedgerow.api.draft import PathLike, memory_model
 from hedgerow.api.running import open_run
 from hedgerow.client.processes import Processes
 from hedgerow.client.trainer import ScriptTrainer, check_script
-from hedgerow.errors import UserError, check_installed
+from hedgerow.errors import UserError
 from hedgerow.files import expanded
 from hedgerow.names import MEMORY, NAME
+from hedgerow.optional import check_installed
 from hedgerow.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def federate(
         RunFailed: the SuperNode, or one of several processes, ended before the run was over.
         KeyboardInterrupt: it was interrupted; called again, it goes on.
     """
-    check_installed("flwr", "Flower", "flower")
+    check_installed("a client of a federation", "flwr")
     from hedgerow.engines.flower import script
     from hedgerow.engines.flower.node import place_of
     from hedgerow.engines.flower.site import Script

@@ -1,4 +1,4 @@
-"""Dividing one source into clients, by the partitioners of flwr-datasets.
+"""Dividing one source into clients: uneven divisions by the partitioners of flwr-datasets.
 
 The partitioners see one column and nothing else of the data. Neither `FederatedDataset` nor the
 visualisations of flwr-datasets are used: those are the parts of it that send telemetry.
@@ -18,6 +18,7 @@ import numpy as np
 
 from hedgerow.data.rows import Row, is_empty, value_of
 from hedgerow.errors import UserError
+from hedgerow.optional import check_installed
 
 if TYPE_CHECKING:
     from hedgerow.settings import Partition
@@ -36,7 +37,8 @@ def partition(rows: Sequence[Row], settings: Partition, seed: int) -> dict[str, 
         may have none, where the draw is very uneven.
 
     Raises:
-        UserError: there are too few rows, or a row has no value to divide by.
+        UserError: there are too few rows, a row has no value to divide by, or flwr-datasets is not
+            installed.
     """
     if settings.kind == "column":
         labels, codes = _labels(rows, settings.column)
@@ -61,14 +63,12 @@ def partition(rows: Sequence[Row], settings: Partition, seed: int) -> dict[str, 
 
 
 def _iid(rows: int, clients: int, seed: int) -> list[list[int]]:
-    from flwr_datasets.partitioner import IidPartitioner
-
-    # The partitioner cuts consecutive pieces.
     order = np.random.default_rng(seed).permutation(rows)
-    return [sorted(order[part].tolist()) for part in _divide(IidPartitioner(clients), range(rows))]
+    return [sorted(part.tolist()) for part in np.array_split(order, clients)]
 
 
 def _dirichlet(codes: Sequence[int], clients: int, alpha: float, seed: int) -> list[list[int]]:
+    check_installed("data.partition.kind: dirichlet", "flwr_datasets")
     from flwr_datasets.partitioner import DirichletPartitioner
 
     def drawn(smallest: int) -> list[list[int]]:
@@ -85,6 +85,7 @@ def _dirichlet(codes: Sequence[int], clients: int, alpha: float, seed: int) -> l
 
 
 def _shards(codes: Sequence[int], clients: int, shards: int, seed: int) -> list[list[int]]:
+    check_installed("data.partition.kind: shard", "flwr_datasets")
     from flwr_datasets.partitioner import ShardPartitioner
 
     if clients * shards > len(codes):
@@ -103,9 +104,9 @@ def _shards(codes: Sequence[int], clients: int, shards: int, seed: int) -> list[
 
 
 def _by_column(codes: Sequence[int]) -> list[list[int]]:
-    from flwr_datasets.partitioner import NaturalIdPartitioner
-
-    return _divide(NaturalIdPartitioner("value"), codes)
+    # Stable, so that each client's rows stay in their order.
+    order, sizes = np.argsort(codes, kind="stable"), np.bincount(codes)
+    return [part.tolist() for part in np.split(order, np.cumsum(sizes)[:-1])]
 
 
 def _divide(partitioner: Any, codes: Iterable[int]) -> list[list[int]]:

@@ -111,7 +111,10 @@ class TestSet:
             key, name = "data.client_test", f"the test data of {client}"
         elif settings.test is not None and settings.test != MEMORY:
             name = settings.test
-        needs = {metric.needs: metric.name for metric in metrics_of(evaluation.metrics)}
+        metrics = metrics_of(evaluation.metrics)
+        for metric in metrics:
+            metric.check()
+        needs = {metric.needs: metric.name for metric in metrics}
         encoder = Encoder(load_template(settings, tokenizer), tokenizer, vocabulary_size)
         by_row = [scored_rows(row, settings) for row in rows]
         rows = list(itertools.chain.from_iterable(by_row))

@@ -22,6 +22,7 @@ from hedgerow.loading import skeleton
 from hedgerow.methods.base import Client, Expected, Holds, Method
 from hedgerow.methods.lora import LoraOptions
 from hedgerow.model import Model
+from hedgerow.optional import check_installed
 from hedgerow.training.optimizers import optimizer_of
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def _network(experiment: Experiment) -> Any:
     settings = experiment.model
     network = skeleton(settings).to(getattr(torch, settings.dtype))
     if settings.quantization is not None:
-        quantized.check_installed(f"model.quantization: {settings.quantization}")
+        check_installed(f"model.quantization: {settings.quantization}", "bitsandbytes")
         quantized.quantize_hollow(network, settings.quantization, settings.dtype)
     return network
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
-from hedgerow.errors import UserError, check_installed
+from hedgerow.errors import UserError
+from hedgerow.optional import check_installed
 
 Accountant = Literal["rdp", "pld"]
 """Rényi differential privacy, or privacy loss distributions: tighter, and slower."""
@@ -184,7 +185,7 @@ def _accountant(name: Accountant) -> Any:
 
 def _library(name: str) -> Any:
     """dp-accounting, which takes seconds to import and is needed by private runs alone."""
-    check_installed("dp_accounting", "privacy: dp-accounting", "privacy")
+    check_installed("privacy", "dp_accounting")
     module = importlib.import_module(name)
     # It warns of orders that it leaves out, among many, where noise is too little anyway.
     logging.getLogger("absl").setLevel(logging.ERROR)

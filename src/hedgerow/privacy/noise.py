@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hedgerow.errors import UserError, check_installed
+from hedgerow.errors import UserError
 from hedgerow.files import replacing
 from hedgerow.lazy import torch
+from hedgerow.optional import check_installed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,6 +142,6 @@ def _text(use: tuple[str | int, ...]) -> bytes:
 
 def _stream(key: bytes) -> Any:
     """ChaCha20 with a key that is used once."""
-    check_installed("cryptography", "privacy: cryptography", "privacy")
+    check_installed("privacy", "cryptography")
     ciphers = importlib.import_module("cryptography.hazmat.primitives.ciphers")
     return ciphers.Cipher(ciphers.algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()

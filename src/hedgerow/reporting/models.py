@@ -155,7 +155,7 @@ class _Questionnaire:
         data = experiment.data
         # Any metric of answers: they are asked for, and none is scored.
         self._settings = experiment.evaluation.model_copy(
-            update={"metrics": ["rouge_l"], "by": None}
+            update={"metrics": ["exact_match"], "by": None}
         )
         found = test_rows(data, self._settings, base.tokenizer, held)
         rows = [row for row in found if not row.calls]

@@ -34,7 +34,7 @@ from hedgerow.evaluation.answers import check_positions
 from hedgerow.evaluation.metrics import metrics_of
 from hedgerow.evaluation.metrics.base import LIKELIHOODS
 from hedgerow.evaluation.scores import TestSet
-from hedgerow.experiment import Experiment, load
+from hedgerow.experiment import Experiment, check_libraries, load
 from hedgerow.experiment.mistakes import check_base
 from hedgerow.lazy import torch
 from hedgerow.ledger import Base
@@ -125,6 +125,7 @@ def prepare(
     Raises:
         UserError: naming what in the experiment does not fit.
     """
+    check_libraries(experiment)
     model = model or Model.load(experiment.model)
     shelf = shelf or Shelf()
     examples_of_all = shelf.examples(experiment, model, held)

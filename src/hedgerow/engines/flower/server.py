@@ -24,7 +24,7 @@ from hedgerow.engines.flower.fleet import FlowerFleet
 from hedgerow.engines.flower.keys import KEYS, KnownKeys
 from hedgerow.errors import RunFailed, UserError
 from hedgerow.evaluation.scores import TestSet
-from hedgerow.experiment import Experiment, validate
+from hedgerow.experiment import Experiment, check_server_libraries, validate
 from hedgerow.federation.fleet import Watcher
 from hedgerow.files import emptied, replacing
 from hedgerow.ledger import Base
@@ -108,6 +108,7 @@ def serve(
     """
     experiment = loaded.experiment
     check_method(experiment)
+    check_server_libraries(experiment)
     tracking.check(experiment.tracking)
     resume = RunDirectory.check_resumable(out, experiment)
     opener = RunDirectory.resume if resume else RunDirectory.create

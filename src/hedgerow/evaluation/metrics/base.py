@@ -137,6 +137,9 @@ class Metric(Plugin, ABC):
     per: ClassVar[Literal["row", "corpus"]]
     """Whether each row has a score, of which means are taken; or only many rows together."""
 
+    def check(self) -> None:
+        """Raise a `UserError` where it cannot be computed here, for want of a library, say."""
+
     @abstractmethod
     def measure(self, evidence: Any) -> Scored:
         """Scores of what `needs` names: of one row, or of a list of them, as `per` says."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from hedgerow.evaluation.metrics.base import CorpusMetric, Score
 from hedgerow.evaluation.words import spaced
+from hedgerow.optional import check_installed
 
 
 class Bleu(CorpusMetric):
@@ -17,6 +18,10 @@ class Bleu(CorpusMetric):
 
     name: str = "bleu"
     scores = (Score("bleu", label="BLEU", unit="points of 100", direction="higher"),)
+
+    def check(self) -> None:
+        """Raise a `UserError` without sacrebleu."""
+        check_installed(f"evaluation.metrics: {self.name}", "sacrebleu")
 
     def corpus(self, references: Sequence[str], answers: Sequence[str]) -> float:
         """From 0 to 100."""

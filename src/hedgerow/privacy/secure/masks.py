@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hedgerow.errors import check_installed
+from hedgerow.optional import check_installed
 from hedgerow.privacy.secure.fixed_point import PIECE, Codes
 
 SECRET_BYTES = 32
@@ -21,7 +21,7 @@ def library(name: str) -> Any:
     Raises:
         UserError: it is not installed.
     """
-    check_installed("cryptography", "federation.secure: cryptography", "privacy")
+    check_installed("federation.secure", "cryptography")
     return importlib.import_module(f"cryptography.{name}")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from hedgerow.errors import check_installed
+from hedgerow.optional import check_installed
 from hedgerow.privacy.secure.masks import SECRET_BYTES
 
 _PART = 16
@@ -103,5 +103,5 @@ def _inverse(element: int) -> int:
 
 
 def _shamir() -> Any:
-    check_installed("Crypto", "federation.secure: pycryptodome", "privacy")
+    check_installed("federation.secure", "Crypto")
     return importlib.import_module("Crypto.Protocol.SecretSharing").Shamir

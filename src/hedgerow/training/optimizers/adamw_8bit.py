@@ -6,7 +6,6 @@ has it.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -14,6 +13,7 @@ from pydantic import Field
 
 from hedgerow.errors import UserError
 from hedgerow.lazy import bitsandbytes
+from hedgerow.optional import check_installed
 from hedgerow.training.optimizers.base import Optimizer
 
 if TYPE_CHECKING:
@@ -45,11 +45,7 @@ class AdamW8bit(Optimizer):
 
     def check(self, device: torch.device) -> None:
         """Raise a `UserError` without bitsandbytes, and for pages where there is no GPU."""
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError(
-                f"training.optimizer {self.name} needs bitsandbytes: "
-                "pip install 'hedgerow[quantized]'"
-            )
+        check_installed(f"training.optimizer {self.name}", "bitsandbytes")
         if self.is_paged and device.type == "cpu":
             raise UserError(
                 f"training.optimizer {self.name}: pages go between a GPU and the host, and "

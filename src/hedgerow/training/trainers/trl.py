@@ -15,8 +15,9 @@ import numpy as np
 from pydantic import Field
 
 from hedgerow.data import Tokenized
-from hedgerow.errors import UserError, check_installed
+from hedgerow.errors import UserError
 from hedgerow.lazy import torch
+from hedgerow.optional import check_installed
 from hedgerow.settings import TrainingSettings
 from hedgerow.training.checkpointing import checkpointed
 from hedgerow.training.job import OR_CLIP, Job, check_finite
@@ -50,7 +51,7 @@ class TRL(Trainer):
                 "training.router_aux_loss_coef: TRL adds such a loss to what it reports, too: take "
                 "the trainer transformers, or leave it out"
             )
-        check_installed("trl", "TRL", "trl")
+        check_installed("training.trainer trl", "trl")
         family.check_names(self.arguments)
         with tempfile.TemporaryDirectory() as folder:
             self._config(training, folder, device)
