@@ -285,6 +285,17 @@ def test_help_has_an_example_and_no_stray_backslash(hedgerow, path):
     assert example in result.out
 
 
+@pytest.mark.parametrize("path", commands(), ids=" ".join)
+def test_help_says_what_each_argument_is(hedgerow, path):
+    out = hedgerow(*path, "--help").out
+    _, has, rest = out.partition("Arguments:\n")
+    assert out.count("rguments:\n") == len(has[:1])
+    for line in filter(None, rest.partition("\n\n")[0].splitlines()):
+        assert re.match(r" {2}\S+ {2,}\w| {3,}\S", line), line
+    # What the list of commands says is whole.
+    assert "..." not in out.partition("Commands:")[2]
+
+
 # --- mistakes -----------------------------------------------------------------------------------
 
 

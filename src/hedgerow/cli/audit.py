@@ -17,18 +17,18 @@ def audit(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")],
     overrides: Overrides = None,
     client: Annotated[
-        str | None, typer.Option(help="Whose rows to look for; all clients' by default.")
+        str | None, typer.Option(help="Client whose rows are looked for; all by default.")
     ] = None,
     rows: Annotated[
-        int, typer.Option(min=1, help="Rows of a client, and of others, to look at at most.")
+        int, typer.Option(min=1, help="Largest number of rows of a client, and of others, to try.")
     ] = 200,
     as_json: AsJson = False,
 ) -> None:
-    """Say what left each client of a run, and what its model tells of their rows.
+    """Say what left each client, and what the model tells of rows.
 
-    Canaries (hedgerow explain audit) give a lower bound of ε beside the promised one. Rows of
-    clients whose data are here are compared with test rows. All is kept in DIR/audit.json, which
-    the report shows.
+    Rows of clients whose data are here are compared with test rows. Canaries (hedgerow explain
+    audit) give a lower bound of ε beside the promised one. All is kept in DIR/audit.json, which
+    hedgerow report shows.
 
     Example: hedgerow audit runs/first
     """

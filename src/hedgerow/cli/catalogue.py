@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 @app.command()
 def methods(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="One of them, or package.module:Class.")
+        str | None,
+        typer.Argument(metavar="NAME", help="A method, by its name or as package.module:Class."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the methods and their papers; or show one of them, with its algorithm and options.
+    """List the methods, or show one with its algorithm and options.
 
     Example: hedgerow methods flora
     """
@@ -74,25 +75,26 @@ def explain(
         list[str] | None,
         typer.Argument(
             metavar="KEY.PATH",
-            help="A section, or a key in one; with --memory, KEY.PATH=VALUE to change it.",
+            help="A section, or a key in one; with --memory, KEY.PATH=VALUE as in run.",
         ),
     ] = None,
     memory: Annotated[
         Path | None,
         typer.Option(
             metavar="EXPERIMENT.yaml",
-            help="What a client, a site and the server of an experiment will hold in memory.",
+            help="Say what a client, a site and the server of this experiment will hold in memory.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what the keys of an experiment file mean: type, range, default; without a key, of all.
+    """Explain the keys of an experiment file.
 
-    Of a key that names a plug-in, as method, there are the plug-ins (explain method), the options
-    of all (explain method.ranks) and those of one (explain method.flora).
+    Without a key, all are listed in a line each; of one, type, range, default and meaning are told.
+    Of a key that names a plug-in, as method, there are the plug-ins (explain method), an option of
+    any of them (explain method.ranks) and those of one (explain method.flora).
 
-    With --memory, what an experiment will hold in memory, by part, before anything but the base
-    model's config.json is read: hedgerow explain --memory experiment.yaml training.batch_size=4
+    With --memory, what an experiment will hold is told by part, and nothing is read but the base
+    model's config.json: hedgerow explain --memory experiment.yaml training.batch_size=4
 
     Example: hedgerow explain training.schedule
     """
@@ -235,9 +237,13 @@ def _print_json(content: Any) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("demo-run"),
+    out: Annotated[Path, typer.Option(help="Folder of the runs and their data.")] = Path(
+        "demo-run"
+    ),
 ) -> None:
-    """Train eight clients of different ranks on the built-in model, and compare methods.
+    """Train the built-in model on eight clients, by three methods.
+
+    It takes a minute or two on two cores, and no network.
 
     Example: hedgerow demo --out demo-run
     """

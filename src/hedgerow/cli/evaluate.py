@@ -11,7 +11,9 @@ import typer
 
 from hedgerow.cli.frame import (
     AsJson,
+    OfClient,
     Overrides,
+    Round,
     WorkersOption,
     app,
 )
@@ -33,59 +35,68 @@ class Prompt(StrEnum):
 
 @app.command()
 def evaluate(
-    target: Annotated[Path, typer.Argument(metavar="DIR|MODEL", help="A run, or a model folder.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DIR|MODEL", help="A run's directory, or a model's folder.")
+    ],
     overrides: Overrides = None,
-    data: Annotated[str | None, typer.Option(help="The test data, instead of the run's.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Test data, a file or a dataset; the run's by default.")
+    ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="Metrics, with commas: loss, say, or your own package.module:Class; all are in "
-            "hedgerow explain evaluation.metrics."
+            help="Metrics, with commas, as loss or your own package.module:Class; hedgerow explain "
+            "evaluation.metrics has all."
         ),
     ] = None,
-    by: Annotated[str | None, typer.Option(help="Also score each value of this column.")] = None,
-    round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
-    client: Annotated[
-        str | None, typer.Option(help="Whose model, where clients have their own.")
+    by: Annotated[
+        str | None, typer.Option(help="Column of which each value is scored by itself, too.")
     ] = None,
+    round: Round = None,
+    client: OfClient = None,
     harness: Annotated[
         str | None,
-        typer.Option(
-            metavar="TASKS", help="Tasks of lm-eval instead of the test data; with commas."
-        ),
+        typer.Option(metavar="TASKS", help="Tasks of lm-eval, with commas, instead of test data."),
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option(help="A folder with your own lm-eval tasks.")
+        Path | None, typer.Option(help="Folder with lm-eval tasks of your own.")
     ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples in the prompts of lm-eval's tasks.")
+        int | None,
+        typer.Option(min=0, help="Number of examples in the prompts of lm-eval's tasks."),
     ] = None,
     limit: Annotated[
-        float | None, typer.Option(min=0, help="Questions of each lm-eval task; below 1, a share.")
+        float | None,
+        typer.Option(
+            min=0, help="Number of questions of each lm-eval task; below 1, a share of them."
+        ),
     ] = None,
     prompt: Annotated[
-        Prompt, typer.Option(help="The prompts of lm-eval's tasks, or the run's own around them.")
+        Prompt,
+        typer.Option(help="Prompts of lm-eval's tasks: as they are, or within those of the run."),
     ] = Prompt.task,
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Ask in the tokenizer's chat template.")
     ] = False,
     fewshot_as_multiturn: Annotated[
-        bool, typer.Option("--fewshot-as-multiturn", help="Examples are turns of their own.")
+        bool,
+        typer.Option("--fewshot-as-multiturn", help="Make each example a turn of its own."),
     ] = False,
     gen_kwargs: Annotated[
         str | None,
         typer.Option(
-            help="How lm-eval's tasks have answers generated, as max_gen_toks=64,temperature=0.7, "
-            "or JSON: until, max_gen_toks, do_sample, temperature, top_p, top_k."
+            help="How answers to lm-eval's tasks are generated, as max_gen_toks=64,temperature=0.7 "
+            "or as JSON; until, do_sample, top_p and top_k are known as well."
         ),
     ] = None,
     log_samples: Annotated[
-        Path | None, typer.Option(help="A new file: a line of JSON on each question of lm-eval.")
+        Path | None,
+        typer.Option(help="New file for a line of JSON on each question of lm-eval's tasks."),
     ] = None,
     workers: WorkersOption = "1",
     as_json: AsJson = False,
 ) -> None:
-    """Score a run's model, or any causal language model in a folder, on test data.
+    """Score a run's model, or a model in a folder, on test data.
 
     Example: hedgerow evaluate runs/first --data mmlu.jsonl --metrics multiple_choice --by class
     """

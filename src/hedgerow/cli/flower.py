@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hedgerow.cli.frame import (
+    ExperimentFile,
     Overrides,
     flower_app,
 )
@@ -16,11 +17,15 @@ from hedgerow.optional import check_installed
 
 @flower_app.command("init")
 def flower_init(
-    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
-    folder: Annotated[Path, typer.Argument(metavar="APP_DIR", help="Made by this command.")],
+    experiment: ExperimentFile,
+    folder: Annotated[
+        Path, typer.Argument(metavar="APP_DIR", help="The app's folder, which is made.")
+    ],
     overrides: Overrides = None,
 ) -> None:
-    """Write a Flower app for an experiment, for `flwr run`.
+    """Write a Flower app for an experiment, which flwr run takes.
+
+    The base model is read once, for its fingerprint; clients' files need not be here.
 
     Example: hedgerow flower init experiment.yaml app
     """

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -17,6 +18,23 @@ from hedgerow.terminal import show
 # Where rich is installed typer escapes `[required]` for rich's markup, even with none in use; and
 # without it, help needs not import rich.
 typer.core.HAS_RICH = False
+
+
+_make_argument = typer.core.TyperArgument.__init__
+
+
+@functools.wraps(_make_argument)
+def _with_help(self: typer.core.TyperArgument, *, help: str | None = None, **options: Any) -> None:
+    """Make an argument whose help stays."""
+    _make_argument(self, **options)
+    self.help = help
+
+
+# Arguments of click 8.4 and newer have a help of their own, which empties that of typer's, and
+# commands a section of their own for it, beside typer's.
+typer.core.TyperArgument.__init__ = _with_help  # type: ignore[method-assign]
+typer.core.TyperCommand.format_arguments = lambda *_: None  # type: ignore[method-assign]
+
 
 app = typer.Typer(
     help="Federated fine-tuning of large language models.\n\nTry it: hedgerow demo\n\n"
@@ -30,15 +48,14 @@ app = typer.Typer(
 
 
 ledger_app = typer.Typer(
-    help="Look at a run's ledger, or take rounds back.\n\n"
-    "Example: hedgerow ledger verify runs/first",
+    help="Show, check or roll back a run's ledger.\n\nExample: hedgerow ledger verify runs/first",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 
 flower_app = typer.Typer(
-    help="Run an experiment on real networks, with Flower.\n\n"
+    help="Take an experiment to a real network, with Flower.\n\n"
     "Example: hedgerow flower init experiment.yaml app",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -46,7 +63,7 @@ flower_app = typer.Typer(
 
 
 mt_bench_app = typer.Typer(
-    help="MT-bench: answer questions of two turns, and have the answers judged.\n\n"
+    help="Answer MT-bench's questions, and have the answers judged.\n\n"
     "Example: hedgerow mt-bench answer runs/first --questions question.jsonl --out answers.jsonl",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -58,12 +75,21 @@ app.add_typer(flower_app, name="flower")
 app.add_typer(mt_bench_app, name="mt-bench")
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the experiment.")
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY.PATH=VALUE...",
+        help="Changes of the experiment, as federation.rounds=3; hedgerow explain has the keys.",
+    ),
+]
+
+
+ExperimentFile = Annotated[
+    Path, typer.Argument(metavar="EXPERIMENT.yaml", help="The experiment file.")
 ]
 
 
 Smoke = Annotated[
-    bool, typer.Option("--smoke", help="The file's variant of itself that takes seconds.")
+    bool, typer.Option("--smoke", help="Take the file's variant `smoke`, which takes seconds.")
 ]
 
 
@@ -72,16 +98,33 @@ WorkersOption = Annotated[
     typer.Option(
         "--workers",
         metavar="N|auto",
-        help="How many clients train, or batches are scored, side by side, in one thread each; "
-        "auto: as many as there are free processors. CPU only.",
+        help="Number of clients that train, or of batches that are scored, side by side, in one "
+        "thread each; auto: as many as there are free processors. For models on the CPU.",
     ),
 ]
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
-RunPath = Annotated[Path, typer.Argument(metavar="DIR", help="A run, or its packed ledger.")]
+Round = Annotated[
+    int | None, typer.Option(help="Round whose model it is; the last one by default.")
+]
+
+
+OfClient = Annotated[
+    str | None, typer.Option(help="Client whose model it is, where each has one of its own.")
+]
+
+
+Target = Annotated[
+    float | None, typer.Option(help="Also count the rounds and bytes that it takes to this loss.")
+]
+
+
+RunPath = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A run's directory, or its packed ledger.")
+]
 
 
 advisers: list[Callable[[], str]] = []
@@ -132,7 +175,9 @@ class Dtype(StrEnum):
 
 @app.callback(invoke_without_command=True)
 def _version(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version, and exit.")
+    ] = False,
 ) -> None:
     if version:
         show(__version__)

@@ -17,7 +17,9 @@ from hedgerow.errors import UserError
 
 @ledger_app.command("show")
 def ledger_show(run: RunPath) -> None:
-    """Print the base and every entry: round, parent, participants, size.
+    """Show the base and every entry.
+
+    Of an entry there are its round, method, hash, parent, clients, size and training loss.
 
     Example: hedgerow ledger show runs/first
     """
@@ -56,10 +58,11 @@ def ledger_verify(
         typer.Option(metavar="HASH", help="Hash of the last entry that the ledger must have."),
     ] = None,
 ) -> None:
-    """Check every entry: size, hash, parent, order; and print the last one's hash.
+    """Check every entry, and print the last one's hash.
 
-    That hash stands for the whole history: whoever has it from somebody else, as from the
-    coordinator or another site, sees with --head whether the ledger is the same.
+    Size, hash, parent and order of all entries are checked. The last one's hash stands for the
+    whole history: whoever has it from somebody else, as from the coordinator or another site, sees
+    with --head whether the ledger is the same.
 
     Example: hedgerow ledger verify runs/first
     """
@@ -85,13 +88,14 @@ def ledger_verify(
 def ledger_rollback(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")],
     round: Annotated[
-        int, typer.Option(min=0, help="The round to go back to; 0 is before training.")
+        int, typer.Option(min=0, help="Round to go back to; 0 is before training.")
     ] = ...,  # type: ignore[assignment]
 ) -> None:
-    """Take a run back to what it was after a round; `run --resume` goes on from there.
+    """Take a run back to what it was after a round.
 
     Entries, rows of metrics, kept updates and memories of later rounds are removed for good; the
-    account of privacy is not. What cannot be as it was is said. Sites of a network follow.
+    account of privacy is not. What cannot be restored is said. hedgerow run --resume goes on from
+    there, and sites of a network follow.
 
     Example: hedgerow ledger rollback runs/first --round 3
     """

@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from hedgerow.cli.frame import (
+    OfClient,
     Overrides,
+    Round,
     advising,
     mt_bench_app,
 )
@@ -21,24 +23,30 @@ _GO_ON = "given again, the same command does what is missing"
 
 @mt_bench_app.command("answer")
 def mt_bench_answer(
-    target: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="RUN|MODEL", help="A run's directory, or a model's folder.")
+    ],
     overrides: Overrides = None,
-    questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl.")] = ...,  # type: ignore[assignment]
-    out: Annotated[Path, typer.Option(help="The answers; those that are there stay.")] = ...,  # type: ignore[assignment]
-    round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
-    client: Annotated[
-        str | None, typer.Option(help="Whose model, where clients have their own.")
-    ] = None,
+    questions: Annotated[
+        Path, typer.Option(help="The questions, as FastChat's question.jsonl.")
+    ] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="File of the answers; those in it stay.")] = ...,  # type: ignore[assignment]
+    round: Round = None,
+    client: OfClient = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="The longest answer; at most half of the model's positions.")
+        int,
+        typer.Option(
+            min=1,
+            help="Largest number of tokens of an answer; half of the model's positions at most.",
+        ),
     ] = 1024,
     model_id: Annotated[
-        str | None, typer.Option(help="The model's name in the answers, instead of the run's.")
+        str | None, typer.Option(help="Name of the model in the answers; the run's by default.")
     ] = None,
 ) -> None:
     """Answer MT-bench's questions, each of two turns.
 
-    Given again, it goes on where it was.
+    Given again, the command goes on where it was.
 
     Example: hedgerow mt-bench answer runs/first --questions question.jsonl --out answers.jsonl
     """
@@ -68,27 +76,33 @@ def mt_bench_answer(
 
 @mt_bench_app.command("judge")
 def mt_bench_judge(
-    answers: Annotated[Path, typer.Argument(metavar="ANSWERS.jsonl")],
-    questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl.")] = ...,  # type: ignore[assignment]
-    endpoint: Annotated[
-        str, typer.Option(metavar="URL", help="OpenAI-compatible, as http://localhost:8000/v1.")
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS.jsonl", help="The answers to judge.")],
+    questions: Annotated[
+        Path, typer.Option(help="The questions, as FastChat's question.jsonl.")
     ] = ...,  # type: ignore[assignment]
-    model: Annotated[str, typer.Option(help="The judge, as the endpoint calls it.")] = ...,  # type: ignore[assignment]
-    out: Annotated[Path, typer.Option(help="The judgments; none is asked for twice.")] = ...,  # type: ignore[assignment]
+    endpoint: Annotated[
+        str, typer.Option(metavar="URL", help="OpenAI-compatible API, as http://localhost:8000/v1.")
+    ] = ...,  # type: ignore[assignment]
+    model: Annotated[str, typer.Option(help="Judge, by its name at the endpoint.")] = ...,  # type: ignore[assignment]
+    out: Annotated[
+        Path, typer.Option(help="File of the judgments; none in it is asked for again.")
+    ] = ...,  # type: ignore[assignment]
     against: Annotated[
-        Path | None, typer.Option(help="Compare with these answers, instead of rating.")
+        Path | None, typer.Option(help="Answers to compare with; without it, answers are rated.")
     ] = None,
     references: Annotated[
-        Path | None, typer.Option(help="Right answers, before those in the questions.")
+        Path | None,
+        typer.Option(help="File of right answers, which go before those in the questions."),
     ] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 4,
+    parallel: Annotated[int, typer.Option(min=1, help="Number of requests at a time.")] = 4,
     key_variable: Annotated[
-        str, typer.Option(help="The environment variable with the endpoint's key, if it needs one.")
+        str, typer.Option(help="Environment variable that has the endpoint's key, if it needs one.")
     ] = "OPENAI_API_KEY",
 ) -> None:
-    """Have answers rated from 1 to 10, or compared with another model's, by a model.
+    """Have a model rate answers from 1 to 10, or compare them.
 
-    Given again, it asks only for what is missing.
+    With --against, each is compared with another model's, in both orders. Given again, the command
+    asks only for what is missing.
 
     Example: hedgerow mt-bench judge answers.jsonl --questions question.jsonl
     --endpoint https://api.openai.com/v1 --model gpt-4 --out judgments.jsonl

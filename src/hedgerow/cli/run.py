@@ -9,8 +9,10 @@ import typer
 
 from hedgerow.cli.frame import (
     Engine,
+    ExperimentFile,
     Overrides,
     Smoke,
+    Target,
     WorkersOption,
     advising,
     app,
@@ -20,15 +22,21 @@ from hedgerow.errors import RunFailed
 
 @app.command()
 def run(
-    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
+    experiment: ExperimentFile,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="The run's directory, made by this command.")] = ...,  # type: ignore[assignment]
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run in --out.")] = False,
-    engine: Annotated[Engine, typer.Option(help="Where clients train.")] = Engine.local,
+    out: Annotated[Path, typer.Option(help="The run's directory, which this command makes.")] = ...,  # type: ignore[assignment]
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that is in --out.")
+    ] = False,
+    engine: Annotated[
+        Engine, typer.Option(help="Where clients train: here, or in Flower's simulation.")
+    ] = Engine.local,
     workers: WorkersOption = "1",
     smoke: Smoke = False,
 ) -> None:
     """Run an experiment.
+
+    Its clients train, round by round; models are scored, and all is kept in --out.
 
     Example: hedgerow run experiment.yaml federation.rounds=3 --out runs/first
     """
@@ -50,28 +58,33 @@ def run(
 
 @app.command()
 def compare(
-    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
+    experiment: ExperimentFile,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Where the runs and the tables go.")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the tables.")] = ...,  # type: ignore[assignment]
     methods: Annotated[
         str | None,
-        typer.Option(help="With commas; each maybe with options: 'flora,ferret over=lora'."),
+        typer.Option(
+            help="Methods, with commas, each maybe with options: 'flora,ferret over=lora'."
+        ),
     ] = None,
     sweep: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY.PATH=A,B", help="Values to try; may be given more than once."),
+        typer.Option(
+            metavar="KEY.PATH=A,B", help="Values of a key to try; may be given more than once."
+        ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds each.")] = None,
-    target: Annotated[
-        float | None, typer.Option(help="Count bytes and rounds to this loss.")
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of seeds to run each with, from federation.seed."),
     ] = None,
+    target: Target = None,
     workers: WorkersOption = "1",
     smoke: Smoke = False,
 ) -> None:
-    """Run several methods on one experiment, and put them beside each other.
+    """Run several methods on one experiment, and compare them.
 
-    What the options don't say is as the file's `compare` says it. Given again, it does only what is
-    missing.
+    What is not given here is as the file's key `compare` has it. Given again, the command does only
+    what is missing.
 
     Example: hedgerow compare experiment.yaml --methods flora,fedit --seeds 3 --out comparison
     """

@@ -10,8 +10,11 @@ import typer
 from hedgerow.cli.frame import (
     Dtype,
     Format,
+    OfClient,
     Overrides,
+    Round,
     RunPath,
+    Target,
     app,
 )
 from hedgerow.errors import UserError
@@ -19,16 +22,18 @@ from hedgerow.errors import UserError
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Runs, or comparisons.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders of runs or comparisons.")
+    ],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = ...,  # type: ignore[assignment]
     answers: Annotated[
-        int, typer.Option(min=0, help="Questions to ask before and after; 0 asks none.")
+        int, typer.Option(min=0, help="Number of test questions to show answers to; 0: none.")
     ] = 5,
-    target: Annotated[
-        float | None, typer.Option(help="Count bytes and rounds to this loss.")
-    ] = None,
+    target: Target = None,
 ) -> None:
-    """Make one page of charts, tables and answers about runs, which opens without a network.
+    """Make one page of charts, tables and answers about runs.
+
+    It is one HTML file, which opens from the disk and asks no network for anything.
 
     Example: hedgerow report comparison --out page.html
     """
@@ -43,24 +48,34 @@ def report(
 @app.command()
 def export(
     run: RunPath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder or file to make.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder, or the file of a ledger, to make.")
+    ],
     overrides: Overrides = None,
-    to: Annotated[Format, typer.Option(help="What to make.")] = ...,  # type: ignore[assignment]
-    round: Annotated[int | None, typer.Option(help="The round, instead of the last.")] = None,
-    client: Annotated[
-        str | None, typer.Option(help="Whose model, where clients have their own.")
-    ] = None,
+    to: Annotated[
+        Format,
+        typer.Option(
+            help="What to make: an adapter for peft, merged weights for transformers, or all "
+            "entries in one file."
+        ),
+    ] = ...,  # type: ignore[assignment]
+    round: Round = None,
+    client: OfClient = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Cut an adapter to its best approximation.")
+        int | None,
+        typer.Option(min=1, help="Rank to cut the adapter to, by its best approximation."),
     ] = None,
     energy: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Keep this share of its energy.")
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of its squared singular values that a cut adapter keeps."
+        ),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Dtype of the weights, instead of the run's.")
+        Dtype | None, typer.Option(help="Number type of the weights; the run's by default.")
     ] = None,
 ) -> None:
-    """Export a run's model: an adapter (peft), merged weights (transformers), or its ledger.
+    """Export a run's model, or its ledger.
 
     Example: hedgerow export runs/first adapter --to adapter
     """
