@@ -533,6 +533,7 @@ def test_methods_are_compared_on_memory_and_reported(memory, network, tmp_path):
         out=tmp_path / "all",
     )
     assert len(found.table) == len(found.runs) == found.count == 4
+    assert repr(found) == f"Comparison({str(tmp_path / 'all')!r}: 4 of 4 runs)"
     assert not found.failures
     assert all(torch.equal(before[name], w) for name, w in network.state_dict().items())
     alone = hr.run(
@@ -626,7 +627,7 @@ def test_a_script_is_quiet_and_a_mistake_has_no_page_of_trace(experiment, tmp_pa
     path = experiment()
     result = python(f"import hedgerow as hr; hr.run({str(path)!r}, out={str(tmp_path / 'a')!r})")
     assert result.returncode == 0, result.stderr
-    assert result.stdout == ""
+    assert (result.stdout, result.stderr) == ("", "")
 
 
 def test_an_interrupted_run_goes_on(experiment, tmp_path):

@@ -60,6 +60,7 @@ def test_a_comparison_is_its_runs_and_a_table(hedgerow, experiment, tmp_path):
     tex = (out / "comparison.tex").read_text()
     assert r"\begin{tabular}" in tex
     assert "flora restart=zero" in result.out
+    assert "fedavg, seed 1, round 2 · " in result.out
 
 
 def test_a_comparison_does_only_what_is_missing(hedgerow, experiment, tmp_path):

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import csv
+import importlib
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import nbclient
 import nbformat
+import psutil
 import pytest
 import safetensors.torch
 import torch
+from IPython.core.inputtransformer2 import TransformerManager
+from support.network import wait_for
 from support.runs import entries, ledger_bytes, rows_of
 
-import hedgerow
+import hedgerow as hr
 from hedgerow.engines.flower import app as flower_app
 from hedgerow.errors import UserError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAME = "own_method:FedProx"
 PROMPT = ["data.prompt=plain", "data.max_length=64"]
-SOURCES = str(Path(hedgerow.__file__).parents[1])
+SOURCES = str(Path(hr.__file__).parents[1])
 
 
 @pytest.fixture
@@ -71,7 +79,7 @@ def test_the_example_is_short_and_keeps_its_promises(here):
     code = line.removeprefix('python -c "').removesuffix('"')
     assert "check_method(FedProx())" in code
     result = python("-c", code)
-    assert result.returncode == 0, result.stderr
+    assert (result.returncode, result.stderr) == (0, "")
     wrong = python("-c", code.replace("FedProx()", "FedProx(mu='much')"))
     assert wrong.returncode == 1
 
@@ -195,17 +203,158 @@ def test_in_memory_runs_and_goes_on(tmp_path, monkeypatch):
     assert ledger_bytes(tmp_path / "out") == ledger
 
 
-@pytest.mark.slow
-def test_the_notebook_goes_from_import_to_answers(tmp_path, monkeypatch):
-    """Every cell runs, in another folder: it ends with a chart and the tuned model's answers."""
+# --- notebooks ------------------------------------------------------------------------------------
+
+NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
+
+
+def read(name):
+    return nbformat.read(EXAMPLES / name, as_version=4)
+
+
+def execute(notebook, folder, monkeypatch):
+    """Run every cell in another folder."""
     monkeypatch.setenv("PYTHONPATH", SOURCES)
-    notebook = nbformat.read(EXAMPLES / "first_run.ipynb", as_version=4)
-    assert len(notebook.cells) < 10
+    resources = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
+
+
+def code_of(notebook):
+    """The syntax trees of a notebook's cells, and of the modules that they write."""
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        first, _, rest = cell.source.partition("\n")
+        if first.startswith("%%writefile") and first.endswith(".py"):
+            yield ast.parse(rest)
+        yield ast.parse(TransformerManager().transform_cell(cell.source))
+
+
+def named(node):
+    """What an expression as `hr.methods.FLoRA` names of hedgerow; None for any other."""
+    if isinstance(node, ast.Name):
+        return hr if node.id == "hr" else None
+    if isinstance(node, ast.Attribute) and (owner := named(node.value)) is not None:
+        return getattr(owner, node.attr)
+    return None
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_names_what_is_there(name):
+    """Without running it: cells are Python, and hedgerow has what they import, call and give."""
+    notebook = read(name)
+    nbformat.validate(notebook)
     assert all(not cell.get("outputs") for cell in notebook.cells)  # results stay out of git
-    client = nbclient.NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
-    )
-    client.execute()
+    found = 0
+    for node in (node for tree in code_of(notebook) for node in ast.walk(tree)):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "hedgerow":
+            for alias in node.names:
+                found += 1
+                assert hasattr(importlib.import_module(node.module), alias.name), alias.name
+        if isinstance(node, ast.Call) and (called := named(node.func)) is not None:
+            found += 1
+            given = {keyword.arg for keyword in node.keywords if keyword.arg is not None}
+            assert given <= set(inspect.signature(called).parameters), ast.unparse(node.func)
+    assert found
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            links = re.findall(r"\]\(([^)]+)\)", cell.source)
+            assert all("://" in link or (EXAMPLES / link).exists() for link in links), links
+
+
+HOLDS = {
+    "comparing_methods.ipynb": """
+        table = tried.table.set_index(["method", "training.learning_rate"])
+        for method, of_method in table.groupby("method"):
+            losses = of_method["eval_loss"]
+            assert last_loss(chosen[method.split()[0]]) == losses.min()
+            assert losses.max() > 1.1 * losses.min()
+            assert of_method["bytes_up"].max() < 1.01 * of_method["bytes_up"].min()
+        up = {name: run.metrics["bytes_up"].sum() for name, run in chosen.items()}
+        assert up["fedavg"] > up["flora"] > up["ferret"]
+        asked = [{row["input"] + row["instruction"] for row in rows} for rows in (validation, test)]
+        assert len(asked[0] | asked[1]) == len(asked[0]) + len(asked[1])
+        page = open("page.html").read()
+        assert all(f">{title}<" in page for title in ("Loss", "Answers", "Experiment"))
+        """,
+    "own_method.ipynb": """
+        losses = run.metrics["eval_loss"]
+        assert losses.iloc[-1] < losses.iloc[0] / 2
+        up = compared.table.set_index("method")["bytes_up"]
+        attention = sum(count for name, count in size.items() if "self_attn" in name) / total
+        assert abs(up["part_avg:PartAvg"] / up["fedavg"] - attention) < 0.01
+        assert not compared.failures
+        """,
+    "private_tuning.ipynb": """
+        assert epsilon(1.0, sampling["cedar"]) > epsilon(1.0, sampling["birch"])
+        assert losses["base model"] > losses["ε = 1"] > losses["ε = 20"] > losses["no privacy"]
+        account = run.metrics["epsilon"].iloc[1:]
+        assert account.is_monotonic_increasing and 0.99 * budget < account.iloc[-1] <= budget
+        by_hand = max(
+            epsilon(least_noise(budget, delta, rounds * steps, q), q) for q in sampling.values()
+        )
+        assert abs(by_hand - account.iloc[-1]) < 1e-6
+        for said in left["said"]:
+            assert {"num_examples", "epsilon"} <= set(said) and "train_loss" not in said
+        """,
+    "three_sites.ipynb": """
+        assert "finished:completed" in now
+        assert len(ledger("local")) == 2
+        for each in [Path("coordinator/run"), *copies.values()]:
+            assert ledger(each) == ledger("local")
+        assert all(process.poll() is not None for process in running.values())
+        """,
+}
+"""What the texts of a notebook say of its results, in Python that runs after its last cell."""
+
+needs_tools = pytest.mark.skipif(
+    not (shutil.which("openssl") and shutil.which("ssh-keygen")),
+    reason="openssl or ssh-keygen is not here",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each, marks=needs_tools if "sites" in each else []) for each in HOLDS],
+)
+def test_a_notebook_runs_and_is_right(name, tmp_path, monkeypatch):
+    notebook = read(name)
+    notebook.cells.append(nbformat.v4.new_code_cell(textwrap.dedent(HOLDS[name])))
+    execute(notebook, tmp_path, monkeypatch)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output.text for output in outputs if output.get("name") == "stderr"]
+
+
+@pytest.mark.slow
+@needs_tools
+def test_programs_end_with_a_notebook_that_fails(tmp_path, monkeypatch):
+    notebook = read("three_sites.ipynb")
+    starts = next(i for i, cell in enumerate(notebook.cells) if "flower-superlink" in cell.source)
+    seen = "import psutil\nprint(psutil.Process(running['superlink'].pid).children()[0].name())"
+    notebook.cells[starts + 1 :] = map(nbformat.v4.new_code_cell, [seen, "1 / 0"])
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="ZeroDivisionError"):
+        execute(notebook, tmp_path, monkeypatch)
+    assert notebook.cells[-2].outputs[0].text.strip() == "flower-superlink"
+    wait_for(lambda: not started_in(tmp_path), "the end of what the notebook started", 60)
+
+
+def started_in(folder):
+    """The processes whose working directory is in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(folder):
+                found.append(process)
+    return found
+
+
+@pytest.mark.slow
+def test_the_first_notebook_goes_from_import_to_answers(tmp_path, monkeypatch):
+    """It ends with a chart and the tuned model's answers."""
+    notebook = read("first_run.ipynb")
+    assert len(notebook.cells) < 10
+    execute(notebook, tmp_path, monkeypatch)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     shown = [output["data"] for output in outputs if "data" in output]
     assert any("round 4" in data["text/plain"] for data in shown)  # progress

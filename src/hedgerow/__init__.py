@@ -7,6 +7,11 @@ is used: `__init__.pyi` says where each name is from.
 
 import lazy_loader
 
+from hedgerow.environment import quieten_imports
+
+quieten_imports()
+
 __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+del quieten_imports

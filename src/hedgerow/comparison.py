@@ -185,7 +185,7 @@ def run(
     lender, shelf, failures = lender or Lender(), Shelf(), {}
     said: set[str] = set()  # cells share their data, so that what is left out is said once
     for count, cell in enumerate(missing, start=1):
-        with watch(f"[{count}/{len(missing)}] {title(cell)}:") as watcher:
+        with watch(f"[{count}/{len(missing)}] {title(cell)}, round") as watcher:
             try:
                 scored_on = next(filter(None, (test_digests(each.folder) for each in cells)), {})
                 model = lender.lend(cell.experiment.model)

@@ -5,6 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
+
+
+def quieten_imports() -> None:
+    """Keep libraries from saying, when they are imported, what they would like to have beside them.
+
+    That alone, since this process may be anybody's: a notebook, say, which would show it in red.
+    """
+    # peft imports bitsandbytes where it is installed, which names a faster kernel that it misses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # transformers imports tqdm, whose bars would be widgets in a notebook.
+    warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def quieten() -> None:
@@ -24,7 +36,5 @@ def quieten() -> None:
         "WANDB_SILENT": "true",
     }.items():
         os.environ.setdefault(name, value)
-    # peft imports bitsandbytes where it is installed, which names a faster kernel that it misses.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars

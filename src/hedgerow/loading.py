@@ -44,7 +44,7 @@ def name_of(path: str) -> str:
 
 
 @contextmanager
-def _bars_in_terminals_only() -> Iterator[None]:
+def bars_in_terminals_only() -> Iterator[None]:
     """Keep transformers' bars out of files and notebooks, where they are lines upon lines."""
     bars = transformers.utils.logging
     hidden = bars.is_progress_bar_enabled() and not sys.stderr.isatty()
@@ -78,7 +78,7 @@ class Loaded(NamedTuple):
     origin: Origin
 
 
-@_bars_in_terminals_only()
+@bars_in_terminals_only()
 def load(settings: ModelSettings) -> Loaded:
     """Load a model (or an adapter with its base) from a folder, or from the Hub.
 

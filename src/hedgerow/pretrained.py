@@ -15,7 +15,7 @@ from typing import Any
 from hedgerow import spellings
 from hedgerow.errors import UserError
 from hedgerow.lazy import huggingface_hub, torch, transformers
-from hedgerow.loading import tokenization
+from hedgerow.loading import bars_in_terminals_only, tokenization
 from hedgerow.model import Model
 
 _CONFIG, _GENERATION, _TOKENIZER = (
@@ -71,7 +71,8 @@ def save(
     generation = network.generation_config
     # It is written below, as it is: save_pretrained refuses what many bases on the Hub have.
     network.generation_config = transformers.GenerationConfig() if generation else None
-    network.save_pretrained(folder)
+    with bars_in_terminals_only():
+        network.save_pretrained(folder)
     network.generation_config = generation
     source = _folder_of(network.config.name_or_path, revision)
     for file in [] if source is None else source.glob(_PROCESSORS):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hedgerow.api.runs import Run
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
     """Runs of several methods, values and seeds on one experiment.
 
@@ -44,6 +44,9 @@ class Comparison:
     runs: Mapping[str, Run]
     failures: Mapping[str, str]
     count: int
+
+    def __repr__(self) -> str:
+        return f"Comparison({str(self.path)!r}: {len(self.runs)} of {self.count} runs)"
 
     def _repr_html_(self) -> str:
         """The table, in a notebook."""

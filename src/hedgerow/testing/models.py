@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hedgerow.loading import bars_in_terminals_only
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -30,7 +32,7 @@ def random_llama(folder: Path, **sizes: int) -> Path:
         pad_token_id=2,
         **{"vocab_size": 260, "max_position_embeddings": 256, **sizes},
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), bars_in_terminals_only():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
