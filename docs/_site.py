@@ -25,10 +25,13 @@ from hedgerow.experiment.reference import Option
 ROOT = Path(__file__).parents[1]
 PAGES = {"bench/README.md": "measured.md"}
 """Pages of the site that are files of the repository, by their place there."""
-FOLDERS = ("examples", "experiments", "bench", "src/hedgerow", "deploy")
+FOLDERS = ("examples", "experiments", "bench", "src/hedgerow")
 """Folders whose files pages may link to."""
-FILES = ("SECURITY.md", "CHANGELOG.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "README.md")
-CODE = (".py", ".ipynb", ".yaml", ".yml", ".service")
+FILES = (
+    *("SECURITY.md", "CHANGELOG.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "README.md"),
+    "deploy/README.md",
+)
+CODE = (".py", ".ipynb", ".yaml")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -39,7 +42,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, place, content=(ROOT / source).read_text("utf-8")))
     linked = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*"))]
     for path in [*linked, *(ROOT / name for name in FILES)]:
-        if path.suffix in CODE or path.name in FILES or path.name == "Dockerfile":
+        if path.suffix in CODE or path.name in FILES:
             place = path.relative_to(ROOT).as_posix()
             if place not in PAGES and path.exists():
                 # As they are: Markdown among them is a file to read, and no page.

@@ -22,6 +22,8 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "bench/README.md", "experiments/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+# Their blocks are run by test_contributing.py and test_containers.py.
+LINKING = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "deploy/README.md"))]
 BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<kind>\w*)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -43,7 +45,7 @@ def blocks(page: Path, kind: str) -> list[tuple[str, str]]:
     return [(each["code"], each["why"] or "") for each in found if each["kind"] == kind]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", LINKING, ids=name_of)
 def test_links_lead_to_files_of_the_repository(page):
     for link in LINK.findall(page.read_text("utf-8")):
         target = (page.parent / link).resolve()
