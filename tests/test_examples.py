@@ -331,11 +331,11 @@ def test_a_notebook_runs_and_is_right(name, tmp_path, monkeypatch):
 def test_programs_end_with_a_notebook_that_fails(tmp_path, monkeypatch):
     notebook = read("three_sites.ipynb")
     starts = next(i for i, cell in enumerate(notebook.cells) if "flower-superlink" in cell.source)
-    seen = "import psutil\nprint(psutil.Process(running['superlink'].pid).children()[0].name())"
+    seen = "import psutil\nprint(psutil.Process(running['superlink'].pid).children()[0].cmdline())"
     notebook.cells[starts + 1 :] = map(nbformat.v4.new_code_cell, [seen, "1 / 0"])
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="ZeroDivisionError"):
         execute(notebook, tmp_path, monkeypatch)
-    assert notebook.cells[-2].outputs[0].text.strip() == "flower-superlink"
+    assert "flower-superlink" in notebook.cells[-2].outputs[0].text  # it had begun
     wait_for(lambda: not started_in(tmp_path), "the end of what the notebook started", 60)
 
 
