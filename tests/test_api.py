@@ -613,7 +613,8 @@ def test_importing_hedgerow_imports_no_tensors():
         import sys, hedgerow as hr
         at_first = {name.partition(".")[0] for name in sys.modules}
         rooms = {name for name in sys.modules if name.startswith("hedgerow.")}
-        assert not rooms and not {"pydantic", "numpy", "rich", "typer"} & at_first, at_first
+        assert rooms == {"hedgerow.environment"}, rooms  # which keeps other libraries quiet
+        assert not {"pydantic", "numpy", "rich", "typer"} & at_first, at_first
         assert set(dir(hr)) >= {"run", "open_run", "compare", "report", "Experiment", "methods"}
         hr.run, hr.methods.FLoRA(ranks=[8, 4]), hr.Experiment
         heavy = {"torch", "transformers", "peft", "numba", "pandas", "datasets"} & set(sys.modules)
