@@ -18,8 +18,8 @@ from hedgerow.errors import UserError, reason_of
 from hedgerow.lazy import torch
 from hedgerow.workers import Workers
 
-_NO_FEATURES = ("all", "dev")
-"""Extras that are for no feature: all of them together, and what this package is developed with."""
+_NO_FEATURES = ("all", "dev", "docs")
+"""Extras that are for no feature: all together, and what develops and documents this package."""
 
 
 @dataclass(frozen=True)

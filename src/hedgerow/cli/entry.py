@@ -122,11 +122,13 @@ def _stopped_by_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         if len(signals) > 3:
             return  # the second is about to end the process
-        advice = filter(None, [each() for each in advisers])
-        sentence = printable(": ".join(["interrupted", *advice]))
-        shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, which bars hide
-        os.write(sys.stderr.fileno(), f"{shown}hedgerow: {sentence}\n".encode(errors="replace"))
-        os._exit(128 + number)
+        try:
+            advice = filter(None, [each() for each in advisers])
+            sentence = printable(": ".join(["interrupted", *advice]))
+            shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, which bars hide
+            os.write(sys.stderr.fileno(), f"{shown}hedgerow: {sentence}\n".encode(errors="replace"))
+        finally:  # whatever becomes of the last words
+            os._exit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield signals
