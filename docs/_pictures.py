@@ -22,6 +22,15 @@ SHARES = (1 / 256, 1 / 64, 1 / 16, 1 / 4)
 SEEDS = 4
 
 
+def svg(title: str, width: float, height: float, parts: list[str]) -> str:
+    """Drawing of parts, under a title that screen readers say."""
+    inside = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
+        f"<title>{title}</title>\n{inside}\n</svg>\n"
+    )
+
+
 def stacking() -> str:
     """Drawing of two adapters of ranks 3 and 1, averaged with padding, and stacked."""
     colors, unit, parts = ("#2f7d4f", "#c9742b"), 14, []
@@ -69,11 +78,7 @@ def stacking() -> str:
     text(580, 180, "= p₁B₁A₁ + p₂B₂A₂")
     text(580, 202, "exactly, whatever the ranks;")
     text(580, 224, "of rank r₁ + r₂")
-    inside = "\n".join(parts)
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 310" role="img">'
-        f"<title>Averaging factors, and stacking them</title>\n{inside}\n</svg>\n"
-    )
+    return svg("Averaging factors, and stacking them", 820, 310, parts)
 
 
 Box = tuple[float, float, str]
@@ -121,11 +126,7 @@ def diagram(title: str, boxes: dict[str, Box], arrows: list[tuple[str, str, str]
             parts.append(said(middle, (from_y + to_y) / 2 - (7 if right else -4), words, 11))
     width = max(x for x, _, _ in boxes.values()) * across + wide + 20
     height = max(y for _, y, _ in boxes.values()) * down + high + 20
-    inside = "\n".join(parts)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
-        f"<title>{title}</title>\n{inside}\n</svg>\n"
-    )
+    return svg(title, width, height, parts)
 
 
 ROUND = diagram(

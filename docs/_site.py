@@ -170,9 +170,7 @@ def _plugins(place: str, level: str = "##") -> Iterable[str]:
         own, shared = reference.plugin_options(place, plugin.name)
         if own:
             yield from ("", "Options:", "")
-            for option in own:
-                key = option.key.removeprefix(f"{place}.")
-                yield f"* **`{key}`** ({_form(option)}). {_meant(option)}"
+            yield from (_item(option, place) for option in own)
         if place == "method" and shared:
             names = {o.key.removeprefix(f"{place}.").partition(".")[0]: None for o in shared}
             yield from ("", f"Shared with other methods: {', '.join(f'`{n}`' for n in names)}.")
@@ -190,13 +188,14 @@ def _shared(names: Iterable[str]) -> Iterable[str]:
                 having.append((option, [name]))
     yield from ("", "## Options that several methods share")
     for option, those in sorted(having, key=lambda each: each[0].key):
-        key = option.key.removeprefix("method.")
         of = ", ".join(f"`{name}`" for name in those)
-        yield from ("", f"* **`{key}`** ({_form(option)}). {_meant(option)} *Of {of}.*")
+        yield from ("", f"{_item(option, 'method')} *Of {of}.*")
 
 
-def _meant(option: Option) -> str:
-    return _text(" ".join(option.meaning.split()))
+def _item(option: Option, place: str) -> str:
+    """Item of a list about an option of what `place` names."""
+    meaning = _text(" ".join(option.meaning.split()))
+    return f"* **`{option.key.removeprefix(f'{place}.')}`** ({_form(option)}). {meaning}"
 
 
 def _said(option: Option) -> Iterable[str]:
