@@ -18,12 +18,14 @@ from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.experiment import load
 from hedgerow.methods import METHODS, FLoRA
-from hedgerow.methods.parts import rice, transforms
+from hedgerow.methods.parts import rice, top_k, transforms
 from hedgerow.methods.parts.bits import FewBits
+from hedgerow.methods.parts.mean import Mean
 from hedgerow.methods.parts.server_optimizers import SERVER_OPTIMIZERS
 from hedgerow.methods.parts.top_k import TopK
 from hedgerow.methods.parts.transforms import TRANSFORMS
 from hedgerow.methods.parts.values import Values
+from hedgerow.sketch import coordinates, layout
 from hedgerow.testing import check_method
 from hedgerow.wire import kinds
 
@@ -112,6 +114,67 @@ def test_the_largest_values_arrive_and_no_others(group, bits):
         assert torch.allclose(each[chosen].abs().mean(), tensors[name][chosen].abs().mean())
     if bits == 8:
         assert torch.allclose(sent[where], flat[where], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        FewBits(bits=1),
+        FewBits(bits=2),
+        TopK(k=7, tile=100),
+        TopK(k=40, tile=1000, transform="hadamard"),
+    ],
+    ids=repr,
+)
+def test_the_size_of_the_pieces_changes_no_bit(codec, monkeypatch):
+    """Sizes end within a group, a tile and a byte."""
+    values = normal((3 * 4096 + 300,), (70, 300), (5,), seed=3)
+    whole = codec.encode(values_of(values), 5)
+    decoded = dict(codec.decode(whole, values_of(values).shapes, 5))
+    monkeypatch.setattr(coordinates, "_PIECE", layout.TILE)
+    monkeypatch.setattr(rice, "_PIECE", 8)
+    monkeypatch.setattr(top_k, "_AT_ONCE", 3000)
+    again = codec.encode(values_of(values), 5)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    shapes = values_of(values).shapes
+    assert all(torch.equal(each, decoded[name]) for name, each in codec.decode(whole, shapes, 5))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1), st.floats(0.1, 9), st.integers(1, 4)), min_size=1, max_size=5
+    ),
+    st.integers(0, 5),
+    st.sampled_from([None, 0.3]),
+)
+def test_updates_that_wait_have_the_mean_of_those_that_are_folded_in(clients, waits, rate):
+    """On a basis a client may have more coordinates than another; bits are equal."""
+    waiting, folded = Mean(), Mean()
+    for index, (basis, weight, length) in enumerate(clients):
+        values = values_of(normal((length,), (3,), seed=index))
+        folded.add((basis,), values, weight)
+        waiting.add((basis,), values, weight, held=1 if index < waits else None)
+    found, expected = (
+        [(basis, dict(values), values.shapes) for basis, values in mean.means(rate)]
+        for mean in (waiting, folded)
+    )
+    for (basis, values, shapes), (other, whole, same) in zip(found, expected, strict=True):
+        assert basis == other
+        assert shapes == same
+        assert all(torch.equal(each, whole[name]) for name, each in values.items())
+    assert waiting.alone == folded.alone
+
+
+def test_updates_wait_while_they_take_less_than_their_sum():
+    mean, values = Mean(), values_of(normal((100,)))
+    assert not mean.lets_wait((), 400, values.shapes)
+    for _ in range(3):
+        assert mean.lets_wait((), 120, values.shapes)
+        mean.add((), values, 1, held=120)
+    assert not mean.lets_wait((), 120, values.shapes)
+    assert mean.lets_wait(("another",), 120, values.shapes)
+    mean.add((), values, 1)
+    assert not mean.lets_wait((), 1, values.shapes)
 
 
 def test_fewer_bits_lose_as_much_as_they_say():

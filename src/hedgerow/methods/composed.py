@@ -194,13 +194,19 @@ class Composed(Method):
         gathered: dict[str, Tensor] = {}
         for update in updates:
             if parts.through.adds:
-                piece = parts.up.decode(update.tensors, shapes)
+                mapped = parts.through.mapped_shapes(update.tensors, shapes)
+                basis = parts.through.basis(update.tensors)
+                held = parts.up.waiting_holds(update.tensors, mapped)
+                waits = mean.lets_wait(basis, held, mapped)
+                # Read here, since what came as a file is gone when the next is due.
+                tensors = dict(update.tensors) if waits else update.tensors
+                values = parts.up.decode(tensors, shapes).values
                 weight: float = 1 if uniform else update.num_examples
                 if private is not None:
-                    weight = private.weight(each for _, each in piece.values)
+                    weight = private.weight(each for _, each in values)
                 elif given is not None:
                     weight = given[update.client]
-                mean.add(parts.through.basis(piece.header), piece.values, weight)
+                mean.add(basis, values, weight, held=held if waits else None)
             else:
                 gathered |= _prefixed(parts.through.prefix(len(clients)), update.tensors)
             clients.append(update.client)
@@ -266,15 +272,17 @@ class Composed(Method):
             return Holds(message=len(clients) * parts.up.codec.nbytes(mapped))
         bases = 1 if parts.through.is_one_sum else len(clients)
         each, message = float32_bytes(mapped), bases * parts.down.nbytes(mapped)
-        sums = bases * each
-        if parts.down.error == 0:
+        codec = parts.up.codec
+        waiting = len(clients) * (codec.nbytes(mapped) + codec.between_holds(mapped))
+        sums = min(waiting, bases * each)
+        if parts.down.error == 0 and sums < waiting:
             sums -= message  # which is made in the sums' own memory
         if parts.server is not None and not parts.everybody_steps:
             sums += (1 + len(parts.server.slots)) * each
         if parts.feedback_down is not None:
             sums += 2 * each
-        read = max(kind.nbytes for kind in parts.up.codec.kinds(mapped, {}).values())
-        folding = read + parts.up.codec.decoding_holds(mapped)
+        read = max(kind.nbytes for kind in codec.kinds(mapped, {}).values())
+        folding = read + codec.decoding_holds(mapped)
         return Holds(message, sums, max(folding, parts.down.encoding_holds(mapped)))
 
     def changes(self, update: Update, server_round: ServerRound) -> Values:

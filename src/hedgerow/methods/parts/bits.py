@@ -65,9 +65,9 @@ class FewBits(Codec):
         return nbytes(size, self.bits)
 
     def encoding_holds(self, shapes: Shapes) -> int:
-        """A value, and its rotation as numbers, levels and codes in float64, four at a time."""
-        return (4 if self.bits == 32 else 4 + 4 * 8) * max(sizes_of(shapes))
+        """A value, and its rotation."""
+        return (4 if self.bits == 32 else 2 * 4) * max(sizes_of(shapes))
 
     def decoding_holds(self, shapes: Shapes) -> int:
-        """A value's levels and scales, their product, and its rotation."""
-        return (4 if self.bits == 32 else 4 * 4) * max(sizes_of(shapes))
+        """A value, and its rotation."""
+        return (4 if self.bits == 32 else 2 * 4) * max(sizes_of(shapes))

@@ -76,6 +76,13 @@ class Codec(Plugin, ABC):
         """
         return 4 * max(sizes_of(shapes))
 
+    def between_holds(self, shapes: Shapes) -> int:
+        """Bytes that iterating over what `decode` returns holds from one value to the next.
+
+        By default none.
+        """
+        return 0
+
     def check(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
         """Raise `InvalidMessage` unless `encode` makes such tensors, which are of its `kinds`.
 

@@ -1,15 +1,23 @@
-"""Weighted sums of updates, Σ p_k x_k, folded in as they arrive (FedAvg, arXiv 1602.05629)."""
+"""Weighted sums of updates, Σ p_k x_k (FedAvg, arXiv 1602.05629).
+
+Updates that are far smaller as they travel than their sum wait for the last of them as they are,
+and are summed one tensor at a time: where clients train in the same process, no sum of the model's
+size is held beside them. Others are folded in as they arrive. Either way the same numbers are added
+in the same order.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from hedgerow.lazy import torch
+from hedgerow.methods.base import float32_bytes
 from hedgerow.methods.parts.through import Basis
-from hedgerow.methods.parts.values import Values
+from hedgerow.methods.parts.values import Shapes, Values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,24 +30,46 @@ class Mean:
 
     def __init__(self) -> None:
         self._total = 0.0
+        self._waiting: dict[Basis, list[tuple[Values, float]]] = {}
+        self._held = 0
         self._sums: dict[Basis, dict[str, Tensor]] = {}
         self._counts: Counter[Basis] = Counter()
 
-    def add(self, basis: Basis, values: Values, weight: float) -> None:
-        """Add a client's values, times its weight relative to the others."""
+    def lets_wait(self, basis: Basis, held: int, shapes: Shapes) -> bool:
+        """Whether one more update is to wait as it is, and not to be folded in.
+
+        Args:
+            basis: what its values are added on.
+            held: bytes of the update as it waits, and while it is read beside the others.
+            shapes: of its values.
+        """
+        sums = len(self._waiting.keys() | {basis}) * float32_bytes(shapes)
+        return not self._sums and self._held + held < sums
+
+    def add(self, basis: Basis, values: Values, weight: float, *, held: int | None = None) -> None:
+        """Add a client's values, times its weight relative to the others.
+
+        Args:
+            basis: what they are added on.
+            values: as they come out of the codec.
+            weight: of the client.
+            held: bytes as in `lets_wait`, where that has let them wait; None folds them in.
+        """
         self._total += weight
         self._counts[basis] += weight != 0
-        sums = self._sums.setdefault(basis, {})
-        for name, each in values:
-            if name not in sums:
-                sums[name] = each * weight
-                continue
-            # On some bases a client has more coordinates than another: the first are the same.
-            more = len(each) - len(sums[name]) if each.dim() == 1 else 0
-            if more > 0:
-                sums[name] = torch.nn.functional.pad(sums[name], (0, more))
-            whole = sums[name] if more >= 0 else sums[name][: len(each)]
-            whole.add_(each, alpha=weight)
+        self._waiting.setdefault(basis, []).append((values, weight))
+        self._held += held or 0
+        if held is None:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Add to the sums what has waited."""
+        for basis, waiting in self._waiting.items():
+            sums = self._sums.setdefault(basis, {})
+            for values, weight in waiting:
+                for name, each in values:
+                    sums[name] = _plus(sums.get(name), each, weight)
+        self._waiting.clear()
 
     @property
     def alone(self) -> int:
@@ -48,6 +78,7 @@ class Mean:
 
     def make_private(self, private: GaussianMean) -> None:
         """Add noise to the sums of bounded values, whose weights then sum to a fixed number."""
+        self._fold()
         for basis, sums in sorted(self._sums.items()):
             private.add_noise(sums, *basis)
         self.divide_by(private.denominator)
@@ -61,14 +92,47 @@ class Mean:
 
         They are made in the sums' own memory: what iterates over them has the tensors themselves.
         """
+
+        def scaled(total: Tensor) -> Tensor:
+            return total.div_(self._total) if rate is None else total.mul_(rate / self._total)
+
         for basis, sums in sorted(self._sums.items()):
             for total in sums.values():
-                if rate is None:
-                    total.div_(self._total)
-                else:
-                    total.mul_(rate / self._total)
+                scaled(total)
             shapes = {name: tuple(each.shape) for name, each in sums.items()}
             yield basis, Values(shapes, partial(_items, sums))
+        for basis, waiting in sorted(self._waiting.items(), key=itemgetter(0)):
+            whole = Values(_longest(waiting), partial(_summed, waiting))
+            yield basis, whole.mapped(lambda _, total: scaled(total))
+
+
+def _plus(total: Tensor | None, each: Tensor, weight: float) -> Tensor:
+    """A sum, None where there is none yet, and a client's tensor times its weight."""
+    if total is None:
+        return each * weight
+    # On some bases a client has more coordinates than another: the first are the same.
+    more = len(each) - len(total) if each.dim() == 1 else 0
+    if more > 0:
+        total = torch.nn.functional.pad(total, (0, more))
+    whole = total if more >= 0 else total[: len(each)]
+    whole.add_(each, alpha=weight)
+    return total
+
+
+def _longest(waiting: Sequence[tuple[Values, float]]) -> Shapes:
+    """Shapes of the sums."""
+    first, *_ = (values.shapes for values, _ in waiting)
+    return {name: max(tuple(values.shapes[name]) for values, _ in waiting) for name in first}
+
+
+def _summed(waiting: Sequence[tuple[Values, float]]) -> Iterator[tuple[str, Tensor]]:
+    """Sums, one tensor at a time."""
+    (first, weight), *others = [(iter(values), weight) for values, weight in waiting]
+    for name, each in first:
+        total = each * weight
+        for values, other in others:  # one at a time, since a tensor may be large
+            total = _plus(total, next(values)[1], other)
+        yield name, total
 
 
 def _items(sums: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

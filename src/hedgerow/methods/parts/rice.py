@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _GOLDEN = (5**0.5 + 1) / 2
 
+_PIECE = 1 << 16
+"""Numbers that are coded at a time, a multiple of 8: about as many as a cache holds."""
+
 
 class Gaps(NamedTuple):
     """Ascending numbers as they travel, each a uint8 tensor; unused bits of the last byte are 0."""
@@ -46,16 +49,23 @@ def expected_bits(count: int, total: int) -> float:
 def encode(places: NDArray[np.int64], total: int) -> Gaps:
     """Encode at least one number, ascending, each at least 0 and below `total`."""
     b = parameter(len(places), total)
-    gaps = np.diff(places, prepend=-1) - 1
-    ends = np.cumsum((gaps >> b) + 1) - 1  # each unary part is zeros, and a one
-    unary = np.zeros(ends[-1] + 1, dtype=np.uint8)
-    unary[ends] = 1
-    # An empty tensor would be none: where there are no binary parts, there is a byte of zeros.
-    binary = np.zeros((len(gaps), b) if b else (8, 1), dtype=np.uint8)
-    for bit in range(b):  # one by one, since there may be many millions of numbers
-        binary[:, bit] = gaps >> bit & 1
-    packed = (np.packbits(bits, bitorder="little") for bits in (unary, binary))
-    return Gaps(*(torch.from_numpy(each) for each in packed))
+    unary, binary, last = [], [], -1
+    for start in range(0, len(places), _PIECE):
+        piece = places[start : start + _PIECE]
+        gaps = np.diff(piece, prepend=last) - 1
+        last = piece[-1]
+        ends = np.cumsum((gaps >> b) + 1) - 1  # each unary part is zeros, and a one
+        ones = np.zeros(ends[-1] + 1, dtype=np.uint8)
+        ones[ends] = 1
+        unary.append(ones)
+        # An empty tensor would be none: where there are no binary parts, there is a byte of zeros.
+        digits = np.zeros((len(gaps), b) if b else (1, 1), dtype=np.uint8)
+        for bit in range(b):
+            digits[:, bit] = gaps >> bit & 1
+        binary.append(np.packbits(digits, bitorder="little"))
+    packed = np.packbits(np.concatenate(unary), bitorder="little")
+    whole = np.concatenate(binary if b else binary[:1])
+    return Gaps(torch.from_numpy(packed), torch.from_numpy(whole))
 
 
 def decode(gaps: Gaps, count: int, total: int) -> NDArray[np.int64]:
@@ -66,14 +76,20 @@ def decode(gaps: Gaps, count: int, total: int) -> NDArray[np.int64]:
     """
     b = parameter(count, total)
     unary, binary = (np.unpackbits(each.numpy(), bitorder="little") for each in gaps)
-    ends = np.flatnonzero(unary)
-    if len(ends) != count or len(unary) - ends[-1] > 8 or binary[count * b :].any():
+    places: NDArray[np.int64] = np.flatnonzero(unary)  # of the ones that end unary parts, so far
+    if len(places) != count or len(unary) - places[-1] > 8 or binary[count * b :].any():
         raise InvalidMessage(f"gaps must be those of {count} places")
-    parts = np.diff(ends, prepend=-1) - 1 << b
-    for bit, digits in enumerate(binary[: count * b].reshape(count, b).T):
-        parts += digits.astype(np.int64) << bit
-    places: NDArray[np.int64] = np.cumsum(parts + 1) - 1
-    if places[-1] >= total:
+    end = last = -1
+    for start in range(0, count, _PIECE):
+        piece = places[start : start + _PIECE]
+        parts = np.diff(piece, prepend=end) - 1 << b
+        end = piece[-1]
+        for bit in range(b):
+            parts += binary[start * b + bit :: b][: len(parts)].astype(np.int64) << bit
+        np.cumsum(parts + 1, out=piece)
+        piece += last
+        last = piece[-1]
+    if last >= total:
         raise InvalidMessage(f"gaps must end below {total}")
     return places
 

@@ -139,11 +139,8 @@ class TopK(Codec):
                 zip(shapes.items(), _spans(sizes), strict=True)
             ):
                 own = slice(ends[index], ends[index + 1])
-                level, sign = codes[own] >> 1, 1 - 2 * (codes[own] & 1).astype(np.float32)
-                dense = torch.zeros(size)
-                found = torch.from_numpy(places[own] - first)
-                dense[found] = torch.from_numpy(levels[index][level] * sign)
-                yield name, self._restored(dense, tuple(shape), seed + index)
+                sparse = places[own] - first, codes[own], levels[index]
+                yield name, self._restored(_dense(*sparse, size), tuple(shape), seed + index)
 
         return Values(shapes, each)
 
@@ -168,19 +165,23 @@ class TopK(Codec):
         return int(places) + kinds["codes"].nbytes + kinds["levels"].nbytes
 
     def encoding_holds(self, shapes: Shapes) -> int:
-        """A value, its transform and their sizes, and the places and values of all that travels.
+        """A value and its transform, and the places and values of all that travels, twice.
 
         With `group: all` the transforms of all values, twice, and their sizes.
         """
         sizes = sizes_of(shapes)
         largest = max(sizes)
         pieces = 2 * 8 * min(largest, _PIECE) if self.rotates else 0
-        values = 3 * 4 * (sum(sizes) if self.group == "all" else largest)
-        return values + pieces + (8 + 4) * self._count(shapes)
+        values = 3 * 4 * sum(sizes) if self.group == "all" else 2 * 4 * largest
+        return values + pieces + 2 * (8 + 4) * self._count(shapes)
 
     def decoding_holds(self, shapes: Shapes) -> int:
         """A value and its transform, and the places of all that travels."""
         return 2 * 4 * max(sizes_of(shapes)) + 2 * 8 * self._count(shapes)
+
+    def between_holds(self, shapes: Shapes) -> int:
+        """Places and codes of all that travels, and those of a value."""
+        return 2 * (8 + 1) * self._count(shapes)
 
     def check(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
         """Check the places, tile by tile."""
@@ -250,13 +251,20 @@ class TopK(Codec):
 
     def _by_tile(self, flat: Tensor) -> _Chosen:
         """The largest of each tile of a tensor."""
+        step = max(1, _AT_ONCE // self.tile) * self.tile
+        pieces = enumerate(torch.split(flat, step))
+        places = [self._largest(piece).add_(index * step) for index, piece in pieces]
+        return self._chosen(flat, torch.cat(places))
+
+    def _largest(self, flat: Tensor) -> Tensor:
+        """Places of the largest of each tile, ascending; the last tile may be smaller."""
         sizes, whole = flat.abs(), len(flat) // self.tile
         end = whole * self.tile
         rows = sizes[:end].view(whole, self.tile).topk(self.k, sorted=False).indices
         found = [(rows + torch.arange(whole)[:, None] * self.tile).reshape(-1)]
         if rest := len(flat) - end:
             found.append(sizes[end:].topk(self._share(rest), sorted=False).indices + end)
-        return self._chosen(flat, torch.cat(found).sort().values)
+        return torch.cat(found).sort().values
 
     def _chosen(self, flat: Tensor, places: Tensor) -> _Chosen:
         """The values of a tensor at places, shape (number of places,), ascending."""
@@ -295,6 +303,9 @@ class _Chosen(NamedTuple):
     where there was none, and nobody asks for it."""
 
 
+_AT_ONCE = 1 << 20
+"""Numbers of which the largest are sought at a time."""
+
 _PIECE = 1 << 22
 """Numbers whose energy is added up at a time."""
 
@@ -303,6 +314,16 @@ def _energy(flat: Tensor) -> float:
     # In pieces, since in float64 all of it would take as much again as it has twice over.
     pieces = torch.split(flat, _PIECE)
     return math.fsum(float(piece.double().square().sum()) for piece in pieces)
+
+
+def _dense(
+    places: NDArray[np.int64], codes: NDArray[np.uint8], levels: NDArray[np.float32], size: int
+) -> Tensor:
+    """Values, shape (size,), with those of the codes at the places, and zeros elsewhere."""
+    values = torch.zeros(size)
+    signs = 1 - 2 * (codes & 1).astype(np.float32)
+    values[torch.from_numpy(places)] = torch.from_numpy(levels[codes >> 1] * signs)
+    return values
 
 
 def _quantized(
