@@ -14,8 +14,17 @@ import pytest
 import yaml
 
 import hedgerow
-from hedgerow import demo
+from hedgerow import demo, tracking
+from hedgerow.audit.found import AUDIT
+from hedgerow.engines.flower import keys, server
 from hedgerow.experiment import reference
+from hedgerow.federation.secure import UNMASKED
+from hedgerow.ledger import INDEX
+from hedgerow.privacy.noise import PRIVACY_KEY
+from hedgerow.privacy.releases import RELEASES
+from hedgerow.runs import directory
+from hedgerow.runs.personal import CLIENTS
+from hedgerow.runs.rows import METRICS_FILE, ROWS_BY_CLIENT, SENT_BY_CLIENT, read_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -51,6 +60,42 @@ def test_links_lead_to_files_of_the_repository(page):
         target = (page.parent / link).resolve()
         # The site has pages that are made of code, and one of a file of bench/.
         assert target.exists() or target.relative_to(ROOT / "docs").as_posix() in GENERATED, link
+
+
+FILES = (ROOT / "docs/reference/files.md").read_text("utf-8")
+PRIVATE = "{level: client, clip: 1.0, noise_multiplier: 1.0, delta: 0.001, %s}"
+
+
+def test_every_file_of_a_run_directory_that_has_a_name_is_told():
+    names = [AUDIT, CLIENTS, INDEX, METRICS_FILE, PRIVACY_KEY, RELEASES, UNMASKED, tracking.FILE]
+    names += [directory.EXPERIMENT, directory.DATA, directory.LOCK, directory.NOISE]
+    names += [keys.KEYS, server.RUN]
+    assert [name for name in names if not re.search(rf"`{re.escape(name)}[/`]", FILES)] == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["data.client_test=client_{}.json", "federation.keep_updates=true"],
+        ["method=fedavg", "method.server=momentum", "federation.weights=krum"],
+        ["method=fedavg", f"privacy={PRIVATE % 'quantile: 0.5'}"],
+        ["method=fedavg", f"privacy={PRIVATE % 'bands: 2'}"],
+        ["method=fedavg", "federation.secure=true"],
+        ["method=standalone", "evaluation.metrics=[exact_match]"],
+    ],
+    ids=["kept", "robust", "private", "banded", "secure", "apart"],
+)
+def test_what_runs_leave_is_told(changes, hedgerow, experiment, tmp_path):
+    out = tmp_path / "run"
+    done = hedgerow("run", experiment(), *changes, "--out", out)
+    assert done.code == 0, done.err
+    files = {path.name + "/" * path.is_dir() for path in out.iterdir()}
+    keys = set().union(*read_rows(out))
+    if "data.client_test" in changes[0]:
+        assert {ROWS_BY_CLIENT, SENT_BY_CLIENT, "train_loss_by_client"} <= keys
+    untold = {word for word in files | keys if f"`{word}`" not in FILES}
+    # Metrics, and the parts of a round that take time, are told in general.
+    assert {word for word in untold if not word.endswith("_seconds")} <= {"exact_match"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
