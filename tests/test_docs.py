@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,22 @@ def test_python_is_python_and_runs(page, tmp_path):
                 [sys.executable, "-c", prelude + code], cwd=tmp_path, capture_output=True, text=True
             )
             assert done.returncode == 0, code + done.stderr
+
+
+def test_pictures_have_the_numbers_of_the_tables():
+    made = runpy.run_path(str(ROOT / "docs/_pictures.py"), run_name="imported")
+    columns, losses = made["losses_by_epsilon"]()
+    assert columns == ["without", "ε = 8", "ε = 3", "ε = 1"]
+    assert {len(each) for each in losses.values()} == {len(columns)}
+    assert losses["diloco"][0] == (0.751, 0.042)
+    rises = made["losses_under_attack"]()
+    assert {len(each) for each in rises.values()} == {len(made["RULES"])}
+    assert rises["flora"] == [2.3, 0.2, 1.9, None, 0.9]
+    drawn = {"epsilon": made["epsilon"](), "attacks": made["attacks"]()}
+    drawn |= {"stacking": made["stacking"](), "round": made["ROUND"]}
+    drawn |= {"parts": made["PARTS"], "rooms": made["ROOMS"]}
+    for name, drawing in drawn.items():
+        assert (ROOT / f"docs/{name}.svg").read_text("utf-8") == drawing, name
 
 
 @pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="outside the repository")
