@@ -1,13 +1,17 @@
 """Draw the pictures of the explanations: python docs/_pictures.py [FOLDER], by default this one.
 
-`sketches.svg` is computed, from an update of the demo's first client; the others are drawn.
+`sketches.svg` is computed, from an update of the demo's first client; `epsilon.svg` and
+`attacks.svg` have the numbers of tables in these pages; the others are drawn.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 import tempfile
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import altair as alt
@@ -20,6 +24,11 @@ from hedgerow.sketch import project, reconstruct
 
 SHARES = (1 / 256, 1 / 64, 1 / 16, 1 / 4)
 SEEDS = 4
+
+HERE = Path(__file__).parent
+GREY = "#808080"
+"""Of words and lines: it can be read on white and on black."""
+COLORS = ("#2f9d5f", "#d07a2c", "#4a86cc", "#a568c0", "#cc5552", "#8a8a2e")
 
 
 def svg(title: str, width: float, height: float, parts: list[str]) -> str:
@@ -191,6 +200,138 @@ ROOMS = diagram(
 )
 
 
+def words(x: float, y: float, said: str, *, anchor: str = "start", color: str = GREY) -> str:
+    """A line of words that begins, ends or has its middle at a place."""
+    look = f'font-size="13" text-anchor="{anchor}" fill="{color}" font-family="sans-serif"'
+    return f'<text x="{x:.1f}" y="{y:.1f}" {look}>{said}</text>'
+
+
+def line(x1: float, y1: float, x2: float, y2: float, color: str, width: float, seen: float) -> str:
+    """A straight line, of which so much is seen: from 0 to 1."""
+    look = f'stroke="{color}" stroke-width="{width}" stroke-opacity="{seen}"'
+    return f'<path d="M{x1:.1f} {y1:.1f} L{x2:.1f} {y2:.1f}" {look} fill="none"/>'
+
+
+def dot(x: float, y: float, color: str) -> str:
+    """A dot."""
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>'
+
+
+def apart(places: Sequence[float], least: float) -> list[float]:
+    """The places, in their order, each at least so far below the one above it."""
+    moved = list(places)
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    for above, index in pairwise(order):
+        moved[index] = max(moved[index], moved[above] + least)
+    return moved
+
+
+def losses_by_epsilon() -> tuple[list[str], dict[str, list[tuple[float, float]]]]:
+    """Heads of the columns, and losses with their deviations by method, as privacy.md has them."""
+    page = (HERE / "privacy.md").read_text("utf-8")
+    _, _, rest = page.partition("at `level: client` (δ")
+    heads, _, *rows = re.findall(r"^\|.*\|$", rest.partition("\n    python")[0], re.MULTILINE)
+    columns = [cell.strip() for cell in heads.split("|")[2:-1]]
+    found = {}
+    for row in rows:
+        name, *cells = row.split("|")[1:-1]
+        numbers = [tuple(map(float, cell.split("±"))) for cell in cells]
+        found[name.split("`")[1]] = numbers
+    return columns, found
+
+
+def epsilon() -> str:
+    """Drawing of the loss against ε, at client level."""
+    columns, found = losses_by_epsilon()
+    left, right, top, bottom, lowest, highest = 60, 560, 40, 360, 0.7, 4.2
+
+    def x_of(column: int) -> float:
+        return left + 40 + column * (right - left - 80) / (len(columns) - 1)
+
+    def y_of(loss: float) -> float:
+        share = math.log(loss / lowest) / math.log(highest / lowest)
+        return bottom - share * (bottom - top)
+
+    parts = [words(left - 44, top - 18, "loss (logarithmic), and its standard deviation")]
+    for tick in (0.7, 1, 1.5, 2, 3, 4):
+        parts.append(line(left, y_of(tick), right, y_of(tick), GREY, 1, 0.25))
+        parts.append(words(left - 8, y_of(tick) + 4, f"{tick:g}", anchor="end"))
+    for number, head in enumerate(columns):
+        said = "no noise" if head == "without" else head
+        parts.append(words(x_of(number), bottom + 22, said, anchor="middle"))
+    ends = apart([y_of(losses[-1][0]) for losses in found.values()], 17)
+    for place, (name, losses) in enumerate(found.items()):
+        color, beside = COLORS[place], 5 * (place - (len(found) - 1) / 2)
+        at = [(x_of(column) + beside, y_of(loss)) for column, (loss, _) in enumerate(losses)]
+        for (x, y), (loss, spread) in zip(at, losses, strict=True):
+            least = max(loss - spread, lowest)
+            parts.append(line(x, y_of(loss + spread), x, y_of(least), color, 1.5, 0.45))
+            parts.append(dot(x, y, color))
+        for (x1, y1), (x2, y2) in pairwise(at):
+            parts.append(line(x1, y1, x2, y2, color, 2, 0.9))
+        parts.append(line(*at[-1], right - 4, ends[place], color, 1, 0.5))
+        parts.append(words(right, ends[place] + 4, name, color=color))
+    title = "Loss by method against ε, at client level: more noise to the right"
+    return svg(title, right + 90, bottom + 40, parts)
+
+
+RULES = ("no rule", "multi_krum", "trust", "median", "geometric_median")
+"""Rules of weights in the order in which bench/README.md has their numbers."""
+
+
+def losses_under_attack() -> dict[str, list[float | None]]:
+    """Rise of the loss in percent by each of `RULES`, by method, as bench/README.md has it.
+
+    Two of ten clients send their update turned and ten times as long.
+    """
+    page = (HERE.parent / "bench/README.md").read_text("utf-8")
+    found: dict[str, list[float | None]] = {}
+    for begins, methods in (
+        ("| Loss beside the clean run's, one seed, ten Dolly clients", ["fedit"]),
+        ("| The same: `fedavg`; `flora`", ["fedavg", "flora"]),
+        ("| The same for `ferret` (", ["ferret"]),
+    ):
+        (row,) = (each for each in page.splitlines() if each.startswith(begins))
+        groups = row.split("|")[2].split(";")
+        for method, group in zip(methods, range(0, len(groups), 2), strict=False):
+            cells = [*groups[group].split(","), *groups[group + 1].split(",")]
+            found[method] = [
+                None if cell.strip() == "–" else float(cell.strip(" +%")) for cell in cells
+            ]
+    return found
+
+
+def attacks() -> str:
+    """Drawing of what hostile clients cost by each rule of weights."""
+    found = losses_under_attack()
+    left, right, top, high, lowest, highest = 150, 640, 70, 70, 0.1, 500
+    bottom = top + high * len(RULES)
+
+    def x_of(rise: float) -> float:
+        return left + (right - left) * math.log(rise / lowest) / math.log(highest / lowest)
+
+    parts = [words(20, 24, "rise of the loss over a run that nobody attacks (logarithmic)")]
+    for tick in (0.1, 1, 10, 100):
+        parts.append(line(x_of(tick), top - 6, x_of(tick), bottom, GREY, 1, 0.25))
+        parts.append(words(x_of(tick), bottom + 20, f"{tick:g}%", anchor="middle"))
+    for row, rule in enumerate(RULES):
+        parts.append(words(left - 12, top + high * (row + 0.5) + 4, rule, anchor="end"))
+        parts.append(line(left, top + high * row, right, top + high * row, GREY, 1, 0.25))
+    for place, (method, rises) in enumerate(found.items()):
+        parts.append(dot(left + 110 * place + 6, 48, COLORS[place]))
+        parts.append(words(left + 110 * place + 16, 52, method, color=COLORS[place]))
+        for row, rise in enumerate(rises):
+            if rise is None:
+                continue
+            y = top + high * row + 12 + 15 * place
+            parts.append(line(left, y, x_of(rise), y, COLORS[place], 1, 0.4))
+            parts.append(dot(x_of(rise), y, COLORS[place]))
+            said = f"{rise:.{1 if rise < 100 else 0}f}%"
+            parts.append(words(x_of(rise) + 8, y + 4, said, color=COLORS[place]))
+    title = "What two of ten clients that send turned updates cost, by rule of weights"
+    return svg(title, right + 60, bottom + 36, parts)
+
+
 def an_update() -> torch.Tensor:
     """What ten steps of AdamW change in the demo's model on its first client's rows."""
     with tempfile.TemporaryDirectory() as folder:
@@ -226,8 +367,9 @@ def likeness(delta: torch.Tensor) -> pd.DataFrame:
 
 def main() -> None:
     """Draw them."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
     drawn = {"stacking": stacking(), "round": ROUND, "parts": PARTS, "rooms": ROOMS}
+    drawn |= {"epsilon": epsilon(), "attacks": attacks()}
     for name, drawing in drawn.items():
         (folder / f"{name}.svg").write_text(drawing, encoding="utf-8")
     frame = likeness(an_update()[: 1 << 18])

@@ -160,7 +160,9 @@ def commands() -> str:
 
 def _plugins(place: str, level: str = "##") -> Iterable[str]:
     for plugin in reference.listed(place):
-        yield from ("", f"{level} `{plugin.name}` {{ #{_anchor(plugin.name)} }}", "")
+        # Optimisers of clients and of the server, on one page, share names.
+        anchor = _anchor(f"{place}.{plugin.name}" if level == "###" else plugin.name)
+        yield from ("", f"{level} `{plugin.name}` {{ #{anchor} }}", "")
         summary = plugin.summary[:1].upper() + plugin.summary[1:]
         source = f" Source: {plugin.reference}." if plugin.reference else ""
         yield f"{_text(summary)}.{source}"

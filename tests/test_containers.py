@@ -45,7 +45,7 @@ def commands_of_unit(path: Path) -> list[str]:
 
 COMMANDS = {
     **{f"compose.yaml {name}": each["command"] for name, each in OURS.items()},
-    **{path.name: commands_of_unit(path) for path in UNITS},
+    **{path.name: commands_of_unit(path) for path in UNITS if path.stem != "hedgerow-proxy"},
 }
 
 
@@ -151,10 +151,27 @@ def test_git_leaves_out_what_the_walk_through_makes():
     assert ignored.stdout.split() == paths
 
 
+def test_services_read_and_write_where_their_readme_says():
+    services = README.partition("## With systemd")[2]
+    for path in UNITS:
+        words = " ".join(commands_of_unit(path))
+        for place in re.findall(r"/etc/hedgerow/([\w.%]+)", words):
+            assert f"`{place.replace('%i', 'ash')}`" in services or f"/{place}" in services, place
+        state = re.findall(r"^StateDirectory=(.*)$", path.read_text(), re.M)
+        assert all(f"/var/lib/{each}" in path.read_text() for each in state)
+        assert path.stem.partition("@")[0] in services
+    superlink = (DEPLOY / "systemd/hedgerow-superlink.service").read_text()
+    assert "FLWR_HOME=/var/lib/hedgerow/superlink/flwr\n" in superlink
+    assert "/var/lib/hedgerow/superlink/flwr/config.toml" in services
+    assert services.count("flwr supernode register") == len(SITES)
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here")
 def test_systemd_understands_the_units(tmp_path):
     for path in UNITS:
-        (tmp_path / path.name).write_text(path.read_text().replace("/opt/hedgerow/bin", str(BIN)))
+        text = path.read_text().replace("/opt/hedgerow/bin", str(BIN))
+        # nginx need not be here.
+        (tmp_path / path.name).write_text(text.replace("/usr/sbin/nginx", sys.executable))
     found = subprocess.run(
         ["systemd-analyze", "verify", *(tmp_path / path.name for path in UNITS)],
         capture_output=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,17 @@ import pytest
 import yaml
 
 import hedgerow
-from hedgerow import demo
+from hedgerow import demo, tracking
+from hedgerow.audit.found import AUDIT
+from hedgerow.engines.flower import keys, server
 from hedgerow.experiment import reference
+from hedgerow.federation.secure import UNMASKED
+from hedgerow.ledger import INDEX
+from hedgerow.privacy.noise import PRIVACY_KEY
+from hedgerow.privacy.releases import RELEASES
+from hedgerow.runs import directory
+from hedgerow.runs.personal import CLIENTS
+from hedgerow.runs.rows import METRICS_FILE, ROWS_BY_CLIENT, SENT_BY_CLIENT, read_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -28,10 +38,8 @@ BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<kind>\w*)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-GENERATED = {
-    "measured.md",
-    *(f"reference/{name}.md" for name in ("settings", "methods", "parts", "metrics", "commands")),
-}
+TOLD_IN = {"method": "methods", "evaluation.metrics": "metrics"}
+"""Page of the reference about what a key names, where it is not `parts`."""
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -49,8 +57,44 @@ def blocks(page: Path, kind: str) -> list[tuple[str, str]]:
 def test_links_lead_to_files_of_the_repository(page):
     for link in LINK.findall(page.read_text("utf-8")):
         target = (page.parent / link).resolve()
-        # The site has pages that are made of code, and one of a file of bench/.
-        assert target.exists() or target.relative_to(ROOT / "docs").as_posix() in GENERATED, link
+        # Not pages that the site alone has, since they are made of code.
+        assert target.exists(), link
+
+
+FILES = (ROOT / "docs/reference/files.md").read_text("utf-8")
+PRIVATE = "{level: client, clip: 1.0, noise_multiplier: 1.0, delta: 0.001, %s}"
+
+
+def test_every_file_of_a_run_directory_that_has_a_name_is_told():
+    names = [AUDIT, CLIENTS, INDEX, METRICS_FILE, PRIVACY_KEY, RELEASES, UNMASKED, tracking.FILE]
+    names += [directory.EXPERIMENT, directory.DATA, directory.LOCK, directory.NOISE]
+    names += [keys.KEYS, server.RUN]
+    assert [name for name in names if not re.search(rf"`{re.escape(name)}[/`]", FILES)] == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["data.client_test=client_{}.json", "federation.keep_updates=true"],
+        ["method=fedavg", "method.server=momentum", "federation.weights=krum"],
+        ["method=fedavg", f"privacy={PRIVATE % 'quantile: 0.5'}"],
+        ["method=fedavg", f"privacy={PRIVATE % 'bands: 2'}"],
+        ["method=fedavg", "federation.secure=true"],
+        ["method=standalone", "evaluation.metrics=[exact_match]"],
+    ],
+    ids=["kept", "robust", "private", "banded", "secure", "apart"],
+)
+def test_what_runs_leave_is_told(changes, hedgerow, experiment, tmp_path):
+    out = tmp_path / "run"
+    done = hedgerow("run", experiment(), *changes, "--out", out)
+    assert done.code == 0, done.err
+    files = {path.name + "/" * path.is_dir() for path in out.iterdir()}
+    keys = set().union(*read_rows(out))
+    if "data.client_test" in changes[0]:
+        assert {ROWS_BY_CLIENT, SENT_BY_CLIENT, "train_loss_by_client"} <= keys
+    untold = {word for word in files | keys if f"`{word}`" not in FILES}
+    # Metrics, and the parts of a round that take time, are told in general.
+    assert {word for word in untold if not word.endswith("_seconds")} <= {"exact_match"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -75,6 +119,22 @@ def test_python_is_python_and_runs(page, tmp_path):
             assert done.returncode == 0, code + done.stderr
 
 
+def test_pictures_have_the_numbers_of_the_tables():
+    made = runpy.run_path(str(ROOT / "docs/_pictures.py"), run_name="imported")
+    columns, losses = made["losses_by_epsilon"]()
+    assert columns == ["without", "ε = 8", "ε = 3", "ε = 1"]
+    assert {len(each) for each in losses.values()} == {len(columns)}
+    assert losses["diloco"][0] == (0.751, 0.042)
+    rises = made["losses_under_attack"]()
+    assert {len(each) for each in rises.values()} == {len(made["RULES"])}
+    assert rises["flora"] == [2.3, 0.2, 1.9, None, 0.9]
+    drawn = {"epsilon": made["epsilon"](), "attacks": made["attacks"]()}
+    drawn |= {"stacking": made["stacking"](), "round": made["ROUND"]}
+    drawn |= {"parts": made["PARTS"], "rooms": made["ROOMS"]}
+    for name, drawing in drawn.items():
+        assert (ROOT / f"docs/{name}.svg").read_text("utf-8") == drawing, name
+
+
 @pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="outside the repository")
 def test_the_site_is_built_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
@@ -93,13 +153,20 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         if option.plugins:
             places = [each for each in reference.REGISTRIES if option.key.startswith(f"{each}.")]
             place = max(places, key=len)
-            page = {"method": "methods", "evaluation.metrics": "metrics"}.get(place, "parts")
+            page = TOLD_IN.get(place, "parts")
             assert f">{option.key.removeprefix(place + '.')}<" in said[page], option.key
         elif not option.key.startswith(("method.server.", "method.up.")):
             assert f">{option.key}<" in said["settings"], option.key
     for place in reference.REGISTRIES:
+        page = TOLD_IN.get(place, "parts")
+        # Codecs are the same both ways.
+        key = "method.up" if place == "method.down" else place
+        before = f"{key.replace('.', '-')}-" if page == "parts" else ""
         for plugin in reference.listed(place):
-            assert any(f'id="{plugin.name}"' in each for each in said.values()), plugin.name
+            assert f'id="{before}{plugin.name}"' in said[page], plugin.name
+    for name, page in said.items():
+        ids = re.findall(r'<h\d id="([^"]+)"', page)
+        assert len(ids) == len(set(ids)), name
     public = set(hedgerow.__all__) - {"methods", "sketch", "testing"}  # which are modules
     for name in public:
         assert re.search(rf'id="hedgerow[a-z_.]*\.{name}"', said["python"]), name

@@ -148,6 +148,39 @@ def test_a_torch_that_cannot_be_imported_is_told(hedgerow, installed, monkeypatc
     assert "cannot be imported" in result.out
 
 
+def test_a_gpu_whose_driver_does_not_answer_is_told(hedgerow, installed, monkeypatch):
+    def lost(index):
+        raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be …")
+
+    installed("core-one", "1.5")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lost)
+    result = hedgerow("doctor")
+    assert (result.code, result.err) == (0, "")
+    said = " ".join(result.out.split())
+    assert "cannot be asked (CUDA error: unspecified launch failure CUDA kernel" in said
+    assert "mend its driver, or give model.device=cpu" in said
+    found = json.loads(hedgerow("doctor", "--json").out)
+    assert found["silent"].startswith("CUDA error: unspecified launch failure")
+    assert [device["name"] for device in found["devices"]] == ["cpu"]
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, ValueError, None])
+def test_a_system_that_does_not_say_its_memory(hedgerow, installed, monkeypatch, error):
+    def sysconf(name):
+        if error is None:
+            return -1
+        raise error(name)
+
+    installed("core-one", "1.5")
+    monkeypatch.setattr("os.sysconf", sysconf)
+    result = hedgerow("doctor")
+    assert (result.code, result.err) == (0, "")
+    assert "memory unknown" in result.out
+    found = json.loads(hedgerow("doctor", "--json").out)
+    assert [device["memory"] for device in found["devices"]][-1:] == [None]
+
+
 def test_a_package_that_is_only_on_the_path_has_no_metadata(hedgerow, monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)

@@ -1006,6 +1006,30 @@ def test_sites_score_as_one_process_does(tested, hedgerow, tmp_path, name):
     assert "own_" not in (made.out / "experiment.yaml").read_text()
 
 
+def test_sites_are_asked_for_scores_only_where_some_are_due(tested, hedgerow, tmp_path):
+    changes = ["evaluation.metrics=[exact_match]", "evaluation.answers_every=2"]
+    changes += ["federation.rounds=3", "data.test=null"]
+    made = tested(*changes)
+    asked = []
+
+    def before(message):
+        if message.metadata.message_type == Action.score:
+            asked.append(message.metadata.dst_node_id)
+
+    made.grid.before = before
+    rows = made.run()
+    assert len(asked) == 9  # three sites, after rounds 0, 2 and 3
+    assert ["exact_match_by_client" in row for row in rows] == [True, False, True, True]
+    local = tmp_path / "local"
+    given = ["data.client_test=own_{}.json", *changes, "--out", local]
+    assert hedgerow("run", made.path, *given).code == 0
+    for row, other in zip(rows, rows_of(local), strict=True):
+        of_time = {key for key in row if key.endswith("seconds")}
+        assert {key: other.get(key) for key in row.keys() - of_time} == {
+            key: row[key] for key in row.keys() - of_time
+        }
+
+
 def test_sites_say_of_their_test_rows_no_more_than_of_others(tested):
     made = tested(*OWN["ditto"], "federation.rounds=1", "federation.says.examples=rounded")
     for row in made.run():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 import runpy
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -41,6 +43,18 @@ def test_no_imports_go_in_a_circle():
     graph = {name: imported(path, known) - {name} for name, path in known.items()}
     assert sum(map(len, graph.values())) > 300  # they were found
     TopologicalSorter(graph).prepare()  # or it names the circle
+
+
+def test_every_room_is_on_the_page_about_them_in_the_order_of_imports():
+    root = Path(__file__).parents[1]
+    contracts = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = [layer.split(" | ") for layer in contracts["contracts"][0]["layers"]]
+    order = {room: number for number, layer in enumerate(layers) for room in layer}
+    page = (root / "docs/architecture.md").read_text()
+    rows = re.findall(r"^\| (`.+`) \|", page, re.M)
+    rooms = [room for row in rows for room in re.findall(r"`(\w+)(?:\.py|/)`", row)]
+    assert sorted(rooms) == sorted(order)
+    assert [order[room] for room in rooms] == sorted(order[room] for room in rooms)
 
 
 BENCHMARKS = sorted((Path(__file__).parents[1] / "bench").glob("*.py"))

@@ -11,7 +11,13 @@ from packaging.requirements import Requirement
 from support.experiments import write_experiment
 
 import hedgerow as hr
+from hedgerow.experiment.reference import REGISTRIES
+from hedgerow.methods.parts.server_optimizers import Momentum
+from hedgerow.model import Model
 from hedgerow.optional import LIBRARIES, check_installed
+from hedgerow.training.objectives.supervised import Supervised
+from hedgerow.training.optimizers.sgd import SGD
+from hedgerow.training.trainers.transformers import Transformers
 
 JUDGE = ["--endpoint", "http://localhost/v1", "--model", "gpt-4"]
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
@@ -85,10 +91,21 @@ CASES = {
     ),
     "quantized: optimizer": (
         "bitsandbytes",
-        "training.optimizer adamw_8bit",
+        "training.optimizer: adamw_8bit",
         run("training.optimizer=adamw_8bit"),
     ),
-    "trl": ("trl", "training.trainer trl", run("training.trainer=trl")),
+    "quantized: optimizer, compare": (
+        "bitsandbytes",
+        "training.optimizer: paged_adamw_8bit",
+        compare("training.optimizer=paged_adamw_8bit"),
+    ),
+    "quantized: explain": (
+        "bitsandbytes",
+        "model.quantization: int8",
+        ["explain", "--memory", "FILE", "model.quantization=int8"],
+    ),
+    "trl: run": ("trl", "training.trainer: trl", run("training.trainer=trl")),
+    "trl: compare": ("trl", "training.trainer: trl", compare("training.trainer=trl")),
 }
 
 
@@ -107,6 +124,8 @@ def test_what_is_missing_is_one_sentence_before_anything_is_done(
         "TEST": tmp_path / "test.json",
     }
     monkeypatch.setitem(sys.modules, module, None)
+    if case != "metrics: evaluate":
+        monkeypatch.delattr(Model, "load")
     for word, place in places.items():
         arguments = [argument.replace(word, str(place)) for argument in arguments]
     result = hedgerow(*arguments)
@@ -170,3 +189,58 @@ main()
 
 def test_what_is_installed_is_no_mistake():
     check_installed("a test", "sacrebleu", "altair")
+
+
+class Learns(Supervised):
+    """An objective that needs what nobody has."""
+
+    libraries = ("nobody_has_this",)
+
+
+class Descends(SGD):
+    """An optimiser of this kind."""
+
+    libraries = ("json", "nobody_has_this")
+
+
+class Trains(Transformers):
+    """A trainer of this kind."""
+
+    libraries = ("nobody_has_this",)
+
+
+class Goes(Momentum):
+    """A part of a method of this kind."""
+
+    libraries = ("nobody_has_this",)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("training.objective", Learns),
+        ("training.optimizer", Descends),
+        ("training.trainer", Trains),
+        ("method.server", Goes),
+    ],
+)
+def test_parts_of_others_say_in_the_same_way_what_they_need(
+    key, kind, hedgerow, experiment, tmp_path, monkeypatch
+):
+    monkeypatch.delattr(Model, "load")
+    name = f"{__name__}:{kind.__name__}"
+    out = tmp_path / "out"
+    changes = ["method=fedavg", f"{key}={{name: '{name}'}}"]
+    result = hedgerow("run", experiment(), *changes, "--out", out)
+    assert (result.code, result.err) == (
+        2,
+        f"hedgerow: {key}: {name} needs the module nobody_has_this, which is not installed: "
+        "install it\n",
+    )
+    assert not out.exists()
+
+
+def test_the_parts_that_are_here_need_only_what_an_extra_brings():
+    kinds = [kind for registry in REGISTRIES.values() for kind in registry.values()]
+    needed = {library for kind in kinds for library in kind.libraries}
+    assert {"bitsandbytes", "sacrebleu", "trl"} <= needed <= LIBRARIES.keys()

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from hedgerow import __version__
 from hedgerow.errors import UserError, reason_of
 from hedgerow.lazy import torch
-from hedgerow.workers import Workers
+from hedgerow.workers import Workers, processors
 
 _NO_FEATURES = ("all", "dev", "docs")
 """Extras that are for no feature: all together, and what develops and documents this package."""
@@ -69,12 +69,12 @@ class Device:
     Attributes:
         name: as `model.device` takes it: `cpu`, `cuda:0`, `mps`.
         description: what it is called by who made it.
-        memory: bytes that it has in all.
+        memory: bytes that it has in all; None where the system does not say.
     """
 
     name: str
     description: str
-    memory: int
+    memory: int | None
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Diagnosis:
         torch: version of torch; None where it cannot be imported.
         broken: why it cannot be; empty where it can.
         devices: those that torch finds, the CPU last.
+        silent: why GPUs that are here do not say what they are; empty where all do.
         threads: number of threads that torch computes in; 0 where it cannot be imported.
         processors: number of processors that this process may use.
         free_processors: number of those that have nothing to do, at least 1; on Linux alone, and 1
@@ -102,6 +103,7 @@ class Diagnosis:
     torch: str | None
     broken: str
     devices: tuple[Device, ...]
+    silent: str
     threads: int
     processors: int
     free_processors: int
@@ -134,9 +136,13 @@ def examine() -> Diagnosis:
             "hedgerow is on Python's path, but is not installed, so that nothing says what it "
             "needs: pip install hedgerow, or pip install --editable FOLDER"
         ) from None
-    version, broken, devices, threads = None, "", list[Device](), 0
+    version, broken, silent, devices, threads = None, "", "", list[Device](), 0
     try:
-        version, devices, threads = torch.__version__, _devices(), torch.get_num_threads()
+        version, threads = torch.__version__, torch.get_num_threads()
+        devices.append(_cpu())
+        devices[:0] = _gpus()
+    except RuntimeError as error:  # of a driver that does not fit, or that has lost its GPU
+        silent = reason_of(error)
     except (ImportError, OSError) as error:  # missing, of another processor or system, or damaged
         broken = reason_of(error)
     return Diagnosis(
@@ -146,8 +152,9 @@ def examine() -> Diagnosis:
         torch=version,
         broken=broken,
         devices=tuple(devices),
+        silent=silent,
         threads=threads,
-        processors=_processors(),
+        processors=processors(),
         free_processors=Workers.of("auto").count,
         libraries=tuple(map(_found, _requirements("hedgerow"))),
         features=tuple(
@@ -188,18 +195,20 @@ def _found(requirement: Requirement) -> Library:
     return Library(name, str(needed), installed, will_do)
 
 
-def _devices() -> list[Device]:
+def _gpus() -> list[Device]:
     found = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         found.append(Device(f"cuda:{index}", gpu.name, gpu.total_memory))
     if torch.backends.mps.is_available():
         found.append(Device("mps", "Apple's GPU", torch.mps.recommended_max_memory()))
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return [*found, Device("cpu", platform.machine(), memory)]
+    return found
 
 
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _cpu() -> Device:
+    try:
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not of POSIX, or without these numbers
+        pages, size = -1, 0
+    # -1 is what a system says that has no answer.
+    return Device("cpu", platform.machine(), pages * size if pages > 0 else None)

@@ -101,8 +101,6 @@ def load(settings: ModelSettings) -> Loaded:
             problem = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"{where} {problem}: give a model folder in Hugging Face format")
     device = _device(settings.device)
-    if settings.quantization is not None:
-        check_installed(f"model.quantization: {settings.quantization}", "bitsandbytes")
     if (adapted := adapter_folder(settings)) is not None:
         if settings.quantization is not None:
             raise UserError(

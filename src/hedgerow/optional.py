@@ -33,7 +33,7 @@ def check_installed(use: str, *modules: str) -> None:
 
     Args:
         use: what needs them, for `needs …` to follow.
-        modules: names of theirs in `LIBRARIES`.
+        modules: names of theirs, mostly in `LIBRARIES`; those of a plug-in may be others.
     """
     for module in modules:
         if importlib.util.find_spec(module) is None:
@@ -42,6 +42,8 @@ def check_installed(use: str, *modules: str) -> None:
 
 def not_installed(use: str, module: str) -> UserError:
     """The mistake of asking for a feature whose library is not installed."""
+    if module not in LIBRARIES:
+        return UserError(f"{use} needs the module {module}, which is not installed: install it")
     package, extra = LIBRARIES[module]
     return UserError(
         f"{use} needs {package}, which is not installed: pip install 'hedgerow[{extra}]'"

@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from hedgerow.errors import UserError, did_you_mean
+from hedgerow.optional import check_installed
 from hedgerow.sentences import check_no_boolean, sentence
 
 
@@ -41,6 +42,9 @@ class Plugin(BaseModel):
 
     section: ClassVar[tuple[str, ...]] = ()
     """Keys that lead to its options in the experiment file."""
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Modules that it imports when it is used, by the names of their packages at the top, and that
+    not every installation has. They are looked for before a run begins."""
 
     name: str
     """Name in the experiment file: one of hedgerow's own, one that an installed package declares,
@@ -56,6 +60,13 @@ class Plugin(BaseModel):
             super().__init__(**options)
         except ValidationError as error:
             raise UserError(sentence(error, type(self), self.section, self.see())) from None
+
+    def check_installed(self) -> None:
+        """Raise a `UserError` where a library is missing, its own or one of the parts in it."""
+        check_installed(f"{'.'.join(self.section)}: {self.name}", *self.libraries)
+        for part in (getattr(self, field) for field in type(self).model_fields):
+            if isinstance(part, Plugin):
+                part.check_installed()
 
     @classmethod
     def see(cls) -> str | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hedgerow import lowrank
 from hedgerow.lazy import bitsandbytes, torch, transformers
 from hedgerow.lowrank import Factors
+from hedgerow.optional import check_installed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,13 +30,22 @@ _KINDS = {"Linear4bit": "4bit", "Linear8bitLt": "8bit"}
 """bitsandbytes' classes of layers, by name, as it is imported only where there are some."""
 
 
+def check_library(kind: Quantization) -> None:
+    """Raise a `UserError` where the library that quantizes to such numbers is missing."""
+    check_installed(f"model.quantization: {kind}", "bitsandbytes")
+
+
 def configuration(kind: Quantization, dtype: str) -> transformers.BitsAndBytesConfig:
     """transformers' configuration that quantizes a checkpoint while it is loaded.
 
     Args:
         kind: number type of the weights.
         dtype: name of the number type that is computed with.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
     """
+    check_library(kind)
     if kind == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(
@@ -52,6 +62,9 @@ def quantize_hollow(network: Any, kind: Quantization, dtype: str) -> None:
         network: on the meta device, in the number type that is computed with.
         kind: number type of the weights.
         dtype: name of the number type that is computed with.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
     """
     quantizer = transformers.quantizers.AutoHfQuantizer.from_config(
         configuration(kind, dtype), pre_quantized=False

@@ -274,12 +274,19 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
 
+def processors() -> int:
+    """Number of processors that this process may use, busy or not."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _free_processors() -> int:
     """Number of processors that nobody uses at this moment, of those that this process may use.
 
     Not by the load, a mean over the last minute, which knows of what has just ended.
     """
-    allowed = len(os.sched_getaffinity(0))
+    allowed = processors()
     before = _ticks()
     time.sleep(_LOOK)
     idle, all_of_them = (now - then for now, then in zip(_ticks(), before, strict=True))

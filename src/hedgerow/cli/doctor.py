@@ -11,7 +11,7 @@ from hedgerow.files import to_json
 from hedgerow.terminal import show
 
 if TYPE_CHECKING:
-    from hedgerow.doctor import Diagnosis
+    from hedgerow.doctor import Device, Diagnosis
 
 
 @app.command()
@@ -37,12 +37,14 @@ def doctor(as_json: AsJson = False) -> None:
 def _say(found: Diagnosis) -> None:
     from hedgerow import console
 
-    devices = [f"{d.name} ({d.description}, {console.size(d.memory)})" for d in found.devices]
+    devices = [f"{d.name} ({d.description}, {_memory(d)})" for d in found.devices]
+    silent = f"cannot be asked ({found.silent}): mend its driver, or give model.device=cpu"
     rows = [
         ("hedgerow", found.hedgerow),
         ("Python", found.python),
         ("platform", found.platform),
         ("torch", found.torch or "cannot be imported"),
+        *([("GPU", silent)] if found.silent else []),
         *(("device", device) for device in devices),
         ("threads of torch", str(found.threads)),
         ("processors", f"{found.processors}, of which {found.free_processors} free"),
@@ -58,3 +60,11 @@ def _say(found: Diagnosis) -> None:
         for each in found.features
     ]
     console.table("", ["feature", "usable", "lacks", "to add it"], features, numbers=False)
+
+
+def _memory(device: Device) -> str:
+    from hedgerow import console
+
+    if device.memory is None:
+        return "memory unknown"
+    return console.size(device.memory)

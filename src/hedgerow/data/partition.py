@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from hedgerow.settings import Partition
 
 
+def check_library(settings: Partition) -> None:
+    """Raise a `UserError` where the library that divides so is missing."""
+    if settings.kind in ("dirichlet", "shard"):
+        check_installed(f"data.partition.kind: {settings.kind}", "flwr_datasets")
+
+
 def partition(rows: Sequence[Row], settings: Partition, seed: int) -> dict[str, list[int]]:
     """Give each row to exactly one client.
 
@@ -40,6 +46,7 @@ def partition(rows: Sequence[Row], settings: Partition, seed: int) -> dict[str, 
         UserError: there are too few rows, a row has no value to divide by, or flwr-datasets is not
             installed.
     """
+    check_library(settings)
     if settings.kind == "column":
         labels, codes = _labels(rows, settings.column)
         return dict(zip(_slugs(labels), _by_column(codes), strict=True))
@@ -68,7 +75,6 @@ def _iid(rows: int, clients: int, seed: int) -> list[list[int]]:
 
 
 def _dirichlet(codes: Sequence[int], clients: int, alpha: float, seed: int) -> list[list[int]]:
-    check_installed("data.partition.kind: dirichlet", "flwr_datasets")
     from flwr_datasets.partitioner import DirichletPartitioner
 
     def drawn(smallest: int) -> list[list[int]]:
@@ -85,7 +91,6 @@ def _dirichlet(codes: Sequence[int], clients: int, alpha: float, seed: int) -> l
 
 
 def _shards(codes: Sequence[int], clients: int, shards: int, seed: int) -> list[list[int]]:
-    check_installed("data.partition.kind: shard", "flwr_datasets")
     from flwr_datasets.partitioner import ShardPartitioner
 
     if clients * shards > len(codes):

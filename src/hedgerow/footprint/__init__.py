@@ -22,7 +22,6 @@ from hedgerow.loading import skeleton
 from hedgerow.methods.base import Client, Expected, Holds, Method
 from hedgerow.methods.lora import LoraOptions
 from hedgerow.model import Model
-from hedgerow.optional import check_installed
 from hedgerow.training.optimizers import optimizer_of
 
 if TYPE_CHECKING:
@@ -193,7 +192,6 @@ def _network(experiment: Experiment) -> Any:
     settings = experiment.model
     network = skeleton(settings).to(getattr(torch, settings.dtype))
     if settings.quantization is not None:
-        check_installed(f"model.quantization: {settings.quantization}", "bitsandbytes")
         quantized.quantize_hollow(network, settings.quantization, settings.dtype)
     return network
 

@@ -98,7 +98,8 @@ class Scorer:
                 for name in models.models(self._model, clients)
             }
             found |= by_model(scored, settings.metrics)
-        own = score_clients(models, self._model, self._tests, settings, progress, self._workers)
+        tests = self._tests if settings.metrics else {}
+        own = score_clients(models, self._model, tests, settings, progress, self._workers)
         count = self._experiment.says.count
         said = {name: each._replace(rows=count(each.rows)) for name, each in own.items()}
         return found | over_clients(said, settings.metrics)

@@ -36,7 +36,6 @@ from hedgerow.ledger import Ledger
 from hedgerow.methods.base import Client
 from hedgerow.privacy.secure.letters import Ask, AskMasked
 from hedgerow.runs.scoring import ClientScores, Scorer, over_clients
-from hedgerow.settings import EvaluationSettings
 from hedgerow.wire import MAX_HEADER_BYTES, Entry
 
 BATCH = 256 << 20
@@ -289,13 +288,10 @@ class FlowerFleet:
         """
         scorer = self._scorer
         found = {} if scorer is None else scorer.evaluate(self.gather, progress)
-        if not self._has_tests:
+        due = in_round(self._evaluation, len(self._ledger), self._settings.rounds)
+        if not (self._has_tests and due.metrics):
             return found
-        return found | over_clients(self._own_scores(), self._due().metrics)
-
-    def _due(self) -> EvaluationSettings:
-        """What is scored at the ledger's head."""
-        return in_round(self._evaluation, len(self._ledger), self._settings.rounds)
+        return found | over_clients(self._own_scores(), due.metrics)
 
     def _own_scores(self) -> dict[str, ClientScores]:
         """Scores of all clients that are connected and have test rows of their own, by name."""

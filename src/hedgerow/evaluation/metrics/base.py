@@ -130,6 +130,8 @@ class Preference(NamedTuple):
 class Metric(Plugin, ABC):
     """Scores of a model on test data; the subclasses below say of what."""
 
+    section = ("evaluation", "metrics")
+
     scores: ClassVar[tuple[Score, ...]] = ()
     """What it gives. The first one is the main one: it stands in a round's line, and is drawn."""
     needs: ClassVar[Need]
@@ -138,7 +140,11 @@ class Metric(Plugin, ABC):
     """Whether each row has a score, of which means are taken; or only many rows together."""
 
     def check(self) -> None:
-        """Raise a `UserError` where it cannot be computed here, for want of a library, say."""
+        """Raise a `UserError` where it cannot be computed here.
+
+        By default that is where one of its `libraries` is missing.
+        """
+        self.check_installed()
 
     @abstractmethod
     def measure(self, evidence: Any) -> Scored:

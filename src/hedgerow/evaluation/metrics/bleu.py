@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from hedgerow.evaluation.metrics.base import CorpusMetric, Score
 from hedgerow.evaluation.words import spaced
-from hedgerow.optional import check_installed
 
 
 class Bleu(CorpusMetric):
@@ -16,12 +15,10 @@ class Bleu(CorpusMetric):
     character of a script without spaces between words, as Chinese or Thai, is a word.
     """
 
+    libraries = ("sacrebleu",)
+
     name: str = "bleu"
     scores = (Score("bleu", label="BLEU", unit="points of 100", direction="higher"),)
-
-    def check(self) -> None:
-        """Raise a `UserError` without sacrebleu."""
-        check_installed(f"evaluation.metrics: {self.name}", "sacrebleu")
 
     def corpus(self, references: Sequence[str], answers: Sequence[str]) -> float:
         """From 0 to 100."""

@@ -8,7 +8,6 @@ from functools import cache
 
 from hedgerow.evaluation.metrics.base import AnswerMetric, Score
 from hedgerow.evaluation.words import words
-from hedgerow.optional import check_installed
 
 
 class RougeL(AnswerMetric):
@@ -19,12 +18,10 @@ class RougeL(AnswerMetric):
     white space.
     """
 
+    libraries = ("rouge_score",)
+
     name: str = "rouge_l"
     scores = (Score("rouge_l", label="ROUGE-L", unit="%", direction="higher"),)
-
-    def check(self) -> None:
-        """Raise a `UserError` without rouge-score."""
-        check_installed(f"evaluation.metrics: {self.name}", "rouge_score")
 
     def score(self, reference: str, answer: str) -> float:
         """From 0 to 100."""

@@ -13,7 +13,6 @@ from pydantic import Field
 
 from hedgerow.errors import UserError
 from hedgerow.lazy import bitsandbytes
-from hedgerow.optional import check_installed
 from hedgerow.training.optimizers.base import Optimizer
 
 if TYPE_CHECKING:
@@ -25,6 +24,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 class AdamW8bit(Optimizer):
     """bitsandbytes' AdamW8bit: a quarter of AdamW's memory, for tensors of 4,096 numbers on."""
+
+    libraries = ("bitsandbytes",)
 
     name: str = "adamw_8bit"
 
@@ -45,7 +46,7 @@ class AdamW8bit(Optimizer):
 
     def check(self, device: torch.device) -> None:
         """Raise a `UserError` without bitsandbytes, and for pages where there is no GPU."""
-        check_installed(f"training.optimizer {self.name}", "bitsandbytes")
+        super().check(device)
         if self.is_paged and device.type == "cpu":
             raise UserError(
                 f"training.optimizer {self.name}: pages go between a GPU and the host, and "

@@ -23,7 +23,11 @@ class Optimizer(Plugin, ABC):
     section = ("training", "optimizer")
 
     def check(self, device: torch.device) -> None:
-        """Raise a `UserError` where it cannot step parameters on a device, or lacks a library."""
+        """Raise a `UserError` where it cannot step parameters on a device.
+
+        By default that is where one of its `libraries` is missing.
+        """
+        self.check_installed()
 
     @abstractmethod
     def build(

@@ -24,10 +24,13 @@ class Trainer(Plugin, ABC):
     def check(self, training: TrainingSettings, device: torch.device) -> None:
         """Raise a `UserError` where it cannot train so, before anything is written.
 
+        By default that is where one of its `libraries` is missing.
+
         Args:
             training: the experiment's settings.
             device: of the model.
         """
+        self.check_installed()
 
     @abstractmethod
     def train(self, job: Job, parameters: Mapping[str, nn.Parameter]) -> float:

@@ -37,6 +37,7 @@ class Transformers(Trainer):
 
     def check(self, training: TrainingSettings, device: torch.device) -> None:
         """Check the arguments."""
+        super().check(training, device)
         family.check_names(self.arguments)
         with tempfile.TemporaryDirectory() as folder:
             kind = transformers.TrainingArguments

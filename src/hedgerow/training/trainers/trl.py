@@ -17,7 +17,6 @@ from pydantic import Field
 from hedgerow.data import Tokenized
 from hedgerow.errors import UserError
 from hedgerow.lazy import torch
-from hedgerow.optional import check_installed
 from hedgerow.settings import TrainingSettings
 from hedgerow.training.checkpointing import checkpointed
 from hedgerow.training.job import OR_CLIP, Job, check_finite
@@ -32,13 +31,16 @@ if TYPE_CHECKING:
 class TRL(Trainer):
     """TRL's `SFTTrainer`, for the supervised objective."""
 
+    libraries = ("trl",)
+
     name: str = "trl"
     arguments: dict[str, Any] = Field({})
     """Arguments of TRL's `SFTConfig`, as {packing: true, neftune_noise_alpha: 5}; those that the
     experiment has words for, as `learning_rate`, are given there. By default none beside these."""
 
     def check(self, training: TrainingSettings, device: torch.device) -> None:
-        """Check the objective, that TRL is there, and the arguments."""
+        """Check that TRL is there, the objective, and the arguments."""
+        super().check(training, device)
         objective = training.objective
         name = objective if isinstance(objective, str) else objective.get("name")
         if name != "supervised":
@@ -51,7 +53,6 @@ class TRL(Trainer):
                 "training.router_aux_loss_coef: TRL adds such a loss to what it reports, too: take "
                 "the trainer transformers, or leave it out"
             )
-        check_installed("training.trainer trl", "trl")
         family.check_names(self.arguments)
         with tempfile.TemporaryDirectory() as folder:
             self._config(training, folder, device)
