@@ -76,11 +76,8 @@ def print_seven_b(
     gradient = 2 * max(math.prod(shape) for shape in shapes.values())
     if method.coordinates == "random":
         block = max(block.size for block in group(shapes))
-        # Codes and scales of a 1-bit update, unpacked one block at a time, and summed in float32.
-        coordinates, copies = int(weights / 2 * 32 / DEFAULT_COMPRESSION), 2
     else:
         block = max(math.prod(shape) for shape in shapes.values())
-        coordinates, copies = weights // 2, 4  # the sum of updates is dense
     rows = [
         ("weights", "2 bytes each", gigabytes(weights), ""),
         ("snapshot", "2 bytes each", "", gigabytes(weights)),
@@ -95,12 +92,17 @@ def print_seven_b(
         ),
         (
             "update and estimate of a tensor, or block",
-            f"4 bytes, {copies} times",
-            gigabytes(4 * copies * block),
+            "4 bytes, twice",
+            gigabytes(8 * block),
             "",
         ),
-        ("peak in sketching", "", gigabytes(weights + 4 * copies * block), gigabytes(2 * weights)),
-        ("sums at the server", "4 bytes each", "", gigabytes(4 * coordinates)),
+        ("peak in sketching", "", gigabytes(weights + 8 * block), gigabytes(2 * weights)),
+        (
+            "an update that waits at the server",
+            f"4 bytes, by {DEFAULT_COMPRESSION:g}",
+            "",
+            gigabytes(2 * weights // int(DEFAULT_COMPRESSION)),
+        ),
         ("AdamW instead of SGD", "gradient and moments", gigabytes(3 * weights), ""),
     ]
     size = weights / 2e9

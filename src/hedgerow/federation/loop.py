@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from hedgerow import allocator
 from hedgerow.clock import Clock
 from hedgerow.errors import InvalidMessage, RunFailed
 from hedgerow.experiment import Experiment
@@ -111,9 +112,12 @@ def run(experiment: Experiment, fleet: Fleet, directory: RunDirectory, watcher: 
         revealed = {REVEALED: inbox.revealed(aggregate)}
         del aggregate  # from here on the entry's tensors are read from its file
         with clock("apply"):
+            allocator.give_back()
             fleet.advance(entry)
+            allocator.give_back()
         with clock("evaluate"):
             scored = scores(round)
+            allocator.give_back()
         traffic.down([*(c.name for c in inbox.clients), *scored.get(ROWS_BY_CLIENT, [])], round)
 
         parts = {f"{part}_seconds": seconds for part, seconds in clock.seconds.items()}

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from hedgerow import allocator
 from hedgerow.errors import ClientFailed, Diverged, InvalidMessage
 from hedgerow.lazy import torch
 from hedgerow.privacy.example_level import ExampleLevel, GaussianSteps
@@ -84,6 +85,7 @@ def _trained(
                 job, start=model.snapshot, shared_state=model.shared_state, trainer=trainer
             )
             trained = method.train(job, client_round, parameters)
+            allocator.give_back()
         with clock("update"):
             tensors, about = method.update(model, client_round, trained)
             update = Update(
@@ -111,6 +113,7 @@ def _trained(
     finally:
         with clock("start"):
             model.release()
+            allocator.give_back()
     return update
 
 

@@ -109,19 +109,26 @@ class TopK(Codec):
         """Places, codes and sizes of the largest values."""
         each = (self._transformed(tensor, seed + i) for i, (_, tensor) in enumerate(values))
         # Tiles are done with one tensor after another; of all, all have to be there.
-        chosen = self._of_all(list(each)) if self.group == "all" else list(map(self._by_tile, each))
-        total = sum(one.size for one in chosen)
-        firsts = np.cumsum([0, *(one.size for one in chosen[:-1])])
-        places = [one.places + first for one, first in zip(chosen, firsts, strict=True)]
-        gaps = rice.encode(np.concatenate(places), total)
-        quantized = [_quantized(one.values, 2 ** (self.bits - 1)) for one in chosen]
-        levels, codes = [each[0] for each in quantized], [each[1] for each in quantized]
+        chosen = self._of_all(list(each)) if self.group == "all" else map(self._by_tile, each)
+        sizes, count, stop = sizes_of(values.shapes), self._count(values.shapes), 0
+        places, codes = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.uint8)
+        levels: list[NDArray[np.float32]] = []
+        sent: list[float] = []
+        energies: list[float] = []
+        for one, (first, _) in zip(chosen, _spans(sizes), strict=True):
+            own = slice(stop, stop := stop + len(one.places))
+            np.add(one.places, first, out=places[own])
+            level, codes[own] = _quantized(one.values, 2 ** (self.bits - 1))
+            levels.append(level)
+            sent.append(float(np.square(level[codes[own] >> 1].astype(np.float64)).sum()))
+            energies.append(one.energy)
         if self.rotates:
-            levels = self._unbiased(levels, codes, [one.energy for one in chosen])
+            levels = self._unbiased(levels, sent, energies)
+        gaps = rice.encode(places, sum(sizes))
         return {
             "unary": gaps.unary,
             "binary": gaps.binary,
-            "codes": torch.from_numpy(_pack(np.concatenate(codes), self.bits)),
+            "codes": torch.from_numpy(_pack(codes, self.bits)),
             "levels": torch.from_numpy(np.concatenate(levels)),
         }
 
@@ -165,7 +172,7 @@ class TopK(Codec):
         return int(places) + kinds["codes"].nbytes + kinds["levels"].nbytes
 
     def encoding_holds(self, shapes: Shapes) -> int:
-        """A value and its transform, and the places and values of all that travels, twice.
+        """A value and its transform, and the places, codes and packed digits of all that travels.
 
         With `group: all` the transforms of all values, twice, and their sizes.
         """
@@ -173,7 +180,7 @@ class TopK(Codec):
         largest = max(sizes)
         pieces = 2 * 8 * min(largest, _PIECE) if self.rotates else 0
         values = 3 * 4 * sum(sizes) if self.group == "all" else 2 * 4 * largest
-        return values + pieces + 2 * (8 + 4) * self._count(shapes)
+        return values + pieces + (8 + 1 + 2 * self.bits) * self._count(shapes)
 
     def decoding_holds(self, shapes: Shapes) -> int:
         """A value and its transform, and the places of all that travels."""
@@ -215,19 +222,12 @@ class TopK(Codec):
         return TRANSFORMS[self.transform].backward(values, shape, seed % 2**64)
 
     def _unbiased(
-        self,
-        levels: list[NDArray[np.float32]],
-        codes: list[NDArray[np.uint8]],
-        energies: list[float],
+        self, levels: list[NDArray[np.float32]], sent: list[float], energies: list[float]
     ) -> list[NDArray[np.float32]]:
         """Sizes times ‖z‖²/⟨z, q⟩, of each tensor, or of all where the largest of all are sent.
 
-        A level is the mean of what it stands for, so that ⟨z, q⟩ is ‖q‖².
+        A level is the mean of what it stands for, so that ⟨z, q⟩ is ‖q‖², which is `sent`.
         """
-        sent = [
-            float(np.square(level[code >> 1].astype(np.float64)).sum())
-            for level, code in zip(levels, codes, strict=True)
-        ]
         if self.group == "all":
             sent, energies = [sum(sent)] * len(levels), [sum(energies)] * len(levels)
         return [
@@ -269,7 +269,7 @@ class TopK(Codec):
     def _chosen(self, flat: Tensor, places: Tensor) -> _Chosen:
         """The values of a tensor at places, shape (number of places,), ascending."""
         energy = _energy(flat) if self.rotates else 0.0
-        return _Chosen(len(flat), places.numpy(), flat[places].numpy(), energy)
+        return _Chosen(places.numpy(), flat[places].numpy(), energy)
 
     def _share(self, size: int) -> int:
         """Number of values that a tile of this size sends."""
@@ -294,8 +294,6 @@ class TopK(Codec):
 class _Chosen(NamedTuple):
     """The largest values of one tensor."""
 
-    size: int
-    """Number of all its values."""
     places: NDArray[np.int64]
     values: NDArray[np.float32]
     energy: float

@@ -1,0 +1,82 @@
+"""The memory of a whole run in one process: clients, server and scores together, at its peak.
+
+    python bench/whole_run.py [--hidden 1024 --layers 14 --intermediate 2816 --heads 16
+        --kv-heads 16] [--coordinates largest|random] [--rounds 2]
+
+A Llama of these dimensions with random bfloat16 weights is written to a folder, and `hedgerow run`
+tunes all its parameters on the demo's data with Ferret, two clients a round. What the process holds
+of anonymous memory (what cannot be given back: pages of files can) is looked at a hundred times a
+second, and what the same run on the bundled small model holds is taken off. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from memory import gigabytes, random_llama
+from transformers import AutoTokenizer
+
+from hedgerow import console, demo
+from hedgerow.experiment import load
+
+
+def main() -> None:
+    """Run both, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--intermediate", type=int, default=2816)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kv-heads", type=int, default=16)
+    parser.add_argument("--coordinates", choices=("largest", "random"), default="largest")
+    parser.add_argument("--rounds", type=int, default=2)
+    options = vars(parser.parse_args())
+    coordinates, rounds = options.pop("coordinates"), options.pop("rounds")
+    with tempfile.TemporaryDirectory() as folder:
+        file = demo.prepare(Path(folder) / "demo")
+        changes = [f"method={{name: ferret, coordinates: {coordinates}}}"]
+        changes += [f"federation.rounds={rounds}", "federation.clients_per_round=2"]
+        changes += ["training.optimizer=sgd", "training.max_grad_norm=null", "training.steps=2"]
+        changes += [
+            "training.batch_size=1",
+            "evaluation.metrics=[loss]",
+            f"evaluation.every={rounds}",
+        ]
+        bundled = load(file).model.path
+        beside = peak(file, Path(folder) / "small", changes)
+        network, place = random_llama(**options), Path(folder) / "large"
+        weights = 2 * sum(p.numel() for p in network.parameters())
+        network.save_pretrained(place)
+        AutoTokenizer.from_pretrained(bundled).save_pretrained(place)
+        del network
+        changes += [f"model.path={place}", "model.dtype=bfloat16"]
+        whole = peak(file, Path(folder) / "run", changes) - beside
+    console.table(
+        f"{weights / 2e9:.2f}B parameters in bfloat16 ({gigabytes(weights)}), {rounds} rounds",
+        ["coordinates", "peak beside the small model's", "in copies of the weights"],
+        [(coordinates, gigabytes(whole), f"{whole / weights:.2f}")],
+    )
+
+
+def peak(file: Path, out: Path, changes: list[str]) -> int:
+    """Most bytes of anonymous memory that a run holds."""
+    command = [sys.executable, "-m", "hedgerow", "run", str(file), *changes, "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        most = 0
+        while process.poll() is None:
+            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    most = max(most, 1024 * int(line.split()[1]))
+            time.sleep(0.01)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} has ended with {process.returncode}")
+    return most
+
+
+if __name__ == "__main__":
+    main()
