@@ -211,7 +211,7 @@ class TopK(Codec):
             flat = tensor.reshape(-1).cpu()
         else:
             flat = TRANSFORMS[self.transform].forward(tensor.float(), seed % 2**64).cpu()
-        if not flat.isfinite().all():
+        if not all(end.isfinite() for end in flat.aminmax()):  # which are NaN where a value is
             raise ValueError("values must be finite")
         return flat
 
@@ -310,8 +310,9 @@ _PIECE = 1 << 22
 
 def _energy(flat: Tensor) -> float:
     # In pieces, since in float64 all of it would take as much again as it has twice over.
-    pieces = torch.split(flat, _PIECE)
-    return math.fsum(float(piece.double().square().sum()) for piece in pieces)
+    buffer = torch.empty(min(len(flat), _PIECE), dtype=torch.float64)
+    pieces = [(piece, buffer[: len(piece)]) for piece in torch.split(flat, _PIECE)]
+    return math.fsum(float(own.copy_(piece).square_().sum()) for piece, own in pieces)
 
 
 def _dense(
