@@ -11,6 +11,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
+import hedgerow.training.loss as loss_module
 from hedgerow.training.loss import batch_loss, token_losses
 
 PAD = 0
@@ -135,3 +136,35 @@ def test_nothing_is_said_of_the_missing_mask(network, batch, caplog, monkeypatch
     logger.warning_once.cache_clear()
     batch_loss(network, batch)
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_losses_of_some_rows_at_a_time_are_the_same_bits_for_less_memory(
+    network, batch, dtype, monkeypatch
+):
+    network.to(dtype)
+
+    def step():
+        saved: dict[int, int] = {}
+
+        def keep(tensor):
+            if tensor.shape[-1:] == (64,) and tensor.dtype == torch.float32:
+                saved[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        network.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses, _ = token_losses(network, batch)
+        losses.sum().backward()
+        gradient = network.get_output_embeddings().weight.grad.clone()
+        return losses.detach(), gradient, sum(saved.values())
+
+    losses, gradient, kept = step()
+    monkeypatch.setattr(loss_module, "_AT_ONCE", 64 * 5 + 1)  # five of twelve rows, then as many
+    again, same, kept_in_parts = step()
+    assert torch.equal(again, losses)
+    assert torch.equal(same, gradient)
+    if dtype != torch.float32:  # where what is kept for the backward pass is the logits themselves
+        assert kept_in_parts < kept
+    with torch.no_grad():
+        assert torch.equal(token_losses(network, batch)[0], losses)

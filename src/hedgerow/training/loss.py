@@ -95,7 +95,35 @@ def _token_losses(
         logits = output.logits if keeps else output.logits[:, kept]
         logits = logits[rows_there, columns_there]
     targets = labels[rows, columns].to(device)
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none"), rows
+    return _cross_entropies(logits, targets), rows
+
+
+_AT_ONCE = 1 << 25
+"""Logits whose cross-entropy is taken at a time: in float32, 128 MiB."""
+
+
+def _cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each row of logits, shape (n, vocabulary), in float32.
+
+    Many are done some rows at a time, and those again in the backward pass, so that neither the
+    logits nor their logarithms of probabilities are ever all there in float32: of a vocabulary of
+    128,000 they would take more than the layers' activations. No row's numbers depend on others.
+    """
+    rows = max(1, _AT_ONCE // logits.shape[1])
+    if len(logits) <= rows:
+        return _in_float32(logits, targets)
+    parts = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
+    losses = [
+        torch.utils.checkpoint.checkpoint(
+            _in_float32, *part, use_reentrant=False, preserve_rng_state=False
+        )
+        for part in parts
+    ]
+    return torch.cat(losses)
+
+
+def _in_float32(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 @contextmanager
