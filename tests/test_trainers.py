@@ -78,7 +78,9 @@ def test_one_step_on_all_examples_is_hedgerow_s(run, tmp_path, name):
     assert theirs["eval_loss"] == pytest.approx(ours["eval_loss"], rel=1e-5)
 
 
-def test_the_trainer_of_transformers_follows_every_objective(hedgerow, experiment, tmp_path):
+@pytest.fixture
+def pairs(hedgerow, experiment, tmp_path):
+    """Runs DPO on nine pairs of one client; returns the rows of its rounds."""
     rows = [{"prompt": f"Say {i}", "chosen": f"{i}" * 3, "rejected": "no"} for i in range(9)]
     (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     data = {
@@ -88,10 +90,38 @@ def test_the_trainer_of_transformers_follows_every_objective(hedgerow, experimen
     path = tmp_path / "experiment.yaml"
     content = yaml.safe_load(experiment(federation={"rounds": 2}).read_text())
     path.write_text(yaml.safe_dump(content | {"data": data, "method": {"name": "fedavg"}}))
-    metrics = ["training.objective=dpo", "evaluation.metrics=[loss, reward_accuracy]"]
-    done = hedgerow("run", path, "training.trainer=transformers", *metrics, "--out", tmp_path / "r")
-    assert done.code == 0, done.err
-    assert rows_of(tmp_path / "r")[-1]["reward_accuracy"] > 60
+
+    def run(out, *changes):
+        metrics = ["training.objective=dpo", "evaluation.metrics=[loss, reward_accuracy]"]
+        done = hedgerow("run", path, *metrics, *changes, "--out", tmp_path / out)
+        assert done.code == 0, done.err
+        return rows_of(tmp_path / out)
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_preferences_are_learnt(pairs, name):
+    assert pairs("run", f"training.trainer={name}")[-1]["reward_accuracy"] > 60
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "{name: dpo, beta: 0.5, reference: round}",
+        "{name: dpo, loss: robust, label_smoothing: 0.1}",
+        slow("{name: dpo, loss: ipo}"),
+    ],
+)
+def test_a_step_on_all_pairs_is_hedgerow_s(pairs, name, objective):
+    """In the second round the model has left the reference, or is it anew."""
+    one = [f"training.objective={objective}", "training.steps=1", "training.batch_size=9"]
+    one += ["training.optimizer=sgd", "training.learning_rate=0.5"]
+    ours, theirs = pairs("ours", *one), pairs("theirs", *one, f"training.trainer={name}")
+    for row, other in zip(ours[1:], theirs[1:], strict=True):
+        assert other["train_loss"] == pytest.approx(row["train_loss"], rel=1e-5)
+        assert other["eval_loss"] == pytest.approx(row["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -244,7 +274,15 @@ PRIVATE = "privacy={level: example, clip: 1, noise_multiplier: 1, delta: 1e-3}"
             ["training.trainer=trl", "method=fedavg", PRIVATE],
             "gradients of hedgerow's own steps",
         ),
-        (["training.trainer=trl", "training.objective=dpo"], "is for the objective supervised"),
+        (["training.trainer=trl", "training.objective=kto"], "the objectives supervised and dpo"),
+        (
+            ["training.trainer=trl", "training.objective={name: dpo, label_smoothing: 0.1}"],
+            "sigmoid loss knows no label_smoothing",
+        ),
+        (
+            [TRL.format("{beta: 1}"), "training.objective=dpo"],
+            "arguments.beta`: leave it out, since training.objective decides it",
+        ),
         (["training.trainer=trl", "training.keep_optimizer=true"], "an optimiser of its own"),
         (
             ["training.trainer={name: trl, arguments: {learning_rate: 1}}"],
