@@ -248,6 +248,7 @@ def loaded(
     round: int | None,
     client: str | None,
     load: Loader = Model.load,
+    check: Callable[[EvaluationSettings], None] = lambda _: None,
 ) -> Iterator[Subject]:
     """Load a run's model after a round, or a model folder.
 
@@ -257,6 +258,8 @@ def loaded(
         round: the round of a run, None for the last.
         client: whose model, of a run without a global one; None for all.
         load: gives a run's base model.
+        check: raises a `UserError` where what is to be evaluated cannot be, before any model is
+            loaded.
 
     Raises:
         UserError: naming what does not fit.
@@ -266,6 +269,7 @@ def loaded(
             raise UserError(f"{path} is a model, not a run: leave out --round and --client")
         content: dict[str, Any] = {"model": {"path": str(path.absolute())}, "data": {}}
         asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(path), Evaluation)
+        check(asked.evaluation)
         model = Model.load(asked.model)
         check_causal(model)
         data = asked.data
@@ -286,6 +290,7 @@ def loaded(
         )
         return
     with opened(path, overrides) as (experiment, ledger):
+        check(experiment.evaluation)
         clients = check_client(experiment, ledger, client)
         round = check_round(ledger, round)
         model = model_at(experiment, ledger, round, load)
@@ -330,7 +335,12 @@ def score_path(
     Raises:
         UserError: naming what does not fit.
     """
-    with workers.one_thread(), loaded(path, overrides, round, client, load) as it:
+
+    def check(evaluation: EvaluationSettings) -> None:
+        for metric in metrics_of(evaluation.metrics):
+            metric.check()
+
+    with workers.one_thread(), loaded(path, overrides, round, client, load, check) as it:
         workers = workers.on(it.model.device.type)
         found: dict[str, Any] = {}
         has_own = it.experiment is not None and it.experiment.data.client_test is not None
