@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from support.runs import rows_of
+from support.runs import ledger_bytes, rows_of
 
 from hedgerow.adapters import adapter_pairs
 from hedgerow.errors import InvalidMessage, UserError
 from hedgerow.experiment import load
 from hedgerow.methods import METHODS, FLoRA
+from hedgerow.methods.base import Client, Expected
+from hedgerow.methods.composed import Composed
 from hedgerow.methods.parts import rice, top_k, transforms
 from hedgerow.methods.parts.bits import FewBits
 from hedgerow.methods.parts.mean import Mean
@@ -25,6 +28,8 @@ from hedgerow.methods.parts.server_optimizers import SERVER_OPTIMIZERS
 from hedgerow.methods.parts.top_k import TopK
 from hedgerow.methods.parts.transforms import TRANSFORMS
 from hedgerow.methods.parts.values import Values
+from hedgerow.seeds import Seeds
+from hedgerow.settings import TrainingSettings
 from hedgerow.sketch import coordinates, layout
 from hedgerow.testing import check_method
 from hedgerow.wire import kinds
@@ -144,16 +149,15 @@ def test_the_size_of_the_pieces_changes_no_bit(codec, monkeypatch):
     st.lists(
         st.tuples(st.integers(0, 1), st.floats(0.1, 9), st.integers(1, 4)), min_size=1, max_size=5
     ),
-    st.integers(0, 5),
     st.sampled_from([None, 0.3]),
 )
-def test_updates_that_wait_have_the_mean_of_those_that_are_folded_in(clients, waits, rate):
+def test_updates_that_wait_have_the_mean_of_those_that_are_folded_in(clients, rate):
     """On a basis a client may have more coordinates than another; bits are equal."""
-    waiting, folded = Mean(), Mean()
+    waiting, folded = Mean(waits=True), Mean()
     for index, (basis, weight, length) in enumerate(clients):
         values = values_of(normal((length,), (3,), seed=index))
         folded.add((basis,), values, weight)
-        waiting.add((basis,), values, weight, held=1 if index < waits else None)
+        waiting.add((basis,), values, weight)
     found, expected = (
         [(basis, dict(values), values.shapes) for basis, values in mean.means(rate)]
         for mean in (waiting, folded)
@@ -165,16 +169,26 @@ def test_updates_that_wait_have_the_mean_of_those_that_are_folded_in(clients, wa
     assert waiting.alone == folded.alone
 
 
-def test_updates_wait_while_they_take_less_than_their_sum():
-    mean, values = Mean(), values_of(normal((100,)))
-    assert not mean.lets_wait((), 400, values.shapes)
-    for _ in range(3):
-        assert mean.lets_wait((), 120, values.shapes)
-        mean.add((), values, 1, held=120)
-    assert not mean.lets_wait((), 120, values.shapes)
-    assert mean.lets_wait(("another",), 120, values.shapes)
-    mean.add((), values, 1)
-    assert not mean.lets_wait((), 1, values.shapes)
+def test_updates_wait_where_they_take_less_than_their_sum():
+    """31 of one bit a number, and their scales, are as long as a sum in float32."""
+    method = METHODS["fedavg"](up={"name": "bits", "bits": 1})
+    expected = Expected(Seeds(0), {"a": (64, 1024), "b": (300,)}, TrainingSettings())
+    most = max(n for n in range(40) if method._waiting_holds(n, expected) is not None)
+    assert 29 <= most <= 32
+    asked = [Client(index, f"c{index}", 1) for index in range(40)]
+    few, many = (method.aggregate_holds(asked[:n], expected) for n in (most, most + 1))
+    assert 0 < few.sums < many.sums + many.message == 4 * (64 * 1024 + 300)
+    assert method._waiting_holds(2, replace(expected, noisy=True)) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"coordinates": "random", "seeds": "client"}], ids=repr)
+def test_whether_updates_wait_changes_no_bit(options, run, monkeypatch):
+    method = {"name": "ferret", **options}
+    waiting = ledger_bytes(run("wait", method, "federation.rounds=2"))
+    asked = []
+    monkeypatch.setattr(Composed, "_waiting_holds", lambda *a: asked.append(a))
+    assert ledger_bytes(run("fold", method, "federation.rounds=2")) == waiting
+    assert asked
 
 
 def test_fewer_bits_lose_as_much_as_they_say():

@@ -194,7 +194,14 @@ class Experiment(Section):
         silent = self.privacy is None and not self.says.losses
         secret = self.privacy is not None and self.privacy.level == "client"
         drawn = self.federation.clients_per_round if secret else None
-        return Expected(Seeds(self.federation.seed), shapes, self.training, silent, drawn)
+        return Expected(
+            seeds=Seeds(self.federation.seed),
+            shapes=shapes,
+            training=self.training,
+            silent=silent,
+            noisy=secret,
+            drawn=drawn,
+        )
 
     def dump(self, include: set[str] | None = None) -> str:
         """Experiment (or some of its sections) as YAML, with every default written out."""

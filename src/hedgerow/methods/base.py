@@ -113,6 +113,8 @@ class Expected:
     training: TrainingSettings
     silent: bool = False
     """Whether entries may have neither a training loss nor what privacy has cost."""
+    noisy: bool = False
+    """Whether the server adds noise to sums of updates."""
     drawn: int | None = None
     """Number of clients that are drawn in secret for a round, on average, where there are more;
     None: entries say who took part."""

@@ -187,26 +187,24 @@ class Composed(Method):
         check_derived(update.tensors, derived)
 
     def aggregate(self, updates: Iterable[Update], server_round: ServerRound) -> Aggregate:
-        """Sum updates by basis as they arrive, step, and encode the broadcast."""
+        """Sum updates by basis, step, and encode the broadcast."""
         parts, shapes = self.parts, server_round.expected.shapes
         private, given = server_round.private, server_round.given_weights
-        mean, clients, uniform = Mean(), list[str](), self.weights == "uniform"
+        asked = len(server_round.clients)
+        waits = private is None and self._waiting_holds(asked, server_round.expected) is not None
+        mean, clients, uniform = Mean(waits=waits), list[str](), self.weights == "uniform"
         gathered: dict[str, Tensor] = {}
         for update in updates:
             if parts.through.adds:
-                mapped = parts.through.mapped_shapes(update.tensors, shapes)
-                basis = parts.through.basis(update.tensors)
-                held = parts.up.waiting_holds(update.tensors, mapped)
-                waits = mean.lets_wait(basis, held, mapped)
                 # Read here, since what came as a file is gone when the next is due.
                 tensors = dict(update.tensors) if waits else update.tensors
-                values = parts.up.decode(tensors, shapes).values
+                header, values = parts.up.decode(tensors, shapes)
                 weight: float = 1 if uniform else update.num_examples
                 if private is not None:
                     weight = private.weight(each for _, each in values)
                 elif given is not None:
                     weight = given[update.client]
-                mean.add(basis, values, weight, held=held if waits else None)
+                mean.add(parts.through.basis(header), values, weight)
             else:
                 gathered |= _prefixed(parts.through.prefix(len(clients)), update.tensors)
             clients.append(update.client)
@@ -272,10 +270,9 @@ class Composed(Method):
             return Holds(message=len(clients) * parts.up.codec.nbytes(mapped))
         bases = 1 if parts.through.is_one_sum else len(clients)
         each, message = float32_bytes(mapped), bases * parts.down.nbytes(mapped)
-        codec = parts.up.codec
-        waiting = len(clients) * (codec.nbytes(mapped) + codec.between_holds(mapped))
-        sums = min(waiting, bases * each)
-        if parts.down.error == 0 and sums < waiting:
+        codec, waiting = parts.up.codec, self._waiting_holds(len(clients), expected)
+        sums = bases * each if waiting is None else waiting
+        if parts.down.error == 0 and waiting is None:
             sums -= message  # which is made in the sums' own memory
         if parts.server is not None and not parts.everybody_steps:
             sums += (1 + len(parts.server.slots)) * each
@@ -283,7 +280,22 @@ class Composed(Method):
             sums += 2 * each
         read = max(kind.nbytes for kind in codec.kinds(mapped, {}).values())
         folding = read + codec.decoding_holds(mapped)
+        if waiting is not None:
+            folding += 4 * max(sizes_of(mapped))  # the sum of a tensor
         return Holds(message, sums, max(folding, parts.down.encoding_holds(mapped)))
+
+    def _waiting_holds(self, clients: int, expected: Expected) -> int | None:
+        """Bytes of so many clients' updates that are kept encoded until all have arrived.
+
+        None: their sum takes less, or noise is added to it, and each is folded in as it arrives.
+        """
+        parts = self.parts
+        if expected.noisy or not parts.through.adds:
+            return None
+        mapped = parts.up.mapped_shapes(expected.shapes, Message(expected.seeds, 1))
+        codec = parts.up.codec
+        waiting = clients * (codec.nbytes(mapped) + codec.between_holds(mapped))
+        return waiting if waiting < float32_bytes(mapped) else None
 
     def changes(self, update: Update, server_round: ServerRound) -> Values:
         """What an update is summed as, with its codec undone."""

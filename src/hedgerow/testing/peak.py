@@ -8,36 +8,40 @@ from dataclasses import replace
 
 import torch
 
-from hedgerow.methods.base import Client, ServerRound
+from hedgerow.methods.base import Client, ServerRound, float32_bytes
 from hedgerow.testing.case import Case
 from hedgerow.testing.doubles import Forgetful
 from hedgerow.wire import Update
 
-FEW, MANY = 4, 16
-"""Numbers of updates that have arrived, at which what is alive is counted."""
+FEW, MANY, MOST = 4, 16, 256
+"""Numbers of updates that have arrived: at the first what is alive is counted, and at one from the
+second to the third, which is more than together take less than what is trained."""
 
 
 def check_memory(case: Case) -> None:
     """Have a server aggregate many clients' updates, and count the tensors that are alive.
 
     Raises:
-        AssertionError: they grow with the number of updates, and what is broadcast does not.
+        AssertionError: they grow with the number of updates, and neither does what is broadcast,
+            nor do all updates together take less than their sum.
     """
     if case.method.pools_data:
         return  # there is one participant
+    update = max(map(len, case.updates))
+    # So many that keeping them until all have arrived takes more than their sum.
+    many_clients = min(MOST, max(MANY, 2 * float32_bytes(case.shapes) // update))
     gc.collect()
     gc.freeze()  # whatever else this process holds need not be looked at each time
     try:
-        few, _, sent_few = _aggregate(case, FEW)
-        _, many, sent_many = _aggregate(case, MANY)
+        _, _, sent_few = _aggregate(case, FEW)
+        few, many, sent_many = _aggregate(case, many_clients)
     finally:
         gc.unfreeze()
-    update = max(map(len, case.updates))
     # What is being folded in, and a sum that has begun, are not counted as kept.
     allowed = 3 * update + max(0, sent_many - sent_few)
     assert many - few <= allowed, (
-        f"the server keeps updates: with {MANY} of them there are {many - few:,} bytes of tensors "
-        f"more than with {FEW}, where an update has {update:,}; fold each in as it arrives"
+        f"the server keeps updates: with {many_clients} of them there are {many - few:,} bytes of "
+        f"tensors more than with {FEW}, where an update has {update:,}; fold each in as it arrives"
     )
 
 

@@ -1,9 +1,9 @@
 """Weighted sums of updates, Σ p_k x_k (FedAvg, arXiv 1602.05629).
 
-Updates that are far smaller as they travel than their sum wait for the last of them as they are,
-and are summed one tensor at a time: where clients train in the same process, no sum of the model's
-size is held beside them. Others are folded in as they arrive. Either way the same numbers are added
-in the same order.
+Updates that are together smaller, as they travel, than their sum are kept encoded until all have
+arrived, and then summed one tensor at a time: where clients train in the same process, no sum of
+the model's size is held beside them. Others are folded in as they arrive. Either way the same
+numbers are added in the same order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from hedgerow.lazy import torch
-from hedgerow.methods.base import float32_bytes
 from hedgerow.methods.parts.through import Basis
 from hedgerow.methods.parts.values import Shapes, Values
 
@@ -28,48 +27,27 @@ if TYPE_CHECKING:
 class Mean:
     """Sums of values, those on each basis apart."""
 
-    def __init__(self) -> None:
-        self._total = 0.0
+    def __init__(self, *, waits: bool = False) -> None:
+        """Sums of nothing yet.
+
+        Args:
+            waits: whether updates are kept, and summed when the means are asked for.
+        """
+        self._total, self._waits = 0.0, waits
         self._waiting: dict[Basis, list[tuple[Values, float]]] = {}
-        self._held = 0
         self._sums: dict[Basis, dict[str, Tensor]] = {}
         self._counts: Counter[Basis] = Counter()
 
-    def lets_wait(self, basis: Basis, held: int, shapes: Shapes) -> bool:
-        """Whether one more update is to wait as it is, and not to be folded in.
-
-        Args:
-            basis: what its values are added on.
-            held: bytes of the update as it waits, and while it is read beside the others.
-            shapes: of its values.
-        """
-        sums = len(self._waiting.keys() | {basis}) * float32_bytes(shapes)
-        return not self._sums and self._held + held < sums
-
-    def add(self, basis: Basis, values: Values, weight: float, *, held: int | None = None) -> None:
-        """Add a client's values, times its weight relative to the others.
-
-        Args:
-            basis: what they are added on.
-            values: as they come out of the codec.
-            weight: of the client.
-            held: bytes as in `lets_wait`, where that has let them wait; None folds them in.
-        """
+    def add(self, basis: Basis, values: Values, weight: float) -> None:
+        """Add a client's values, times its weight relative to the others."""
         self._total += weight
         self._counts[basis] += weight != 0
-        self._waiting.setdefault(basis, []).append((values, weight))
-        self._held += held or 0
-        if held is None:
-            self._fold()
-
-    def _fold(self) -> None:
-        """Add to the sums what has waited."""
-        for basis, waiting in self._waiting.items():
-            sums = self._sums.setdefault(basis, {})
-            for values, weight in waiting:
-                for name, each in values:
-                    sums[name] = _plus(sums.get(name), each, weight)
-        self._waiting.clear()
+        if self._waits:
+            self._waiting.setdefault(basis, []).append((values, weight))
+            return
+        sums = self._sums.setdefault(basis, {})
+        for name, each in values:
+            sums[name] = _plus(sums.get(name), each, weight)
 
     @property
     def alone(self) -> int:
@@ -78,7 +56,7 @@ class Mean:
 
     def make_private(self, private: GaussianMean) -> None:
         """Add noise to the sums of bounded values, whose weights then sum to a fixed number."""
-        self._fold()
+        assert not self._waits, "noise is added to sums"
         for basis, sums in sorted(self._sums.items()):
             private.add_noise(sums, *basis)
         self.divide_by(private.denominator)
@@ -131,7 +109,9 @@ def _summed(waiting: Sequence[tuple[Values, float]]) -> Iterator[tuple[str, Tens
     for name, each in first:
         total = each * weight
         for values, other in others:  # one at a time, since a tensor may be large
-            total = _plus(total, next(values)[1], other)
+            same, more = next(values)
+            assert same == name, "all updates have one order"
+            total = _plus(total, more, other)
         yield name, total
 
 

@@ -146,8 +146,15 @@ class TopK(Codec):
                 zip(shapes.items(), _spans(sizes), strict=True)
             ):
                 own = slice(ends[index], ends[index + 1])
-                sparse = places[own] - first, codes[own], levels[index]
-                yield name, self._restored(_dense(*sparse, size), tuple(shape), seed + index)
+                # Without a name, which would keep it until the next is asked for.
+                yield (
+                    name,
+                    self._restored(
+                        _dense(places[own] - first, codes[own], levels[index], size),
+                        tuple(shape),
+                        seed + index,
+                    ),
+                )
 
         return Values(shapes, each)
 
@@ -180,15 +187,15 @@ class TopK(Codec):
         largest = max(sizes)
         pieces = 2 * 8 * min(largest, _PIECE) if self.rotates else 0
         values = 3 * 4 * sum(sizes) if self.group == "all" else 2 * 4 * largest
-        return values + pieces + (8 + 1 + 2 * self.bits) * self._count(shapes)
+        return values + pieces + (8 + 1 + max(5, 2 * self.bits)) * self._count(shapes)
 
     def decoding_holds(self, shapes: Shapes) -> int:
-        """A value and its transform, and the places of all that travels."""
-        return 2 * 4 * max(sizes_of(shapes)) + 2 * 8 * self._count(shapes)
+        """A value and its transform, and the places of all that travels, twice, or its codes."""
+        return 2 * 4 * max(sizes_of(shapes)) + max(2 * 8, 8 + 2 * self.bits) * self._count(shapes)
 
     def between_holds(self, shapes: Shapes) -> int:
-        """Places and codes of all that travels, and those of a value."""
-        return 2 * (8 + 1) * self._count(shapes)
+        """Places and codes of all that travels."""
+        return (8 + 1) * self._count(shapes)
 
     def check(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
         """Check the places, tile by tile."""

@@ -83,11 +83,6 @@ class Uplink:
         """Shapes of what is coded, where it does not depend on the change."""
         return self.through.mapped_shapes(self.through.common(shapes, message), shapes)
 
-    def waiting_holds(self, tensors: Mapping[str, Tensor], mapped: Shapes) -> int:
-        """Bytes of an update that waits for others, and is read beside them value by value."""
-        coded = sum(kind.nbytes for kind in kinds(tensors).values())
-        return coded + self.codec.between_holds(mapped)
-
     def decode(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> Piece:
         """The mapped values, with the codec undone."""
         mapped = self.through.mapped_shapes(tensors, shapes)
