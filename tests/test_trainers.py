@@ -10,10 +10,15 @@ import textwrap
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from support.runs import ledger_bytes, rows_of
 
+from hedgerow.errors import UserError
+from hedgerow.settings import TrainingSettings
 from hedgerow.training import first_order
+from hedgerow.training.objectives.supervised import Supervised
+from hedgerow.training.trainers import trl
 
 NAMES = ["transformers", "trl"]
 
@@ -260,6 +265,15 @@ def test_one_s_own(run, tmp_path, monkeypatch):
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
 
 
+def test_an_objective_that_is_made_of_another_is_not_trained_with_the_other_s_loss(monkeypatch):
+    class Focal(Supervised):
+        name: str = "focal"
+
+    monkeypatch.setattr(trl, "objective_of", lambda training: Focal())
+    with pytest.raises(UserError, match="supervised and dpo, not focal"):
+        trl.TRL().check(TrainingSettings(), torch.device("cpu"))
+
+
 PRIVATE = "privacy={level: example, clip: 1, noise_multiplier: 1, delta: 1e-3}"
 
 
@@ -281,7 +295,18 @@ PRIVATE = "privacy={level: example, clip: 1, noise_multiplier: 1, delta: 1e-3}"
         ),
         (
             [TRL.format("{beta: 1}"), "training.objective=dpo"],
-            "arguments.beta`: leave it out, since training.objective decides it",
+            "arguments.beta`: leave it out: the loss is what training.objective says",
+        ),
+        *(
+            ([TRL.format(f"{{{argument}: {value}}}"), "training.objective=dpo"], argument)
+            for argument, value in (
+                ("ld_alpha", 0.5),
+                ("max_length", 9),
+                ("sync_ref_model", "true"),
+                ("f_divergence_type", "js_divergence"),
+                ("loss_weights", "[2]"),
+                ("use_weighting", "true"),
+            )
         ),
         (["training.trainer=trl", "training.keep_optimizer=true"], "an optimiser of its own"),
         (

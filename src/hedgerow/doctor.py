@@ -140,11 +140,13 @@ def examine() -> Diagnosis:
     try:
         version, threads = torch.__version__, torch.get_num_threads()
         devices.append(_cpu())
-        devices[:0] = _gpus()
+    # Missing, of another processor or system, or damaged.
+    except (ImportError, OSError, RuntimeError) as error:
+        broken = reason_of(error)
+    try:
+        devices[:0] = _gpus() if devices else []
     except RuntimeError as error:  # of a driver that does not fit, or that has lost its GPU
         silent = reason_of(error)
-    except (ImportError, OSError) as error:  # missing, of another processor or system, or damaged
-        broken = reason_of(error)
     return Diagnosis(
         hedgerow=__version__,
         python=platform.python_version(),

@@ -36,7 +36,8 @@ def check_installed(use: str, *modules: str) -> None:
         modules: names of theirs, mostly in `LIBRARIES`; those of a plug-in may be others.
     """
     for module in modules:
-        if importlib.util.find_spec(module) is None:
+        # A part of a package is found by importing the package, where that is there.
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
             raise not_installed(use, module)
 
 

@@ -39,7 +39,7 @@ class ScriptTrainer(Trainer):
             RunFailed: one of several processes could not go on.
         """
         trainer = self._trainer
-        if any(kind.__name__ in ("SFTTrainer", "DPOTrainer") for kind in type(trainer).__mro__):
+        if any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__):
             family.check_output_layer(job.network, self.name)
         with family.lent(job.network), _as_asked(trainer, job):
             transformers.set_seed(job.dropout_seed % 2**31)

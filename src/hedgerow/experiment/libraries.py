@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hedgerow import quantized
 from hedgerow.data.partition import check_library as check_partition
-from hedgerow.evaluation.metrics import metrics_of
+from hedgerow.evaluation.metrics import check_metrics
 from hedgerow.experiment.definition import Experiment
 from hedgerow.optional import check_installed
 from hedgerow.training.objectives import objective_of
@@ -25,8 +25,7 @@ def check_libraries(experiment: Experiment) -> None:
     for part in (optimizer_of(training), objective_of(training), trainer_of(training)):
         if part is not None:
             part.check_installed()
-    for metric in metrics_of(experiment.evaluation.metrics):
-        metric.check()
+    check_metrics(experiment.evaluation.metrics)
     if experiment.privacy is not None:
         check_installed("privacy", "cryptography", "dp_accounting")
     check_server_libraries(experiment)

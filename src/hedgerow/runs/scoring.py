@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from hedgerow.data import ClientData, Records
 from hedgerow.errors import UserError
 from hedgerow.evaluation.measuring import derived
-from hedgerow.evaluation.metrics import main_scores_of, metrics_of
+from hedgerow.evaluation.metrics import check_metrics, main_scores_of, metrics_of
 from hedgerow.evaluation.scores import TestSet, evaluate, in_round
 from hedgerow.experiment import Experiment, apply_overrides, validate
 from hedgerow.ledger import Ledger
@@ -248,7 +248,7 @@ def loaded(
     round: int | None,
     client: str | None,
     load: Loader = Model.load,
-    check: Callable[[EvaluationSettings], None] = lambda _: None,
+    check: Callable[[Sequence[str]], None] = lambda metrics: None,
 ) -> Iterator[Subject]:
     """Load a run's model after a round, or a model folder.
 
@@ -258,8 +258,8 @@ def loaded(
         round: the round of a run, None for the last.
         client: whose model, of a run without a global one; None for all.
         load: gives a run's base model.
-        check: raises a `UserError` where what is to be evaluated cannot be, before any model is
-            loaded.
+        check: raises a `UserError` where metrics of these names cannot be computed, before any
+            model is loaded.
 
     Raises:
         UserError: naming what does not fit.
@@ -269,7 +269,7 @@ def loaded(
             raise UserError(f"{path} is a model, not a run: leave out --round and --client")
         content: dict[str, Any] = {"model": {"path": str(path.absolute())}, "data": {}}
         asked = validate(apply_overrides(content, overrides, [Path.cwd()]), str(path), Evaluation)
-        check(asked.evaluation)
+        check(asked.evaluation.metrics)
         model = Model.load(asked.model)
         check_causal(model)
         data = asked.data
@@ -290,7 +290,7 @@ def loaded(
         )
         return
     with opened(path, overrides) as (experiment, ledger):
-        check(experiment.evaluation)
+        check(experiment.evaluation.metrics)
         clients = check_client(experiment, ledger, client)
         round = check_round(ledger, round)
         model = model_at(experiment, ledger, round, load)
@@ -335,12 +335,7 @@ def score_path(
     Raises:
         UserError: naming what does not fit.
     """
-
-    def check(evaluation: EvaluationSettings) -> None:
-        for metric in metrics_of(evaluation.metrics):
-            metric.check()
-
-    with workers.one_thread(), loaded(path, overrides, round, client, load, check) as it:
+    with workers.one_thread(), loaded(path, overrides, round, client, load, check_metrics) as it:
         workers = workers.on(it.model.device.type)
         found: dict[str, Any] = {}
         has_own = it.experiment is not None and it.experiment.data.client_test is not None

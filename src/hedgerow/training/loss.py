@@ -105,9 +105,10 @@ _AT_ONCE = 1 << 25
 def _cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each row of logits, shape (n, vocabulary), in float32.
 
-    Many are done some rows at a time, and those again in the backward pass, so that neither the
-    logits nor their logarithms of probabilities are ever all there in float32: of a vocabulary of
-    128,000 they would take more than the layers' activations. No row's numbers depend on others.
+    Many are done some rows at a time, and those again in the backward pass. So neither the logits
+    of a model in half precision nor their logarithms of probabilities are ever all there in
+    float32: of a vocabulary of 128,000 they would take more than the layers' activations. No row's
+    numbers depend on others.
     """
     rows = max(1, _AT_ONCE // logits.shape[1])
     if len(logits) <= rows:

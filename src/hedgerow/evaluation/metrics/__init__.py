@@ -44,6 +44,12 @@ _ENDINGS = (
 """How further keys of these end."""
 
 
+def check_metrics(names: Iterable[str]) -> None:
+    """Raise a `UserError` where one of these metrics cannot be computed here."""
+    for metric in metrics_of(names):
+        metric.check()
+
+
 def metrics_of(names: Iterable[str]) -> list[Metric]:
     """Metrics by their names in `evaluation.metrics`, in that order.
 
@@ -147,6 +153,7 @@ __all__ = [
     "PreferenceMetric",
     "Score",
     "Weighted",
+    "check_metrics",
     "main_scores_of",
     "metrics_of",
     "scores_of",

@@ -1,15 +1,16 @@
-"""TRL's trainers, for two objectives: packing, padding-free batches and what else they have.
+"""TRL's trainers, for two objectives.
 
-`SFTTrainer` gets the client's tokens as they are, and -100 as the label of those that carry no
-loss; `DPOTrainer` gets both answers' tokens, and how likely the reference finds them, which
-hedgerow has computed. Losses and batches are theirs.
+`SFTTrainer`, which has packing and padding-free batches, gets the client's tokens as they are, and
+-100 as the label of those that carry no loss; `DPOTrainer` gets both answers' tokens, and how
+likely the reference finds them, which hedgerow has computed. Losses and batches are theirs.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,9 +40,9 @@ class TRL(Trainer):
 
     name: str = "trl"
     arguments: dict[str, Any] = Field({})
-    """Arguments of TRL's `SFTConfig` or `DPOConfig`, as {packing: true, neftune_noise_alpha: 5};
-    those that the experiment has words for, as `learning_rate`, are given there. By default none
-    beside these."""
+    """Arguments of TRL's `SFTConfig` or `DPOConfig`, as {packing: true} for the former; those that
+    the experiment has words for, as `learning_rate`, are given there. By default none beside
+    these."""
 
     def check(self, training: TrainingSettings, device: torch.device) -> None:
         """Check that TRL is there, the objective, and the arguments."""
@@ -52,10 +53,11 @@ class TRL(Trainer):
                 "the trainer transformers, or leave it out"
             )
         family.check_names(self.arguments)
-        for key in sorted(self.arguments.keys() & _theirs(training).arguments.keys()):
+        theirs = _counterpart_of(training)
+        for key in sorted(self.arguments.keys() & {*theirs.arguments, *theirs.refused}):
             raise UserError(
-                f"`training.trainer.arguments.{key}`: leave it out, since training.objective "
-                "decides it"
+                f"`training.trainer.arguments.{key}`: leave it out: the loss is what "
+                "training.objective says, and its reference's are of whole answers"
             )
         with tempfile.TemporaryDirectory() as folder:
             self._config(training, folder, device)
@@ -66,7 +68,7 @@ class TRL(Trainer):
         Raises:
             UserError: the model's output layer is adapted, past which its loss is computed.
         """
-        theirs = _theirs(job.settings)
+        theirs = _counterpart_of(job.settings)
         family.check_output_layer(job.network, "training.trainer trl")
         data = job.referring(job.data)
         with (
@@ -76,8 +78,8 @@ class TRL(Trainer):
         ):
             config = self._config(job.settings, folder, job.network.device, job, data)
             optimizer = make_optimizer(parameters, job.settings, job.learning_rate)
-            with family.in_a_sentence():
-                trainer = theirs.trainer()(
+            with family.in_a_sentence(), _without_hash():
+                trainer = _trainer_of(theirs.trainer)(
                     model=job.network,
                     args=config,
                     train_dataset=theirs.rows(data),
@@ -96,13 +98,15 @@ class TRL(Trainer):
         job: Job | None = None,
         data: Tokenized | None = None,
     ) -> Any:
-        theirs = _theirs(training)
+        import trl
+
+        theirs = _counterpart_of(training)
         # Examples are cut already; what they are packed into has to be as long as one.
         longest = None
         if self.arguments.get("packing"):
             longest = training.batch_size if data is None else int(data.lengths.max())
         return family.arguments_of(
-            theirs.config(),
+            getattr(trl, theirs.config),
             self.arguments,
             training,
             folder,
@@ -114,27 +118,32 @@ class TRL(Trainer):
         )
 
 
-class _Theirs(NamedTuple):
-    """What TRL has for an objective; its classes are imported where they are needed."""
+class _Counterpart(NamedTuple):
+    """What TRL has for an objective."""
 
-    trainer: Callable[[], type[Any]]
-    config: Callable[[], type[Any]]
-    arguments: Mapping[str, Any]
-    """Arguments that say what the objective's options do."""
+    trainer: str
+    """Name of its trainer's class."""
+    config: str
+    """Name of its arguments' class."""
     rows: Callable[[Tokenized], Any]
     """Makes a dataset of a client's examples."""
+    arguments: Mapping[str, Any] = {}
+    """Arguments that say what the objective's options do."""
+    refused: Collection[str] = ()
+    """Arguments that would make it another loss, or one of other texts than the reference has."""
 
 
-def _theirs(training: TrainingSettings) -> _Theirs:
+def _counterpart_of(training: TrainingSettings) -> _Counterpart:
     """What TRL has for the experiment's objective.
 
     Raises:
         UserError: it has nothing that would descend the same loss.
     """
     objective = objective_of(training)
-    if isinstance(objective, Supervised):
-        return _Theirs(_sft_trainer, _sft_config, {}, _texts)
-    if not isinstance(objective, DPO):
+    # Not those that are made of them, whose losses are their own.
+    if type(objective) is Supervised:
+        return _Counterpart("SFTTrainer", "SFTConfig", _texts)
+    if type(objective) is not DPO:
         raise UserError(
             f"training.trainer trl: is for the objectives supervised and dpo, not {objective.name}:"
             " take the trainer transformers, which follows every objective"
@@ -151,47 +160,59 @@ def _theirs(training: TrainingSettings) -> _Theirs:
         "precompute_ref_log_probs": True,
         "disable_dropout": False,  # which would last
     }
-    return _Theirs(_dpo_trainer, _dpo_config, options, _pairs)
+    return _Counterpart("DPOTrainer", "DPOConfig", _pairs, options, _ANOTHER_LOSS)
 
 
-def _sft_config() -> type[Any]:
-    from trl import SFTConfig
+_ANOTHER_LOSS = frozenset(
+    {
+        "f_alpha_divergence_coef",
+        "f_divergence_type",
+        "ld_alpha",
+        "loss_weights",
+        "max_length",
+        "padding_free",
+        "sync_ref_model",
+        "truncation_mode",
+        "use_weighting",
+    }
+)
 
-    return SFTConfig  # type: ignore[no-any-return]
 
+def _trainer_of(name: str) -> type[Any]:
+    """TRL's trainer of this name, as a run has use for it."""
+    import trl
 
-def _dpo_config() -> type[Any]:
-    from trl import DPOConfig
-
-    return DPOConfig  # type: ignore[no-any-return]
-
-
-def _sft_trainer() -> type[Any]:
-    from trl import SFTTrainer
-
-    class Quiet(SFTTrainer):  # type: ignore[misc]
+    class Prepared(getattr(trl, name)):  # type: ignore[misc]
         def _send_telemetry(self) -> None:
             """Tell nobody."""
 
-    return Quiet
-
-
-def _dpo_trainer() -> type[Any]:
-    from trl import DPOTrainer
-
-    class Prepared(DPOTrainer):  # type: ignore[misc]
-        def _send_telemetry(self) -> None:
-            """Tell nobody."""
-
-        def _prepare_dataset(self, dataset: Any, *rest: Any) -> Any:
-            """The dataset: it has tokens."""
-            return dataset
+        def _prepare_dataset(self, dataset: Any, *rest: Any, **more: Any) -> Any:
+            """The dataset, of which a preference's has tokens already."""
+            if "chosen_ids" in dataset.column_names:
+                return dataset
+            return super()._prepare_dataset(dataset, *rest, **more)
 
         def _precompute_ref_logps(self, dataset: Any, *rest: Any) -> Any:
             """The dataset: it has the reference's log-likelihoods."""
             return dataset
 
     return Prepared
+
+
+@contextmanager
+def _without_hash() -> Iterator[None]:
+    """Have DPOTrainer hash no model, as the key of log-likelihoods that it would have kept.
+
+    It would read all weights of the model for each client of each round.
+    """
+    from trl.trainer import dpo_trainer
+
+    whole = dpo_trainer.hash_module
+    dpo_trainer.hash_module = lambda module: ""
+    try:
+        yield
+    finally:
+        dpo_trainer.hash_module = whole
 
 
 def _pairs(data: Tokenized) -> Any:
