@@ -63,6 +63,16 @@ def test_a_comparison_is_its_runs_and_a_table(hedgerow, experiment, tmp_path):
     assert "fedavg, seed 1, round 2 · " in result.out
 
 
+def test_a_mistake_that_all_runs_share_is_one_sentence(hedgerow, experiment, tmp_path):
+    out = tmp_path / "out"
+    grid = ["--methods", "flora,fedavg", "--seeds", "2", "--out", out]
+    result = hedgerow("compare", experiment(), f"model.path={tmp_path / 'nowhere'}", *grid)
+    assert result.code == 2
+    assert result.err.count("does not exist: give a model folder in Hugging Face format") == 1
+    assert "or demo, the tiny model" in result.err
+    assert not out.exists()
+
+
 def test_a_comparison_does_only_what_is_missing(hedgerow, experiment, tmp_path):
     out = tmp_path / "out"
     grid = ["--methods", "flora,zero_padding", "--out", out]
@@ -142,8 +152,9 @@ def test_a_cell_that_breaks_off_leaves_the_next_one_the_model_as_it_was(
 
 def test_a_comparison_of_which_all_fails_says_why(hedgerow, experiment, tmp_path):
     result = hedgerow("compare", experiment(), "--methods", "fedit", "--out", tmp_path / "out")
-    assert result.code == 1
-    assert "fedit averages adapters of one rank" in result.out
+    assert result.code == 2
+    assert "fedit averages adapters of one rank" in result.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,25 @@ def test_a_private_simulation_s_ledger_is_the_local_one_s(experiment, hedgerow, 
     assert {row["client_sampling_rate"] for row in flower[1:]} == {2 / 3}
 
 
+@pytest.mark.slow
+def test_a_simulation_has_secure_sums(experiment, hedgerow, tmp_path):
+    """Whatever the number of cores, each client's messages meet the keys that it has made."""
+    path = experiment(federation={"rounds": 2, "secure": True}, method={"name": "fedavg"})
+    path.write_text(path.read_text().replace("ranks:\n  - 4\n  - 2\n  - 1\n", "up: bits\n"))
+    assert hedgerow("run", path, "--out", tmp_path / "local").code == 0
+    run_hedgerow("run", path, "--engine", "flower", "--out", tmp_path / "flower")
+    assert entries(tmp_path / "flower") == entries(tmp_path / "local")
+
+
+def test_secure_sums_are_not_simulated_on_a_cluster(experiment, hedgerow, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    out, secure = tmp_path / "run", ["method=fedavg", "federation.secure=true"]
+    result = hedgerow("run", experiment(), *secure, "--engine", "flower", "--out", out)
+    assert result.code == 2
+    assert "leave RAY_ADDRESS out" in result.err
+    assert not out.exists()
+
+
 def test_a_mistake_in_a_simulation_is_one_sentence(experiment, hedgerow, tmp_path):
     out = tmp_path / "run"
     path = experiment()

@@ -170,7 +170,8 @@ def run(
         workers: who train a run's clients side by side.
 
     Raises:
-        UserError: a cell's folder holds another experiment's run; nothing has been run.
+        UserError: a cell's folder holds another experiment's run; or all cells have the same
+            mistake, as a model that is not there. Nothing has been run.
     """
     # Not at the top: scoring and tracking import torch, which takes seconds, and a mistake in what
     # is to be compared should be told at once.
@@ -183,6 +184,7 @@ def run(
         _check_scored_alike(cell)
     missing = [cell for cell in cells if in_memory or not _is_done(cell)]
     lender, shelf, failures = lender or Lender(), Shelf(), {}
+    mistaken = 0
     said: set[str] = set()  # cells share their data, so that what is left out is said once
     for count, cell in enumerate(missing, start=1):
         with watch(f"[{count}/{len(missing)}] {title(cell)}, round") as watcher:
@@ -203,6 +205,10 @@ def run(
                 )
             except (UserError, RunFailed) as error:
                 failures[cell.folder] = str(error)
+                mistaken += isinstance(error, UserError)
+    nothing = mistaken == len(cells) and not any(cell.folder.exists() for cell in cells)
+    if nothing and len(reasons := set(failures.values())) == 1:
+        raise UserError(*reasons)
     return [Outcome(cell, read_rows(cell.folder), failures.get(cell.folder)) for cell in cells]
 
 

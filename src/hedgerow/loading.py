@@ -99,7 +99,10 @@ def load(settings: ModelSettings) -> Loaded:
         problem = "has no config.json"
         if not folder.is_dir():
             problem = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"{where} {problem}: give a model folder in Hugging Face format")
+        raise UserError(
+            f"{where} {problem}: give a model folder in Hugging Face format, the name of a model "
+            "on the Hub, or demo, the tiny model that comes with hedgerow"
+        )
     device = _device(settings.device)
     if (adapted := adapter_folder(settings)) is not None:
         if settings.quantization is not None:

@@ -23,6 +23,7 @@ from hedgerow.engines.flower.app import App, check_method
 from hedgerow.engines.flower.messages import Action, Parcel, Request, pack
 from hedgerow.engines.flower.server import serve
 from hedgerow.engines.flower.site import Site
+from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import Watcher
 from hedgerow.files import passing_folder
@@ -51,6 +52,11 @@ def run(
     """
     check_method(experiment)
     tracking.check(experiment.tracking)
+    if "RAY_ADDRESS" in os.environ and _is_masked(experiment):
+        raise UserError(
+            "federation.secure: a client's keys are in one process, and a cluster has several: "
+            "leave RAY_ADDRESS out, or set federation.secure={masks: false}"
+        )
     if resume:
         RunDirectory.check_resumable(out, experiment)  # before everything is loaded
         experiment = with_date_of(experiment, out)
@@ -100,13 +106,24 @@ def _handle(app: App, folder: Path, out: Path, name: str, message: Message) -> M
     return Message(pack(reply, [] if update is None else [update]), reply_to=message)
 
 
+def _is_masked(experiment: Experiment) -> bool:
+    secure = experiment.federation.secure
+    return secure is not None and secure.masks
+
+
 def _resources(prepared: Prepared) -> BackendConfig:
-    """How many actors there are: as many as have a core each, and memory for a model each."""
+    """How many actors there are: as many as have a core each, and memory for a model each.
+
+    One alone where sums are masked: a client's keys are in the process that made them, and Flower
+    hands each message of a client to whichever actor is free.
+    """
     cores = os.cpu_count() or 1
     weights = sum(p.nbytes for p in prepared.model.network.parameters())
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # Weights, gradients and a snapshot or the optimiser's moments.
     actors = max(1, min(cores, len(prepared.clients), memory // (4 * weights)))
+    if _is_masked(prepared.experiment):
+        actors = 1
     gpus = 1.0 if prepared.model.device.type == "cuda" else 0.0
     init = {"log_to_driver": False, "logging_level": "error"}
     if "RAY_ADDRESS" not in os.environ:
