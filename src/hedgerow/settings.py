@@ -468,7 +468,8 @@ class TrainingSettings(Section):
     trainer: str | dict[str, Any] | None = None
     """Trainer that takes the local steps instead of hedgerow's own loop: `transformers` (its
     Trainer, along the experiment's objective), `trl` (SFTTrainer, or DPOTrainer for the
-    objective `dpo`), as {name: trl, arguments: {packing: true}}; your own is `package.module:Class`. With null, there is none."""
+    objective `dpo`), as {name: trl, arguments: {packing: true}}; your own is
+    `package.module:Class`. With null, there is none."""
     keep_optimizer: bool | None = None
     """Whether each client keeps its optimiser's moments for its next round, on its own disk; they
     are never sent. With null, as the method has it: yes for `fedavg`, `diloco`, `sparseloco`,
