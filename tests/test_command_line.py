@@ -250,6 +250,8 @@ def test_who_stops_it_while_it_starts_is_promised_nothing(endless, tmp_path, sec
         running.send_signal(signal.SIGINT)
         running.communicate(timeout=120)
         pytest.skip("the interrupt came while Python could not raise it")
+    if "init_import_site" in shown:
+        pytest.skip("the interrupt came before Python had begun, which ends with 1 then")
     assert running.returncode in (130, -signal.SIGINT)
     assert "--resume" not in shown
     if running.returncode == 130:
