@@ -40,11 +40,7 @@ VOCABULARY = 32_000
 def main() -> None:
     """Run the stages and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--intermediate", type=int, default=5632)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=4)
+    add_dimensions(parser, hidden=2048, layers=22, intermediate=5632, heads=32, kv_heads=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--coordinates", choices=("largest", "random"), default="largest")
     options = vars(parser.parse_args())
@@ -66,6 +62,12 @@ def main() -> None:
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in llama(**SEVEN_B).named_parameters()}
     print_seven_b(method, shapes, activations * scale, tokens)
+
+
+def add_dimensions(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """Add an option for each dimension of a Llama."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
 
 
 def print_seven_b(

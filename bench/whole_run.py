@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from memory import gigabytes, random_llama
+from memory import add_dimensions, gigabytes, random_llama
 from transformers import AutoTokenizer
 
 from hedgerow import console, demo
@@ -28,11 +28,7 @@ from hedgerow.experiment import load
 def main() -> None:
     """Run both, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=14)
-    parser.add_argument("--intermediate", type=int, default=2816)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=16)
+    add_dimensions(parser, hidden=1024, layers=14, intermediate=2816, heads=16, kv_heads=16)
     parser.add_argument("--coordinates", choices=("largest", "random"), default="largest")
     parser.add_argument("--rounds", type=int, default=2)
     options = vars(parser.parse_args())

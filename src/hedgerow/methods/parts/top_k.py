@@ -120,8 +120,9 @@ class TopK(Codec):
             np.add(one.places, first, out=places[own])
             level, codes[own] = _quantized(one.values, 2 ** (self.bits - 1))
             levels.append(level)
-            sent.append(float(np.square(level[codes[own] >> 1].astype(np.float64)).sum()))
-            energies.append(one.energy)
+            if self.rotates:
+                sent.append(float(np.square(level[codes[own] >> 1].astype(np.float64)).sum()))
+                energies.append(one.energy)
         if self.rotates:
             levels = self._unbiased(levels, sent, energies)
         gaps = rice.encode(places, sum(sizes))
