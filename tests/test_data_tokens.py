@@ -1,6 +1,7 @@
 import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from support.tokenizers import BOS, EOS, TOKENIZER, UNKNOWN, build, words
 
 from hedgerow.data.encoding import Encoder
+from hedgerow.data.kept import KeptTokens
 from hedgerow.data.rows import Row
 from hedgerow.data.templates import TextTemplate
 from hedgerow.data.tokens import Spool, Tokenized
@@ -134,3 +136,60 @@ def test_mistakes(monkeypatch):
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(UserError, match=r"cannot hold the tokens .*TMPDIR"):
         tokenize([row(1, 1)])
+
+
+PAIRS = [Row("w0 w1", output="w7", other="w5 w6"), Row("w2", output="w3", desirable=False)]
+
+
+def kept_of(folder, rows, *, paired=False, made_of="a"):
+    encoder = Encoder(TEMPLATE, TOKENIZER)
+    rows = [replace(row, other=row.other or "w1") for row in rows] if paired else rows
+    shard = Spool().tokenize("ward", rows, encoder, 12, "answer", paired=paired)
+    shard = replace(shard, made_of=made_of)
+    KeptTokens(folder / "tokens").save({"empty": tokenize([row(1, 1)]), "ward": shard})
+    return shard
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_tokens_that_are_kept_are_those_that_were_made(tmp_path, paired):
+    shard = kept_of(tmp_path, PAIRS, paired=paired)
+    kept = KeptTokens(tmp_path / "tokens")
+    found = Spool().copy(kept.find("ward", "a"))
+    kept.forget()
+    assert list(tmp_path.iterdir()) == []
+    assert (found.digest(), found.made_of) == (shard.digest(), "a")
+    assert found.desirable.tolist() == [True, False]
+    assert found.rows.tolist() == [0, 1]
+    for index in range(2):
+        assert found[index].tokens.tolist() == shard[index].tokens.tolist()
+    if paired:
+        assert found.other[1].tokens.tolist() == shard.other[1].tokens.tolist()
+
+
+def test_tokens_of_other_rows_or_clients_are_not_found(tmp_path):
+    kept_of(tmp_path, PAIRS)
+    kept = KeptTokens(tmp_path / "tokens")
+    assert kept.find("ward", "b") is None
+    assert kept.find("nobody", "a") is None
+    assert KeptTokens(tmp_path / "nowhere").find("ward", "a") is None
+
+
+@pytest.mark.parametrize("name", ["spool", "examples.npy", "clients.json"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_kept_tokens_that_are_damaged_are_not_found(tmp_path, name, damage):
+    kept_of(tmp_path, PAIRS)
+    file = tmp_path / "tokens" / name
+    content = bytearray(file.read_bytes())
+    if damage == "gone":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(content[:-3])
+    else:
+        content[-20] ^= 0x7F
+        file.write_bytes(content)
+    assert KeptTokens(tmp_path / "tokens").find("ward", "a") is None
+
+
+def test_kept_tokens_are_for_their_owner_alone(tmp_path):
+    kept_of(tmp_path, PAIRS)
+    assert (tmp_path / "tokens").stat().st_mode & 0o777 == 0o700

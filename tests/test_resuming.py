@@ -1,5 +1,6 @@
 """What clients and the server remember: where it is absurd, damaged or missing."""
 
+import json
 import shutil
 
 import pytest
@@ -8,6 +9,8 @@ from peft import PeftModel
 from support.runs import ledger_bytes, rows_of
 from transformers import AutoModelForCausalLM
 
+from hedgerow.data.tokens import Spool
+from hedgerow.engines.local import LocalFleet
 from hedgerow.ledger import Ledger
 from hedgerow.runs.memory import RoundMemory
 from hedgerow.training import first_order
@@ -200,3 +203,85 @@ def test_a_coded_run_s_adapter_and_merged_weights_are_one_function(
         adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(ids).logits
     torch.testing.assert_close(adapted, after, rtol=0, atol=1e-5)
     assert (after - before).abs().max() > 1e-3
+
+
+@pytest.fixture
+def tokenized(monkeypatch):
+    """Names of whose rows are tokenised, in this process."""
+    names, tokenize = [], Spool.tokenize
+
+    def tokenizes(self, name, *arguments, **options):
+        names.append(name)
+        return tokenize(self, name, *arguments, **options)
+
+    monkeypatch.setattr(Spool, "tokenize", tokenizes)
+    return names
+
+
+def stopped(hedgerow, monkeypatch, path, out, *changes):
+    """Interrupt a run in its second round."""
+    train = LocalFleet.train
+
+    def until_the_second(self, round, *arguments):
+        if round == 2:
+            raise KeyboardInterrupt
+        return train(self, round, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalFleet, "train", until_the_second)
+        assert hedgerow("run", path, *changes, "--out", out).code == 130
+
+
+CLIENTS = ["client-000", "client-001", "client-002"]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "centralized"])
+def test_a_resume_finds_the_tokens_that_were_made(
+    hedgerow, experiment, tmp_path, monkeypatch, tokenized, method
+):
+    path, whole, part = experiment(), tmp_path / "whole", tmp_path / "part"
+    changes = [f"method={method}", "federation.rounds=3"]
+    assert hedgerow("run", path, *changes, "--out", whole).code == 0
+    assert not (whole / "tokens").exists()
+    stopped(hedgerow, monkeypatch, path, part, *changes)
+    assert (part / "tokens").is_dir()
+    tokenized.clear()
+    assert hedgerow("run", path, *changes, "--out", part, "--resume").code == 0
+    assert set(tokenized).isdisjoint(CLIENTS)
+    assert ledger_bytes(whole) == ledger_bytes(part)
+    assert not (part / "tokens").exists()
+    # Whoever goes on with a run that had come to its end makes them again.
+    more = [path, f"method={method}", "federation.rounds=4", "--out", part, "--resume"]
+    assert hedgerow("run", *more).code == 0
+    assert set(tokenized) >= set(CLIENTS)
+
+
+def test_tokens_of_rows_that_have_changed_are_made_again(
+    hedgerow, experiment, tmp_path, monkeypatch, tokenized
+):
+    path, out = experiment(), tmp_path / "out"
+    stopped(hedgerow, monkeypatch, path, out)
+    tokenized.clear()
+    file = next(iter(sorted(tmp_path.glob("**/*_1.json"))))
+    rows = json.loads(file.read_text())
+    rows[0]["output"] += " or not"
+    file.write_text(json.dumps(rows))
+    done = hedgerow("run", path, "--out", out, "--resume")
+    assert done.code == 2
+    assert "the data of client-001 have changed" in done.err
+    assert set(tokenized) & set(CLIENTS) == {"client-001"}
+
+
+@pytest.mark.parametrize("change", ["data.max_length=20", "data.prompt=alpaca", "data.loss_on=all"])
+def test_tokens_of_another_encoding_are_made_again(
+    hedgerow, experiment, tmp_path, monkeypatch, tokenized, change
+):
+    path, out = experiment(data={"max_length": 200}), tmp_path / "out"
+    stopped(hedgerow, monkeypatch, path, out)
+    elsewhere = tmp_path / "elsewhere"
+    stopped(hedgerow, monkeypatch, path, elsewhere, change)
+    shutil.rmtree(out / "tokens")
+    (elsewhere / "tokens").rename(out / "tokens")
+    tokenized.clear()
+    assert hedgerow("run", path, "--out", out, "--resume").code == 0
+    assert set(tokenized) >= set(CLIENTS)

@@ -5,6 +5,7 @@ from hedgerow.data.canaries import Canaries
 from hedgerow.data.clients import ClientData
 from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held, as_records
+from hedgerow.data.kept import KeptTokens
 from hedgerow.data.partition import partition
 from hedgerow.data.preferences import Learns, good_answers
 from hedgerow.data.rows import Message, Records, Remarks, Row, Rows, answered_turns, check
@@ -19,6 +20,7 @@ __all__ = [
     "Encoder",
     "Example",
     "Held",
+    "KeptTokens",
     "Learns",
     "Message",
     "Records",

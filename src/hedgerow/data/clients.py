@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from hedgerow.data.canaries import Canaries
 from hedgerow.data.encoding import Encoder
 from hedgerow.data.in_memory import Held
+from hedgerow.data.kept import KeptTokens
 from hedgerow.data.partition import partition
 from hedgerow.data.preferences import Learns, good_answers, learnt_rows
 from hedgerow.data.rows import Records, Remarks, Row, Rows, check
@@ -15,6 +21,7 @@ from hedgerow.data.sources import client_files, client_test_files, read, share_o
 from hedgerow.data.templates import load as load_template
 from hedgerow.data.tokens import Spool, Tokenized
 from hedgerow.errors import NothingToLearn
+from hedgerow.loading import tokenization
 from hedgerow.names import MEMORY
 from hedgerow.seeds import Seeds
 
@@ -43,6 +50,7 @@ class ClientData:
         vocabulary_size: int | None = None,
         canaries: Canaries | None = None,
         learns: Learns = "answers",
+        kept: KeptTokens | None = None,
     ) -> None:
         """Find out who the clients are.
 
@@ -54,13 +62,14 @@ class ClientData:
             vocabulary_size: number of the base model's embeddings; None compares no tokens.
             canaries: made-up rows that are added to the training rows of one of them; None: none.
             learns: what is learnt from: answers, pairs of them, or labelled ones.
+            kept: tokens of an earlier process, which are made of the same rows, or are not taken.
 
         Raises:
             UserError: a file is missing, or the source or its division is wrong.
         """
         self._settings, self._spool = settings, Spool()
         self._held = held or Held()
-        self._canaries, self._learns = canaries, learns
+        self._canaries, self._learns, self._kept = canaries, learns, kept
         template = load_template(settings, tokenizer)
         self.encoder = Encoder(template, tokenizer, vocabulary_size)
         self.remarks = Remarks()
@@ -92,14 +101,49 @@ class ClientData:
         if canaries is not None and canaries.client == name:
             canaries.check_length(self.encoder, settings.max_length)
             rows = [*rows, *canaries.planted()]
+        rows = learnt_rows(rows, self._learns, name)
+        if self._kept is None:
+            return self._tokenized(name, rows)
+        made_of = self._made_of(rows)
+        if (kept := self._kept.find(name, made_of)) is not None:
+            return self._spool.copy(kept)
+        return replace(self._tokenized(name, rows), made_of=made_of)
+
+    def _tokenized(self, name: str, rows: Sequence[Row]) -> Tokenized:
         return self._spool.tokenize(
             name,
-            learnt_rows(rows, self._learns, name),
+            rows,
             encoder=self.encoder,
-            max_length=settings.max_length,
-            loss_on=settings.loss_on,
+            max_length=self._settings.max_length,
+            loss_on=self._settings.loss_on,
             paired=self._learns != "answers",
         )
+
+    def _made_of(self, rows: Sequence[Row]) -> str:
+        """SHA-256 of all that decides the tokens of rows."""
+        digest = hashlib.sha256(self._encoding)
+        for row in rows:
+            texts = (row.instruction, row.input, row.output, row.other, row.desirable)
+            calls = (row.history, row.between, row.calls, row.tools)
+            digest.update(repr((texts, calls)).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    @cached_property
+    def _encoding(self) -> bytes:
+        """All that decides how rows become tokens."""
+        tokenizer, template = self.encoder.tokenizer, self.encoder.template
+        # A day that is not set is today's, which the template says.
+        settings, chosen = self._settings, self._settings.template.model_dump(exclude={"date"})
+        decides = {
+            "versions": [version(name) for name in ("hedgerow", "tokenizers", "transformers")],
+            "tokenizer": [type(tokenizer).__name__, tokenization(tokenizer)],
+            "special": [tokenizer.special_tokens_map, tokenizer.chat_template],
+            "vocabulary": self.encoder.vocabulary_size,
+            "template": [template.written, template.ends, template.date],
+            "settings": [settings.loss_on, settings.max_length, settings.prompt, chosen],
+            "learns": self._learns,
+        }
+        return json.dumps(decides, sort_keys=True, default=str).encode()
 
     def test_rows(self, name: str) -> Sequence[Row]:
         """Rows that a client alone is scored on (`data.client_test`); none where it has none.

@@ -27,6 +27,11 @@ class Held:
     test: Records | None = None
     client_tests: Mapping[str, Records] = field(default_factory=dict)
 
+    @property
+    def has_examples(self) -> bool:
+        """Whether any client's rows to learn from are in memory."""
+        return bool(self.clients) or self.source is not None
+
 
 def as_records(data: Any, what: str) -> Records:
     """Rows of what people have in memory.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
+import io
 import os
 import sys
 import tempfile
@@ -75,6 +75,8 @@ class Tokenized:
     pairs, say (`Row.other`)."""
     desirable: Bool | None = None
     """Shape (n,): whether each answer is a good one; None: all are."""
+    made_of: str = ""
+    """SHA-256 of the rows, and of how they became tokens; empty where nobody has asked."""
     reference: Float32 | None = None
     """Shape (n,): log-likelihood of each answer under the model that an objective refers to, in
     nats; None: nobody has needed any."""
@@ -150,14 +152,16 @@ class _Found:
 
 
 class Spool:
-    """One anonymous temporary file that holds the tokens of all clients.
+    """One file that holds the tokens of all clients, four bytes a token.
 
-    The file has no name and is gone with its last user, however the process ends. It lies in the
-    system's temporary folder (`TMPDIR`), four bytes a token.
+    Args:
+        file: the file, to read and to write, where there is one. Without, it has no name, lies in
+            the system's temporary folder (`TMPDIR`), and is gone with its last user, however the
+            process ends.
     """
 
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, it lives as long as self
+    def __init__(self, file: io.FileIO | None = None) -> None:
+        self._file = file or tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, it stays open
         self._end = 0
         self._lock = threading.Lock()
 
@@ -240,16 +244,36 @@ class Spool:
         desirable = _unless_all(np.array([rows[number].desirable for number in kept_rows]))
         return replace(own, other=next(iter(others_found), None), desirable=desirable)
 
+    def copy(self, tokenized: Tokenized) -> Tokenized:
+        """Copy the examples of another spool into this one.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        starts: list[int] = []
+        for first in range(0, len(tokenized), _CHUNK):
+            some = slice(first, first + _CHUNK)
+            places = zip(tokenized.starts[some], tokenized.lengths[some], strict=True)
+            starts += self._append([tokenized.spool.read(int(a), int(n)) for a, n in places])
+        return replace(
+            tokenized,
+            spool=self,
+            starts=np.array(starts, dtype=np.int64),
+            other=None if tokenized.other is None else self.copy(tokenized.other),
+        )
+
     def read(self, start: int, count: int) -> Int32:
         """`count` tokens from position `start`; any thread may call this at any time."""
         # Not a memory map, whose pages would count as this process's memory.
         size = _TOKEN.itemsize
         return np.frombuffer(os.pread(self._file.fileno(), count * size, start * size), _TOKEN)
 
-    def _append(self, examples: Sequence[Sequence[int]]) -> list[int]:
+    def _append(self, examples: Sequence[Sequence[int] | Int32]) -> list[int]:
         """Write examples one after another, and return where each begins."""
+        if not examples:
+            return []
         ends = np.cumsum([len(tokens) for tokens in examples], dtype=np.int64)
-        tokens = np.fromiter(itertools.chain.from_iterable(examples), _TOKEN)
+        tokens = np.concatenate([np.asarray(each, dtype=_TOKEN) for each in examples])
         with self._lock:
             start, self._end = self._end, self._end + len(tokens)
         unwritten = memoryview(tokens.tobytes())
@@ -259,11 +283,13 @@ class Spool:
                 written = os.pwrite(self._file.fileno(), unwritten, position)
                 unwritten, position = unwritten[written:], position + written
         except OSError as error:
+            where, hint = self._file.name, ""
+            if isinstance(where, int):  # the file has no name
+                where, hint = tempfile.gettempdir(), ", or set TMPDIR to a folder that has some"
             raise UserError(
-                f"{tempfile.gettempdir()}: cannot hold the tokens ({error.strerror}): make room "
-                "there, or set TMPDIR to a folder that has some"
+                f"{where}: cannot hold the tokens ({error.strerror}): make room there{hint}"
             ) from None
-        return [start, *(start + ends[:-1]).tolist()] if examples else []
+        return [start, *(start + ends[:-1]).tolist()]
 
 
 def learnt_from(start: int, length: int) -> Bool:

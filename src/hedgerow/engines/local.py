@@ -14,7 +14,7 @@ from typing import Any
 
 from hedgerow import federation, tracking
 from hedgerow.clock import Clock
-from hedgerow.data import Held
+from hedgerow.data import Held, KeptTokens
 from hedgerow.errors import ClientFailed, UserError
 from hedgerow.experiment import Experiment
 from hedgerow.federation.fleet import ClientResult, Watcher
@@ -26,7 +26,7 @@ from hedgerow.model import Model
 from hedgerow.privacy.example_level import ExampleLevel
 from hedgerow.privacy.noise import PRIVACY_KEY
 from hedgerow.privacy.secure.letters import Ask, AskMasked
-from hedgerow.runs.directory import TEST_DATA, RunDirectory, same_data
+from hedgerow.runs.directory import TEST_DATA, TOKENS, RunDirectory, same_data
 from hedgerow.runs.preparation import Prepared, prepare, with_date_of
 from hedgerow.runs.scoring import Progress, Scorer
 from hedgerow.runs.shelf import Shelf
@@ -266,7 +266,10 @@ def run(
         experiment = with_date_of(experiment, out)
     else:
         RunDirectory.check_free(out)
-    prepared = prepare(experiment, model, held, shelf)
+    # What was never in a file is not written into one.
+    in_memory = held is not None and held.has_examples
+    kept = None if in_memory else KeptTokens(out / TOKENS)
+    prepared = prepare(experiment, model, held, shelf, kept)
     workers = workers.on(prepared.model.device.type)
     experiment = prepared.experiment
     say = say or watcher.say
@@ -287,9 +290,13 @@ def run(
     ):
         for change in directory.changes:
             say(change)
+        if kept is not None:
+            kept.save(prepared.examples.tokenized[0])
         prepared = prepared.referenced()
         expected = experiment.expected(directory.ledger.trained)
         directory.ledger.replay(experiment.method, prepared.model, expected=expected)
         with tracking.tracked(experiment, directory, watcher) as tracked:
             everybody = fleet(experiment, prepared, directory, say, workers)
             federation.run(experiment, everybody, directory, tracked)
+            if kept is not None:
+                kept.forget()

@@ -42,6 +42,9 @@ Digests = dict[str, str | None]
 that of the test data, where there are some."""
 _DIGESTS = TypeAdapter(Digests)
 
+TOKENS = "tokens"
+"""Folder of the clients' tokens, until the run has come to its end."""
+
 LOCK = ".lock"
 
 NOISE = "noise"

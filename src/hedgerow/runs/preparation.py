@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from hedgerow.data import (
     ClientData,
     Held,
+    KeptTokens,
     Records,
     Rows,
     Spool,
@@ -45,7 +46,7 @@ from hedgerow.names import MEMORY
 from hedgerow.privacy.bands import groups_of
 from hedgerow.privacy.example_level import check_example_level
 from hedgerow.runs.directory import CLIENT_TESTS, EXPERIMENT, TEST_DATA, Digests
-from hedgerow.runs.shelf import NAMED, Shelf
+from hedgerow.runs.shelf import NAMED, Examples, Shelf
 from hedgerow.seeds import Seeds
 from hedgerow.settings import EvaluationSettings, FederationSettings, TextSettings
 from hedgerow.training.checkpointing import check_checkpointing
@@ -76,7 +77,9 @@ class Prepared:
     clients: list[Client]
     """Clients that have something to learn from, each with its place among all that are named."""
     shards: Mapping[str, Tokenized]
-    """Examples of each client, by name."""
+    """Examples that are trained on, by the name of who trains."""
+    examples: Examples
+    """Examples of each client that is named, whoever trains on them."""
     test: TestSet | None
     tests: dict[str, TestSet]
     """Test rows of each client that has some of its own, by name."""
@@ -113,6 +116,7 @@ def prepare(
     model: Model | None = None,
     held: Held | None = None,
     shelf: Shelf | None = None,
+    kept: KeptTokens | None = None,
 ) -> Prepared:
     """Load the model and tokenise everybody's data.
 
@@ -121,6 +125,7 @@ def prepare(
         model: the base model where it is loaded already.
         held: the rows that the experiment calls `(memory)`.
         shelf: has what other runs have made of the same.
+        kept: tokens of an earlier process, where the shelf has none.
 
     Raises:
         UserError: naming what in the experiment does not fit.
@@ -128,7 +133,7 @@ def prepare(
     check_libraries(experiment)
     model = model or Model.load(experiment.model)
     shelf = shelf or Shelf()
-    examples_of_all = shelf.examples(experiment, model, held)
+    examples_of_all = shelf.examples(experiment, model, held, kept)
     data = examples_of_all.data
     check_audit(experiment, data.names)
     experiment = with_date(experiment, data.encoder.template.date)
@@ -183,6 +188,7 @@ def prepare(
         trained=experiment.method.trained_shapes(model),
         clients=clients,
         shards=shards,
+        examples=examples_of_all,
         test=test,
         tests=tests,
         notes=[there_is, *notes],

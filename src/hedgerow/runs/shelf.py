@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from hedgerow.data import Canaries, ClientData, Held, Tokenized
+from hedgerow.data import Canaries, ClientData, Held, KeptTokens, Tokenized
 from hedgerow.errors import NothingToLearn
 from hedgerow.ledger import Base
 from hedgerow.seeds import Seeds
@@ -79,13 +79,20 @@ class Shelf:
             self._bases[model] = Base.of(model)
         return self._bases[model]
 
-    def examples(self, experiment: Experiment, model: Model, held: Held | None) -> Examples:
+    def examples(
+        self,
+        experiment: Experiment,
+        model: Model,
+        held: Held | None,
+        kept: KeptTokens | None = None,
+    ) -> Examples:
         """Everybody's examples.
 
         Args:
             experiment: names the clients.
             model: has the tokenizer.
             held: the rows that the experiment calls `(memory)`.
+            kept: tokens of an earlier process, where they are not made already.
 
         Raises:
             UserError: a file is missing, or the source or its division is wrong.
@@ -101,6 +108,7 @@ class Shelf:
                 vocabulary_size=model.vocabulary_size,
                 canaries=Canaries.of(experiment.audit, seeds),
                 learns=experiment.objective.learns,
+                kept=kept,
             )
             return Examples(data)
 
