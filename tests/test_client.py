@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import peft
@@ -16,7 +17,7 @@ import torch
 import transformers
 import trl
 import yaml
-from support.network import BIN, Network, wait_for
+from support.network import Network, wait_for
 from support.runs import entries, rows_of
 
 from hedgerow.bundled import MODEL, tasks
@@ -277,6 +278,9 @@ def no_length():
         (lambda trainer: _with(trainer, processing_class=None), "processing_class"),
         (lambda trainer: _with(trainer, model_init=lambda: trainer.model), "model_init"),
         (lambda trainer: _with(trainer, is_fsdp_enabled=True), "FSDP"),
+        (lambda trainer: _with_deepspeed(trainer, 3), "take ZeRO 1 or 2"),
+        (lambda trainer: _with_deepspeed(trainer, 2, optimizer={}), "a section 'optimizer'"),
+        (lambda trainer: _with_deepspeed(trainer, 1, scheduler={}), "a section 'scheduler'"),
         (
             lambda trainer: _with(
                 trainer, train_dataset=datasets.IterableDataset.from_generator(no_length)
@@ -340,8 +344,21 @@ def _with(trainer, **attributes):
     return trainer
 
 
+def _with_deepspeed(trainer, stage, **sections):
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=sections)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    return _with(trainer, is_deepspeed_enabled=True, accelerator=accelerator)
+
+
+def test_a_process_that_the_trainer_does_not_know_is_named(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    said = "2 processes were launched, of which the trainer knows 1"
+    test_mistakes_are_one_sentence(tiny_model, tmp_path, lambda trainer: trainer, said)
+
+
 @pytest.mark.slow
-def test_scripts_with_trl_are_three_sites_of_a_network(hedgerow, tmp_path):
+@pytest.mark.parametrize("several", ["two processes", "ZeRO 2"])
+def test_scripts_with_trl_are_three_sites_of_a_network(hedgerow, tmp_path, several):
     """One of them trains in two processes, as on two GPUs."""
     names = ["north", "south", "west"]
     for name, rows in zip(names, tasks.clients().values(), strict=False):
@@ -361,20 +378,31 @@ def test_scripts_with_trl_are_three_sites_of_a_network(hedgerow, tmp_path):
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(content))
     assert hedgerow("flower", "init", path, tmp_path / "app").code == 0
-    several = ["launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher = [BIN / "accelerate", *several, *plain]
+    # accelerate's own launcher has one process on CPUs, and this one below it on GPUs.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    arguments, kind = "use_cpu=True", "MULTI_CPU"
+    if several == "ZeRO 2":
+        pytest.importorskip("deepspeed")
+        automatic = ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps"]
+        divided = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+        arguments += f", deepspeed={divided | dict.fromkeys(automatic, 'auto')}"
+        kind = "DEEPSPEED"
+    # The example, which then says how it has trained.
+    script = tmp_path / "several.py"
+    said = "print(trainer.accelerator.num_processes, trainer.accelerator.distributed_type.value)"
+    text = EXAMPLE.read_text("utf-8").replace("output_dir=", f"{arguments}, output_dir=")
+    script.write_text(f"{text}\n{said}\n")
     scripts = {}
     with Network(tmp_path / "network") as network:
         try:
             for name in names:
                 network.register(name)
-                command = launcher if name == "north" else [sys.executable]
+                command = [*launcher, script] if name == "north" else [sys.executable, EXAMPLE]
                 own = [tmp_path / f"{name}.json", name, f"127.0.0.1:{network.port}"]
                 own += [network.ca, network.key(name), tmp_path / "sites" / name]
                 with (tmp_path / f"{name}.log").open("wb") as log:
                     scripts[name] = subprocess.Popen(
-                        [str(part) for part in [*command, EXAMPLE, *own]],
+                        [str(part) for part in [*command, *own]],
                         env=os.environ | {"HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0"},
                         stdout=log,
                         stderr=subprocess.STDOUT,
@@ -393,6 +421,7 @@ def test_scripts_with_trl_are_three_sites_of_a_network(hedgerow, tmp_path):
     assert [row["clients"] for row in rows] == [0, 3, 3, 3]
     assert all(row["aggregation_error"] < 1e-6 for row in rows[1:])
     assert rows[-1]["train_loss"] < rows[1]["train_loss"]
+    assert f"\n2 {kind}\n" in (tmp_path / "north.log").read_text()
     known = json.loads((tmp_path / "remote/flower.json").read_text())["run"]
     for name in names:
         assert entries(tmp_path / "sites" / name / known) == entries(tmp_path / "remote")

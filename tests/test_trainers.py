@@ -314,6 +314,10 @@ PRIVATE = "privacy={level: example, clip: 1, noise_multiplier: 1, delta: 1e-3}"
             "`training.trainer.arguments.learning_rate`: give training.learning_rate",
         ),
         (
+            ["training.trainer={name: transformers, arguments: {deepspeed: ds.json}}"],
+            "`training.trainer.arguments.deepspeed`: it divides work among processes",
+        ),
+        (
             ["training.trainer={name: transformers, arguments: {output_dir: x}}"],
             "leave it out, since a run keeps its own",
         ),

@@ -35,12 +35,15 @@ class ScriptTrainer(Trainer):
         """Have the trainer take the steps of the job.
 
         Raises:
-            UserError: it computes its loss past an adapter of the output layer.
+            UserError: it computes its loss past an adapter of the output layer, or DeepSpeed
+                would have other number types than the model.
             RunFailed: one of several processes could not go on.
         """
         trainer = self._trainer
         if any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__):
             family.check_output_layer(job.network, self.name)
+        if trainer.is_deepspeed_enabled:
+            _check_types(trainer, job.network)
         with family.lent(job.network), _as_asked(trainer, job):
             transformers.set_seed(job.dropout_seed % 2**31)
             _forget(trainer)
@@ -54,8 +57,8 @@ class ScriptTrainer(Trainer):
                     f"{self.name}: one of its processes has failed: {reason_of(error)}"
                 ) from error
             finally:
-                trainer.accelerator.free_memory()
                 _forget(trainer)
+                trainer.accelerator.free_memory()
             # Of which each process knows its own part.
             part = torch.tensor(found, device=trainer.accelerator.device)
             loss = float(trainer.accelerator.reduce(part, "mean"))
@@ -88,14 +91,22 @@ def check_script(trainer: Any, num_examples: int | None) -> int:
             "federate: the trainer's optimizers=… hold other parameters than a round trains: name "
             "the optimiser in its arguments (optim), or as optimizer_cls_and_kwargs"
         )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if trainer.is_fsdp_enabled:
         raise UserError(
-            "federate: FSDP and DeepSpeed divide the parameters, of which a round's update needs "
-            "all: launch the script without them"
+            "federate: FSDP divides the parameters, of which a round's update needs all: launch "
+            "the script without it, or with DeepSpeed's ZeRO 1 or 2"
         )
+    if trainer.is_deepspeed_enabled:
+        _check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
     several = trainer.accelerator.num_processes
-    if int(os.environ.get("LOCAL_WORLD_SIZE", several)) != several:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", several))
+    if here < several:
         raise UserError("federate: a site is one machine: launch the script with --num_machines 1")
+    if here > several:
+        raise UserError(
+            f"federate: {here} processes were launched, of which the trainer knows {several}: on a "
+            "machine without GPUs give it use_cpu=True"
+        )
     if trainer.processing_class is None:
         raise UserError("federate: the trainer needs processing_class=…, the model's tokenizer")
     if num_examples is None:
@@ -108,6 +119,35 @@ def check_script(trainer: Any, num_examples: int | None) -> int:
     if num_examples < 1:
         raise UserError(f"federate: num_examples is {num_examples}: give 1 or more")
     return num_examples
+
+
+def _check_deepspeed(plugin: Any) -> None:
+    """Raise a `UserError` where DeepSpeed would train otherwise than the federation asks."""
+    if plugin.zero_stage == 3:
+        raise UserError(
+            "federate: DeepSpeed's ZeRO 3 divides the parameters, of which a round's update needs "
+            "all: take ZeRO 1 or 2, which divide gradients and the optimiser's state"
+        )
+    for section in ("optimizer", "scheduler"):
+        if section in plugin.deepspeed_config:
+            raise UserError(
+                f"federate: DeepSpeed's configuration has a section {section!r}, whose learning "
+                "rate is its own: leave it out, and name the optimiser in the trainer's arguments "
+                "(optim)"
+            )
+
+
+def _check_types(trainer: Any, network: nn.Module) -> None:
+    """Raise a `UserError` where DeepSpeed would have other number types than the model."""
+    arguments = trainer.args
+    own = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+    found = {each.dtype for each in network.parameters() if each.is_floating_point()}
+    if others := sorted(str(dtype).removeprefix("torch.") for dtype in found - {own}):
+        raise UserError(
+            f"federate: DeepSpeed computes in {str(own).removeprefix('torch.')} alone, and the "
+            f"model that is trained has {', '.join(others)}: set bf16 and fp16 in the trainer's "
+            "arguments, and model.dtype in the experiment, to one type (adapters are float32)"
+        )
 
 
 @contextmanager
@@ -156,4 +196,7 @@ def _with(whose: Any, changes: Mapping[str, Any]) -> Iterator[None]:
 def _forget(trainer: Any) -> None:
     """Have nothing stay of a round that was trained before."""
     trainer.optimizer, trainer.lr_scheduler = None, None
+    if trainer.is_deepspeed_enabled and trainer.model_wrapped is not trainer.model:
+        trainer.model_wrapped.destroy()  # or its hooks stay on the parameters
+        trainer.deepspeed = None
     trainer.model_wrapped = trainer.model

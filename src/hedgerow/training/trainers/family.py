@@ -38,9 +38,16 @@ OURS = {
 }
 """Arguments that are given in the experiment's own words, and those that a run has no use for."""
 
+_OF_SEVERAL = {"deepspeed", "fsdp", "fsdp_config"}
+
 
 def check_names(arguments: Mapping[str, Any]) -> None:
     """Raise a `UserError` where an argument has a place of its own in the experiment."""
+    for key in sorted(arguments.keys() & _OF_SEVERAL):
+        raise UserError(
+            f"`training.trainer.arguments.{key}`: it divides work among processes, and a run "
+            "trains a client in one: leave it out, or federate a script that is launched in several"
+        )
     for key in sorted(arguments.keys() & OURS.keys()):
         instead = f"give {OURS[key]}" if OURS[key] else "leave it out, since a run keeps its own"
         raise UserError(f"`training.trainer.arguments.{key}`: {instead}")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Transformers(Trainer):
-    """transformers' `Trainer`, which brings accelerate: mixed precision, and DeepSpeed."""
+    """transformers' `Trainer`, which brings accelerate, as for mixed precision."""
 
     name: str = "transformers"
     arguments: dict[str, Any] = Field({})
