@@ -161,7 +161,7 @@ def test_who_stops_a_run_twice_is_told_the_same(endless, tmp_path, seconds):
         running.send_signal(signal.SIGINT)
         time.sleep(seconds)
     shown, _ = running.communicate()
-    assert running.returncode in (130, -signal.SIGINT)
+    assert running.returncode in (130, -signal.SIGINT), shown
     assert "Traceback" not in shown
     assert shown.splitlines() == [
         f"hedgerow: interrupted: what is written in {tmp_path / 'run'} is valid; the same command "
@@ -252,10 +252,30 @@ def test_who_stops_it_while_it_starts_is_promised_nothing(endless, tmp_path, sec
         pytest.skip("the interrupt came while Python could not raise it")
     if "init_import_site" in shown:
         pytest.skip("the interrupt came before Python had begun, which ends with 1 then")
-    assert running.returncode in (130, -signal.SIGINT)
+    assert running.returncode in (130, -signal.SIGINT), shown
     assert "--resume" not in shown
     if running.returncode == 130:
         assert shown == "hedgerow: interrupted\n"
+
+
+@pytest.mark.parametrize("library", ["typer", "yaml"])
+def test_an_interrupt_of_which_a_library_makes_another_error_is_one(tmp_path, library):
+    """As yaml's C code does, and Python 3.11 where it interrupts the making of a class.
+
+    typer is imported before the command line is read, yaml after it.
+    """
+    (tmp_path / f"{library}.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt as stop:\n"
+        "    raise AttributeError('partially initialized') from stop\n"
+    )
+    code = "from hedgerow import cli; cli.main()"
+    command = [sys.executable, "-c", code, "run", "experiment.yaml", "--out", "run"]
+    beside = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=beside)
+    assert (done.returncode, done.stderr) == (130, "hedgerow: interrupted\n")
 
 
 def test_what_a_killed_process_has_left_is_removed_by_the_next(tmp_path):

@@ -67,6 +67,12 @@ def main() -> None:
         except safetensors.SafetensorError as error:
             # safetensors wraps what the system says when it cannot write.
             _stop(f"the output could not be written: {error}", 2)
+        except Exception:
+            if len(signals) == 1:
+                raise
+            # What is imported late may make another error of an interrupt, as in `cli.main`.
+            _end_at_once_from_now_on()
+            _stop("interrupted", 128 + signals[-1])
 
 
 def _run(arguments: list[str]) -> None:
