@@ -2,8 +2,9 @@
 
     python bench/start.py EXPERIMENT.yaml [KEY=VALUE …] [--repeat 3]
 
-Each start is a process of its own with one thread, interrupted as its first client would train. A
-resume of it finds the tokens that it has left. What importing the libraries takes is measured, too.
+Each start is a process of its own with one thread (`--start`, which takes a command of hedgerow),
+interrupted as its first client would train, when the base has been scored. A resume of it finds the
+tokens that it has left. What importing the libraries takes is measured, too.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from support.runs import entries, rows_of
 
 from hedgerow.bundled import MODEL, tasks
 from hedgerow.client import federate
-from hedgerow.client.trainer import ScriptTrainer, check_script
+from hedgerow.client.trainer import ScriptTrainer, check_script, check_types
 from hedgerow.data import ClientData
 from hedgerow.engines.flower.app import init
 from hedgerow.engines.flower.messages import Request
@@ -350,9 +351,26 @@ def _with_deepspeed(trainer, stage, **sections):
     return _with(trainer, is_deepspeed_enabled=True, accelerator=accelerator)
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "arguments", "said"),
+    [
+        ([torch.float32], {}, None),
+        ([torch.bfloat16], {"bf16": True}, None),
+        ([torch.bfloat16, torch.float32], {"bf16": True}, "in bfloat16 alone, .* has float32"),
+        ([torch.bfloat16, torch.float32], {}, "in float32 alone, .* has bfloat16"),
+        ([torch.float32], {"fp16": True}, "in float16 alone, .* has float32"),
+    ],
+)
+def test_deepspeed_has_one_number_type(dtypes, arguments, said):
+    layers = torch.nn.ModuleList(torch.nn.Linear(1, 1, dtype=dtype) for dtype in dtypes)
+    trainer = SimpleNamespace(args=SimpleNamespace(**{"bf16": False, "fp16": False} | arguments))
+    with nullcontext() if said is None else pytest.raises(UserError, match=said):
+        check_types(trainer, layers)
+
+
 def test_a_process_that_the_trainer_does_not_know_is_named(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    said = "2 processes were launched, of which the trainer knows 1"
+    said = "2 processes were launched, but the trainer uses 1"
     test_mistakes_are_one_sentence(tiny_model, tmp_path, lambda trainer: trainer, said)
 
 

@@ -1,6 +1,8 @@
 """What clients and the server remember: where it is absurd, damaged or missing."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -9,8 +11,11 @@ from peft import PeftModel
 from support.runs import ledger_bytes, rows_of
 from transformers import AutoModelForCausalLM
 
+import hedgerow as hr
+from hedgerow.data import KeptTokens
 from hedgerow.data.tokens import Spool
 from hedgerow.engines.local import LocalFleet
+from hedgerow.errors import RunFailed
 from hedgerow.ledger import Ledger
 from hedgerow.runs.memory import RoundMemory
 from hedgerow.training import first_order
@@ -244,7 +249,7 @@ def test_a_resume_finds_the_tokens_that_were_made(
     assert hedgerow("run", path, *changes, "--out", whole).code == 0
     assert not (whole / "tokens").exists()
     stopped(hedgerow, monkeypatch, path, part, *changes)
-    assert (part / "tokens").is_dir()
+    assert (part / "tokens").stat().st_mode & 0o777 == 0o700
     tokenized.clear()
     assert hedgerow("run", path, *changes, "--out", part, "--resume").code == 0
     assert set(tokenized).isdisjoint(CLIENTS)
@@ -262,7 +267,7 @@ def test_tokens_of_rows_that_have_changed_are_made_again(
     path, out = experiment(), tmp_path / "out"
     stopped(hedgerow, monkeypatch, path, out)
     tokenized.clear()
-    file = next(iter(sorted(tmp_path.glob("**/*_1.json"))))
+    (file,) = tmp_path.glob("*_1.json")
     rows = json.loads(file.read_text())
     rows[0]["output"] += " or not"
     file.write_text(json.dumps(rows))
@@ -285,3 +290,32 @@ def test_tokens_of_another_encoding_are_made_again(
     tokenized.clear()
     assert hedgerow("run", path, "--out", out, "--resume").code == 0
     assert set(tokenized) >= set(CLIENTS)
+
+
+def test_rows_in_memory_are_in_no_file(experiment, tmp_path, monkeypatch):
+    path, out = experiment(), tmp_path / "out"
+    clients = {"north": [{"instruction": f"Say {n}", "output": f"aa{n}"} for n in range(4)]}
+
+    def look(*arguments):
+        assert not list(out.glob("tokens*"))
+        raise RunFailed("looked")
+
+    monkeypatch.setattr(LocalFleet, "train", look)
+    with pytest.raises(RunFailed, match="looked"):
+        hr.run(path, data={"clients": clients}, out=out)
+
+
+def test_where_tokens_cannot_be_kept_a_run_goes_on(hedgerow, experiment, tmp_path, monkeypatch):
+    def full(self, shards):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(KeptTokens, "save", full)
+    done = hedgerow("run", experiment(), "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "a resume will have to tokenise again: No space left" in done.out + done.err
+
+
+def test_a_comparison_leaves_no_tokens(hedgerow, experiment, tmp_path):
+    given = ["--methods", "fedavg,centralized", "--out", tmp_path / "out"]
+    assert hedgerow("compare", experiment(federation={"rounds": 1}), *given).code == 0
+    assert not list((tmp_path / "out").glob("**/tokens*"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import signal
 import sys
 import threading
-from types import FrameType, ModuleType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from hedgerow.terminal import say
 
@@ -14,19 +15,23 @@ from hedgerow.terminal import say
 def main() -> None:
     """Run the command line; whoever interrupts it while it begins sees no traceback."""
     try:
-        _imported("hedgerow.cli.entry").main()
+        # Here, since it takes most of a second.
+        with _interruptible():
+            from hedgerow.cli import entry
+
+        entry.main()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second has nothing left to end
         say("hedgerow: interrupted")
         sys.exit(130)
 
 
-def _imported(name: str) -> ModuleType:
-    """Import a module, which takes most of a second.
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Have an interrupt end imports, though Python and libraries make other errors of it, or none.
 
     Raises:
-        KeyboardInterrupt: it was interrupted, whatever that has become on its way: Python and
-            libraries in C make other errors of it.
+        KeyboardInterrupt: there was one.
     """
     is_interrupted = False
 
@@ -35,17 +40,18 @@ def _imported(name: str) -> ModuleType:
         is_interrupted = True
         signal.default_int_handler(number, frame)
 
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        return importlib.import_module(name)
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
     signal.signal(signal.SIGINT, interrupt)
     try:
-        return importlib.import_module(name)
+        yield
     except Exception as error:
-        if is_interrupted:
-            raise KeyboardInterrupt from error
-        raise
+        if not is_interrupted:
+            raise
+        raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if is_interrupted:
+        raise KeyboardInterrupt

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -67,12 +68,19 @@ def main() -> None:
         except safetensors.SafetensorError as error:
             # safetensors wraps what the system says when it cannot write.
             _stop(f"the output could not be written: {error}", 2)
-        except Exception:
-            if len(signals) == 1:
+        except Exception as error:
+            is_interrupted = len(signals) > 1
+            if not is_interrupted or not _is_of_an_import(error):
                 raise
-            # What is imported late may make another error of an interrupt, as in `cli.main`.
+            # Whoever is imported late may make another error of an interrupt, as in `cli.main`.
             _end_at_once_from_now_on()
             _stop("interrupted", 128 + signals[-1])
+
+
+def _is_of_an_import(error: Exception) -> bool:
+    """Whether an error was raised while a module was imported."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_code.co_name == "<module>" for frame in frames)
 
 
 def _run(arguments: list[str]) -> None:

@@ -43,7 +43,7 @@ class ScriptTrainer(Trainer):
         if any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__):
             family.check_output_layer(job.network, self.name)
         if trainer.is_deepspeed_enabled:
-            _check_types(trainer, job.network)
+            check_types(trainer, job.network)
         with family.lent(job.network), _as_asked(trainer, job):
             transformers.set_seed(job.dropout_seed % 2**31)
             _forget(trainer)
@@ -57,8 +57,8 @@ class ScriptTrainer(Trainer):
                     f"{self.name}: one of its processes has failed: {reason_of(error)}"
                 ) from error
             finally:
-                _forget(trainer)
                 trainer.accelerator.free_memory()
+                _forget(trainer)
             # Of which each process knows its own part.
             part = torch.tensor(found, device=trainer.accelerator.device)
             loss = float(trainer.accelerator.reduce(part, "mean"))
@@ -104,7 +104,7 @@ def check_script(trainer: Any, num_examples: int | None) -> int:
         raise UserError("federate: a site is one machine: launch the script with --num_machines 1")
     if here > several:
         raise UserError(
-            f"federate: {here} processes were launched, of which the trainer knows {several}: on a "
+            f"federate: {here} processes were launched, but the trainer uses {several}: on a "
             "machine without GPUs give it use_cpu=True"
         )
     if trainer.processing_class is None:
@@ -137,7 +137,7 @@ def _check_deepspeed(plugin: Any) -> None:
             )
 
 
-def _check_types(trainer: Any, network: nn.Module) -> None:
+def check_types(trainer: Any, network: nn.Module) -> None:
     """Raise a `UserError` where DeepSpeed would have other number types than the model."""
     arguments = trainer.args
     own = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
@@ -145,8 +145,8 @@ def _check_types(trainer: Any, network: nn.Module) -> None:
     if others := sorted(str(dtype).removeprefix("torch.") for dtype in found - {own}):
         raise UserError(
             f"federate: DeepSpeed computes in {str(own).removeprefix('torch.')} alone, and the "
-            f"model that is trained has {', '.join(others)}: set bf16 and fp16 in the trainer's "
-            "arguments, and model.dtype in the experiment, to one type (adapters are float32)"
+            f"model that is trained has {', '.join(others)}: load it in float32 (model.dtype), and "
+            "give the trainer neither bf16 nor fp16; or train all of it in bfloat16 with bf16=True"
         )
 
 
@@ -196,7 +196,4 @@ def _with(whose: Any, changes: Mapping[str, Any]) -> Iterator[None]:
 def _forget(trainer: Any) -> None:
     """Have nothing stay of a round that was trained before."""
     trainer.optimizer, trainer.lr_scheduler = None, None
-    if trainer.is_deepspeed_enabled and trainer.model_wrapped is not trainer.model:
-        trainer.model_wrapped.destroy()  # or its hooks stay on the parameters
-        trainer.deepspeed = None
     trainer.model_wrapped = trainer.model

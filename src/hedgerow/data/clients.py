@@ -62,14 +62,17 @@ class ClientData:
             vocabulary_size: number of the base model's embeddings; None compares no tokens.
             canaries: made-up rows that are added to the training rows of one of them; None: none.
             learns: what is learnt from: answers, pairs of them, or labelled ones.
-            kept: tokens of an earlier process, which are made of the same rows, or are not taken.
+            kept: tokens of an earlier process, of which those are taken that were made of the same
+                rows in the same way; those of a slow tokenizer are not kept.
 
         Raises:
             UserError: a file is missing, or the source or its division is wrong.
         """
         self._settings, self._spool = settings, Spool()
         self._held = held or Held()
-        self._canaries, self._learns, self._kept = canaries, learns, kept
+        self._canaries, self._learns = canaries, learns
+        # Not all that decides a slow tokenizer's output is known here.
+        self._kept = kept if tokenizer.is_fast else None
         template = load_template(settings, tokenizer)
         self.encoder = Encoder(template, tokenizer, vocabulary_size)
         self.remarks = Remarks()
@@ -104,10 +107,10 @@ class ClientData:
         rows = learnt_rows(rows, self._learns, name)
         if self._kept is None:
             return self._tokenized(name, rows)
-        made_of = self._made_of(rows)
-        if (kept := self._kept.find(name, made_of)) is not None:
-            return self._spool.copy(kept)
-        return replace(self._tokenized(name, rows), made_of=made_of)
+        source_digest = self._source_digest(rows)
+        if (kept := self._kept.find(name, source_digest, self._spool)) is not None:
+            return kept
+        return replace(self._tokenized(name, rows), source_digest=source_digest)
 
     def _tokenized(self, name: str, rows: Sequence[Row]) -> Tokenized:
         return self._spool.tokenize(
@@ -119,9 +122,9 @@ class ClientData:
             paired=self._learns != "answers",
         )
 
-    def _made_of(self, rows: Sequence[Row]) -> str:
+    def _source_digest(self, rows: Sequence[Row]) -> str:
         """SHA-256 of all that decides the tokens of rows."""
-        digest = hashlib.sha256(self._encoding)
+        digest = hashlib.sha256(self._encoding_digest)
         for row in rows:
             texts = (row.instruction, row.input, row.output, row.other, row.desirable)
             calls = (row.history, row.between, row.calls, row.tools)
@@ -129,13 +132,13 @@ class ClientData:
         return digest.hexdigest()
 
     @cached_property
-    def _encoding(self) -> bytes:
-        """All that decides how rows become tokens."""
+    def _encoding_digest(self) -> bytes:
+        """SHA-256 of all that decides how rows become tokens."""
         tokenizer, template = self.encoder.tokenizer, self.encoder.template
         # A day that is not set is today's, which the template says.
         settings, chosen = self._settings, self._settings.template.model_dump(exclude={"date"})
         decides = {
-            "versions": [version(name) for name in ("hedgerow", "tokenizers", "transformers")],
+            "versions": [version(name) for name in ("tokenizers", "transformers", "jinja2")],
             "tokenizer": [type(tokenizer).__name__, tokenization(tokenizer)],
             "special": [tokenizer.special_tokens_map, tokenizer.chat_template],
             "vocabulary": self.encoder.vocabulary_size,
@@ -143,7 +146,8 @@ class ClientData:
             "settings": [settings.loss_on, settings.max_length, settings.prompt, chosen],
             "learns": self._learns,
         }
-        return json.dumps(decides, sort_keys=True, default=str).encode()
+        text = json.dumps(decides, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).digest()
 
     def test_rows(self, name: str) -> Sequence[Row]:
         """Rows that a client alone is scored on (`data.client_test`); none where it has none.

@@ -9,15 +9,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from hedgerow.data.tokens import LossOn, Spool, Tokenized
+from hedgerow.data.tokens import LossOn, Spool, Tokenized, unless_all
 from hedgerow.files import passing_folder
 
-_SPOOL, _EXAMPLES, _CLIENTS = "spool", "examples.npy", "clients.json"
+_SPOOL, _EXAMPLES, _CLIENTS = "spool", "examples", "clients.json"
 
 _EXAMPLE = np.dtype(
     [
@@ -28,18 +29,19 @@ _EXAMPLE = np.dtype(
         ("desirable", np.bool_),
     ]
 )
+"""What the table of examples says of each; another answer to a prompt repeats its row's."""
 _Table = npt.NDArray[np.void]
-"""Numbers of each example, shape (n,)."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Client:
-    """What is kept of a client beside numbers for each of its examples."""
+    """What is kept of a client beside its examples."""
 
-    made_of: str
+    source_digest: str
     digest: str
+    """Of its tokens (`Tokenized.digest`)."""
     first: int
-    """Place of its first example; those of other answers follow, if there are any."""
+    """Place of its first example in the table; other answers to its prompts follow its own."""
     count: int
     paired: bool
     loss_on: LossOn
@@ -49,14 +51,22 @@ class _Client:
     unknown: int
 
 
-_CLIENTS_OF = TypeAdapter(dict[str, _Client])
+class _Index(NamedTuple):
+    """What is in the file of clients."""
+
+    sha256: str
+    """Of the table of examples and of all clients."""
+    clients: dict[str, _Client]
+
+
+_INDEX = TypeAdapter(_Index)
 
 
 class KeptTokens:
-    """A folder of clients' tokens, which its owner alone may read.
+    """Tokens of clients in a folder that its owner alone may read.
 
-    They are known by the digest of all that they were made of, and compared with their own; what is
-    damaged is as if it were not there.
+    Each client's are stored with a digest of what they were made of, by which they are found, and
+    with one of themselves, by which damage is: what is damaged is as if it were not there.
 
     Args:
         folder: of the tokens; its parent has to be there when they are saved.
@@ -65,20 +75,29 @@ class KeptTokens:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def find(self, client: str, made_of: str) -> Tokenized | None:
-        """A client's tokens, or None where there are none that were made of the same.
+    def find(self, client: str, source_digest: str, spool: Spool) -> Tokenized | None:
+        """A client's tokens, copied into a spool; None where there are none of the same source.
 
         Args:
-            made_of: digest of the rows, and of how they become tokens (`Tokenized.made_of`).
+            source_digest: of the rows, and of how they become tokens (`Tokenized.source_digest`).
+
+        Raises:
+            UserError: the disk is full.
         """
-        found = self._clients.get(client)
-        if found is None or found.made_of != made_of:
+        index, table = self._read
+        found = index.get(client)
+        if found is None or found.source_digest != source_digest:
             return None
         try:
-            other = self._tokenized(found, found.first + found.count) if found.paired else None
-            own = replace(self._tokenized(found, found.first), made_of=made_of, other=other)
-            return own if _digest(own) == found.digest else None
-        except (OSError, ValueError):
+            with (self._folder / _SPOOL).open("rb", buffering=0) as file:
+                kept = Spool(file)
+                other = None
+                if found.paired:
+                    other = _tokenized(kept, found, table, found.first + found.count)
+                own = _tokenized(kept, found, table, found.first)
+                own = replace(own, source_digest=source_digest, other=other)
+                return spool.copy(own) if own.digest() == found.digest else None
+        except (OSError, ValueError):  # the file is gone, or shorter than it was
             return None
 
     def save(self, shards: Mapping[str, Tokenized]) -> None:
@@ -89,34 +108,33 @@ class KeptTokens:
             OSError: there can be no such folder.
         """
         parent, name = self._folder.parent, self._folder.name
-        with (
-            passing_folder(parent, f"{name}-", mode=0o700) as folder,
-            (folder / _SPOOL).open("w+b", buffering=0) as file,
-        ):
-            spool = Spool(file)
+        with passing_folder(parent, f"{name}-", mode=0o700) as folder:
             clients: dict[str, _Client] = {}
             tables: list[_Table] = [np.empty(0, _EXAMPLE)]
             first = 0
-            for client, shard in shards.items():
-                kept = spool.copy(shard)
-                clients[client] = _Client(
-                    made_of=shard.made_of,
-                    digest=_digest(kept),
-                    first=first,
-                    count=len(shard),
-                    paired=shard.other is not None,
-                    loss_on=shard.loss_on,
-                    truncated=shard.truncated,
-                    dropped=shard.dropped,
-                    spelt=shard.spelt,
-                    unknown=shard.unknown,
-                )
-                answers = [kept] if kept.other is None else [kept, kept.other]
-                tables += map(_table, answers)
-                first += len(shard) * len(answers)
-            np.save(folder / _EXAMPLES, np.concatenate(tables), allow_pickle=False)
-            text = json.dumps({name: asdict(each) for name, each in clients.items()})
-            (folder / _CLIENTS).write_text(text, encoding="utf-8")
+            with (folder / _SPOOL).open("w+b", buffering=0) as file:
+                spool = Spool(file)
+                for client, shard in shards.items():
+                    kept = spool.copy(shard)
+                    clients[client] = _Client(
+                        source_digest=shard.source_digest,
+                        digest=shard.digest(),
+                        first=first,
+                        count=len(shard),
+                        paired=shard.other is not None,
+                        loss_on=shard.loss_on,
+                        truncated=shard.truncated,
+                        dropped=shard.dropped,
+                        spelt=shard.spelt,
+                        unknown=shard.unknown,
+                    )
+                    answers = [kept] if kept.other is None else [kept, kept.other]
+                    tables += map(_table, answers)
+                    first += len(shard) * len(answers)
+            examples = np.concatenate(tables).tobytes()
+            (folder / _EXAMPLES).write_bytes(examples)
+            index = _Index(_sha256(examples, clients), clients)
+            (folder / _CLIENTS).write_bytes(_INDEX.dump_json(index))
             self.forget()
             folder.rename(self._folder)
 
@@ -125,55 +143,45 @@ class KeptTokens:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @cached_property
-    def _clients(self) -> dict[str, _Client]:
+    def _read(self) -> tuple[Mapping[str, _Client], _Table]:
+        """Clients by name, and the table of examples; none where one is damaged."""
         try:
-            return _CLIENTS_OF.validate_json((self._folder / _CLIENTS).read_bytes())
+            index = _INDEX.validate_json((self._folder / _CLIENTS).read_bytes())
+            examples = (self._folder / _EXAMPLES).read_bytes()
         except (OSError, ValueError):
-            return {}
-
-    @cached_property
-    def _spool(self) -> Spool:
-        return Spool((self._folder / _SPOOL).open("rb", buffering=0))
-
-    @cached_property
-    def _examples(self) -> _Table:
-        examples: _Table = np.load(self._folder / _EXAMPLES, allow_pickle=False)
-        if examples.dtype != _EXAMPLE or examples.ndim != 1:
-            raise ValueError("no table of examples")
-        return examples
-
-    def _tokenized(self, client: _Client, first: int) -> Tokenized:
-        """A client's tokens whose examples begin at this place."""
-        examples = self._examples[first : first + client.count]
-        if len(examples) != client.count or (examples["length"] < 0).any():
-            raise ValueError("examples are missing")
-        desirable = examples["desirable"].copy()
-        return Tokenized(
-            spool=self._spool,
-            starts=examples["start"].copy(),
-            lengths=examples["length"].copy(),
-            prompt_lengths=examples["prompt_length"].copy(),
-            rows=examples["row"].copy(),
-            loss_on=client.loss_on,
-            truncated=client.truncated,
-            dropped=client.dropped,
-            spelt=client.spelt,
-            unknown=client.unknown,
-            desirable=None if desirable.all() else desirable,
-        )
+            return {}, np.empty(0, _EXAMPLE)
+        if index.sha256 != _sha256(examples, index.clients):
+            return {}, np.empty(0, _EXAMPLE)
+        return index.clients, np.frombuffer(examples, _EXAMPLE)
 
 
-def _digest(shard: Tokenized) -> str:
-    """SHA-256 of all that is kept of a client's examples."""
-    answers = [shard] if shard.other is None else [shard, shard.other]
-    tables = b"".join(_table(each).tobytes() for each in answers)
-    return hashlib.sha256(shard.digest().encode() + tables).hexdigest()
+def _sha256(examples: bytes, clients: Mapping[str, _Client]) -> str:
+    text = json.dumps({name: asdict(each) for name, each in clients.items()})
+    return hashlib.sha256(text.encode() + examples).hexdigest()
 
 
 def _table(shard: Tokenized) -> _Table:
-    """Numbers of each example, shape (n,)."""
+    """What the table says of examples, shape (n,)."""
     table = np.empty(len(shard), _EXAMPLE)
     table["start"], table["length"] = shard.starts, shard.lengths
     table["prompt_length"], table["row"] = shard.prompt_lengths, shard.rows
     table["desirable"] = True if shard.desirable is None else shard.desirable
     return table
+
+
+def _tokenized(spool: Spool, client: _Client, table: _Table, first: int) -> Tokenized:
+    """A client's examples, which stand in the table from this place on."""
+    examples = table[first : first + client.count]
+    return Tokenized(
+        spool=spool,
+        starts=examples["start"].copy(),
+        lengths=examples["length"].copy(),
+        prompt_lengths=examples["prompt_length"].copy(),
+        rows=examples["row"].copy(),
+        loss_on=client.loss_on,
+        truncated=client.truncated,
+        dropped=client.dropped,
+        spelt=client.spelt,
+        unknown=client.unknown,
+        desirable=unless_all(examples["desirable"].copy()),
+    )

@@ -75,8 +75,8 @@ class Tokenized:
     pairs, say (`Row.other`)."""
     desirable: Bool | None = None
     """Shape (n,): whether each answer is a good one; None: all are."""
-    made_of: str = ""
-    """SHA-256 of the rows, and of how they became tokens; empty where nobody has asked."""
+    source_digest: str = ""
+    """SHA-256 of the rows and of how they became tokens; empty where it was not computed."""
     reference: Float32 | None = None
     """Shape (n,): log-likelihood of each answer under the model that an objective refers to, in
     nats; None: nobody has needed any."""
@@ -138,7 +138,7 @@ class Tokenized:
             spelt=sum(part.spelt for part in parts),
             unknown=sum(part.unknown for part in parts),
             other=Tokenized.concatenate(others) if others else None,
-            desirable=_unless_all(np.concatenate(labels)),
+            desirable=unless_all(np.concatenate(labels)),
         )
 
 
@@ -241,7 +241,7 @@ class Spool:
             )
             for place in found
         )
-        desirable = _unless_all(np.array([rows[number].desirable for number in kept_rows]))
+        desirable = unless_all(np.array([rows[number].desirable for number in kept_rows]))
         return replace(own, other=next(iter(others_found), None), desirable=desirable)
 
     def copy(self, tokenized: Tokenized) -> Tokenized:
@@ -297,7 +297,7 @@ def learnt_from(start: int, length: int) -> Bool:
     return np.arange(length) >= start
 
 
-def _unless_all(flags: Bool) -> Bool | None:
+def unless_all(flags: Bool) -> Bool | None:
     """Flags of which one at least is not set; None where all are."""
     return None if flags.all() else flags
 

@@ -290,8 +290,13 @@ def run(
     ):
         for change in directory.changes:
             say(change)
-        if kept is not None:
-            kept.save(prepared.examples.tokenized[0])
+        rounds = experiment.federation.rounds
+        if kept is not None and len(directory.ledger) < rounds:
+            try:
+                kept.save(prepared.examples)
+            except (OSError, UserError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                say(f"a resume will have to tokenise again: {reason}")
         prepared = prepared.referenced()
         expected = experiment.expected(directory.ledger.trained)
         directory.ledger.replay(experiment.method, prepared.model, expected=expected)

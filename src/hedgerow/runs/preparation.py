@@ -46,7 +46,7 @@ from hedgerow.names import MEMORY
 from hedgerow.privacy.bands import groups_of
 from hedgerow.privacy.example_level import check_example_level
 from hedgerow.runs.directory import CLIENT_TESTS, EXPERIMENT, TEST_DATA, Digests
-from hedgerow.runs.shelf import NAMED, Examples, Shelf
+from hedgerow.runs.shelf import NAMED, Shelf
 from hedgerow.seeds import Seeds
 from hedgerow.settings import EvaluationSettings, FederationSettings, TextSettings
 from hedgerow.training.checkpointing import check_checkpointing
@@ -78,8 +78,8 @@ class Prepared:
     """Clients that have something to learn from, each with its place among all that are named."""
     shards: Mapping[str, Tokenized]
     """Examples that are trained on, by the name of who trains."""
-    examples: Examples
-    """Examples of each client that is named, whoever trains on them."""
+    examples: Mapping[str, Tokenized]
+    """Examples of each client that has some, by name, whoever trains on them."""
     test: TestSet | None
     tests: dict[str, TestSet]
     """Test rows of each client that has some of its own, by name."""
@@ -188,7 +188,7 @@ def prepare(
         trained=experiment.method.trained_shapes(model),
         clients=clients,
         shards=shards,
-        examples=examples_of_all,
+        examples=examples_of_all.tokenized[0],
         test=test,
         tests=tests,
         notes=[there_is, *notes],

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from hedgerow.collector import is_passing_over
 from hedgerow.methods.base import Client, ServerRound, float32_bytes
 from hedgerow.testing.case import Case
 from hedgerow.testing.doubles import Forgetful
@@ -31,12 +32,14 @@ def check_memory(case: Case) -> None:
     # So many that keeping them until all have arrived takes more than their sum.
     many_clients = min(MOST, max(MANY, 2 * float32_bytes(case.shapes) // update))
     gc.collect()
+    by_others = is_passing_over()
     gc.freeze()  # whatever else this process holds need not be looked at each time
     try:
         _, _, sent_few = _aggregate(case, FEW)
         few, many, sent_many = _aggregate(case, many_clients)
     finally:
-        gc.unfreeze()
+        if not by_others:
+            gc.unfreeze()
     # What is being folded in, and a sum that has begun, are not counted as kept.
     allowed = 3 * update + max(0, sent_many - sent_few)
     assert many - few <= allowed, (

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hedgerow.collector import passing_over
 from hedgerow.errors import UserError, reason_of
 from hedgerow.lazy import torch, transformers
 from hedgerow.settings import TrainingSettings
@@ -39,6 +40,7 @@ OURS = {
 """Arguments that are given in the experiment's own words, and those that a run has no use for."""
 
 _OF_SEVERAL = {"deepspeed", "fsdp", "fsdp_config"}
+"""Arguments that need several processes."""
 
 
 def check_names(arguments: Mapping[str, Any]) -> None:
@@ -46,7 +48,8 @@ def check_names(arguments: Mapping[str, Any]) -> None:
     for key in sorted(arguments.keys() & _OF_SEVERAL):
         raise UserError(
             f"`training.trainer.arguments.{key}`: it divides work among processes, and a run "
-            "trains a client in one: leave it out, or federate a script that is launched in several"
+            "trains a client in one: leave it out, or federate a script that is launched in "
+            "several processes"
         )
     for key in sorted(arguments.keys() & OURS.keys()):
         instead = f"give {OURS[key]}" if OURS[key] else "leave it out, since a run keeps its own"
@@ -152,7 +155,7 @@ def lent(network: Any) -> Iterator[None]:
         # have adapters in bfloat16.
         for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
             setattr(network, flag, False)
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), passing_over():
             yield
     finally:
         random.setstate(states[0])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Transformers(Trainer):
-    """transformers' `Trainer`, which brings accelerate, as for mixed precision."""
+    """transformers' `Trainer`, which brings accelerate's mixed precision."""
 
     name: str = "transformers"
     arguments: dict[str, Any] = Field({})
