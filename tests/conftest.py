@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import os
 import shutil
 import sys
@@ -44,16 +43,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("shared") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="../shared is not here"))
-
-
-def pytest_collection_finish() -> None:
-    """Have the collector of garbage pass over the items, and all modules, at each of its turns.
-
-    Trainers, for one, have it collect all of it after each client: with six thousand tests in
-    memory they took half as long again.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,10 +9,10 @@ from hedgerow import collector
 
 @pytest.fixture
 def nobody():
-    """Nothing is passed over, as outside of these tests."""
+    """Nothing is passed over before, nor after."""
     gc.unfreeze()
     yield
-    gc.freeze()
+    gc.unfreeze()
 
 
 def test_what_is_there_is_passed_over_meanwhile(nobody):

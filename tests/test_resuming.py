@@ -302,7 +302,7 @@ def test_rows_in_memory_are_in_no_file(experiment, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LocalFleet, "train", look)
     with pytest.raises(RunFailed, match="looked"):
-        hr.run(path, data={"clients": clients}, out=out)
+        hr.run(path, "method=fedavg", data={"clients": clients}, out=out)
 
 
 def test_where_tokens_cannot_be_kept_a_run_goes_on(hedgerow, experiment, tmp_path, monkeypatch):
