@@ -273,7 +273,8 @@ def test_an_interrupt_of_which_a_library_makes_another_error_is_one(tmp_path, li
     )
     code = "from hedgerow import cli; cli.main()"
     command = [sys.executable, "-c", code, "run", "experiment.yaml", "--out", "run"]
-    beside = os.environ | {"PYTHONPATH": str(tmp_path)}
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    beside = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=beside)
     assert (done.returncode, done.stderr) == (130, "hedgerow: interrupted\n")
 
