@@ -375,9 +375,9 @@ def test_a_process_that_the_trainer_does_not_know_is_named(tiny_model, tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("several", ["two processes", "ZeRO 2"])
+@pytest.mark.parametrize("several", ["processes", "ZeRO 2"])
 def test_scripts_with_trl_are_three_sites_of_a_network(hedgerow, tmp_path, several):
-    """One of them trains in two processes, as on two GPUs."""
+    """One of them trains in three processes, as on three GPUs."""
     names = ["north", "south", "west"]
     for name, rows in zip(names, tasks.clients().values(), strict=False):
         kept = [{key: row[key] for key in ("instruction", "output")} for row in rows]
@@ -397,7 +397,7 @@ def test_scripts_with_trl_are_three_sites_of_a_network(hedgerow, tmp_path, sever
     path.write_text(yaml.safe_dump(content))
     assert hedgerow("flower", "init", path, tmp_path / "app").code == 0
     # accelerate's own launcher has one process on CPUs, and this one below it on GPUs.
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"]
     arguments, kind = "use_cpu=True", "MULTI_CPU"
     if several == "ZeRO 2":
         pytest.importorskip("deepspeed")
@@ -439,7 +439,7 @@ def test_scripts_with_trl_are_three_sites_of_a_network(hedgerow, tmp_path, sever
     assert [row["clients"] for row in rows] == [0, 3, 3, 3]
     assert all(row["aggregation_error"] < 1e-6 for row in rows[1:])
     assert rows[-1]["train_loss"] < rows[1]["train_loss"]
-    assert f"\n2 {kind}\n" in (tmp_path / "north.log").read_text()
+    assert f"\n3 {kind}\n" in (tmp_path / "north.log").read_text()
     known = json.loads((tmp_path / "remote/flower.json").read_text())["run"]
     for name in names:
         assert entries(tmp_path / "sites" / name / known) == entries(tmp_path / "remote")
