@@ -250,11 +250,12 @@ def test_a_resume_finds_the_tokens_that_were_made(
     assert not (whole / "tokens").exists()
     stopped(hedgerow, monkeypatch, path, part, *changes)
     assert (part / "tokens").stat().st_mode & 0o777 == 0o700
+    (part / "tokens-0123abcd").mkdir()  # of a process that was killed while it kept some
     tokenized.clear()
     assert hedgerow("run", path, *changes, "--out", part, "--resume").code == 0
     assert set(tokenized).isdisjoint(CLIENTS)
     assert ledger_bytes(whole) == ledger_bytes(part)
-    assert not (part / "tokens").exists()
+    assert not list(part.glob("tokens*"))
     # Whoever goes on with a run that had come to its end makes them again.
     more = [path, f"method={method}", "federation.rounds=4", "--out", part, "--resume"]
     assert hedgerow("run", *more).code == 0
