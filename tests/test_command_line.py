@@ -275,7 +275,9 @@ def test_an_interrupt_of_which_a_library_makes_another_error_is_one(tmp_path, li
     command = [sys.executable, "-c", code, "run", "experiment.yaml", "--out", "run"]
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     beside = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=beside)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=beside, preexec_fn=hear_interrupts
+    )
     assert (done.returncode, done.stderr) == (130, "hedgerow: interrupted\n")
 
 
