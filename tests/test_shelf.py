@@ -6,13 +6,14 @@ from collections import Counter
 
 import pytest
 import yaml
-from support.runs import ledger_bytes
+from support.runs import ledger_bytes, rows_of
 
 from hedgerow.data import ClientData
 from hedgerow.data.tokens import Spool
 from hedgerow.experiment import load
 from hedgerow.ledger import Base
 from hedgerow.model import Model
+from hedgerow.runs import scoring
 from hedgerow.runs.shelf import Shelf
 from hedgerow.seeds import Seeds
 
@@ -57,6 +58,24 @@ def test_nine_methods_tokenise_once(hedgerow, experiment, tmp_path, counted):
         done = hedgerow("run", path, *alone, f"federation.seed={seed}", "--out", own)
         assert done.code == 0, done.err
         assert ledger_bytes(own) == ledger_bytes(tmp_path / "out" / "runs" / f"{name},seed={seed}")
+
+
+def test_runs_of_a_comparison_score_their_base_once(hedgerow, experiment, tmp_path, monkeypatch):
+    rounds, evaluate = [], scoring.evaluate
+
+    def evaluates(model, *arguments):
+        rounds.append(model.network)
+        return evaluate(model, *arguments)
+
+    monkeypatch.setattr(scoring, "evaluate", evaluates)
+    path, out = experiment(federation={"rounds": 1}), tmp_path / "out"
+    grid = ["--methods", "fedavg,ferret,flora", "--seeds", "2", "--out", out]
+    assert hedgerow("compare", path, *grid).code == 0
+    assert len(rounds) == 1 + 3 * 2
+    found = [rows_of(run)[0] for run in sorted((out / "runs").iterdir())]
+    assert len(found) == 6
+    assert all(row == found[0] for row in found)
+    assert found[0]["eval_loss"] is not None
 
 
 def examples(shelf, path, model, *overrides, held=None):

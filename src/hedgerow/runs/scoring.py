@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from hedgerow.data import ClientData, Records
 from hedgerow.errors import UserError
@@ -93,16 +94,36 @@ class Scorer:
             found[MERGED_ERROR] = self._model.merged_error
         if self._test is not None:
             clients = [] if method.has_global_model else [client.name for client in gather()]
-            scored = {
-                name: evaluate(self._model, self._test, settings, progress, self._workers)
-                for name in models.models(self._model, clients)
-            }
-            found |= by_model(scored, settings.metrics)
+            if len(self._ledger) or clients:
+                scored = {
+                    name: evaluate(self._model, self._test, settings, progress, self._workers)
+                    for name in models.models(self._model, clients)
+                }
+                found |= by_model(scored, settings.metrics)
+            else:
+                found |= self._of_base(self._test, settings, progress)
         tests = self._tests if settings.metrics else {}
         own = score_clients(models, self._model, tests, settings, progress, self._workers)
         count = self._experiment.says.count
         said = {name: each._replace(rows=count(each.rows)) for name, each in own.items()}
         return found | over_clients(said, settings.metrics)
+
+    def _of_base(
+        self, test: TestSet, settings: EvaluationSettings, progress: Progress
+    ) -> dict[str, Any]:
+        """Scores of the base, which all runs on it share that have the same test data."""
+        known = _OF_BASES.setdefault(test, {})
+        device, base = str(self._model.device), self._ledger.base.fingerprint
+        asked = (device, base, settings.model_dump_json())
+        if asked not in known:
+            known[asked] = evaluate(self._model, test, settings, progress, self._workers)
+        return dict(known[asked])
+
+
+_Asked = tuple[str, str, str]
+"""Device, fingerprint of the base, and settings of its scores."""
+_OF_BASES: WeakKeyDictionary[TestSet, dict[_Asked, dict[str, Any]]] = WeakKeyDictionary()
+"""Scores of bases on test data that are in memory."""
 
 
 def score_clients(
