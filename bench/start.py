@@ -78,4 +78,7 @@ def seconds(arguments: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    start(sys.argv[2:]) if sys.argv[1:2] == ["--start"] else main()
+    if sys.argv[1:2] == ["--start"]:
+        start(sys.argv[2:])
+    else:
+        main()
