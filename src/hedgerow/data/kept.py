@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from hedgerow.data.tokens import LossOn, Spool, Tokenized, unless_all
-from hedgerow.files import passing_folder
+from hedgerow.files import passing_folder, remove_left
 
 _SPOOL, _EXAMPLES, _CLIENTS = "spool", "examples", "clients.json"
 
@@ -74,6 +74,7 @@ class KeptTokens:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._prefix = f"{folder.name}-"
 
     def find(self, client: str, source_digest: str, spool: Spool) -> Tokenized | None:
         """A client's tokens, copied into a spool; None where there are none of the same source.
@@ -107,8 +108,7 @@ class KeptTokens:
             UserError: the disk is full.
             OSError: there can be no such folder.
         """
-        parent, name = self._folder.parent, self._folder.name
-        with passing_folder(parent, f"{name}-", mode=0o700) as folder:
+        with passing_folder(self._folder.parent, self._prefix, mode=0o700) as folder:
             clients: dict[str, _Client] = {}
             tables: list[_Table] = [np.empty(0, _EXAMPLE)]
             first = 0
@@ -139,8 +139,9 @@ class KeptTokens:
             folder.rename(self._folder)
 
     def forget(self) -> None:
-        """Remove what is kept."""
+        """Remove what is kept, and what a process that was killed meanwhile has left."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        remove_left(self._folder.parent, self._prefix)
 
     @cached_property
     def _read(self) -> tuple[Mapping[str, _Client], _Table]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TextIO
 
 from pydantic import TypeAdapter
 
+from hedgerow.data import KeptTokens
 from hedgerow.errors import UserError
 from hedgerow.experiment import Experiment, load
 from hedgerow.files import check_name, check_place, replacing
@@ -205,8 +206,7 @@ class RunDirectory:
         # A network's server does not know its clients' digests, and must not forget them.
         kept = {name: began_with.get(name) for name, digest in data.items() if digest is None}
         directory.remove_later()  # of a rollback that was killed
-        for tokens in [path / TOKENS, *path.glob(f"{TOKENS}-*")]:  # which have been read, if at all
-            shutil.rmtree(tokens, ignore_errors=True)
+        KeptTokens(path / TOKENS).forget()  # which have been read, if at all
         if experiment.data.client_test is None:
             began_with.pop(CLIENT_TESTS, None)
         _write_settings(path, experiment, began_with | data | kept)
