@@ -1,6 +1,8 @@
 """What the collector of garbage passes over, and that it is given back."""
 
 import gc
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +40,18 @@ def test_what_somebody_else_has_passed_over_stays_so(nobody):
     with collector.passing_over():
         pass
     assert gc.get_freeze_count() == before
+
+
+def test_a_command_has_the_collector_look_seldom_and_not_at_its_end():
+    program = """
+import atexit, gc
+from hedgerow import collector
+
+collector.look_seldom()
+there = [[] for _ in range(20_000)]
+print(gc.get_threshold()[0], collector.is_passing_over())
+atexit._run_exitfuncs()
+print(collector.is_passing_over())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["10000", "False", "True"], done.stderr

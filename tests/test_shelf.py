@@ -69,13 +69,20 @@ def test_runs_of_a_comparison_score_their_base_once(hedgerow, experiment, tmp_pa
 
     monkeypatch.setattr(scoring, "evaluate", evaluates)
     path, out = experiment(federation={"rounds": 1}), tmp_path / "out"
-    grid = ["--methods", "fedavg,ferret,flora", "--seeds", "2", "--out", out]
+    # Standalone's three clients, too, have nothing else before they train.
+    methods = "fedavg,ferret,flora evaluation.every=7,standalone"
+    grid = ["--methods", methods, "--seeds", "2", "--out", out]
     assert hedgerow("compare", path, *grid).code == 0
-    assert len(rounds) == 1 + 3 * 2
+    assert len(rounds) == 1 + 3 * 2 + 3 * 2
     found = [rows_of(run)[0] for run in sorted((out / "runs").iterdir())]
-    assert len(found) == 6
-    assert all(row == found[0] for row in found)
-    assert found[0]["eval_loss"] is not None
+    assert len(found) == 8
+    base = found[0]["eval_loss"]
+    assert base is not None
+    for row in found:
+        assert row["eval_loss"] == pytest.approx(base, rel=1e-15)  # standalone's is a mean
+        for own in row.get("by_client", {}).values():
+            assert own["eval_loss"] == base
+    assert sum("by_client" in row for row in found) == 2
 
 
 def examples(shelf, path, model, *overrides, held=None):

@@ -771,6 +771,11 @@ class EvaluationSettings(Section):
     """Texts before the first of which an answer ends, as ["\\n\\nQuestion:"], or one text alone; by
     default none, so that answers end with the model's own end or at `max_new_tokens`."""
 
+    @property
+    def measured(self) -> str:
+        """What is measured, and how, in whatever rounds, as JSON."""
+        return self.model_dump_json(exclude={"every", "answers_every"})
+
     @field_validator("stop", mode="before")
     @classmethod
     def _texts(cls, stop: Any) -> Any:

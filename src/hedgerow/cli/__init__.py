@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from hedgerow.collector import look_seldom
 from hedgerow.terminal import say
 
 
 def main() -> None:
     """Run the command line; whoever interrupts it while it begins sees no traceback."""
+    look_seldom()
     try:
         # Here, since it takes most of a second.
         with _interruptible():

@@ -61,7 +61,13 @@ class LocalFleet:
         self._privacy: dict[str, ExampleLevel | None] = {}
         self._secure: dict[str, SecureClient] = {}
         self._scorer = Scorer(
-            experiment, prepared.model, directory.ledger, prepared.test, prepared.tests, workers
+            experiment,
+            prepared.model,
+            directory.ledger,
+            prepared.test,
+            prepared.tests,
+            workers,
+            prepared.shelf,
         )
 
     def gather(self) -> Sequence[Client]:

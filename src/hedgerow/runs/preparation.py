@@ -85,6 +85,8 @@ class Prepared:
     """Test rows of each client that has some of its own, by name."""
     notes: list[str]
     """Sentences for people: what there is, then what is left out of it, each with its count."""
+    shelf: Shelf
+    """What runs on the same model and data have in common."""
 
     def referenced(self) -> Prepared:
         """The same with what objective and metrics compare with, while `model` is the base."""
@@ -192,6 +194,7 @@ def prepare(
         test=test,
         tests=tests,
         notes=[there_is, *notes],
+        shelf=shelf,
     )
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 from hedgerow.data import ClientData, Records
 from hedgerow.errors import UserError
@@ -31,6 +30,7 @@ from hedgerow.runs.preparation import (
     scored_beside,
 )
 from hedgerow.runs.rows import ROWS_BY_CLIENT
+from hedgerow.runs.shelf import Shelf
 from hedgerow.seeds import Seeds
 from hedgerow.settings import DEFAULT_TEST, Evaluation, EvaluationSettings, TextSettings
 from hedgerow.wire import Entry
@@ -56,6 +56,7 @@ class Scorer:
         test: TestSet | None,
         tests: Mapping[str, TestSet] | None = None,
         workers: Workers = ALONE,
+        shelf: Shelf | None = None,
     ) -> None:
         """Score the model at the ledger's head.
 
@@ -66,8 +67,9 @@ class Scorer:
             test: test data for all; None for none.
             tests: test rows of clients, by name, for the models that they have.
             workers: who take batches side by side.
+            shelf: has what the base of other runs has scored.
         """
-        self._workers = workers
+        self._workers, self._shelf = workers, shelf or Shelf()
         self._experiment, self._model, self._ledger = experiment, model, ledger
         self._test, self._tests = test, tests or {}
 
@@ -94,14 +96,15 @@ class Scorer:
             found[MERGED_ERROR] = self._model.merged_error
         if self._test is not None:
             clients = [] if method.has_global_model else [client.name for client in gather()]
-            if len(self._ledger) or clients:
+            if len(self._ledger):
                 scored = {
                     name: evaluate(self._model, self._test, settings, progress, self._workers)
                     for name in models.models(self._model, clients)
                 }
-                found |= by_model(scored, settings.metrics)
-            else:
-                found |= self._of_base(self._test, settings, progress)
+            else:  # everybody has the base
+                base = self._of_base(self._test, settings, progress)
+                scored = {name: dict(base) for name in clients or [None]}
+            found |= by_model(scored, settings.metrics)
         tests = self._tests if settings.metrics else {}
         own = score_clients(models, self._model, tests, settings, progress, self._workers)
         count = self._experiment.says.count
@@ -112,18 +115,12 @@ class Scorer:
         self, test: TestSet, settings: EvaluationSettings, progress: Progress
     ) -> dict[str, Any]:
         """Scores of the base, which all runs on it share that have the same test data."""
-        known = _OF_BASES.setdefault(test, {})
-        device, base = str(self._model.device), self._ledger.base.fingerprint
-        asked = (device, base, settings.model_dump_json())
-        if asked not in known:
-            known[asked] = evaluate(self._model, test, settings, progress, self._workers)
-        return dict(known[asked])
-
-
-_Asked = tuple[str, str, str]
-"""Device, fingerprint of the base, and settings of its scores."""
-_OF_BASES: WeakKeyDictionary[TestSet, dict[_Asked, dict[str, Any]]] = WeakKeyDictionary()
-"""Scores of bases on test data that are in memory."""
+        asked = [self._ledger.base.fingerprint, str(self._model.device), settings.measured]
+        return self._shelf.scores_of_base(
+            test,
+            json.dumps(asked),
+            lambda: evaluate(self._model, test, settings, progress, self._workers),
+        )
 
 
 def score_clients(

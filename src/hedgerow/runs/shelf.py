@@ -16,6 +16,7 @@ from hedgerow.ledger import Base
 from hedgerow.seeds import Seeds
 
 if TYPE_CHECKING:
+    from hedgerow.evaluation.scores import TestSet
     from hedgerow.experiment import Experiment
     from hedgerow.model import Model
 
@@ -64,7 +65,7 @@ def _left_out(names: Sequence[str], why: str) -> str:
 
 
 class Shelf:
-    """Keeps tokens and digests from one run to the next, as those of a comparison.
+    """Keeps tokens, digests and scores of the base from one run to the next, as of a comparison.
 
     Tokens are on disk, and gone with this process; files that change meanwhile are not read again.
     """
@@ -72,6 +73,7 @@ class Shelf:
     def __init__(self) -> None:
         self._bases: WeakKeyDictionary[Model, Base] = WeakKeyDictionary()
         self._kept: OrderedDict[str, tuple[Any, Held | None, Any]] = OrderedDict()
+        self._scores: WeakKeyDictionary[TestSet, dict[str, dict[str, Any]]] = WeakKeyDictionary()
 
     def base(self, model: Model) -> Base:
         """Description of a model that is as it was loaded."""
@@ -135,9 +137,23 @@ class Shelf:
             held: the rows that the experiment calls `(memory)`.
             make: reads and tokenises it.
         """
-        evaluation = experiment.evaluation.model_dump_json()
-        asked = _asked(f"{what} {evaluation}", experiment, experiment.data.template.date)
+        measured = experiment.evaluation.measured
+        asked = _asked(f"{what} {measured}", experiment, experiment.data.template.date)
         return self._found(asked, model, held, make)
+
+    def scores_of_base(
+        self, test: TestSet, asked: str, make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Scores of a base on test data, which `make` computes where they are not known.
+
+        Args:
+            test: the data, in memory.
+            asked: which base it is, and all else that decides its scores.
+        """
+        known = self._scores.setdefault(test, {})
+        if asked not in known:
+            known[asked] = make()
+        return known[asked]
 
     def _found(self, asked: str, model: Model, held: Held | None, make: Callable[[], _T]) -> _T:
         """What was asked for before of the same tokenizer and rows, or is made now."""
