@@ -21,7 +21,7 @@ from hedgerow.experiment import load
 from hedgerow.methods import METHODS, FLoRA
 from hedgerow.methods.base import Client, Expected
 from hedgerow.methods.composed import Composed
-from hedgerow.methods.parts import rice, top_k, transforms
+from hedgerow.methods.parts import rice, transforms
 from hedgerow.methods.parts.bits import FewBits
 from hedgerow.methods.parts.mean import Mean
 from hedgerow.methods.parts.server_optimizers import SERVER_OPTIMIZERS
@@ -30,7 +30,7 @@ from hedgerow.methods.parts.transforms import TRANSFORMS
 from hedgerow.methods.parts.values import Values
 from hedgerow.seeds import Seeds
 from hedgerow.settings import TrainingSettings
-from hedgerow.sketch import coordinates, layout
+from hedgerow.sketch import coordinates, cpu, layout
 from hedgerow.testing import check_method
 from hedgerow.wire import kinds
 
@@ -138,7 +138,7 @@ def test_the_size_of_the_pieces_changes_no_bit(codec, monkeypatch):
     decoded = dict(codec.decode(whole, values_of(values).shapes, 5))
     monkeypatch.setattr(coordinates, "_PIECE", layout.TILE)
     monkeypatch.setattr(rice, "_PIECE", 8)
-    monkeypatch.setattr(top_k, "_AT_ONCE", 3000)
+    monkeypatch.setattr(cpu, "CHUNK", layout.TILE)
     again = codec.encode(values_of(values), 5)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     shapes = values_of(values).shapes

@@ -8,12 +8,13 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hedgerow.sketch import BASES, cpu, layout, project, reconstruct, reference
+from hedgerow.sketch import BASES, coordinates, cpu, layout, project, reconstruct, reference
 
 DENSE = [basis for basis in BASES if basis != "hadamard"]
 
@@ -247,3 +248,45 @@ class in_threads:  # noqa: N801
 
     def __exit__(self, *_: object) -> None:
         torch.set_num_threads(self.before)
+
+
+@given(
+    st.integers(2, 1500),
+    st.data(),
+    st.integers(1, 4),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.0, 0.01, 1.0, 300.0]),
+)
+def test_the_largest_of_tiles_are_those_that_torch_finds(tile, data, tiles, seed, scale):
+    """Also where many are of one size, or 0."""
+    k = data.draw(st.integers(1, tile))
+    values = torch.randn(tiles * tile, generator=torch.Generator().manual_seed(seed))
+    if scale:
+        values = (values * scale).round() / scale
+    places = cpu.largest(values, tile, k).reshape(tiles, k)
+    found = values.view(tiles, tile).abs().topk(k, sorted=False).indices.sort().values
+    assert np.array_equal(places, found.numpy() + np.arange(tiles)[:, None] * tile)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_levels_are_those_of_the_best_uniform_quantizer(bits):
+    """The same arithmetic in numpy, in float64."""
+    values = torch.randn(2 * 4096 + 300, generator=torch.Generator().manual_seed(bits)).numpy()
+    values[4096:8192] = 0
+    lengths, step, most = coordinates.groups(len(values)), 0.7, 2 ** (bits - 1)
+    levels, scales = cpu.round_groups(values, lengths, step, bits)
+    for group, scale, stop in zip(
+        np.split(values.astype(float), np.cumsum(lengths)[:-1]),
+        scales,
+        np.cumsum(lengths),
+        strict=True,
+    ):
+        unit = np.sqrt((group**2).mean()) * step
+        level = np.floor(group / max(unit, 1e-300)).clip(-most, most - 1)
+        assert np.array_equal(levels[stop - len(group) : stop], level + most)
+        along = group @ (level + 0.5)
+        assert scale == pytest.approx(group @ group / along if along else 0, rel=1e-6)
+    read = np.empty_like(values)
+    packed = coordinates._packed(levels, bits)
+    cpu.levels(packed, scales, lengths, bits, read)
+    assert np.array_equal(read, (levels - np.float32(most - 0.5)) * np.repeat(scales, lengths))

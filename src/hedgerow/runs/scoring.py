@@ -103,7 +103,7 @@ class Scorer:
                 }
             else:  # everybody has the base
                 base = self._of_base(self._test, settings, progress)
-                scored = {name: dict(base) for name in clients or [None]}
+                scored = {name: dict(base) for name in clients} or {None: dict(base)}
             found |= by_model(scored, settings.metrics)
         tests = self._tests if settings.metrics else {}
         own = score_clients(models, self._model, tests, settings, progress, self._workers)

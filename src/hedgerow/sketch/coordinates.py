@@ -59,47 +59,46 @@ def quantize(coordinates: Tensor, bits: Bits, seed: int) -> Quantized:
     Raises:
         ValueError: a coordinate is not finite.
     """
-    gamma = project(coordinates, seed, len(coordinates)).cpu()
+    from hedgerow.sketch import cpu  # which loads a compiler
+
+    gamma = project(coordinates, seed, len(coordinates)).cpu().numpy()
+
+    def rounded(piece: tuple[int, int]) -> Quantized:
+        own = gamma[slice(*piece)]
+        levels, scales = cpu.round_groups(own, groups(len(own)), _STEP[bits], bits)
+        return Quantized(torch.from_numpy(_packed(levels, bits)), torch.from_numpy(scales))
+
     # No group is in two pieces, and no byte.
-    pieces = [_rounded(piece, bits) for piece in torch.split(gamma, _PIECE)]
+    pieces = cpu.in_threads(rounded, len(gamma), _PIECE)
     return Quantized(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
-def _rounded(rotated: Tensor, bits: Bits) -> Quantized:
-    """Whole groups of rotated coordinates, shape (k,), rounded as `quantize` says."""
-    k = len(rotated)
-    gamma = rotated.double().numpy()
-    if not np.isfinite(gamma).all():
-        raise ValueError("coordinates must be finite")
-    lengths = groups(k)
-    starts = np.cumsum(lengths) - lengths
-    energy = np.add.reduceat(gamma * gamma, starts)
-    unit = np.repeat(np.sqrt(energy / lengths) * _STEP[bits], lengths)
-    most = 2 ** (bits - 1)
-    code = np.floor(gamma / np.maximum(unit, 1e-300)).clip(-most, most - 1)
-    along = np.add.reduceat(gamma * (code + 0.5), starts)
-    scales = np.where(along > 0, energy / np.maximum(along, 1e-300), 0)
+def _packed(levels: NDArray[np.uint8], bits: Bits) -> NDArray[np.uint8]:
+    """Levels as they travel, 8/bits of them in a byte."""
     per_byte = 8 // bits
-    digits = np.pad((code + most).astype(np.uint8), (0, -k % per_byte)).reshape(-1, per_byte)
+    digits = np.pad(levels, (0, -len(levels) % per_byte)).reshape(-1, per_byte)
     codes = digits[:, 0].copy()
     for place in range(1, per_byte):  # faster than a reduction along so short an axis
         codes |= digits[:, place] << np.uint8(place * bits)
-    return Quantized(torch.from_numpy(codes), torch.from_numpy(scales.astype(np.float32)))
+    return codes
 
 
 def dequantize(quantized: Quantized, bits: Bits, k: int, seed: int) -> Tensor:
     """Coordinates from their codes and scales: float32 of shape (k,), on the CPU."""
+    from hedgerow.sketch import cpu  # which loads a compiler
+
     gamma = torch.empty(k)
-    scales, read = quantized.scales.numpy(), 0
-    codes = torch.split(quantized.codes, num_codes(_PIECE, bits))
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    for piece, own in zip(torch.split(gamma, _PIECE), codes, strict=True):
-        digits = own.numpy()[:, None] >> shifts & (2**bits - 1)
-        level = digits.reshape(-1)[: len(piece)].astype(np.float32)
-        level -= np.float32(2 ** (bits - 1) - 0.5)
-        lengths = groups(len(piece))
-        np.multiply(level, np.repeat(scales[read:][: len(lengths)], lengths), out=piece.numpy())
-        read += len(lengths)
+    codes, scales = quantized.codes.numpy(), quantized.scales.numpy()
+
+    def spread(piece: tuple[int, int]) -> None:
+        start, stop = piece
+        own = codes[num_codes(start, bits) : num_codes(stop, bits)]
+        lengths = groups(stop - start)
+        scale = scales[num_groups(start) :][: len(lengths)]
+        cpu.levels(own, scale, lengths, bits, gamma.numpy()[start:stop])
+
+    for _ in cpu.in_threads(spread, k, _PIECE):
+        pass
     return reconstruct(gamma, seed, k)
 
 

@@ -54,7 +54,7 @@ def project_dense(x: Tensor, seed: int, k: int, kind: Basis) -> Tensor:
         return total
 
     code = _KINDS[kind]
-    return torch.from_numpy(sum(_in_threads(dots, len(x)), np.zeros(k)))
+    return torch.from_numpy(sum(in_threads(dots, len(x)), np.zeros(k)))
 
 
 def reconstruct_dense(coordinates: Tensor, seed: int, size: int, kind: Basis) -> Tensor:
@@ -65,7 +65,7 @@ def reconstruct_dense(coordinates: Tensor, seed: int, size: int, kind: Basis) ->
     def rebuild(chunk: tuple[int, int]) -> None:
         _combine(gamma, chunk[0] // TILE, np.uint64(seed), _KINDS[kind], tiles[slice(*chunk)])
 
-    for _ in _in_threads(rebuild, len(out)):
+    for _ in in_threads(rebuild, len(out)):
         pass
     return out[:size]
 
@@ -78,7 +78,7 @@ def project_hadamard(x: Tensor, seed: int, k: int, offset: int) -> Tensor:
     def sample(chunk: tuple[int, int]) -> None:
         _sample(_loaded(x, *chunk), chunk[0], len(x), np.uint64(seed), offset, gamma)
 
-    for _ in _in_threads(sample, len(x)):
+    for _ in in_threads(sample, len(x)):
         pass
     return coordinates
 
@@ -91,9 +91,76 @@ def reconstruct_hadamard(coordinates: Tensor, seed: int, size: int, offset: int)
     def rebuild(chunk: tuple[int, int]) -> None:
         _spread(gamma, chunk[0], size, np.uint64(seed), offset, tiles[slice(*chunk)])
 
-    for _ in _in_threads(rebuild, len(out)):
+    for _ in in_threads(rebuild, len(out)):
         pass
     return out[:size]
+
+
+def round_groups(
+    values: Floats, lengths: NDArray[np.int64], step: float, bits: int
+) -> tuple[NDArray[np.uint8], Floats]:
+    """Levels of groups of numbers, and the factors that make these unbiased.
+
+    Args:
+        values: shape (k,), group after group.
+        lengths: numbers of each group.
+        step: between two levels, in units of the root of a group's mean square.
+        bits: the levels are 2ᵇⁱᵗˢ.
+
+    Returns:
+        Levels counted from the lowest, shape (k,); and a scale of each group, float32: its energy
+        by its inner product with its levels, which are half of odd numbers.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    starts = np.cumsum(lengths) - lengths
+    products = np.multiply(values, values, dtype=np.float64)
+    energy = np.add.reduceat(products, starts)
+    if not np.isfinite(energy).all():  # the square of a float32 is finite in float64
+        raise ValueError("coordinates must be finite")
+    units = np.maximum(np.sqrt(energy / lengths) * step, 1e-300)
+    levels = np.empty(len(values), dtype=np.uint8)
+    _round(values, lengths, units, 2 ** (bits - 1), levels, products)
+    along = np.add.reduceat(products, starts)
+    scales = np.where(along > 0, energy / np.maximum(along, 1e-300), 0)
+    return levels, scales.astype(np.float32)
+
+
+def levels(
+    codes: NDArray[np.uint8], scales: Floats, lengths: NDArray[np.int64], bits: int, out: Floats
+) -> None:
+    """Write the numbers, shape (k,), of which `round_groups` has made levels.
+
+    Args:
+        codes: 8/bits levels in a byte, the first in its lowest bits; no group begins within one.
+    """
+    _levels(codes, scales, lengths, bits, out)
+
+
+def largest(values: Tensor, tile: int, k: int) -> NDArray[np.int64]:
+    """Places of the k numbers of each tile that are largest in magnitude, ascending.
+
+    Args:
+        values: float32, whole tiles of them; finite. Of equal magnitudes, of which not all are
+            among the largest, those count that torch takes, as in ledgers of earlier versions.
+        tile: numbers of a tile, of which k are at most all.
+    """
+    places = np.empty((len(values) // tile, k), dtype=np.int64)
+
+    def choose(chunk: tuple[int, int]) -> None:
+        numbers, tiles = values[slice(*chunk)], slice(*(place // tile for place in chunk))
+        own = places[tiles]
+        is_tied = np.empty(len(own), dtype=np.bool_)
+        _largest(numbers.numpy(), own, is_tied)
+        if is_tied.any():
+            rows = numbers.view(-1, tile)[torch.from_numpy(is_tied)]
+            own[is_tied] = rows.abs().topk(k, sorted=False).indices.sort().values.numpy()
+        own += np.arange(tiles.start, tiles.stop)[:, None] * tile
+
+    for _ in in_threads(choose, len(values), max(1, CHUNK // tile) * tile):
+        pass
+    return places.reshape(-1)
 
 
 def philox(counter: tuple[int, int, int, int], seed: int) -> tuple[int, ...]:
@@ -104,11 +171,13 @@ def philox(counter: tuple[int, int, int, int], seed: int) -> tuple[int, ...]:
 # --- chunks and threads -------------------------------------------------------------------------
 
 
-def _in_threads(task: Callable[[tuple[int, int]], _Result], size: int) -> Iterator[_Result]:
-    """The task's results for each chunk (start, stop), in order."""
-    chunks = [(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
+def in_threads(
+    task: Callable[[tuple[int, int]], _Result], size: int, step: int = CHUNK
+) -> Iterator[_Result]:
+    """The task's results for each chunk (start, stop) of so many entries, in order."""
+    chunks = [(start, min(start + step, size)) for start in range(0, size, step)]
     threads = min(torch.get_num_threads(), len(chunks))
-    if threads == 1:
+    if threads <= 1:
         yield from map(task, chunks)
         return
     with ThreadPoolExecutor(threads) as pool:
@@ -418,3 +487,118 @@ def _spread(gamma, begin, size, seed, offset, out):
         else:
             out[start - begin : start - begin + length] = 0
         start += length
+
+
+# --- few bits -----------------------------------------------------------------------------------
+
+
+@_compiled
+def _round(values, lengths, units, most, levels, products):
+    """Levels of groups, and the products of numbers and what their levels stand for."""
+    lowest, highest = -np.float64(most), np.float64(most - 1)
+    start = 0
+    for group in range(len(lengths)):
+        unit, stop = units[group], start + lengths[group]
+        for i in range(start, stop):
+            value = np.float64(values[i])
+            level = min(max(np.floor(value / unit), lowest), highest)
+            products[i] = value * (level + 0.5)
+            levels[i] = np.uint8(np.int32(level) + np.int32(most))
+        start = stop
+
+
+@_compiled
+def _levels(codes, scales, lengths, bits, out):
+    per_byte, mask = 8 // bits, (1 << bits) - 1
+    middle = np.float32(2.0 ** (bits - 1) - 0.5)
+    start = 0
+    for group in range(len(lengths)):
+        scale, stop = scales[group], start + lengths[group]
+        whole = (stop - start) // per_byte
+        for byte in range(whole):
+            code = np.int32(codes[start // per_byte + byte])
+            for place in range(per_byte):
+                level = np.float32(code >> place * bits & mask) - middle
+                out[start + byte * per_byte + place] = level * scale
+        for i in range(start + whole * per_byte, stop):
+            code = np.int32(codes[i // per_byte])
+            out[i] = (np.float32(code >> i % per_byte * bits & mask) - middle) * scale
+        start = stop
+
+
+# --- the largest --------------------------------------------------------------------------------
+
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+"""All bits of a float32 but its sign: as whole numbers they have the order of magnitudes."""
+_EXPONENT = np.uint32(23)
+
+
+@_compiled
+def _largest(values, places, is_tied):
+    """Places of the largest in each tile, or that it is not clear which they are."""
+    tiles, k = places.shape
+    tile = len(values) // tiles
+    counts, some = np.empty((4, 256), np.int64), np.empty(tile, np.uint32)
+    words = values.view(np.uint32)
+    for row in range(tiles):
+        own = words[row * tile : (row + 1) * tile]
+        least, is_tied[row] = _kth(own, k, counts, some)
+        if is_tied[row]:
+            continue
+        at = 0
+        for i in range(tile):
+            if own[i] & _MAGNITUDE >= least:
+                places[row, at] = i
+                at += 1
+
+
+@_compiled
+def _kth(words, k, counts, some):
+    """The k-th largest magnitude, and whether more have it than are among the k largest.
+
+    By radix: its first eight bits by counting those of all, the others by counting those of the few
+    that have the same first ones.
+    """
+    size = len(words)
+    # Neighbours are often of one size: in counters of their own they don't wait for each other.
+    counters = 4 if size >= 1024 else 1
+    counts[:counters] = 0
+    fours = size // 4 * 4 if counters == 4 else 0
+    for i in range(0, fours, 4):
+        counts[0, (words[i] & _MAGNITUDE) >> _EXPONENT] += 1
+        counts[1, (words[i + 1] & _MAGNITUDE) >> _EXPONENT] += 1
+        counts[2, (words[i + 2] & _MAGNITUDE) >> _EXPONENT] += 1
+        counts[3, (words[i + 3] & _MAGNITUDE) >> _EXPONENT] += 1
+    for i in range(fours, size):
+        counts[0, (words[i] & _MAGNITUDE) >> _EXPONENT] += 1
+    for other in range(1, counters):
+        counts[0] += counts[other]
+    digit, left = _digit(counts[0], k)
+    found = 0
+    for i in range(size):
+        if (words[i] & _MAGNITUDE) >> _EXPONENT == digit:
+            some[found] = words[i] & _MAGNITUDE
+            found += 1
+    for shift in (np.uint32(15), np.uint32(7), np.uint32(0)):
+        mask = np.uint32(255 if shift else 127)
+        counts[0] = 0
+        for i in range(found):
+            counts[0, some[i] >> shift & mask] += 1
+        digit, left = _digit(counts[0], left)
+        same = 0
+        for i in range(found):
+            if some[i] >> shift & mask == digit:
+                some[same] = some[i]
+                same += 1
+        found = same
+    return some[0], found > left
+
+
+@_compiled
+def _digit(counts, k):
+    """The digit of the k-th largest, by how many have each, and its place among those."""
+    digit = 255
+    while counts[digit] < k:
+        k -= counts[digit]
+        digit -= 1
+    return np.uint32(digit), k

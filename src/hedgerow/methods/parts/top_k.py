@@ -251,7 +251,7 @@ class TopK(Codec):
         found = whole.abs().topk(count, sorted=False).indices.sort().values
         ends = np.searchsorted(found.numpy(), np.cumsum(sizes)[:-1])
         return [
-            self._chosen(each, own - first)
+            self._chosen(each, (own - first).numpy())
             for each, own, (first, _) in zip(
                 flat, torch.tensor_split(found, ends.tolist()), _spans(sizes), strict=True
             )
@@ -259,25 +259,19 @@ class TopK(Codec):
 
     def _by_tile(self, flat: Tensor) -> _Chosen:
         """The largest of each tile of a tensor."""
-        step = max(1, _AT_ONCE // self.tile) * self.tile
-        pieces = enumerate(torch.split(flat, step))
-        places = [self._largest(piece).add_(index * step) for index, piece in pieces]
-        return self._chosen(flat, torch.cat(places))
+        from hedgerow.sketch import cpu  # which loads a compiler
 
-    def _largest(self, flat: Tensor) -> Tensor:
-        """Places of the largest of each tile, ascending; the last tile may be smaller."""
-        sizes, whole = flat.abs(), len(flat) // self.tile
-        end = whole * self.tile
-        rows = sizes[:end].view(whole, self.tile).topk(self.k, sorted=False).indices
-        found = [(rows + torch.arange(whole)[:, None] * self.tile).reshape(-1)]
-        if rest := len(flat) - end:
-            found.append(sizes[end:].topk(self._share(rest), sorted=False).indices + end)
-        return torch.cat(found).sort().values
+        end = len(flat) // self.tile * self.tile
+        places = cpu.largest(flat[:end], self.tile, self.k)
+        if rest := len(flat) - end:  # the last tile may be smaller
+            own = cpu.largest(flat[end:], rest, self._share(rest)) + end
+            places = np.concatenate([places, own])
+        return self._chosen(flat, places)
 
-    def _chosen(self, flat: Tensor, places: Tensor) -> _Chosen:
+    def _chosen(self, flat: Tensor, places: NDArray[np.int64]) -> _Chosen:
         """The values of a tensor at places, shape (number of places,), ascending."""
         energy = _energy(flat) if self.rotates else 0.0
-        return _Chosen(places.numpy(), flat[places].numpy(), energy)
+        return _Chosen(places, flat.numpy()[places], energy)
 
     def _share(self, size: int) -> int:
         """Number of values that a tile of this size sends."""
@@ -308,9 +302,6 @@ class _Chosen(NamedTuple):
     """Sum of the squares of all its values, which what is sent is scaled by after a rotation; 0
     where there was none, and nobody asks for it."""
 
-
-_AT_ONCE = 1 << 20
-"""Numbers of which the largest are sought at a time."""
 
 _PIECE = 1 << 22
 """Numbers whose energy is added up at a time."""
