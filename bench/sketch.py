@@ -4,7 +4,8 @@
 
 The loop draws each base with `trunc_normal_`, as Ferret's authors do, and takes an inner product
 (or adds the base, times its coordinate); it is timed for 2 bases and given per base. Times are the
-best of three within one run; the ratios are what counts.
+best of three within one run; the ratios are what counts. On the CPU, what codecs do with rotated
+numbers is beside the rotation: seeking the largest (and torch's topk), and rounding to few bits.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from collections.abc import Callable
 import torch
 
 from hedgerow import console
-from hedgerow.sketch import BASES, project, reconstruct, reference
+from hedgerow.sketch import BASES, cpu, project, reconstruct, reference
+from hedgerow.sketch.coordinates import dequantize, quantize
 
 LOOP_BLOCK = 1_000_000
 """Entries of a block of the plain loop, about the size of a tensor."""
+TILE, LARGEST = 1 << 16, 1_000
+"""Numbers of a tile, and how many of the largest of them are sought."""
 
 
 def main() -> None:
@@ -90,6 +94,32 @@ def compare(size: int, dense_k: list[int], device: torch.device) -> None:
     ]
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     console.table(f"{size:,} entries on {device}{threads}", header, rows)
+    if device.type == "cpu":
+        codes(x)
+
+
+def codes(x: torch.Tensor) -> None:
+    """The largest of tiles, and numbers in few bits, beside a rotation of the vector."""
+    rotate = best(lambda: project(x, 1, len(x)), x.device)
+    whole = x[: len(x) // TILE * TILE]
+    topk = best(lambda: whole.view(-1, TILE).abs().topk(LARGEST, sorted=False), x.device)
+    work = {
+        f"{LARGEST:,} largest of {TILE:,}, torch": topk,
+        f"{LARGEST:,} largest of {TILE:,}": best(
+            lambda: cpu.largest(whole, TILE, LARGEST), x.device
+        ),
+    }
+    for bits in (1, 2):
+        codes = quantize(x, bits, 1)
+        work[f"rotate and round, {bits} bits"] = best(lambda b=bits: quantize(x, b, 1), x.device)
+        work[f"read and rotate back, {bits} bits"] = best(
+            lambda b=bits, c=codes: dequantize(c, b, len(x), 1), x.device
+        )
+    console.table(
+        f"{len(x):,} entries, {torch.get_num_threads()} threads",
+        ["work", "ms", "beside a rotation"],
+        [(name, ms(each), f"{each / rotate:.2f}") for name, each in work.items()],
+    )
 
 
 def best(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:

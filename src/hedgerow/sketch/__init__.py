@@ -57,7 +57,7 @@ def project(delta: Tensor, seed: int, k: int, basis: Basis = "hadamard") -> Tens
     backend = _backend(x.device)
     if basis == "hadamard":
         gamma = backend.project_hadamard(x, seed, k, _offset(seed, size))
-        return torch.mul(gamma, size / k, out=gamma)
+        return gamma if k == size else torch.mul(gamma, size / k, out=gamma)
     dots = backend.project_dense(x, seed, k, basis)
     return torch.mul(dots, size**0.5 / (layout.SECOND_MOMENT[basis] * k)).float()
 

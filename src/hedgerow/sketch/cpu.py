@@ -7,8 +7,10 @@ depends neither on the threads nor on how fast they are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, TypeVar
 
 import numba
@@ -176,12 +178,21 @@ def in_threads(
 ) -> Iterator[_Result]:
     """The task's results for each chunk (start, stop) of so many entries, in order."""
     chunks = [(start, min(start + step, size)) for start in range(0, size, step)]
-    threads = min(torch.get_num_threads(), len(chunks))
-    if threads <= 1:
+    threads = torch.get_num_threads()
+    if threads == 1 or len(chunks) <= 1:
         yield from map(task, chunks)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(task, chunks)
+    yield from _pool(threads).map(task, chunks)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that wait for work: to start them takes as long as a small tensor does."""
+    return ThreadPoolExecutor(threads)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of them
 
 
 def _loaded(x: Tensor, start: int, stop: int) -> Floats:
@@ -499,11 +510,14 @@ def _round(values, lengths, units, most, levels, products):
     start = 0
     for group in range(len(lengths)):
         unit, stop = units[group], start + lengths[group]
-        for i in range(start, stop):
-            value = np.float64(values[i])
-            level = min(max(np.floor(value / unit), lowest), highest)
-            products[i] = value * (level + 0.5)
-            levels[i] = np.uint8(np.int32(level) + np.int32(most))
+        own, of_own, along = values[start:stop], levels[start:stop], products[start:stop]
+        for i in range(len(own)):
+            value = np.float64(own[i])
+            level = np.floor(value / unit)
+            level = lowest if level < lowest else level  # vectorised, as min and max are not
+            level = highest if level > highest else level
+            along[i] = value * (level + 0.5)
+            of_own[i] = np.uint8(np.int32(level) + np.int32(most))
         start = stop
 
 
