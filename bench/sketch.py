@@ -95,10 +95,10 @@ def compare(size: int, dense_k: list[int], device: torch.device) -> None:
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     console.table(f"{size:,} entries on {device}{threads}", header, rows)
     if device.type == "cpu":
-        codes(x)
+        few_bits(x)
 
 
-def codes(x: torch.Tensor) -> None:
+def few_bits(x: torch.Tensor) -> None:
     """The largest of tiles, and numbers in few bits, beside a rotation of the vector."""
     rotate = best(lambda: project(x, 1, len(x)), x.device)
     whole = x[: len(x) // TILE * TILE]

@@ -75,6 +75,8 @@ def hedgerow(
     # In here as below, since the process that only hands out tests needs no torch.
     from hedgerow import cli
 
+    monkeypatch.setattr(cli, "look_seldom", lambda: None)  # this process goes on with other tests
+
     def run(*arguments: object) -> Output:
         monkeypatch.setattr(sys, "argv", ["hedgerow", *map(str, arguments)])
         monkeypatch.setattr(sys, "path", [*sys.path])  # to which the working directory is added

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hedgerow.sketch import BASES, coordinates, cpu, layout, project, reconstruct, reference
+from hedgerow.workers import Workers
 
 DENSE = [basis for basis in BASES if basis != "hadamard"]
 
@@ -231,6 +232,7 @@ class chunks_of:  # noqa: N801
 
     def __enter__(self) -> None:
         self.before, cpu.CHUNK = cpu.CHUNK, self.entries
+        assert len(list(cpu.in_threads(lambda chunk: None, 2 * self.entries))) == 2
 
     def __exit__(self, *_: object) -> None:
         cpu.CHUNK = self.before
@@ -268,6 +270,57 @@ def test_the_largest_of_tiles_are_those_that_torch_finds(tile, data, tiles, seed
     assert np.array_equal(places, found.numpy() + np.arange(tiles)[:, None] * tile)
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0, 3.0], ids=["none", "some", "most"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_largest_are_the_same_in_any_chunks(threads, scale):
+    """Of 40 tiles in chunks of four; those whose values are rounded have ties."""
+    values = torch.randn(40 * 1024, generator=torch.Generator().manual_seed(7))
+    values[8 * 1024 :] = (values[8 * 1024 :] * scale).round() / scale
+    if scale == 1.0:
+        values = torch.randn(40 * 1024, generator=torch.Generator().manual_seed(8))
+    found = values.view(40, 1024).abs().topk(9, sorted=False).indices.sort().values
+    with chunks_of(1), in_threads(threads):
+        places = cpu.largest(values, 1024, 9)
+    assert np.array_equal(places.reshape(40, 9), found.numpy() + np.arange(40)[:, None] * 1024)
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    """As has one in which a chunk has failed."""
+
+    def fails(chunk: tuple[int, int]) -> None:
+        raise ZeroDivisionError
+
+    def stops(size: int) -> list[int]:
+        torch.set_num_threads(2)
+        return list(cpu.in_threads(lambda chunk: chunk[1], size, 10))
+
+    with in_threads(2):
+        assert stops(25) == [10, 20, 25]
+        with pytest.raises(ZeroDivisionError):
+            list(cpu.in_threads(fails, 25, 10))
+        assert list(Workers(2).map(stops, [25, 30])) == [[10, 20, 25], [10, 20, 30]]
+        assert stops(25) == [10, 20, 25]
+
+
+def test_kernels_start_no_threads_beyond_their_own():
+    """torch would start as many again for each of them."""
+    program = """
+import threading, torch
+from pathlib import Path
+from hedgerow.sketch import cpu, project
+torch.set_num_threads(3)
+def count():
+    return len(list(Path("/proc/self/task").iterdir()))
+torch.ones(1 << 22).add_(1)  # torch's own
+before = count()
+project(torch.ones((1 << 21) + 5, dtype=torch.bfloat16), 1, 9)
+cpu.largest(torch.ones(1 << 21), 4096, 64)
+print(count() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert int(done.stdout) <= 3, done.stderr
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_levels_are_those_of_the_best_uniform_quantizer(bits):
     """The same arithmetic in numpy, in float64."""
@@ -288,5 +341,5 @@ def test_levels_are_those_of_the_best_uniform_quantizer(bits):
         assert scale == pytest.approx(group @ group / along if along else 0, rel=1e-6)
     read = np.empty_like(values)
     packed = coordinates._packed(levels, bits)
-    cpu.levels(packed, scales, lengths, bits, read)
+    cpu.read_groups(packed, scales, lengths, bits, read)
     assert np.array_equal(read, (levels - np.float32(most - 0.5)) * np.repeat(scales, lengths))

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 
 _OF_PYTHON = 10_000
 """More objects than Python 3.12 has the collector pass over from the start, some hundreds."""
-
-
 _MADE = 10_000
 """Objects that are made, beyond those that have gone, before a command has the collector look."""
 
@@ -19,7 +17,8 @@ def look_seldom() -> None:
     """Have the collector look seldom, and not at all when this process ends; for the command line.
 
     Importing torch and transformers makes hundreds of thousands of objects, next to none of which
-    are garbage: Python has it look after every 700, and several times at all of them at the end.
+    are garbage: Python 3.12 has it look after every 700, and several times at all of them at the
+    end.
     """
     gc.set_threshold(_MADE, *gc.get_threshold()[1:])
     atexit.register(gc.freeze)

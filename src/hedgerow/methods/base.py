@@ -439,6 +439,12 @@ class Method(Plugin, ABC):
         """Sentences for people on what of the model stays untrained though options ask for it."""
         return []
 
+    def load(self) -> None:
+        """Load what clients need, as compiled kernels, before each has a process of its own.
+
+        By default nothing.
+        """
+
     @abstractmethod
     def start(self, model: Model, client_round: ClientRound) -> Mapping[str, nn.Parameter]:
         """Attach what this client trains to the model; returns the trainable parameters."""
@@ -561,6 +567,7 @@ class Method(Plugin, ABC):
         """Put the model that the method has made into `model` while the caller evaluates it.
 
         Yields None for the global model. A method without one yields each of `clients` in turn.
+        Before the first entry all of these are the base.
         """
         yield None
 
@@ -574,7 +581,7 @@ class Method(Plugin, ABC):
         Args:
             model: the global model after a round.
             kept: what the client saved in the last round that it took part in; nothing where there
-                is none.
+                is none, and then the model stays as it is.
         """
         raise NotImplementedError(f"method {self.name}: personal methods define `personalized`")
 

@@ -169,6 +169,10 @@ class Composed(Method):
         """Lend the client what trains."""
         return self.parts.trains.start(model, client_round)
 
+    def load(self) -> None:
+        """Load what the codec of updates needs."""
+        self.parts.up.codec.load()
+
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """Encode Δ_k, and what is owed of earlier ones."""
         parts = self.parts

@@ -85,8 +85,8 @@ class Prepared:
     """Test rows of each client that has some of its own, by name."""
     notes: list[str]
     """Sentences for people: what there is, then what is left out of it, each with its count."""
-    shelf: Shelf
-    """What runs on the same model and data have in common."""
+    shelf: Shelf | None
+    """What runs on the same model and data have in common; None of one by itself."""
 
     def referenced(self) -> Prepared:
         """The same with what objective and metrics compare with, while `model` is the base."""
@@ -133,7 +133,7 @@ def prepare(
         UserError: naming what in the experiment does not fit.
     """
     check_libraries(experiment)
-    model = model or Model.load(experiment.model)
+    model, given = model or Model.load(experiment.model), shelf
     shelf = shelf or Shelf()
     examples_of_all = shelf.examples(experiment, model, held, kept)
     data = examples_of_all.data
@@ -194,7 +194,7 @@ def prepare(
         test=test,
         tests=tests,
         notes=[there_is, *notes],
-        shelf=shelf,
+        shelf=given,
     )
 
 

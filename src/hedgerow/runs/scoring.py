@@ -102,8 +102,8 @@ class Scorer:
                     for name in models.models(self._model, clients)
                 }
             else:  # everybody has the base
-                base = self._of_base(self._test, settings, progress)
-                scored = {name: dict(base) for name in clients} or {None: dict(base)}
+                names: list[str | None] = [*clients] or [None]
+                scored = {name: self._of_base(self._test, settings, progress) for name in names}
             found |= by_model(scored, settings.metrics)
         tests = self._tests if settings.metrics else {}
         own = score_clients(models, self._model, tests, settings, progress, self._workers)

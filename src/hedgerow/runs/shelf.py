@@ -6,6 +6,7 @@ import datetime
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -65,7 +66,7 @@ def _left_out(names: Sequence[str], why: str) -> str:
 
 
 class Shelf:
-    """Keeps tokens, digests and scores of the base from one run to the next, as of a comparison.
+    """Keeps tokens, digests and scores of bases between runs, as those of a comparison.
 
     Tokens are on disk, and gone with this process; files that change meanwhile are not read again.
     """
@@ -147,13 +148,14 @@ class Shelf:
         """Scores of a base on test data, which `make` computes where they are not known.
 
         Args:
-            test: the data, in memory.
+            test: the data, in memory; pairs are others in each run, which prepares them with what
+                they are compared with.
             asked: which base it is, and all else that decides its scores.
         """
         known = self._scores.setdefault(test, {})
         if asked not in known:
             known[asked] = make()
-        return known[asked]
+        return deepcopy(known[asked])
 
     def _found(self, asked: str, model: Model, held: Held | None, make: Callable[[], _T]) -> _T:
         """What was asked for before of the same tokenizer and rows, or is made now."""

@@ -94,7 +94,7 @@ def dequantize(quantized: Quantized, bits: Bits, k: int, seed: int) -> Tensor:
         own = codes[num_codes(start, bits) : num_codes(stop, bits)]
         lengths = groups(stop - start)
         scale = scales[num_groups(start) :][: len(lengths)]
-        cpu.levels(own, scale, lengths, bits, gamma.numpy()[start:stop])
+        cpu.read_groups(own, scale, lengths, bits, gamma.numpy()[start:stop])
 
     for _ in cpu.in_threads(spread, k, _PIECE):
         pass

@@ -23,7 +23,9 @@ from hedgerow.sketch import layout
 from hedgerow.sketch.layout import TILE, Basis
 
 CHUNK = 64 * TILE
-"""Entries that one task works on; small enough for the second-level cache to hold."""
+"""Entries that one task works on by default; few enough for the second-level cache to hold."""
+_IN_ONE = 1 << 15
+"""Entries up to which torch copies in the thread that it is called in."""
 
 Floats = NDArray[np.float32]
 _Result = TypeVar("_Result")
@@ -129,39 +131,50 @@ def round_groups(
     return levels, scales.astype(np.float32)
 
 
-def levels(
+def read_groups(
     codes: NDArray[np.uint8], scales: Floats, lengths: NDArray[np.int64], bits: int, out: Floats
 ) -> None:
-    """Write the numbers, shape (k,), of which `round_groups` has made levels.
+    """Write what stands for the numbers that `round_groups` has rounded: levels times scales.
 
     Args:
-        codes: 8/bits levels in a byte, the first in its lowest bits; no group begins within one.
+        codes: the levels, 8/bits of them in a byte, the first in its lowest bits; no group begins
+            within a byte.
+        scales: of each group.
+        lengths: numbers of each group.
+        bits: of a level.
+        out: where the numbers are written, shape (k,).
     """
-    _levels(codes, scales, lengths, bits, out)
+    _read(codes, scales, lengths, bits, out)
 
 
 def largest(values: Tensor, tile: int, k: int) -> NDArray[np.int64]:
     """Places of the k numbers of each tile that are largest in magnitude, ascending.
 
+    Of equal magnitudes, of which not all are among the largest, those count that torch takes, as in
+    ledgers of earlier versions.
+
     Args:
-        values: float32, whole tiles of them; finite. Of equal magnitudes, of which not all are
-            among the largest, those count that torch takes, as in ledgers of earlier versions.
-        tile: numbers of a tile, of which k are at most all.
+        values: float32, whole tiles of them; finite.
+        tile: numbers of a tile, here a codec's; k are at most all of them.
     """
-    places = np.empty((len(values) // tile, k), dtype=np.int64)
+    rows = values.view(-1, tile)
+    places = np.empty((len(rows), k), dtype=np.int64)
+    is_tied = np.ones(len(rows), dtype=np.bool_)
+    step = max(1, CHUNK // tile)
 
-    def choose(chunk: tuple[int, int]) -> None:
-        numbers, tiles = values[slice(*chunk)], slice(*(place // tile for place in chunk))
-        own = places[tiles]
-        is_tied = np.empty(len(own), dtype=np.bool_)
-        _largest(numbers.numpy(), own, is_tied)
-        if is_tied.any():
-            rows = numbers.view(-1, tile)[torch.from_numpy(is_tied)]
-            own[is_tied] = rows.abs().topk(k, sorted=False).indices.sort().values.numpy()
-        own += np.arange(tiles.start, tiles.stop)[:, None] * tile
+    def choose(chunk: tuple[int, int], first: int = step) -> None:
+        own = slice(first + chunk[0], first + chunk[1])
+        _largest(rows[own].numpy(), places[own], is_tied[own])
 
-    for _ in in_threads(choose, len(values), max(1, CHUNK // tile) * tile):
-        pass
+    choose((0, step), first=0)
+    if is_tied[:step].sum() < step / 2:  # or torch, which most tiles have to ask, is asked of all
+        for _ in in_threads(choose, len(rows) - step, step):
+            pass
+    tied = np.flatnonzero(is_tied)
+    for some in np.split(tied, range(step, len(tied), step)):
+        found = rows[torch.from_numpy(some)].abs().topk(k, sorted=False).indices
+        places[some] = found.sort().values.numpy()
+    places += np.arange(len(rows))[:, None] * tile
     return places.reshape(-1)
 
 
@@ -174,9 +187,18 @@ def philox(counter: tuple[int, int, int, int], seed: int) -> tuple[int, ...]:
 
 
 def in_threads(
-    task: Callable[[tuple[int, int]], _Result], size: int, step: int = CHUNK
+    task: Callable[[tuple[int, int]], _Result], size: int, step: int | None = None
 ) -> Iterator[_Result]:
-    """The task's results for each chunk (start, stop) of so many entries, in order."""
+    """Results of a task for each chunk (start, stop), in order.
+
+    Args:
+        task: leaves the interpreter's lock, and neither calls this nor what torch does in several
+            threads: these would be started for each of the threads here. Where it raises, other
+            chunks may go on meanwhile.
+        size: number of entries.
+        step: number of entries of a chunk; `CHUNK` by default.
+    """
+    step = step or CHUNK
     chunks = [(start, min(start + step, size)) for start in range(0, size, step)]
     threads = torch.get_num_threads()
     if threads == 1 or len(chunks) <= 1:
@@ -199,10 +221,14 @@ def _loaded(x: Tensor, start: int, stop: int) -> Floats:
     """A chunk of x as float32, with zeros up to a whole tile."""
     chunk = x[start:stop]
     missing = -len(chunk) % TILE
-    if missing:
-        chunk = torch.nn.functional.pad(chunk, (0, missing))
-    loaded: Floats = chunk.float().numpy()
-    return loaded
+    loaded = chunk
+    if missing or chunk.dtype != torch.float32:
+        loaded = torch.empty(len(chunk) + missing, dtype=torch.float32)
+        loaded[len(chunk) :] = 0
+        for piece, own in zip(chunk.split(_IN_ONE), loaded.split(_IN_ONE), strict=False):
+            own[: len(piece)].copy_(piece)
+    floats: Floats = loaded.numpy()
+    return floats
 
 
 def _output(size: int) -> Tensor:
@@ -522,7 +548,8 @@ def _round(values, lengths, units, most, levels, products):
 
 
 @_compiled
-def _levels(codes, scales, lengths, bits, out):
+def _read(codes, scales, lengths, bits, out):
+    """Levels times scales."""
     per_byte, mask = 8 // bits, (1 << bits) - 1
     middle = np.float32(2.0 ** (bits - 1) - 0.5)
     start = 0
@@ -545,17 +572,17 @@ def _levels(codes, scales, lengths, bits, out):
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 """All bits of a float32 but its sign: as whole numbers they have the order of magnitudes."""
 _EXPONENT = np.uint32(23)
+_NORMAL = np.uint32(1 << 23)
+"""Least of these numbers that is no denormal one."""
 
 
 @_compiled
-def _largest(values, places, is_tied):
-    """Places of the largest in each tile, or that it is not clear which they are."""
-    tiles, k = places.shape
-    tile = len(values) // tiles
+def _largest(rows, places, is_tied):
+    """Places of the largest in each row, or that it is not clear which they are."""
+    tile, k = rows.shape[1], places.shape[1]
     counts, some = np.empty((4, 256), np.int64), np.empty(tile, np.uint32)
-    words = values.view(np.uint32)
-    for row in range(tiles):
-        own = words[row * tile : (row + 1) * tile]
+    for row in range(len(rows)):
+        own = rows[row].view(np.uint32)
         least, is_tied[row] = _kth(own, k, counts, some)
         if is_tied[row]:
             continue
@@ -589,6 +616,12 @@ def _kth(words, k, counts, some):
         counts[0] += counts[other]
     digit, left = _digit(counts[0], k)
     found = 0
+    if digit == 0:  # many zeros, as where nothing was trained
+        for i in range(size):
+            found += 0 < words[i] & _MAGNITUDE < _NORMAL
+        if found < left:
+            return np.uint32(0), counts[0, 0] > left
+        found = 0
     for i in range(size):
         if (words[i] & _MAGNITUDE) >> _EXPONENT == digit:
             some[found] = words[i] & _MAGNITUDE

@@ -58,6 +58,12 @@ class Codec(Plugin, ABC):
                 kind is then the nearest possible one.
         """
 
+    def load(self) -> None:
+        """Load what `encode` needs, as compiled kernels, which processes would each load else.
+
+        By default nothing.
+        """
+
     def nbytes(self, shapes: Shapes) -> int:
         """Bytes of what `encode` makes of values of these shapes, but for what depends on them."""
         return sum(kind.nbytes for kind in self.kinds(shapes, {}).values())

@@ -105,6 +105,12 @@ class TopK(Codec):
         kept = density**2 / share if self.bits == 1 else density * least + share
         return 1 / kept - 1
 
+    def load(self) -> None:
+        """Load the kernel that seeks the largest."""
+        from hedgerow.sketch import cpu  # which loads a compiler
+
+        cpu.largest(torch.ones(2), 2, 1)
+
     def encode(self, values: Values, seed: int) -> dict[str, Tensor]:
         """Places, codes and sizes of the largest values."""
         each = (self._transformed(tensor, seed + i) for i, (_, tensor) in enumerate(values))
@@ -215,10 +221,10 @@ class TopK(Codec):
 
     def _transformed(self, tensor: Tensor, seed: int) -> Tensor:
         """Values among which the largest are sought, shape (size,), on the CPU; finite."""
-        if self.transform is None:
-            flat = tensor.reshape(-1).cpu()
-        else:
-            flat = TRANSFORMS[self.transform].forward(tensor.float(), seed % 2**64).cpu()
+        flat = tensor.float().reshape(-1)
+        if self.transform is not None:
+            flat = TRANSFORMS[self.transform].forward(flat.view(tensor.shape), seed % 2**64)
+        flat = flat.cpu()
         if not all(end.isfinite() for end in flat.aminmax()):  # which are NaN where a value is
             raise ValueError("values must be finite")
         return flat
@@ -245,16 +251,16 @@ class TopK(Codec):
 
     def _of_all(self, flat: list[Tensor]) -> list[_Chosen]:
         """The largest of all tensors together."""
+        from hedgerow.sketch import cpu  # which loads a compiler
+
         sizes = [len(each) for each in flat]
         whole = torch.cat(flat)
         count = max(1, len(whole) * self.k // self.tile)
-        found = whole.abs().topk(count, sorted=False).indices.sort().values
-        ends = np.searchsorted(found.numpy(), np.cumsum(sizes)[:-1])
+        found = cpu.largest(whole, len(whole), count)
+        each_own = np.split(found, np.searchsorted(found, np.cumsum(sizes)[:-1]))
         return [
-            self._chosen(each, (own - first).numpy())
-            for each, own, (first, _) in zip(
-                flat, torch.tensor_split(found, ends.tolist()), _spans(sizes), strict=True
-            )
+            self._chosen(each, own - first)
+            for each, own, (first, _) in zip(flat, each_own, _spans(sizes), strict=True)
         ]
 
     def _by_tile(self, flat: Tensor) -> _Chosen:
