@@ -1,4 +1,4 @@
-"""The memory of a whole run in one process: clients, server and scores together, at its peak.
+"""The memory and the time of a whole run in one process, but for training.
 
     python bench/whole_run.py [--hidden 1024 --layers 14 --intermediate 2816 --heads 16
         --kv-heads 16] [--coordinates largest|random] [--rounds 2]
@@ -6,12 +6,15 @@
 A Llama of these dimensions with random bfloat16 weights is written to a folder, and `hedgerow run`
 tunes all its parameters on the demo's data with Ferret, two clients a round. What the process holds
 of anonymous memory (what cannot be given back: pages of files can) is looked at a hundred times a
-second, and what the same run on the bundled small model holds is taken off. Linux only.
+second, and what the same run on the bundled small model holds is taken off: clients, server and
+scores together, at their peak. Beside it stand the seconds of a round in which updates are encoded,
+aggregated with the broadcast, and applied. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -23,6 +26,9 @@ from transformers import AutoTokenizer
 
 from hedgerow import console, demo
 from hedgerow.experiment import load
+
+PARTS = ("update", "aggregate", "apply")
+"""Parts of a round whose time is told, as rows of metrics name them."""
 
 
 def main() -> None:
@@ -52,10 +58,18 @@ def main() -> None:
         del network
         changes += [f"model.path={place}", "model.dtype=bfloat16"]
         whole = peak(file, Path(folder) / "run", changes) - beside
+        last = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()[-1]
     console.table(
         f"{weights / 2e9:.2f}B parameters in bfloat16 ({gigabytes(weights)}), {rounds} rounds",
-        ["coordinates", "peak beside the small model's", "in copies of the weights"],
-        [(coordinates, gigabytes(whole), f"{whole / weights:.2f}")],
+        ["coordinates", "peak beside the small model's", "in copies of the weights", *PARTS],
+        [
+            (
+                coordinates,
+                gigabytes(whole),
+                f"{whole / weights:.2f}",
+                *(f"{json.loads(last)[f'{part}_seconds']:.1f} s" for part in PARTS),
+            )
+        ],
     )
 
 

@@ -172,7 +172,9 @@ def largest(values: Tensor, tile: int, k: int) -> NDArray[np.int64]:
             pass
     tied = np.flatnonzero(is_tied)
     for some in np.split(tied, range(step, len(tied), step)):
-        found = rows[torch.from_numpy(some)].abs().topk(k, sorted=False).indices
+        # One by itself may be all that a model has, and is not copied.
+        own = rows[some[0]][None] if len(some) == 1 else rows[torch.from_numpy(some)]
+        found = own.abs().topk(k, sorted=False).indices
         places[some] = found.sort().values.numpy()
     places += np.arange(len(rows))[:, None] * tile
     return places.reshape(-1)
