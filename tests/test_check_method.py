@@ -166,6 +166,21 @@ class Unmerged(FedIT):
         pass
 
 
+class Eager(FedIT):
+    """Has another model than the base before the first entry."""
+
+    ranks: int = 2
+
+    def models(self, model, clients):
+        if model.factors:
+            yield from super().models(model, clients)
+            return
+        name, weight = next(iter(model.network.named_parameters()))
+        model.add(name, torch.full_like(weight, 0.01))
+        yield None
+        model.add(name, torch.full_like(weight, -0.01))
+
+
 class Doubling(FedAvg):
     """Has an option that is another each time it is read."""
 
@@ -185,6 +200,7 @@ BROKEN = {
     Hoarder: "the server keeps updates: with 16 of them there are .* more than with 4",
     Vandal: "not given back as it was: after the training of client-000 model.norm.weight",
     Forgetting: "replayed on the base, makes another model",
+    Eager: "before the first entry, `models` gives another model than the base",
     Unmerged: r"exported \(--to merged\), it is another model",
     Doubling: "options do not survive an experiment file: Doubling with .*'rate': 1.0",
 }

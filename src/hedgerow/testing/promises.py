@@ -175,7 +175,7 @@ def _check_equal(ledger: list[bytes], whole: list[bytes], what: str) -> None:
 
 
 def check_models(bench: Bench) -> None:
-    """Compare what is evaluated with what is exported, merged and as an adapter.
+    """Compare what is evaluated with the base, and with what is exported, merged and as an adapter.
 
     Raises:
         AssertionError: they are different models.
@@ -192,8 +192,14 @@ def check_models(bench: Bench) -> None:
         ledger.replay(method, model)
 
     for client in clients:
-        replayed()
         named = [] if client is None else [client]
+        for _ in RunModels(method, ledger, 0).models(model, named):
+            far = _farthest(effective_weights(model), before)
+            assert far <= CLOSE, (
+                "before the first entry, `models` gives another model than the base, which is what "
+                f"is scored then: weights differ by up to {far:.2g}"
+            )
+        replayed()
         evaluated = [effective_weights(model) for _ in own.models(model, named)]
         assert len(evaluated) == 1, f"`models` yields {len(evaluated)} models for one"
         try:
@@ -214,11 +220,16 @@ def check_models(bench: Bench) -> None:
 
 
 def _check_same(exported: Weights, evaluated: Weights, what: str) -> None:
-    worst = max(float((exported[name] - evaluated[name]).abs().max()) for name in evaluated)
+    worst = _farthest(exported, evaluated)
     assert worst <= CLOSE, (
         f"exported (--to {what}), it is another model than the one that is evaluated: weights "
         f"differ by up to {worst:.2g}"
     )
+
+
+def _farthest(one: Weights, other: Weights) -> float:
+    """Largest difference of any weight."""
+    return max(float((one[name] - other[name]).abs().max()) for name in other)
 
 
 def _bytes(run: Path) -> list[bytes]:
