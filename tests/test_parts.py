@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -707,3 +708,20 @@ def test_an_update_in_two_bits_is_as_small_as_it_should_be(run):
     places = len(np.unpackbits(sent["unary"].numpy()).nonzero()[0])
     assert size.k / size.tile <= places / 8080 < 1.1 * size.k / size.tile
     assert total < 8080 * 4 / 20
+
+
+def test_kernels_are_loaded_before_processes_are_forked(
+    hedgerow, experiment, tmp_path, monkeypatch
+):
+    """Or each of them would load them in each round."""
+    loaded = []
+    monkeypatch.setattr(TopK, "load_kernels", lambda self: loaded.append(os.getpid()))
+    path, out = experiment(federation={"rounds": 2}), tmp_path / "out"
+    asked = ["method={name: sparseloco, up: {name: top_k, k: 4, tile: 64}}", "--workers", "2"]
+    assert hedgerow("run", path, *asked, "--out", out).code == 0
+    assert loaded == [os.getpid()] * 2
+
+
+def test_the_largest_are_sought_by_a_kernel_that_is_loaded():
+    TopK().load_kernels()
+    assert cpu._largest.signatures

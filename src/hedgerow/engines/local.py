@@ -116,7 +116,7 @@ class LocalFleet:
 
         alone = self._workers.is_alone
         if not alone:
-            self._experiment.method.load()
+            self._experiment.method.load_kernels()
             for client in clients:
                 # In here, so that all have one key where it is made in this round. What is kept of
                 # it is not, since it goes on elsewhere.

@@ -439,10 +439,10 @@ class Method(Plugin, ABC):
         """Sentences for people on what of the model stays untrained though options ask for it."""
         return []
 
-    def load(self) -> None:
-        """Load what clients need, as compiled kernels, before each has a process of its own.
+    def load_kernels(self) -> None:
+        """Load compiled kernels that clients need, before each of them has a process of its own.
 
-        By default nothing.
+        By default there are none.
         """
 
     @abstractmethod

@@ -169,9 +169,9 @@ class Composed(Method):
         """Lend the client what trains."""
         return self.parts.trains.start(model, client_round)
 
-    def load(self) -> None:
-        """Load what the codec of updates needs."""
-        self.parts.up.codec.load()
+    def load_kernels(self) -> None:
+        """Load those of the codec of updates."""
+        self.parts.up.codec.load_kernels()
 
     def update(self, model: Model, client_round: ClientRound, trained: Trained) -> Payload:
         """Encode Δ_k, and what is owed of earlier ones."""

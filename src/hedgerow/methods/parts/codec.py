@@ -58,10 +58,10 @@ class Codec(Plugin, ABC):
                 kind is then the nearest possible one.
         """
 
-    def load(self) -> None:
-        """Load what `encode` needs, as compiled kernels, which processes would each load else.
+    def load_kernels(self) -> None:
+        """Load compiled kernels that `encode` needs, which clients' processes would each load.
 
-        By default nothing.
+        By default there are none.
         """
 
     def nbytes(self, shapes: Shapes) -> int:

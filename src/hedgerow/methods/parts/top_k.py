@@ -105,7 +105,7 @@ class TopK(Codec):
         kept = density**2 / share if self.bits == 1 else density * least + share
         return 1 / kept - 1
 
-    def load(self) -> None:
+    def load_kernels(self) -> None:
         """Load the kernel that seeks the largest."""
         from hedgerow.sketch import cpu  # which loads a compiler
 
