@@ -343,3 +343,6 @@ def test_levels_are_those_of_the_best_uniform_quantizer(bits):
     packed = coordinates._packed(levels, bits)
     cpu.read_groups(packed, scales, lengths, bits, read)
     assert np.array_equal(read, (levels - np.float32(most - 0.5)) * np.repeat(scales, lengths))
+    for short in ((packed[:-1], scales), (packed, scales[:-1])):
+        with pytest.raises(ValueError, match="8492 numbers need"):
+            cpu.read_groups(*short, lengths, bits, read)

@@ -143,7 +143,13 @@ def read_groups(
         lengths: numbers of each group.
         bits: of a level.
         out: where the numbers are written, shape (k,).
+
+    Raises:
+        ValueError: there are too few codes or scales, or too many.
     """
+    # The kernel does not look.
+    if len(codes) != -(-len(out) * bits // 8) or len(scales) != len(lengths):
+        raise ValueError(f"{len(out)} numbers need as many codes, and a scale for each group")
     _read(codes, scales, lengths, bits, out)
 
 
