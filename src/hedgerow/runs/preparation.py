@@ -133,13 +133,13 @@ def prepare(
         UserError: naming what in the experiment does not fit.
     """
     check_libraries(experiment)
-    model, given = model or Model.load(experiment.model), shelf
-    shelf = shelf or Shelf()
-    examples_of_all = shelf.examples(experiment, model, held, kept)
+    model = model or Model.load(experiment.model)
+    made = shelf or Shelf()
+    examples_of_all = made.examples(experiment, model, held, kept)
     data = examples_of_all.data
     check_audit(experiment, data.names)
     experiment = with_date(experiment, data.encoder.template.date)
-    base = shelf.base(model)  # before any forward pass, of which RWKV's first rescales its weights
+    base = made.base(model)  # before any forward pass, of which RWKV's first rescales its weights
     check_fits(experiment, model, len(data.names))
     shards, left_out = examples_of_all.tokenized
     clients = [
@@ -150,7 +150,7 @@ def prepare(
     check_audit(experiment, list(shards))
     notes = notes_on_model(model, data.encoder.template, experiment.method)
     notes += [*left_out, *data.remarks.sentences(), *notes_on_data(shards)]
-    tests, untested = shelf.scored(
+    tests, untested = made.scored(
         "client_test",
         experiment,
         model,
@@ -172,7 +172,7 @@ def prepare(
     test = None
     if experiment.data.test is not None:
         rows = None if held is None else held.test
-        test = shelf.scored(
+        test = made.scored(
             "test",
             experiment,
             model,
@@ -194,7 +194,7 @@ def prepare(
         test=test,
         tests=tests,
         notes=[there_is, *notes],
-        shelf=given,
+        shelf=shelf,
     )
 
 

@@ -221,10 +221,10 @@ class TopK(Codec):
 
     def _transformed(self, tensor: Tensor, seed: int) -> Tensor:
         """Values among which the largest are sought, shape (size,), on the CPU; finite."""
-        flat = tensor.float().reshape(-1)
+        flat = tensor.float()
         if self.transform is not None:
-            flat = TRANSFORMS[self.transform].forward(flat.view(tensor.shape), seed % 2**64)
-        flat = flat.cpu()
+            flat = TRANSFORMS[self.transform].forward(flat, seed % 2**64)
+        flat = flat.reshape(-1).cpu()
         if not all(end.isfinite() for end in flat.aminmax()):  # which are NaN where a value is
             raise ValueError("values must be finite")
         return flat
